@@ -1,0 +1,330 @@
+"""Bytes to one latent a chunk, and back: Griffin encoder, normaliser, Griffin decoder.
+
+The encoder reads a page and carries its state from chunk to chunk; a chunk's latent mu is the mean of
+its bytes' features, projected and standardised. The decoder writes bytes from one latent until it
+emits an end. It reads z_0 = alpha_0 mu + sigma_0 eps, the diffusion state at gamma_0 (hldm.diffusion),
+but draws no noise itself. With latent_dim 0 the encoder is gone, the decoder's unit is the document,
+and what remains is a plain autoregressive character Griffin: the twin.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+from hldm.chunking import pool_by_chunk, segments
+from hldm.config import AutoencoderConfig, ChunkingConfig, GriffinConfig
+from hldm.griffin import Griffin, GriffinState
+from hldm.text import END_OF_CHUNK, END_OF_DOCUMENT, HIDDEN, START, VOCABULARY
+
+OUTPUTS = 258  # what the decoder may emit: 256 bytes and the two ends
+
+
+class EncoderState(NamedTuple):
+    """What the encoder carries from one stretch of text to the next."""
+
+    griffin: GriffinState
+    feature: Tensor  # (b d) at the last byte: what is known before the next chunk
+
+
+class DecoderState(NamedTuple):
+    """What the decoder carries from one stretch to the next."""
+
+    griffin: GriffinState
+    symbol: Tensor  # (b) last symbol written, the next step's input unless a unit starts
+
+
+class Encoding(NamedTuple):
+    """One latent a chunk, and the features the context of each chunk is known by."""
+
+    latents: Tensor  # (b n z) mu, normalised
+    mask: Tensor  # (b n) bool, real chunks
+    doc_start: Tensor  # (b n) bool, first chunk of a document
+    before: Tensor  # (b n d) encoder feature at the byte before the chunk; zeros at a document start
+
+
+class Events(NamedTuple):
+    """What the decoder writes for a window, in order: the bytes of each unit, then its end.
+
+    A unit is a chunk; for the twin, a document. The t' events of a row number bytes + ends.
+    """
+
+    target: Tensor  # (b t') symbol to emit
+    symbol: Tensor  # (b t') symbol read: START at the first event of a unit, else the byte before
+    chunk: Tensor  # (b t') number of the chunk in the window
+    length: Tensor  # (b) events of each row
+    doc_start: Tensor  # (b t') first event of a document
+    chunk_start: Tensor  # (b t') first event of a chunk
+    last: Tensor  # (b) the symbol that the next window continues from
+
+    @property
+    def mask(self) -> Tensor:
+        """(b t') bool: real events."""
+        return torch.arange(self.target.shape[1], device=self.length.device) < self.length[:, None]
+
+
+class LatentNormaliser(nn.Module):
+    """mu = (raw - mean) / deviation per dimension: measured, saved, never trained.
+
+    Statistics of raw latents are summed up in training and folded in once an optimizer step, so
+    that they are the same for any split of the batch over ranks and micro-batches.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+    seen: Tensor
+    sums: Tensor
+
+    # Averages over about 20 steps: long enough to be quiet, short enough to follow a young encoder.
+    MOMENTUM = 0.95
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("deviation", torch.ones(dim))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.float64))  # steps folded in
+        # count, sum and sum of squares since the last step
+        self.register_buffer("sums", torch.zeros(3, dim, dtype=torch.float64), persistent=False)
+
+    def forward(self, raw: Tensor) -> Tensor:
+        """Raw latents (... z) -> unit-scale ones."""
+        return (raw - self.mean) / self.deviation
+
+    @torch.no_grad()
+    def observe(self, raw: Tensor) -> None:
+        """Add raw latents (k z) to the running sums."""
+        raw = raw.detach().double()
+        count = torch.full_like(self.sums[0], raw.shape[0])
+        self.sums += torch.stack([count, raw.sum(dim=0), raw.square().sum(dim=0)])
+
+    @torch.no_grad()
+    def update(self, momentum: float = MOMENTUM) -> None:
+        """Fold the sums into mean and deviation; momentum 0 takes the sums alone (a fit)."""
+        sums = self.sums.clone()
+        self.sums.zero_()
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(sums)
+        if sums[0, 0] < 2:
+            return
+        mean = sums[1] / sums[0]
+        second = (sums[2] / sums[0]).clamp(min=1e-12)
+        self.seen += 1
+        # Debiased: the first step counts in full, later ones ever less down to 1 - momentum.
+        share = max(1 - momentum, 1 / float(self.seen)) if momentum else 1.0
+        old_second = self.deviation.double().square() + self.mean.double().square()
+        new_mean = self.mean.double().lerp(mean, share)
+        variance = (old_second.lerp(second, share) - new_mean.square()).clamp(min=1e-8)
+        self.mean.copy_(new_mean)
+        self.deviation.copy_(variance.sqrt())
+
+
+def decoder_events(
+    text: Tensor,
+    length: Tensor,
+    unit_start: Tensor,
+    unit_end: Tensor,
+    doc_start: Tensor,
+    doc_end: Tensor,
+    chunk_start: Tensor,
+    previous: Tensor,
+) -> Events:
+    """Lay out what the decoder reads and writes for a window of bytes.
+
+    text (b t), the flags (b t) bool, previous (b): symbol before the window.
+    Byte t sits at event t + (units ended before t); the end of its unit right after it.
+    """
+    b, t = text.shape
+    real = torch.arange(t, device=text.device) < length[:, None]
+    ends = (unit_end & real).long()
+    ended_before = ends.cumsum(dim=1) - ends
+    at = torch.arange(t, device=text.device) + ended_before
+    total = length + ends.sum(dim=1)
+    size = int(total.max()) if b and t else 0
+
+    def lay(byte_values: Tensor, end_values: Tensor) -> Tensor:
+        """Scatter what belongs to bytes and to ends; padding lands in a spare column, cut off."""
+        out = byte_values.new_zeros(b, size + 1)
+        out.scatter_(1, torch.where(real, at, size), byte_values)
+        out[:, size] = 0
+        out.scatter_(1, torch.where(ends.bool(), at + 1, size), end_values)
+        return out[:, :size]
+
+    before = torch.cat([previous[:, None], text[:, :-1]], dim=1)
+    none = torch.zeros_like(real)
+    chunk = (chunk_start & real).long().cumsum(dim=1) - 1
+    chunk = chunk.clamp(min=0)  # the twin's window may open inside a chunk
+    last = text.gather(1, (length - 1).clamp(min=0)[:, None])[:, 0] if t else previous
+    return Events(
+        target=lay(text, torch.where(doc_end, END_OF_DOCUMENT, END_OF_CHUNK)),
+        symbol=lay(torch.where(unit_start, START, before), text),
+        chunk=lay(chunk, chunk),
+        length=total,
+        doc_start=lay(doc_start & real, none),
+        chunk_start=lay(chunk_start & real, none),
+        last=torch.where(length > 0, last, previous),
+    )
+
+
+class Autoencoder(ModelMixin, ConfigMixin):
+    """Griffin encoder and decoder around one latent a chunk."""
+
+    config_name = "config.json"
+    _supports_gradient_checkpointing = True
+
+    @register_to_config
+    def __init__(self, autoencoder: dict, chunking: dict):
+        super().__init__()
+        encoder = GriffinConfig(**_as_tuple(autoencoder["encoder"]))
+        decoder = GriffinConfig(**_as_tuple(autoencoder["decoder"]))
+        self.settings = AutoencoderConfig(**{**autoencoder, "encoder": encoder, "decoder": decoder})
+        self.chunking = ChunkingConfig(**chunking)
+        z = self.latent_dim = self.settings.latent_dim
+        if z:
+            self.read = nn.Embedding(VOCABULARY, encoder.width)
+            self.encoder = Griffin(encoder, window=self.chunking.max_bytes)
+            self.to_latent = nn.Linear(encoder.width, z)
+            self.normaliser = LatentNormaliser(z)
+            self.from_latent = nn.Sequential(
+                nn.Linear(z, 2 * decoder.width), nn.GELU(), nn.Linear(2 * decoder.width, decoder.width)
+            )
+        self.write = nn.Embedding(VOCABULARY, decoder.width)
+        # One position more than a chunk's bytes: the event that ends it.
+        self.decoder = Griffin(decoder, window=self.chunking.max_bytes + 1)
+        self.outputs = nn.Linear(decoder.width, OUTPUTS)
+        for embedding in (m for m in self.modules() if isinstance(m, nn.Embedding)):
+            nn.init.normal_(embedding.weight, std=0.5)
+        nn.init.normal_(self.outputs.weight, std=0.5 * decoder.width**-0.5)
+        nn.init.zeros_(self.outputs.bias)
+
+    @classmethod
+    def from_settings(cls, autoencoder: AutoencoderConfig, chunking: ChunkingConfig) -> Autoencoder:
+        """Build from config sections."""
+        return cls(asdict(autoencoder), asdict(chunking))
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute the stacks' activations in the backward pass: less memory, more time."""
+        for module in self.modules():
+            if isinstance(module, Griffin):
+                module.gradient_checkpointing = True
+
+    def encoder_state(self, batch: int, device: torch.device | None = None) -> EncoderState:
+        """State before the first byte."""
+        width = self.settings.encoder.width
+        return EncoderState(
+            self.encoder.initial_state(batch, device), torch.zeros(batch, width, device=device)
+        )
+
+    def decoder_state(self, batch: int, device: torch.device | None = None) -> DecoderState:
+        """State before the first symbol."""
+        symbol = torch.full((batch,), START, device=device)
+        return DecoderState(self.decoder.initial_state(batch, device), symbol)
+
+    def encode(
+        self,
+        text: Tensor,
+        length: Tensor,
+        doc_start: Tensor,
+        chunk_start: Tensor,
+        state: EncoderState,
+        chunks: int | None = None,
+    ) -> tuple[Encoding, EncoderState]:
+        """mu of each chunk: the mean of its bytes' features, projected and standardised.
+
+        text (b t) bytes, a whole number of chunks; length (b); doc_start, chunk_start (b t) bool;
+        chunks: pad to so many per row (the most in any row when None).
+        """
+        b, t = text.shape
+        if doc_start.shape != (b, t) or chunk_start.shape != (b, t):
+            raise ValueError(f"doc_start and chunk_start must be (b t) = {(b, t)} like the text")
+        y, griffin = self.encoder(self.read(text), state.griffin, doc_start, chunk_start, length)
+        where = segments(chunk_start, length)
+        n = int(where.count.max()) if chunks is None and b else (chunks or 0)
+        raw = self.to_latent(pool_by_chunk(y, where, n))  # (b n z)
+        mask = torch.arange(n, device=text.device) < where.count[:, None]
+        if self.training:
+            self.normaliser.observe(raw[mask])
+        # The byte before chunk c: shift by one, then pick the positions where chunks start.
+        shifted = torch.cat([state.feature[:, None], y[:, :-1]], dim=1) * ~doc_start[..., None]
+        order = (~chunk_start).to(torch.int8).argsort(dim=1, stable=True)[:, :n]
+        before = shifted.gather(1, order[..., None].expand(-1, -1, y.shape[2]))
+        last = y.gather(1, (length - 1).clamp(min=0)[:, None, None].expand(-1, -1, y.shape[2]))[:, 0]
+        feature = torch.where((length > 0)[:, None], last, state.feature)
+        encoding = Encoding(
+            latents=self.normaliser(raw) * mask[..., None],
+            mask=mask,
+            doc_start=doc_start.gather(1, order) & mask,
+            before=before * mask[..., None],
+        )
+        return encoding, EncoderState(griffin, feature)
+
+    def events(
+        self,
+        text: Tensor,
+        length: Tensor,
+        doc_start: Tensor,
+        doc_end: Tensor,
+        chunk_start: Tensor,
+        state: DecoderState,
+    ) -> Events:
+        """What the decoder has to write for a window (see `decoder_events`)."""
+        if self.latent_dim:
+            # A chunk ends where the next one starts, and the window holds whole chunks.
+            ends = torch.cat([chunk_start[:, 1:], chunk_start.new_zeros(text.shape[0], 1)], dim=1)
+            ends |= torch.arange(text.shape[1], device=text.device) == length[:, None] - 1
+            unit_start, unit_end = chunk_start, ends
+        else:
+            unit_start, unit_end = doc_start, doc_end
+        return decoder_events(
+            text, length, unit_start, unit_end, doc_start, doc_end, chunk_start, state.symbol
+        )
+
+    def decode(
+        self,
+        symbol: Tensor,
+        latent: Tensor | None,
+        chunk: Tensor,
+        doc_start: Tensor,
+        chunk_start: Tensor,
+        griffin: GriffinState,
+        length: Tensor | None = None,
+    ) -> tuple[Tensor, GriffinState]:
+        """Logits of the next symbol at every event, a page or a single one.
+
+        symbol, chunk, doc_start, chunk_start: (b t'); latent: (b n z) z_0 of each chunk.
+        Returns (b t' 258).
+        """
+        x = self.write(symbol)
+        if latent is not None:
+            told = self.from_latent(latent)  # (b n d)
+            x = x + told.gather(1, chunk[..., None].expand(-1, -1, told.shape[2]))
+        # A fresh decoder knows nothing but the latent: the state is reset at every chunk.
+        reset = doc_start if self.settings.carry_state or not self.latent_dim else chunk_start
+        y, griffin = self.decoder(x, griffin, reset, chunk_start, length)
+        return self.outputs(y), griffin
+
+    def hide_bytes(self, symbol: Tensor, hidden: Tensor) -> Tensor:
+        """Byte dropout: replace inputs where hidden (b t'), except the start of a unit."""
+        return torch.where(hidden & (symbol != START), HIDDEN, symbol)
+
+
+def symbol_nats(logits: Tensor, events: Events) -> Tensor:
+    """-log p of each event's target in nats, 0 where padded. (b t' 258) -> (b t')."""
+    nats = F.cross_entropy(logits.float().flatten(0, 1), events.target.flatten(), reduction="none")
+    return nats.view_as(events.target) * events.mask
+
+
+def sum_by_chunk(values: Tensor, events: Events, chunks: int) -> Tensor:
+    """Sum over the events of each chunk. (b t') -> (b n)."""
+    return values.new_zeros(values.shape[0], chunks).scatter_add(1, events.chunk, values)
+
+
+def _as_tuple(griffin: dict) -> dict:
+    """JSON knows no tuples."""
+    return {**griffin, "blocks": tuple(griffin["blocks"])}

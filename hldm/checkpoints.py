@@ -1,0 +1,408 @@
+"""Checkpoints that survive a kill, a full disk and a flipped bit; loading one never runs code.
+
+A checkpoint is a folder of safetensors files and one state.json, vouched for by MANIFEST.json (size and
+sha256 of each, written last). It is built under a temporary name on the same filesystem, synced to disk
+and renamed into place; only then are older ones deleted. So whatever stands under the name
+`checkpoints/step-000000500` is either whole or found out. Knows no model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from safetensors import SafetensorError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SCHEMA = 1  # of state.json and MANIFEST.json; a reader refuses any other
+MANIFEST = "MANIFEST.json"
+STATE = "state.json"
+MAX_RECORD_BYTES = 100_000_000  # a state.json is small; the same cap as safetensors' own header
+STEM = re.compile(r"[A-Za-z0-9_-]{1,64}")
+LEFTOVER = re.compile(r"\.(?:tmp|del)-step-[0-9]+-([0-9]+)")  # ends with the process that made it
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read or written; the message names the file and the reason."""
+
+
+class Checkpoint(NamedTuple):
+    """What was saved: `tensors` by file stem, then by name; `state` as it was given."""
+
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+    path: Path
+
+
+def checkpoints_in(folder: Path) -> dict[int, Path]:
+    """The checkpoints of a run by step, oldest first, valid or not; what is named otherwise is not ours."""
+    home = Path(folder) / "checkpoints"
+    found = {
+        _step_of(path): path for path in (home.glob("step-*") if home.is_dir() else ()) if _is_folder(path)
+    }
+    return {step: found[step] for step in sorted(step for step in found if step is not None)}
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: dict[str, Any],
+    keep: int,
+    say: Callable[[str], None] = warnings.warn,
+) -> Path:
+    """Write `folder/checkpoints/step-<step>`, then delete all but the `keep` newest up to this step.
+
+    tensors: file stem -> name -> tensor, e.g. {"model": {...}, "ema": {...}}; any strides, any device
+    state:   whatever JSON gives back unchanged: string keys, lists rather than tuples, finite floats
+    A valid checkpoint of this step is kept as it is; a damaged one is replaced. Checkpoints of later steps
+    are left alone (a run that fell back to an older one meets them again). A delete that fails is only said.
+    Returns the checkpoint's folder. Raises ValueError for arguments that cannot be stored, CheckpointError
+    when the disk refuses; earlier checkpoints are untouched then, and nothing temporary is left.
+    """
+    if step < 0 or keep < 1:
+        raise ValueError(f"a checkpoint needs step >= 0 and keep >= 1, got step {step} and keep {keep}")
+    for stem in tensors:
+        if not STEM.fullmatch(stem):
+            raise ValueError(f"a file stem holds 1 to 64 of [A-Za-z0-9_-], got {stem!r}")
+    record = _encode_state(step, state)
+
+    home = Path(folder) / "checkpoints"
+    target = home / f"step-{step:09d}"
+    temporary = home / f".tmp-step-{step}-{os.getpid()}"
+    try:
+        if not home.is_dir():
+            home.mkdir(parents=True)
+            _sync(home.parent)
+        _remove_leftovers(home, say)
+        damage = _damage_of(target)
+        if damage:
+            _write_files(temporary, tensors, record)
+            if _is_folder(target):
+                say(f"{damage}; replacing it by a new save of step {step}")
+                _discard(target, say)
+            os.rename(temporary, target)
+            _sync(home)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise CheckpointError(
+            f"{target} could not be saved: {reason} ({_free_bytes(home):,} bytes free); "
+            "earlier checkpoints are untouched"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # nothing there once it has been renamed
+
+    for path in [path for saved, path in checkpoints_in(folder).items() if saved <= step][:-keep]:
+        _discard(path, say)
+    return target
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint after every size and sha256 of its manifest has been found right.
+
+    The tensors are mapped from disk, on the CPU. Raises CheckpointError naming the file and the reason.
+    """
+    from safetensors.torch import load_file
+
+    path = Path(path)
+    files = _verify(path)
+    record = _read_record(path / STATE)
+    step, state = record.get("step"), record.get("state")
+    if type(step) is not int or not isinstance(state, dict):
+        raise CheckpointError(f"{path / STATE} is damaged: it lacks a step or a state")
+    if _step_of(path) not in (None, step):
+        raise CheckpointError(f"{path} was renamed: it holds step {step}")
+    tensors = {}
+    for name in files:
+        if name != STATE:
+            try:
+                tensors[name.removesuffix(".safetensors")] = load_file(path / name)
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{path / name} is damaged: {error}") from error
+    return Checkpoint(step, tensors, state, path)
+
+
+def newest_checkpoint(folder: Path, say: Callable[[str], None] = warnings.warn) -> Checkpoint | None:
+    """The newest valid checkpoint of a run; None when it never saved one.
+
+    Says each damaged one on the way. Raises CheckpointError when there are some and none is valid: a run
+    never starts again from zero without being asked to.
+    """
+    damages = []
+    for path in reversed(checkpoints_in(folder).values()):
+        try:
+            return load_checkpoint(path)
+        except CheckpointError as error:
+            damages.append(str(error))
+            say(f"{error}; falling back to the checkpoint before it")
+    if damages:
+        raise CheckpointError(
+            f"{folder} has no valid checkpoint left; choose another --name ({'; '.join(damages)})"
+        )
+    return None
+
+
+def flatten_optimizer(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], Any]:
+    """Split a torch optimizer's state into named tensors and JSON that says where each belongs.
+
+    Tuples and integer keys, which JSON has not, are written as {"tuple": [...]} and {"dict": [[key, value],
+    ...]}. Raises ValueError for a value that is neither a tensor, a container nor a JSON scalar.
+    """
+    import torch
+
+    tensors: dict[str, Tensor] = {}
+
+    def flatten(value: Any, name: str) -> Any:
+        if isinstance(value, torch.Tensor):
+            assert name not in tensors, f"two optimizer tensors are called {name}"
+            tensors[name] = value
+            return {"tensor": name}
+        if isinstance(value, Mapping):
+            return {"dict": [[key, flatten(child, f"{name}.{key}")] for key, child in value.items()]}
+        if isinstance(value, (list, tuple)):
+            children = [flatten(child, f"{name}.{i}") for i, child in enumerate(value)]
+            return {"tuple": children} if isinstance(value, tuple) else children
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        raise ValueError(f"{name} cannot be stored: a {type(value).__name__} is neither tensor nor JSON")
+
+    return tensors, flatten(state_dict, "optimizer")
+
+
+def unflatten_optimizer(tensors: Mapping[str, Tensor], layout: Any) -> dict[str, Any]:
+    """Undo `flatten_optimizer`; the result is ready for `load_state_dict`.
+
+    Raises CheckpointError when the layout and the tensors do not name the same set.
+    """
+    used = set()
+
+    def unflatten(value: Any) -> Any:
+        if isinstance(value, list):
+            return [unflatten(child) for child in value]
+        if not isinstance(value, dict):
+            return value
+        if "tensor" in value:
+            if value["tensor"] not in tensors:
+                raise CheckpointError(f"the optimizer's tensor {value['tensor']} is missing")
+            used.add(value["tensor"])
+            return tensors[value["tensor"]]
+        if "tuple" in value:
+            return tuple(unflatten(child) for child in value["tuple"])
+        return {key: unflatten(child) for key, child in value["dict"]}
+
+    state_dict = unflatten(layout)
+    if unused := sorted(set(tensors) - used):
+        raise CheckpointError(f"the optimizer's layout does not know the tensors {', '.join(unused[:3])}")
+    return state_dict
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file, in hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """The sha256 of names, dtypes, shapes and bytes: equal for equal weights, wherever and however stored."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode() + b"\n")
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def atomic_write(path: Path, data: bytes | str) -> None:
+    """Replace a file in one step: a reader, or a kill, sees the old content or the new, never half of one.
+
+    Raises OSError naming the file; the old content stands then.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        _write_synced(temporary, data.encode() if isinstance(data, str) else data)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_files(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], record: bytes) -> None:
+    """Everything of a checkpoint, the manifest last, synced to disk."""
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    for stem, named_tensors in tensors.items():
+        file = folder / f"{stem}.safetensors"
+        save_file(_storable(named_tensors), file)
+        _sync(file)
+    _write_synced(folder / STATE, record)
+    files = {f.name: {"bytes": f.stat().st_size, "sha256": sha256_of(f)} for f in sorted(folder.iterdir())}
+    _write_synced(folder / MANIFEST, _encode({"schema": SCHEMA, "files": files}))
+    _sync(folder)
+
+
+def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, contiguous, each with memory of its own: safetensors refuses anything else."""
+    storable: dict[str, Tensor] = {}
+    seen = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        memory = tensor.untyped_storage().data_ptr()
+        storable[name] = tensor.clone() if memory in seen else tensor
+        seen.add(memory)
+    return storable
+
+
+def _verify(path: Path) -> list[str]:
+    """Check every file of a checkpoint against its manifest and return their names."""
+    if not os.path.isfile(path / MANIFEST):
+        raise CheckpointError(f"{path} is not a finished checkpoint: {MANIFEST} is missing")
+    files = _read_record(path / MANIFEST).get("files")
+    if not isinstance(files, dict) or STATE not in files:
+        raise CheckpointError(f"{path / MANIFEST} is damaged: it does not list {STATE}")
+    for name, entry in files.items():
+        stem, _, kind = name.partition(".")
+        is_ours = name == STATE or (STEM.fullmatch(stem) and kind == "safetensors")
+        if not (is_ours and isinstance(entry, dict)):
+            raise CheckpointError(f"{path / MANIFEST} is damaged: it lists {name!r}")
+        file = path / name
+        try:
+            if not file.is_file():  # a FIFO would be read for ever
+                raise CheckpointError(f"{file} is missing")
+            size, expected_size = file.stat().st_size, entry.get("bytes")
+            if size != expected_size:
+                raise CheckpointError(f"{file} is damaged: {size} bytes instead of {expected_size}")
+            if sha256_of(file) != entry.get("sha256"):
+                raise CheckpointError(f"{file} is damaged: its sha256 is not the manifest's")
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+    return list(files)
+
+
+def _damage_of(path: Path) -> str:
+    """Why a checkpoint cannot be used; empty when it is valid."""
+    try:
+        _verify(path)
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    """One of our JSON files, whose every byte must be as we write it."""
+    try:
+        if path.stat().st_size > MAX_RECORD_BYTES:
+            raise CheckpointError(f"{path} is damaged: longer than {MAX_RECORD_BYTES:,} bytes")
+        data = path.read_bytes()
+        record = json.loads(data)
+        is_ours = isinstance(record, dict) and "schema" in record and _encode(record) == data
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged: not JSON of ours") from error
+    if not is_ours:
+        raise CheckpointError(f"{path} is damaged: not as it was written")
+    if record["schema"] != SCHEMA:
+        raise CheckpointError(
+            f"{path} has schema {record['schema']}, not the {SCHEMA} that is read here; use the hldm that wrote it"
+        )
+    return record
+
+
+def _encode(record: dict[str, Any]) -> bytes:
+    return (json.dumps(record, indent=1, allow_nan=False) + "\n").encode()
+
+
+def _encode_state(step: int, state: dict[str, Any]) -> bytes:
+    try:
+        record = _encode({"schema": SCHEMA, "step": step, "state": state})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the state of step {step} must be JSON: {error}") from error
+    if json.loads(record)["state"] != state:
+        raise ValueError(f"the state of step {step} would change in JSON: use string keys, no tuples")
+    return record
+
+
+def _discard(path: Path, say: Callable[[str], None]) -> None:
+    """Delete a checkpoint: out of sight by one rename first, so that a kill leaves no half of it."""
+    doomed = path.with_name(f".del-{path.name}-{os.getpid()}")
+    try:
+        os.rename(path, doomed)
+        shutil.rmtree(doomed)
+    except OSError as error:
+        say(f"{path} could not be deleted: {error.strerror}")
+
+
+def _remove_leftovers(home: Path, say: Callable[[str], None]) -> None:
+    """Delete what killed processes left half written or half deleted; a living one's is left to it."""
+    for path in home.glob(".*"):
+        match = LEFTOVER.fullmatch(path.name)
+        if match and _is_folder(path) and not _runs_elsewhere(int(match[1])):
+            try:
+                shutil.rmtree(path)
+            except OSError as error:
+                say(f"{path} could not be deleted: {error.strerror}")
+
+
+def _runs_elsewhere(process: int) -> bool:
+    """Whether another process of this number is alive."""
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _step_of(path: Path) -> int | None:
+    """500 for `step-000000500`, None for any other name."""
+    digits = path.name.removeprefix("step-")
+    is_ours = re.fullmatch(r"[0-9]{9,18}", digits) and path.name == f"step-{int(digits):09d}"
+    return int(digits) if is_ours else None
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _free_bytes(path: Path) -> int:
+    return shutil.disk_usage(next(p for p in (path, *path.absolute().parents) if p.is_dir())).free
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(path: Path) -> None:
+    """Have a file, or a folder's list of names, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

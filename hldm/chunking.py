@@ -1,0 +1,200 @@
+r"""Where chunks begin. Every strategy returns the same currency: a boolean per byte, true at a chunk's first.
+
+All strategies are causal: whether a chunk starts at byte t depends on bytes <= t, so text chunked as it is
+written gets the chunks it had in training. A strategy names its borders, the places where a chunk would like
+to start; `Chunker.chunk_start` takes the first one at which the open chunk holds `min_bytes`, and where none
+comes in time starts a new chunk with the first character that would make it longer than `max_bytes`. A
+character is never split, unless it alone is longer than `max_bytes`.
+
+A new strategy is a class with `borders(text)`. `needs` says what it looks at: "text", as all of these do, is
+known before any model runs, so the data can be laid out by it. A strategy that needs "states" (the similarity
+of neighbouring encoder states, H-Net, arXiv 2507.07955; the entropy of a byte model, BLT, arXiv 2412.09871)
+would take them as a second argument, keep this currency, and be called by the model in place of the data.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hldm.config import ChunkingConfig
+
+_IS_SPACE = np.zeros(256, bool)
+_IS_SPACE[list(b" \t\n\v\f\r")] = True
+
+_CHARACTER_BYTES = bytearray(b"\x01" * 256)  # length of a UTF-8 character by its first byte (RFC 3629)
+_CHARACTER_BYTES[0xC2:0xE0] = b"\x02" * 30
+_CHARACTER_BYTES[0xE0:0xF0] = b"\x03" * 16
+_CHARACTER_BYTES[0xF0:0xF5] = b"\x04" * 5
+
+
+class Chunker:
+    """Cuts documents into chunks of min_bytes..max_bytes at the borders of a strategy.
+
+    Only the last chunk of a document may be shorter than min_bytes, and one that ends early because
+    the next character would not fit (by at most 3 bytes).
+    """
+
+    needs: Literal["text", "states"] = "text"
+
+    def __init__(self, min_bytes: int, max_bytes: int) -> None:
+        self.min_bytes = min_bytes
+        self.max_bytes = max_bytes
+
+    def borders(self, text: bytes) -> np.ndarray:
+        """(t,) bool: where a chunk would like to start; entry t depends on text[: t + 1] only."""
+        raise NotImplementedError
+
+    def chunk_start(self, text: bytes | np.ndarray) -> np.ndarray:
+        """(t,) bool: the first byte of every chunk of one document."""
+        assert isinstance(text, bytes) or text.dtype == np.uint8
+        text = bytes(text)
+        border = self.borders(text).tobytes()  # bytes, for their fast find
+        is_ascii = text.isascii()
+        is_start = bytearray(len(text))
+        start = 0
+        while start < len(text):
+            is_start[start] = True
+            limit = start + self.max_bytes
+            cut = border.find(1, start + self.min_bytes, limit + 1)
+            if cut < 0:
+                cut = limit
+            if not is_ascii:  # the first character that would not fit whole
+                for position in range(max(start + 1, limit - 3), min(cut, len(text))):
+                    if position + _CHARACTER_BYTES[text[position]] > limit:
+                        cut = position
+                        break
+            start = cut
+        return np.frombuffer(is_start, bool)
+
+
+class FixedChunker(Chunker):
+    """Chunks of max_bytes, whatever they hold."""
+
+    def borders(self, text: bytes) -> np.ndarray:
+        return np.zeros(len(text), bool)
+
+
+class WordsChunker(Chunker):
+    """Borders at the first byte of every run of white space: a word carries the space before it, as in GPT-2."""
+
+    def borders(self, text: bytes) -> np.ndarray:
+        is_space = _IS_SPACE[np.frombuffer(text, np.uint8)]
+        is_border = is_space.copy()
+        is_border[1:] &= ~is_space[:-1]
+        return is_border
+
+
+_CJK_MARK = re.compile(rb"\xe3\x80\x82|\xef\xbc[\x81\x9f]")  # 。 ！ ？
+# Marks . ! ? … 。 ！ ？, then closing quotes and brackets " ' ) ] } ” ’ » 」 』 】 ）
+_SENTENCE_END = re.compile(
+    rb"((?:[.!?]|\xe2\x80\xa6|\xe3\x80\x82|\xef\xbc[\x81\x9f])+)"
+    rb"(?:[\"')\]}]|\xe2\x80[\x9d\x99]|\xc2\xbb|\xe3\x80[\x8d\x8f\x91]|\xef\xbc\x89)*"
+)
+_ELLIPSIS = b".\xe2\x80\xa6"  # the bytes of . and …
+_LAST_WORD = re.compile(rb"[A-Za-z.]+$")
+_ABBREVIATIONS = frozenset(
+    b"mr mrs ms dr prof st jr sr rev gen col capt lt sgt vs etc cf e.g i.e a.m p.m u.s no vol ch fig pp".split()
+)
+
+
+class SentenceChunker(Chunker):
+    """Borders at the white space after . ! ? and closing quotes, and right after the marks of CJK, 。 ！ ？
+
+    Not after a known abbreviation or an initial ("Mr. J. Smith"), and not after an ellipsis, which a sentence
+    may go on from. What closes a quote after 。 opens the next chunk: at its first byte it could be any character.
+    """
+
+    def borders(self, text: bytes) -> np.ndarray:
+        is_border = np.zeros(len(text) + 1, bool)
+        is_border[[mark.end() for mark in _CJK_MARK.finditer(text)]] = True
+        for end in _SENTENCE_END.finditer(text):
+            at = end.end()
+            if at < len(text) and _IS_SPACE[text[at]] and not self._goes_on(text, end):
+                is_border[at] = True
+        return is_border[:-1]
+
+    @staticmethod
+    def _goes_on(text: bytes, end: re.Match[bytes]) -> bool:
+        """Whether the sentence may go on after this mark."""
+        if end[1] != b".":
+            return not end[1].strip(_ELLIPSIS)
+        word = _LAST_WORD.search(text, max(0, end.start() - 12), end.start())  # 12: no abbreviation is longer
+        return word is not None and (
+            word[0].lower() in _ABBREVIATIONS or (len(word[0]) == 1 and word[0].isupper())
+        )
+
+
+class ParagraphChunker(Chunker):
+    """Borders at the first byte after a blank line, and the newlines that follow it."""
+
+    _BLANK_LINE = re.compile(rb"\n[ \t\r]*\n[\r\n]*")
+
+    def borders(self, text: bytes) -> np.ndarray:
+        is_border = np.zeros(len(text) + 1, bool)
+        is_border[[gap.end() for gap in self._BLANK_LINE.finditer(text)]] = True
+        return is_border[:-1]
+
+
+_CHUNKERS = {
+    "fixed": FixedChunker,
+    "words": WordsChunker,
+    "sentence": SentenceChunker,
+    "paragraph": ParagraphChunker,
+}
+
+
+def make_chunker(config: ChunkingConfig) -> Chunker:
+    """The strategy that the section `chunking` names."""
+    return _CHUNKERS[config.strategy](config.min_bytes, config.max_bytes)
+
+
+class Segments(NamedTuple):
+    """Which chunk of its row every byte belongs to."""
+
+    chunk_id: Tensor  # (b t) int64, 0..count-1; -1 where padded
+    count: Tensor  # (b,) int64, chunks of each row
+
+
+def segments(chunk_start: Tensor, length: Tensor) -> Segments:
+    """Number the chunks of each row from 0.
+
+    chunk_start: (b t) bool, true at the first byte of every chunk;  length: (b,) valid bytes of each row
+    Raises ValueError when the shapes do not agree.
+    """
+    if chunk_start.ndim != 2 or length.shape != chunk_start.shape[:1]:
+        raise ValueError(
+            f"chunk_start is (b t) and length (b,), got {tuple(chunk_start.shape)} and {tuple(length.shape)}"
+        )
+    position = torch.arange(chunk_start.shape[1], device=chunk_start.device)
+    is_valid = position < length[:, None]
+    chunk_id = (chunk_start & is_valid).cumsum(dim=1) - 1
+    count = (chunk_start & is_valid).sum(dim=1)
+    return Segments(chunk_id.masked_fill(~is_valid, -1), count)
+
+
+def pool_by_chunk(x: Tensor, segments: Segments, chunks: int | None = None) -> Tensor:
+    """Mean of x over the bytes of each chunk; zeros where a row has fewer chunks.
+
+    x: (b t d), summed in float32 at least;  chunks: n of the result, the largest count when None
+    Returns (b n d). Raises ValueError when x and segments differ in b or t.
+    """
+    if x.shape[:2] != segments.chunk_id.shape:
+        raise ValueError(
+            f"x (b t d) and chunk_id (b t) must share b and t, got {tuple(x.shape)} and "
+            f"{tuple(segments.chunk_id.shape)}"
+        )
+    b, _, d = x.shape
+    n = int(segments.count.max()) if chunks is None else chunks
+    # one row of sums for all, with a spare chunk at the end of each document for its padding
+    spare = segments.chunk_id.masked_fill(segments.chunk_id < 0, n)
+    index = (spare + (n + 1) * torch.arange(b, device=x.device)[:, None]).flatten()
+    values = x.flatten(0, 1).to(torch.promote_types(x.dtype, torch.float32))
+    total = values.new_zeros(b * (n + 1), d).index_add(0, index, values)
+    size = values.new_zeros(b * (n + 1)).index_add(0, index, values.new_ones(len(index)))
+    mean = total / size.clamp(min=1)[:, None]
+    return mean.view(b, n + 1, d)[:, :n].to(x.dtype)  # (b n d)

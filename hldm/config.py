@@ -1,0 +1,357 @@
+"""Every setting of hldm: frozen dataclasses, YAML files, `a.b=c` overrides.
+
+One section a module, named like the module. Defaults, then the YAML files in order, then the
+command line; an unknown key is an error that offers the nearest one. Knows no torch.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from hldm.strict_yaml import (
+    ConfigError,
+    Setting,
+    build_dataclass,
+    flatten_settings,
+    parse_override,
+    read_settings,
+)
+
+
+def _require(fact: bool, message: str) -> None:
+    if not fact:
+        raise ConfigError(message)
+
+
+def _require_positive(section: str, config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(math.isfinite(value) and value > 0, f"{section}.{name} must be positive, got {value}")
+
+
+def _require_share(section: str, config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(0 <= value < 1, f"{section}.{name} must lie in [0, 1), got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the text comes from and how it is laid out in lanes."""
+
+    path: str = ""  # file, folder or glob of .txt, .jsonl, .parquet, plain or .gz
+    dataset: str = ""  # Hugging Face dataset name; with neither, the built-in Bible in Basic English
+    subset: str = ""  # configuration name of the dataset
+    split: str = "train"  # which split of the dataset to read
+    field: str = "text"  # column of .jsonl, .parquet and datasets that holds the text
+    separator: str = ""  # splits a plain text file into documents; empty: a file is one document
+    stream: bool = False  # read the dataset over the network instead of downloading it first
+    max_bytes: int = 1_000_000_000  # stop reading after so much text
+    held_out: float = 0.03  # share of documents kept for validation, and again for test
+    lanes: int = 16  # texts read side by side: the global batch
+    window_bytes: int = 512  # bytes of each lane in one optimizer step
+
+    def __post_init__(self) -> None:
+        _require_positive("data", self, "max_bytes", "lanes", "window_bytes")
+        _require(0 < self.held_out < 0.5, f"data.held_out must lie in (0, 0.5), got {self.held_out}")
+        _require(not (self.path and self.dataset), "data.path and data.dataset exclude each other: set one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkingConfig:
+    """Which stretches of text share one latent."""
+
+    strategy: Literal["fixed", "words", "sentence", "paragraph"] = "words"
+    min_bytes: int = 4  # a chunk ends at a border only once it holds so many bytes
+    max_bytes: int = 12  # no chunk is longer
+
+    def __post_init__(self) -> None:
+        _require_positive("chunking", self, "min_bytes", "max_bytes")
+        _require(
+            self.min_bytes <= self.max_bytes,
+            "chunking.min_bytes must not exceed chunking.max_bytes, "
+            f"got {self.min_bytes} and {self.max_bytes}",
+        )
+        _require(self.max_bytes <= 65_536, f"chunking.max_bytes must be at most 65536, got {self.max_bytes}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GriffinConfig:
+    """A stack of residual blocks (Griffin, arXiv 2402.19427); the pattern is data."""
+
+    width: int = 128  # d, residual stream
+    blocks: tuple[str, ...] = ("recurrent", "recurrent", "attention")
+    heads: int = 4  # attention heads, and diagonal blocks of the RG-LRU gates
+    mlp_ratio: float = 2.0  # hidden width of the gated MLP over d
+    conv_width: int = 4  # taps of the causal convolution
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require_positive("griffin", self, "width", "heads", "mlp_ratio", "conv_width")
+        _require_share("griffin", self, "dropout")
+        _require(len(self.blocks) > 0, "griffin.blocks must name at least one block")
+        for block in self.blocks:
+            _require(
+                block in ("recurrent", "attention"),
+                f"griffin.blocks holds 'recurrent' or 'attention', got {block!r}",
+            )
+        _require(
+            self.width % self.heads == 0,
+            f"griffin.width must be divisible by griffin.heads, got {self.width} and {self.heads}",
+        )
+        _require(
+            (self.width // self.heads) % 4 == 0,
+            f"griffin.width / griffin.heads must be a multiple of 4 (half of it is rotated in pairs), "
+            f"got {self.width} / {self.heads}",
+        )
+        _require(self.width <= 65_536, f"griffin.width must be at most 65536, got {self.width}")
+        _require(len(self.blocks) <= 512, f"griffin.blocks: at most 512, got {len(self.blocks)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderConfig:
+    """Bytes to one latent a chunk and back."""
+
+    latent_dim: int = 16  # z; 0 is the twin: a plain autoregressive Griffin without latents
+    encoder: GriffinConfig = field(default_factory=GriffinConfig)
+    decoder: GriffinConfig = field(default_factory=GriffinConfig)
+    carry_state: bool = False  # decoder: keep the recurrent state from chunk to chunk, or start fresh
+    byte_dropout: float = 0.0  # share of the decoder's input bytes hidden in training
+    latent_dropout: float = 0.0  # share of latents zeroed before the decoder in training
+    rate: Literal["none", "gaussian", "diffusion"] = "diffusion"  # what the latents pay in stage one
+    rate_weight: float = 0.3  # weight of that payment against reconstruction
+
+    def __post_init__(self) -> None:
+        _require(
+            0 <= self.latent_dim <= 4096,
+            f"autoencoder.latent_dim must lie in 0..4096, got {self.latent_dim}",
+        )
+        _require_share("autoencoder", self, "byte_dropout", "latent_dropout")
+        _require(
+            self.rate_weight >= 0, f"autoencoder.rate_weight must not be negative, got {self.rate_weight}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class HierarchyConfig:
+    """The pyramid of mean-pooled latents a chunk sees as its context."""
+
+    levels: int = 3  # summaries of r, r^2, ... chunks; 0: latents only
+    ratio: int = 8  # r, how many entries of one level a summary of the next stands for
+    window: int = 16  # entries of each level seen in full, at least
+
+    def __post_init__(self) -> None:
+        _require_positive("hierarchy", self, "window")
+        _require(0 <= self.levels <= 12, f"hierarchy.levels must lie in 0..12, got {self.levels}")
+        _require(2 <= self.ratio <= 64, f"hierarchy.ratio must lie in 2..64, got {self.ratio}")
+        _require(self.window <= 4096, f"hierarchy.window must be at most 4096, got {self.window}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionConfig:
+    """Forward process of the prior: VDM's gamma = -log SNR, from gamma_0 to gamma_1."""
+
+    gamma_0: float = -2.0  # least noise: the latent the decoder reads (log SNR 2)
+    gamma_1: float = 5.0  # most noise (log SNR -5)
+    schedule: Literal["linear", "cosine", "learned"] = "learned"  # how gammas are drawn in between
+    target: Literal["x0", "v", "eps"] = "v"  # what the denoiser regresses
+
+    def __post_init__(self) -> None:
+        _require(
+            -20 <= self.gamma_0 < self.gamma_1 <= 20,
+            f"diffusion needs -20 <= gamma_0 < gamma_1 <= 20, got {self.gamma_0} and {self.gamma_1}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorConfig:
+    """Two towers: a causal contextualiser over latents, a denoiser of the next one."""
+
+    contextualiser: Literal["transformer", "griffin"] = "transformer"
+    width: int = 128  # d of the contextualiser
+    layers: int = 3
+    heads: int = 4
+    denoiser_width: int = 192
+    denoiser_layers: int = 3
+    draws: int = 4  # noise draws that share one context
+    self_conditioning: float = 0.0  # share of steps fed with their own first estimate
+    context_dropout: float = 0.1  # share of contexts hidden in training, for guidance
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            "prior", self, "width", "layers", "heads", "denoiser_width", "denoiser_layers", "draws"
+        )
+        _require_share("prior", self, "context_dropout", "dropout")
+        _require(
+            0 <= self.self_conditioning <= 1,
+            f"prior.self_conditioning must lie in [0, 1], got {self.self_conditioning}",
+        )
+        for name in ("width", "denoiser_width"):
+            value = getattr(self, name)
+            _require(
+                value % self.heads == 0,
+                f"prior.{name} must be divisible by prior.heads, got {value} and {self.heads}",
+            )
+            _require(value <= 65_536, f"prior.{name} must be at most 65536, got {value}")
+        for name in ("layers", "denoiser_layers", "draws"):
+            _require(getattr(self, name) <= 512, f"prior.{name}: at most 512, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """One stage's optimisation. Progress runs from 0 to 1 over `steps`, or `minutes` if sooner."""
+
+    steps: int = 1000
+    minutes: float = 0.0  # wall clock limit, schedule included; 0: none
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    learning_rate: float = 2e-3  # peak
+    weight_decay: float = 0.01
+    warmup: float = 0.05  # share of the progress spent warming up
+    final_learning_rate: float = 0.05  # at the end, as a share of the peak
+    clip_norm: float = 1.0
+    accumulation: int = 1  # micro-batches a step; the global batch stays data.lanes
+    ema_decay: float = 0.99  # 0: no averaged weights
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    gradient_checkpointing: bool = False
+    joint: float = 0.0  # stage two: last share of the progress that trains both stages together
+
+    def __post_init__(self) -> None:
+        _require_positive("training", self, "steps", "learning_rate", "clip_norm", "accumulation")
+        _require_share("training", self, "warmup", "ema_decay", "joint")
+        _require(self.minutes >= 0, f"training.minutes must not be negative, got {self.minutes}")
+        _require(
+            self.weight_decay >= 0, f"training.weight_decay must not be negative, got {self.weight_decay}"
+        )
+        _require(
+            0 <= self.final_learning_rate <= 1,
+            f"training.final_learning_rate is a share of the peak in [0, 1], got {self.final_learning_rate}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagesConfig:
+    """Training of the two stages."""
+
+    autoencoder: TrainingConfig = field(default_factory=TrainingConfig)
+    prior: TrainingConfig = field(default_factory=TrainingConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When a run saves itself, and how many saves it keeps."""
+
+    every: int = 500  # optimizer steps
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        _require_positive("checkpoint", self, "every", "keep")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """What a run writes while it trains."""
+
+    every: int = 20  # optimizer steps between metrics
+    sample_every: int = 0  # optimizer steps between samples; 0: only at the end
+    trackers: tuple[str, ...] = ()  # accelerate's trackers, e.g. [tensorboard]
+
+    def __post_init__(self) -> None:
+        _require_positive("logging", self, "every")
+        _require(
+            self.sample_every >= 0, f"logging.sample_every must not be negative, got {self.sample_every}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """Defaults of generate.py and of the pipeline."""
+
+    steps: int = 16  # denoising steps a latent
+    scheduler: Literal["ancestral", "ddim", "dpm", "flow"] = "ancestral"
+    guidance: float = 1.0  # 1: none
+    temperature: float = 1.0  # scale of the latent's noise
+    decoder_temperature: float = 0.7  # 0: the likeliest byte
+    top_p: float = 1.0  # nucleus of the decoder's bytes
+
+    def __post_init__(self) -> None:
+        _require_positive("generation", self, "steps", "top_p")
+        _require(self.steps <= 10_000, f"generation.steps must be at most 10000, got {self.steps}")
+        _require(self.top_p <= 1, f"generation.top_p must be at most 1, got {self.top_p}")
+        for name in ("temperature", "decoder_temperature", "guidance"):
+            value = getattr(self, name)
+            _require(
+                math.isfinite(value) and value >= 0,
+                f"generation.{name} must not be negative, got {value}",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One file for both stages, so they cannot disagree about the latent."""
+
+    name: str = ""  # folder below runs/; empty: the config file's name
+    seed: int = 0
+    data: DataConfig = field(default_factory=DataConfig)
+    chunking: ChunkingConfig = field(default_factory=ChunkingConfig)
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    hierarchy: HierarchyConfig = field(default_factory=HierarchyConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    prior: PriorConfig = field(default_factory=PriorConfig)
+    training: StagesConfig = field(default_factory=StagesConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.seed < 2**63, f"seed must lie in 0..2^63-1, got {self.seed}")
+        _require(
+            re.fullmatch(r"([A-Za-z0-9_-][A-Za-z0-9._-]{0,63})?", self.name) is not None,
+            f"name must be a folder name of at most 64 letters, digits and ._- , got {self.name!r}",
+        )
+
+    @property
+    def is_twin(self) -> bool:
+        """Whether this is the plain autoregressive model, without latents."""
+        return self.autoencoder.latent_dim == 0
+
+
+def load_config(paths: Sequence[str | Path] | str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Defaults, then the YAML files in order, then the command line's `a.b=c`; later wins.
+
+    A file may open with `base: other.yaml` (relative to it) and say only what differs. A config without
+    a name takes the last file's. ConfigError, one line, for anything that is not a known key with a value of
+    its type and range.
+    """
+    files = [paths] if isinstance(paths, str | Path) else list(paths)
+    settings: dict[str, Setting] = {}
+    for path in files:
+        settings |= read_settings(Path(path))
+    for override in overrides:
+        settings |= parse_override(override)
+    config = build_dataclass(Config, settings)
+    return replace(config, name=Path(files[-1]).stem) if files and not config.name else config
+
+
+def config_from_dict(settings: Mapping[str, Any]) -> Config:
+    """The config of a nested dict, as strict as a file; the inverse of `to_dict`."""
+    return build_dataclass(Config, flatten_settings(settings))
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain nested dict, lists for tuples: fit for JSON and YAML."""
+    return asdict(
+        config, dict_factory=lambda pairs: {k: list(v) if isinstance(v, tuple) else v for k, v in pairs}
+    )
+
+
+def to_yaml(config: Config) -> str:
+    """YAML text that `load_config` reads back to the same config."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)

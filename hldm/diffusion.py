@@ -1,0 +1,292 @@
+"""The diffusion of one latent: noise schedule, targets, the bound's two latent terms, samplers.
+
+Everything is written in gamma = -log SNR (VDM, arXiv 2107.00630): alpha^2 = sigmoid(-gamma) and
+sigma^2 = sigmoid(gamma), so alpha^2 + sigma^2 = 1, from gamma_0 (the noisy latent the decoder reads) to
+gamma_1 (nearly pure noise). Knows no network: a denoiser is a function (z, gamma) -> estimate of x0.
+The samplers are diffusers' (DDIM 2010.02502, SDE-DPM-Solver++ 2211.01095, flow matching 2210.02747).
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor, nn
+
+from hldm.config import ConfigError, DiffusionConfig
+
+Target = Literal["x0", "v", "eps"]
+SchedulerName = Literal["ancestral", "ddim", "dpm", "flow"]
+Scheduler = DDIMScheduler | DPMSolverMultistepScheduler | FlowMatchEulerDiscreteScheduler
+
+BINS = 64  # a tenth of a nat of log SNR each over the default range: finer than any integrand bends
+UNIFORM_SHARE = 0.1  # no weight 1/p exceeds 10x the uniform one; raises E[(f/p)^2] by 1/0.9 at most
+MEMORY = 0.99  # of one `observe`: some 100 steps, thousands of values a bin, yet short against any run
+
+
+def alpha_sigma(gamma: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale of signal and of noise: sqrt(sigmoid(-gamma)), sqrt(sigmoid(gamma))."""
+    return torch.sigmoid(-gamma).sqrt(), torch.sigmoid(gamma).sqrt()
+
+
+def diffuse(x0: Tensor, gamma: Tensor, noise: Tensor) -> Tensor:
+    """z_gamma = alpha x0 + sigma noise. x0, noise: (... z); gamma: (...)."""
+    alpha, sigma = alpha_sigma(gamma.unsqueeze(-1))
+    return alpha * x0 + sigma * noise
+
+
+def noise_from(x0: Tensor, z: Tensor, gamma: Tensor) -> Tensor:
+    """The noise that leads from x0 to z: (z - alpha x0) / sigma. x0, z: (... z); gamma: (...)."""
+    alpha, sigma = alpha_sigma(gamma.unsqueeze(-1))
+    return (z - alpha * x0) / sigma
+
+
+def target_from(x0: Tensor, noise: Tensor, gamma: Tensor, target: Target) -> Tensor:
+    """What the denoiser regresses: x0, the noise, or v = alpha noise - sigma x0 (arXiv 2202.00512)."""
+    alpha, sigma = alpha_sigma(gamma.unsqueeze(-1))
+    return {"x0": x0, "eps": noise, "v": alpha * noise - sigma * x0}[target]
+
+
+def x0_from(prediction: Tensor, z: Tensor, gamma: Tensor, target: Target) -> Tensor:
+    """The estimate of x0 a prediction stands for. prediction, z: (... z); gamma: (...), float32 at least.
+
+    An error in eps counts exp(gamma / 2) times in x0, so keep to v or x0 where gamma_1 is large; the
+    bound multiplies the square by exp(-gamma) and stays 1/2 ||eps - eps_hat||^2.
+    """
+    alpha, sigma = alpha_sigma(gamma.unsqueeze(-1))
+    if target == "x0":
+        return prediction
+    if target == "v":
+        return alpha * z - sigma * prediction
+    return (z - sigma * prediction) / alpha
+
+
+def bound_integrand(x0: Tensor, x0_hat: Tensor, gamma: Tensor) -> Tensor:
+    """f(gamma) = 1/2 e^-gamma ||x0 - x0_hat||^2 in nats a latent (VDM, section 5.1).
+
+    x0, x0_hat: (... z); gamma and result: (...). The latent term of the bound is the integral of f over
+    [gamma_0, gamma_1] = E_u[f(gamma(u)) / density(gamma(u))] under any schedule.
+    """
+    return 0.5 * torch.exp(-gamma) * (x0 - x0_hat).to(gamma.dtype).square().sum(-1)
+
+
+def end_term(mu: Tensor, gamma_1: float) -> Tensor:
+    """KL(N(alpha_1 mu, sigma_1^2 I) || N(0, I)) in nats a latent: (... z) -> (...)."""
+    alpha_square = 1 / (1 + math.exp(gamma_1))
+    minus_log_sigma_square = math.log1p(math.exp(-gamma_1))
+    return 0.5 * (alpha_square * (mu.square() - 1) + minus_log_sigma_square).sum(-1)
+
+
+def stratified(draws: int, offsets: Tensor) -> Tensor:
+    """(i + offset) / draws for i = 0..draws-1: evenly spread, each uniform (VDM, section 5.3).
+
+    offsets: (...) in [0, 1), one a latent. Returns (... draws).
+    """
+    return (torch.arange(draws, device=offsets.device) + offsets.unsqueeze(-1)) / draws
+
+
+class Schedule(nn.Module):
+    """How gammas are drawn from [gamma_0, gamma_1]: a density, constant in each of BINS equal bins.
+
+    The bound does not depend on the density p, the variance of its estimate f(gamma)/p(gamma) does:
+    E[(f/p)^2] = integral of E[f^2 | gamma] / p, least under the constraint integral p = 1 where
+    E[f^2 | gamma] / p^2 is constant: p = sqrt(E[f^2 | gamma]) up to scale. `learned` follows it in closed
+    form from the squares it has observed; VDM (section 5.3) descends its gradient instead.
+    `linear` is uniform in gamma, `cosine` the cosine schedule (arXiv 2102.09672) cut to the range.
+    """
+
+    cdf: Tensor  # (BINS + 1) share of the draws below each border of the bins, 0 ... 1
+    observed: Tensor  # (BINS 2) decayed sums of f^2 and of the number of values, `learned` only
+
+    def __init__(self, config: DiffusionConfig) -> None:
+        super().__init__()
+        self.gamma_0, self.gamma_1 = config.gamma_0, config.gamma_1
+        self.register_buffer("cdf", torch.linspace(0, 1, BINS + 1))
+        if config.schedule == "cosine":  # alpha = cos(pi t / 2), so t = 2/pi atan(exp(gamma / 2))
+            t = torch.atan(torch.exp(self._borders(torch.float64) / 2))
+            self.cdf.copy_((t - t[0]) / (t[-1] - t[0]))
+        self.learns = config.schedule == "learned"
+        if self.learns:
+            self.register_buffer("observed", torch.zeros(BINS, 2))
+
+    def gamma(self, u: Tensor) -> Tensor:
+        """The u-quantile of the density, increasing from gamma_0 at u = 0 to gamma_1 at u = 1; any shape."""
+        cdf, borders = self.cdf.to(u.dtype), self._borders(u.dtype)
+        k = torch.searchsorted(cdf[1:-1].contiguous(), u.contiguous(), right=True)
+        # lerp, because it returns its ends exactly
+        return torch.lerp(borders[k], borders[k + 1], (u - cdf[k]) / (cdf[k + 1] - cdf[k]))
+
+    def density(self, gamma: Tensor) -> Tensor:
+        """p(gamma) of gamma(u) with u uniform, so d gamma / d u = 1 / p. gamma of any shape, in the range."""
+        return self.cdf.to(gamma.dtype).diff()[self._bin(gamma)] * (BINS / (self.gamma_1 - self.gamma_0))
+
+    @torch.no_grad()
+    def observe(self, gamma: Tensor, squared_error: Tensor) -> None:
+        """Let a learned schedule follow what the denoiser finds hard; nothing changes in a fixed one.
+
+        gamma, squared_error = ||x0 - x0_hat||^2: the same shape, one entry a draw, padding left out. Every
+        process must call it equally often: sums are joined over them, and the result is the same to the
+        bit however the rows are split.
+        """
+        if gamma.shape != squared_error.shape:
+            raise ValueError(
+                f"gamma and squared_error must share a shape, got {tuple(gamma.shape)} and "
+                f"{tuple(squared_error.shape)}"
+            )
+        if not self.learns:
+            return
+        # float64 holds sums of 8-bit mantissas exactly, so their order, and who adds which, cannot matter
+        wide = torch.float32 if gamma.device.type == "mps" else torch.float64  # MPS has no float64
+        square = (0.5 * torch.exp(-gamma) * squared_error).square().to(torch.bfloat16).to(wide).flatten()
+        is_finite = square.isfinite()  # an overflow under fp16, whose step is skipped, must not stay for good
+        entries = torch.stack([square.where(is_finite, 0), is_finite.to(wide)], dim=-1)
+        sums = torch.zeros(BINS, 2, dtype=wide, device=gamma.device)
+        sums.index_add_(0, self._bin(gamma).flatten(), entries)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(sums)
+        self.observed.mul_(MEMORY).add_(sums)
+        self.cdf.copy_(self._best_cdf())
+
+    def _best_cdf(self) -> Tensor:
+        """Borders of the density proportional to the root mean square of f in each bin, partly uniform."""
+        total, count = self.observed.unbind(-1)
+        is_seen = count > 0
+        root_mean_square = (total / count).sqrt().where(is_seen, 0)
+        typical = root_mean_square.sum() / is_seen.sum().clamp(min=1)
+        root_mean_square = root_mean_square.where(is_seen, typical)  # a bin not seen yet is an average one
+        scale = root_mean_square.sum()
+        uniform = torch.full_like(root_mean_square, 1 / BINS)
+        mass = torch.where(scale > 0, root_mean_square / scale, uniform)
+        cdf = F.pad(torch.lerp(mass, uniform, UNIFORM_SHARE).cumsum(0), (1, 0))
+        return cdf / cdf[-1]
+
+    def _borders(self, dtype: torch.dtype) -> Tensor:
+        return torch.linspace(self.gamma_0, self.gamma_1, BINS + 1, dtype=dtype, device=self.cdf.device)
+
+    def _bin(self, gamma: Tensor) -> Tensor:
+        place = (gamma - self.gamma_0) / (self.gamma_1 - self.gamma_0) * BINS
+        return place.long().clamp(0, BINS - 1)
+
+
+def _table(schedule: Schedule, steps: int) -> list[float]:
+    """diffusers' betas of a table with one entry a noise level: the schedule's quantiles, gamma_0 first."""
+    gamma = schedule.gamma(torch.linspace(0, 1, steps + 1, device=schedule.cdf.device)).double().cpu()
+    alpha_square = torch.sigmoid(-gamma)
+    betas = 1 - alpha_square / F.pad(alpha_square[:-1], (1, 0), value=1.0)
+    held = -torch.logit(torch.cumprod(1 - betas.float(), 0).double())
+    # diffusers keeps float32 betas: below about gamma = -14, or with steps too fine, levels melt together
+    if not ((held - gamma).abs() < 0.5 * gamma.diff().min()).all():
+        raise ConfigError(
+            f"diffusion.gamma_0 = {schedule.gamma_0:g} with generation.steps = {steps} needs more digits than "
+            f"a float32 noise table has; take fewer steps, a larger gamma_0, or generation.scheduler = flow"
+        )
+    return betas.tolist()
+
+
+def make_scheduler(name: SchedulerName, schedule: Schedule, steps: int) -> Scheduler:
+    """diffusers' scheduler that visits gamma(1), gamma(1 - 1/steps), ..., gamma(0) of our schedule.
+
+    Its table holds these levels and no others (DDIM steps by table // steps entries and drifts off any
+    table that steps does not divide), and every default that would touch an unbounded latent or end at
+    x0 instead of gamma_0 is switched off. It expects estimates of x0; `flow` expects noise - x0, a state
+    divided by alpha + sigma, and that one stops after `steps` steps (its last sigma is always 0).
+    Saved by `save_pretrained`, loaded by its class; `scheduler_name` says which of ours it is, and the
+    number of steps is `config.num_train_timesteps - 1`.
+    Raises ValueError for an unknown name or steps < 1, ConfigError for a schedule float32 cannot hold.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    if name == "flow":
+        scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=steps + 1)
+        gamma = schedule.gamma(torch.linspace(1, 0, steps + 1, device=schedule.cdf.device))
+        # sigma / (alpha + sigma) = sigmoid(gamma / 2)
+        scheduler.set_timesteps(sigmas=torch.sigmoid(gamma / 2).tolist())
+        return scheduler
+    table: dict[str, Any] = {
+        "num_train_timesteps": steps + 1,
+        "trained_betas": _table(schedule, steps),
+        "prediction_type": "sample",
+    }
+    if name == "ddim":
+        scheduler = DDIMScheduler(
+            **table, clip_sample=False, set_alpha_to_one=False, timestep_spacing="leading", steps_offset=1
+        )
+    elif name in ("ancestral", "dpm"):
+        # order 1 is the draw from q(z_s | z_t, x0 = x0_hat), VDM's ancestral sampler
+        scheduler = DPMSolverMultistepScheduler(
+            **table,
+            solver_order=1 if name == "ancestral" else 2,
+            algorithm_type="sde-dpmsolver++",
+            final_sigmas_type="sigma_min",
+            timestep_spacing="linspace",
+        )
+    else:
+        raise ValueError(f"unknown scheduler {name!r}; choose ancestral, ddim, dpm or flow")
+    with warnings.catch_warnings():  # diffusers hands numpy 2 a tensor, which torch answers the old way
+        warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
+        scheduler.set_timesteps(steps)
+    return scheduler
+
+
+def scheduler_name(scheduler: object) -> SchedulerName:
+    """The name under which `make_scheduler` makes such a scheduler. Raises ValueError for any other."""
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        return "flow"
+    if isinstance(scheduler, DDIMScheduler):
+        return "ddim"
+    if isinstance(scheduler, DPMSolverMultistepScheduler):
+        return "ancestral" if scheduler.config["solver_order"] == 1 else "dpm"
+    raise ValueError(
+        f"{type(scheduler).__name__} is not one of the schedulers of hldm; use DPMSolverMultistepScheduler, "
+        f"DDIMScheduler or FlowMatchEulerDiscreteScheduler"
+    )
+
+
+@torch.no_grad()
+def sample(
+    denoise: Callable[[Tensor, Tensor], Tensor],
+    shape: tuple[int, int],
+    schedule: Schedule,
+    *,
+    steps: int,
+    scheduler: SchedulerName,
+    generators: Sequence[torch.Generator],
+    temperature: float = 1.0,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Draw latents z_0 at gamma_0, as the decoder reads them, starting from N(0, I) as the bound charges.
+
+    denoise: (z (b z), gamma (b,)) -> estimate of x0 (b z);  shape: (b, z)
+    generators: one a row, so that a batch equals its rows;  temperature: scales all noise, first and later
+    Returns (b z) float32. Raises ValueError unless there is one generator a row.
+    """
+    if len(generators) != shape[0]:
+        raise ValueError(f"sample needs one generator a row, got {len(generators)} for {shape[0]} rows")
+    solver: Any = make_scheduler(scheduler, schedule, steps)  # Any: diffusers' step methods differ in type
+    gammas = schedule.gamma(torch.linspace(1, 0, steps + 1, device=device))
+    alpha, sigma = alpha_sigma(gammas)
+
+    def draw() -> Tensor:
+        return temperature * randn_tensor(shape, list(generators), torch.device(device))
+
+    z = draw()
+    for k, t in enumerate(solver.timesteps[:steps]):
+        gamma = gammas[k].expand(shape[0])
+        x0_hat = denoise(z, gamma).to(z)  # float32: diffusers would round the state to the estimate's dtype
+        if scheduler == "flow":
+            x, velocity = z / (alpha[k] + sigma[k]), noise_from(x0_hat, z, gamma) - x0_hat
+            z = (alpha[k + 1] + sigma[k + 1]) * solver.step(velocity, t, x).prev_sample
+        elif scheduler == "ddim":
+            z = solver.step(x0_hat, t, z).prev_sample
+        else:
+            z = solver.step(x0_hat, t, z, variance_noise=draw()).prev_sample
+    return z

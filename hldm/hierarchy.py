@@ -1,0 +1,147 @@
+"""The pyramid of mean-pooled latents: what a chunk may look at, near in full and far in summary.
+
+Level l summarises r^l consecutive chunks of a document by the mean of their latents. With t chunks
+written, the context is
+
+    level 0: the chunks in [s_0, t),  level 1: the blocks of r in [s_1, s_0),  level 2: [s_2, s_1), ...
+    s_l = floor_to_multiple(s_{l-1} - w r^l, r^{l+1}),   s_{-1} = t,   never below 0
+
+so the levels tile the past without overlap, each shows between w and w + r - 1 entries, and w r^L
+chunks of the past cost O(log n) entries. Every rule here is arithmetic on (level, end) of an entry,
+hence the same in training, as one mask over a window, and in generation, as a short list of entries.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hldm.config import HierarchyConfig
+
+
+class Entries(NamedTuple):
+    """Things a chunk may attend to, described by where they stand."""
+
+    level: Tensor  # (b c) 0: a latent; l: the mean of r^l latents
+    end: Tensor  # (b c) chunks of the document written when the entry was complete
+    document: Tensor  # (b c) which document of the lane's window; -1: an empty slot
+
+
+def level_starts(written: Tensor, config: HierarchyConfig) -> Tensor:
+    """s_l for l = 0 .. levels, given the number of chunks written. (...) -> (... levels+1)."""
+    starts, upper = [], written
+    for level in range(config.levels + 1):
+        unit = config.ratio**level
+        # The coarsest level has no one to hand over to: it lets go entry by entry.
+        align = unit * config.ratio if level < config.levels else unit
+        upper = (upper - config.window * unit).clamp(min=0).div(align, rounding_mode="floor") * align
+        starts.append(upper)
+    return torch.stack(starts, dim=-1)
+
+
+def capacity(config: HierarchyConfig) -> int:
+    """How many entries a state must be able to hold: those visible now or at any later time.
+
+    A level keeps its blocks from s_l on, also those that finer entries still stand for, hence
+    cap_l = ceil(cap_{l-1} / r) + w + r.
+    """
+    total, level_capacity = 0, 0
+    for _ in range(config.levels + 1):
+        level_capacity = -(-level_capacity // config.ratio) + config.window + config.ratio
+        total += level_capacity
+    return total
+
+
+def visible(query_written: Tensor, query_document: Tensor, keys: Entries, config: HierarchyConfig) -> Tensor:
+    """Which entries are the context when `query_written` chunks of a document are written.
+
+    query_written, query_document: (b q); keys: (b c). Returns (b q c) bool.
+    """
+    starts = level_starts(query_written, config)  # (b q levels+1)
+    uppers = torch.cat([query_written[..., None], starts[..., :-1]], dim=-1)
+    level = keys.level[:, None, :].expand(-1, query_written.shape[1], -1)
+    size = config.ratio**keys.level
+    lower, upper = starts.gather(-1, level), uppers.gather(-1, level)
+    begin, end = (keys.end - size)[:, None, :], keys.end[:, None, :]
+    same = query_document[:, :, None] == keys.document[:, None, :]
+    return same & (begin >= lower) & (end <= upper)
+
+
+def still_needed(written: Tensor, document: Tensor, entries: Entries, config: HierarchyConfig) -> Tensor:
+    """Which entries may be visible now or later, once `written` chunks are written. (b), (b) -> (b c)."""
+    lower = level_starts(written, config).gather(-1, entries.level)
+    begin = entries.end - config.ratio**entries.level
+    return (entries.document == document[:, None]) & (begin >= lower)
+
+
+def distance_in_blocks(query_written: Tensor, keys: Entries, config: HierarchyConfig) -> Tensor:
+    """How far back an entry ends, in units of its own size: (b q c) int, small whatever the length."""
+    away = (query_written[:, :, None] - keys.end[:, None, :]).clamp(min=0)
+    return away.div((config.ratio**keys.level)[:, None, :], rounding_mode="floor")
+
+
+class Walk(NamedTuple):
+    """Where each chunk of a window stands in its document."""
+
+    position: Tensor  # (b n) number of the chunk within its document, from 0
+    document: Tensor  # (b n) documents started in this window up to here; 0: the one carried in
+    written: Tensor  # (b) chunks of the open document written after the window
+    open_document: Tensor  # (b) which document that is
+
+
+def walk(doc_start: Tensor, mask: Tensor, written: Tensor) -> Walk:
+    """Count chunks from their document's start. doc_start, mask: (b n); written: (b) carried in."""
+    b, n = mask.shape
+    index = torch.arange(n, device=mask.device).expand(b, n)
+    last_start = torch.where(doc_start & mask, index, -1).cummax(dim=1).values if n else index
+    position = torch.where(last_start >= 0, index - last_start, index + written[:, None])
+    document = (doc_start & mask).cumsum(dim=1)
+    count = mask.sum(dim=1)
+    if n == 0:
+        return Walk(position, document, written, torch.zeros_like(written))
+    last = (count - 1).clamp(min=0)[:, None]
+    after = torch.where(count > 0, position.gather(1, last)[:, 0] + 1, written)
+    open_document = torch.where(count > 0, document.gather(1, last)[:, 0], 0)
+    return Walk(position, document, after, open_document)
+
+
+def summaries(
+    latents: Tensor, mask: Tensor, steps: Walk, partial: Tensor, config: HierarchyConfig
+) -> tuple[Tensor, Entries, Tensor]:
+    """Mean of each block of r^l latents that completes in this window, l = 1 .. levels.
+
+    latents: (b n z); mask: (b n); partial: (b levels z) sums of the blocks left open before.
+    Returns the means (b s z), where they stand, and the sums left open now (b levels z).
+    """
+    b, n, z = latents.shape
+    total = torch.cat([latents.new_zeros(b, 1, z), (latents * mask[..., None]).cumsum(dim=1)], dim=1)
+    index = torch.arange(n, device=latents.device).expand(b, n)
+    count = mask.sum(dim=1)
+
+    def since(first: Tensor, last: Tensor, level: int) -> Tensor:
+        """Sum of latents first .. last-1; before the window lies the carried partial sum."""
+        gather = lambda at: total.gather(1, at.clamp(min=0)[..., None].expand(-1, -1, z))  # noqa: E731
+        carried = (first < 0)[..., None] * partial[:, None, level - 1]
+        return gather(last) - gather(first) + carried
+
+    means, levels, ends, documents, left_open = [], [], [], [], []
+    for level in range(1, config.levels + 1):
+        size = config.ratio**level
+        completes = mask & ((steps.position + 1) % size == 0)
+        slots = n // size + 1  # at most one block completes every `size` chunks
+        order = (~completes).to(torch.int8).argsort(dim=1, stable=True)[:, :slots]
+        at = index.gather(1, order)
+        real = completes.gather(1, order)
+        means.append(since(at + 1 - size, at + 1, level) / size)
+        levels.append(torch.full_like(at, level))
+        ends.append(steps.position.gather(1, order) + 1)
+        documents.append(torch.where(real, steps.document.gather(1, order), -1))
+        open_length = steps.written % size
+        left_open.append(since((count - open_length)[:, None], count[:, None], level)[:, 0])
+    if not means:
+        empty = mask.new_zeros(b, 0, dtype=torch.long)
+        return latents.new_zeros(b, 0, z), Entries(empty, empty, empty), partial
+    entries = Entries(torch.cat(levels, 1), torch.cat(ends, 1), torch.cat(documents, 1))
+    return torch.cat(means, dim=1), entries, torch.stack(left_open, dim=1)

@@ -1,0 +1,335 @@
+"""What each stage minimises, and the bound that both halves meet in.
+
+    -log p(x_c | x_<c)  <=  E[-log p(x_c | z_0)]  +  diffusion term  +  KL(q(z_1) || N(0, I))
+                            decoder                 latent              end
+
+(VDM, arXiv 2107.00630, per chunk c with its end symbol.) An objective is a module: `forward(batch,
+carry, generator, progress)` returns a loss normalised by the bytes of the *global* batch, so gradients
+add up to the same whatever the ranks and micro-batches; `hldm.training` knows no more than that.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from hldm.autoencoder import (
+    Autoencoder,
+    DecoderState,
+    EncoderState,
+    Encoding,
+    sum_by_chunk,
+    symbol_nats,
+)
+from hldm.config import AutoencoderConfig
+from hldm.data import Batch
+from hldm.diffusion import alpha_sigma, diffuse, end_term, stratified
+from hldm.prior import Context, ContextState, Prior
+
+
+class Carry(NamedTuple):
+    """State of every lane between windows; None for parts the objective lacks."""
+
+    encoder: EncoderState | None = None
+    decoder: DecoderState | None = None
+    context: ContextState | None = None
+
+
+class Step(NamedTuple):
+    """One forward pass over (part of) a batch."""
+
+    loss: Tensor  # scalar: nats per byte of the global batch
+    nats: dict[str, Tensor]  # sums over this part, detached, by name
+    characters: Tensor  # in this part
+    carry: Carry  # detached
+
+
+class Objective(Protocol):
+    """What `hldm.training.fit` trains."""
+
+    def initial_carry(self, rows: int, device: torch.device) -> Carry: ...
+
+    def end_step(self) -> None: ...
+
+
+def draw_normal(batch: Batch, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Standard normal noise (b *shape): drawn for the global batch, then this part's rows."""
+    return _own_rows(batch, torch.randn(batch.total_rows, *shape, generator=generator))
+
+
+def draw_uniform(batch: Batch, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Uniform noise in [0, 1), by the same rule."""
+    return _own_rows(batch, torch.rand(batch.total_rows, *shape, generator=generator))
+
+
+def _own_rows(batch: Batch, drawn: Tensor) -> Tensor:
+    rows = slice(batch.first_row, batch.first_row + batch.bytes.shape[0])
+    return drawn[rows].to(batch.bytes.device)
+
+
+def count_characters(batch: Batch) -> Tensor:
+    """UTF-8 characters in a batch: its bytes that do not continue one."""
+    real = torch.arange(batch.bytes.shape[1], device=batch.bytes.device) < batch.length[:, None]
+    return ((batch.bytes & 0xC0 != 0x80) & real).sum()
+
+
+def detach(carry: Any) -> Any:
+    """The same carry, cut from its graph."""
+    if isinstance(carry, Tensor):
+        return carry.detach()
+    if carry is None:
+        return None
+    parts = [detach(part) for part in carry]
+    return type(carry)(*parts) if hasattr(carry, "_fields") else tuple(parts)
+
+
+class Reading(NamedTuple):
+    """What the decoder made of a window."""
+
+    nats: Tensor  # (b n) -log p of each chunk's bytes and end
+    correct: Tensor  # (b t') bool: the likeliest symbol is the right one
+    mask: Tensor  # (b t') bool: real events
+    chunk: Tensor  # (b t') chunk of each event
+
+
+def read_chunks(
+    autoencoder: Autoencoder,
+    batch: Batch,
+    latent: Tensor | None,
+    state: DecoderState,
+    hidden: Tensor | None = None,
+) -> tuple[Reading, DecoderState]:
+    """Score a window's bytes given its latents z_0 (b n z). hidden: (b t) uniform, byte dropout below p."""
+    events = autoencoder.events(
+        batch.bytes, batch.length, batch.doc_start, batch.doc_end, batch.chunk_start, state
+    )
+    symbol = events.symbol
+    if hidden is not None:
+        symbol = autoencoder.hide_bytes(symbol, hidden[:, : symbol.shape[1]])
+    logits, griffin = autoencoder.decode(
+        symbol, latent, events.chunk, events.doc_start, events.chunk_start, state.griffin, events.length
+    )
+    nats = sum_by_chunk(symbol_nats(logits, events), events, batch.chunk_index.shape[1])
+    correct = (logits.argmax(dim=-1) == events.target) & events.mask
+    return Reading(nats, correct, events.mask, events.chunk), DecoderState(griffin, events.last)
+
+
+def read_latents(
+    autoencoder: Autoencoder, batch: Batch, state: EncoderState
+) -> tuple[Encoding, EncoderState]:
+    """mu of each chunk of a window."""
+    return autoencoder.encode(
+        batch.bytes,
+        batch.length,
+        batch.doc_start,
+        batch.chunk_start,
+        state,
+        chunks=batch.chunk_index.shape[1],
+    )
+
+
+class Payment(NamedTuple):
+    """What the latents of a window cost under a prior, nats per chunk."""
+
+    latent: Tensor  # (b n)
+    end: Tensor  # (b n)
+    draws: Tensor  # (b n m) of the latent term
+
+
+def price_latents(
+    prior: Prior,
+    encoding: Encoding,
+    context: Context,
+    batch: Batch,
+    generator: torch.Generator,
+    draws: int | None = None,
+    hide: bool = False,
+) -> Payment:
+    """The latent and end terms of the bound, from `draws` stratified noise levels a chunk.
+
+    hide: training's context dropout and self-conditioning, by their configured shares.
+    """
+    settings = prior.settings
+    b, n, z = encoding.latents.shape
+    m = draws or settings.draws
+    u = stratified(m, draw_uniform(batch, (n,), generator))
+    noise = draw_normal(batch, (n, m, z), generator)
+    context = context.first(n)
+    self_condition = settings.self_conditioning > 0
+    if hide:
+        if settings.context_dropout:
+            hidden = draw_uniform(batch, (n,), generator) < settings.context_dropout
+            context = prior.hide(context, hidden)
+        coin = torch.rand((), generator=generator)
+        self_condition = bool(coin < settings.self_conditioning)
+    terms = prior.latent_terms(encoding.latents, encoding.mask, context, u, noise, self_condition)
+    end = end_term(encoding.latents, prior.diffusion.gamma_1)
+    return Payment(terms.latent * encoding.mask, end * encoding.mask, terms.draws)
+
+
+def noisy_latents(
+    autoencoder: Autoencoder, encoding: Encoding, gamma_0: float, batch: Batch, generator: torch.Generator
+) -> Tensor:
+    """z_0 = alpha_0 mu + sigma_0 eps, what the decoder reads. (b n z)."""
+    noise = draw_normal(batch, encoding.latents.shape[1:], generator)
+    gamma = encoding.latents.new_full(encoding.latents.shape[:-1], gamma_0)
+    return diffuse(encoding.latents, gamma, noise)
+
+
+class GaussianRate(nn.Module):
+    """A light prior for stage one: N(m(h), s(h)^2) for z_0, h the encoder's feature before the chunk.
+
+    Its cost KL(q(z_0 | x) || N(m, s^2)) is in closed form, and with the decoder's it is a bound too.
+    """
+
+    def __init__(self, width: int, latent_dim: int):
+        super().__init__()
+        self.predict = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, 2 * latent_dim)
+        )
+
+    def forward(self, encoding: Encoding, gamma_0: float) -> Tensor:
+        """Nats per chunk (b n)."""
+        mean, log_scale = self.predict(encoding.before).chunk(2, dim=-1)
+        log_scale = 4 * torch.tanh(log_scale / 4)  # e^-4 .. e^4: never so sharp that one miss costs all
+        alpha, sigma = alpha_sigma(torch.as_tensor(gamma_0, device=mean.device))
+        away = (alpha * encoding.latents - mean).square() + sigma.square()
+        kl = log_scale - sigma.log() + 0.5 * away * (-2 * log_scale).exp() - 0.5
+        return kl.sum(dim=-1) * encoding.mask
+
+
+class AutoencoderObjective(nn.Module):
+    """Stage one: reconstruction from noisy latents plus what they cost (or the twin: plain bytes)."""
+
+    def __init__(
+        self, autoencoder: Autoencoder, settings: AutoencoderConfig, gamma_0: float, prior: Prior | None
+    ):
+        """prior: the light one of rate 'diffusion', which stage two may start from."""
+        super().__init__()
+        self.autoencoder, self.settings, self.gamma_0 = autoencoder, settings, gamma_0
+        self.prior = prior
+        gaussian = settings.rate == "gaussian" and autoencoder.latent_dim > 0
+        width = settings.encoder.width
+        self.gaussian = GaussianRate(width, autoencoder.latent_dim) if gaussian else None
+
+    def initial_carry(self, rows: int, device: torch.device) -> Carry:
+        """State before the first window."""
+        latent = self.autoencoder.latent_dim > 0
+        return Carry(
+            self.autoencoder.encoder_state(rows, device) if latent else None,
+            self.autoencoder.decoder_state(rows, device),
+            self.prior.initial_state(rows, device) if self.prior is not None else None,
+        )
+
+    def end_step(self) -> None:
+        """Fold the step's statistics into normaliser and schedule."""
+        if self.autoencoder.latent_dim:
+            self.autoencoder.normaliser.update()
+        if self.prior is not None:
+            self.prior.schedule.update()
+
+    def forward(self, batch: Batch, carry: Carry, generator: torch.Generator, progress: float) -> Step:
+        """Loss of one window."""
+        autoencoder, settings = self.autoencoder, self.settings
+        encoder, context_state, z_0 = carry.encoder, carry.context, None
+        rates: dict[str, Tensor] = {}
+        if encoder is not None:
+            encoding, encoder = read_latents(autoencoder, batch, encoder)
+            z_0 = noisy_latents(autoencoder, encoding, self.gamma_0, batch, generator)
+            if settings.latent_dropout:
+                kept = draw_uniform(batch, (z_0.shape[1],), generator) >= settings.latent_dropout
+                z_0 = z_0 * kept[..., None]
+            if self.prior is not None and context_state is not None:
+                context, context_state = self.prior.contextualiser(
+                    encoding.latents, encoding.mask, encoding.doc_start, context_state
+                )
+                paid = price_latents(self.prior, encoding, context, batch, generator, hide=True)
+                rates = {"latent": paid.latent.sum(), "end": paid.end.sum()}
+            elif self.gaussian is not None:
+                rates = {"latent": self.gaussian(encoding, self.gamma_0).sum()}
+        hidden = None
+        if settings.byte_dropout:
+            # as many as events there may be: every byte and an end for each
+            width = 2 * batch.bytes.shape[1]
+            hidden = draw_uniform(batch, (width,), generator) < settings.byte_dropout
+        reading, decoder = read_chunks(autoencoder, batch, z_0, carry.decoder, hidden)
+        nats = {"decoder": reading.nats.sum(), **rates}
+        loss = nats["decoder"] + settings.rate_weight * sum(rates.values())
+        return Step(
+            loss / batch.total_bytes,
+            {name: value.detach() for name, value in nats.items()},
+            count_characters(batch),
+            detach(Carry(encoder, decoder, context_state)),
+        )
+
+
+class PriorObjective(nn.Module):
+    """Stage two: the latent terms of the bound; in the joint last phase, all of them.
+
+    The autoencoder is frozen until then. `latents`: cached mu of every chunk of the corpus, or None.
+    """
+
+    def __init__(self, prior: Prior, autoencoder: Autoencoder, joint: float, latents: Tensor | None = None):
+        super().__init__()
+        self.prior, self.autoencoder, self.joint, self.latents = prior, autoencoder, joint, latents
+        if joint and latents is not None:
+            raise ValueError("a joint phase changes the latents: it cannot read them from a cache")
+        if not joint:
+            autoencoder.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> PriorObjective:
+        """Training mode for the prior; the autoencoder stays as it will be used."""
+        super().train(mode)
+        self.autoencoder.eval()
+        return self
+
+    def initial_carry(self, rows: int, device: torch.device) -> Carry:
+        """State before the first window."""
+        return Carry(
+            self.autoencoder.encoder_state(rows, device) if self.latents is None else None,
+            self.autoencoder.decoder_state(rows, device) if self.joint else None,
+            self.prior.initial_state(rows, device),
+        )
+
+    def end_step(self) -> None:
+        """Fold the step's statistics into the schedule."""
+        self.prior.schedule.update()
+
+    def _latents(
+        self, batch: Batch, encoder: EncoderState | None, learn: bool
+    ) -> tuple[Encoding, EncoderState | None]:
+        if encoder is None:
+            assert self.latents is not None
+            mask = batch.chunk_index >= 0
+            latents = self.latents[batch.chunk_index.clamp(min=0)].to(batch.bytes.device) * mask[..., None]
+            order = (~batch.chunk_start).to(torch.int8).argsort(dim=1, stable=True)[:, : mask.shape[1]]
+            doc_start = batch.doc_start.gather(1, order) & mask
+            return Encoding(latents, mask, doc_start, latents), None
+        with torch.set_grad_enabled(learn):
+            return read_latents(self.autoencoder, batch, encoder)
+
+    def forward(self, batch: Batch, carry: Carry, generator: torch.Generator, progress: float) -> Step:
+        """Loss of one window."""
+        jointly = self.joint > 0 and progress >= 1 - self.joint
+        encoding, encoder = self._latents(batch, carry.encoder, jointly)
+        context, context_state = self.prior.contextualiser(
+            encoding.latents, encoding.mask, encoding.doc_start, carry.context
+        )
+        paid = price_latents(self.prior, encoding, context, batch, generator, hide=True)
+        nats = {"latent": paid.latent.sum(), "end": paid.end.sum()}
+        decoder = carry.decoder
+        if decoder is not None:
+            with torch.set_grad_enabled(jointly):
+                z_0 = noisy_latents(
+                    self.autoencoder, encoding, self.prior.diffusion.gamma_0, batch, generator
+                )
+                reading, decoder = read_chunks(self.autoencoder, batch, z_0, decoder)
+            nats["decoder"] = reading.nats.sum()
+        return Step(
+            sum(nats.values()) / batch.total_bytes,
+            {name: value.detach() for name, value in nats.items()},
+            count_characters(batch),
+            detach(Carry(encoder, decoder, context_state)),
+        )

@@ -1,0 +1,397 @@
+"""Two towers over latents: a causal contextualiser and a denoiser of the next latent.
+
+The contextualiser reads the pyramid of `hldm.hierarchy` once per chunk; the denoiser, an MLP with
+adaptive layer norm (DiT, arXiv 2212.09748) and cross-attention into the context, runs once per noise
+draw, so several draws share the expensive part (MAR, arXiv 2406.11838). Two-tower diffusion over
+latents of text follows the Large Concept Model (arXiv 2412.08821). Knows latents only, never bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from einops import rearrange
+from torch import Tensor, nn
+
+from hldm.config import DiffusionConfig, GriffinConfig, HierarchyConfig, PriorConfig
+from hldm.diffusion import Schedule, bound_integrand, diffuse, x0_from
+from hldm.griffin import Griffin, GriffinState
+from hldm.hierarchy import (
+    Entries,
+    capacity,
+    distance_in_blocks,
+    still_needed,
+    summaries,
+    visible,
+    walk,
+)
+
+
+class ContextState(NamedTuple):
+    """What generation remembers of the chunks written so far: O(log n) entries."""
+
+    hidden: Tensor  # (b c layers+1 d) input of each layer, and the output, of every kept entry
+    entries: Entries  # where the kept entries stand
+    written: Tensor  # (b) chunks of the open document
+    partial: Tensor  # (b levels z) sums of the blocks still open
+    latest: Tensor  # (b d) output at the newest chunk
+    griffin: GriffinState  # state of the recurrent contextualiser; () for a transformer
+
+
+class Context(NamedTuple):
+    """What the denoiser is told about the past of each chunk."""
+
+    summary: Tensor  # (b n d) output at the chunk before
+    memory: Tensor  # (b c d) outputs of all entries; the first is the document start
+    visible: Tensor  # (b n c) bool
+    level: Tensor  # (b c) of each entry
+    distance: Tensor  # (b n c) in blocks of the entry's own size
+
+    def of(self, chunk: Tensor) -> Context:
+        """The context of some chunks only. chunk: (b k) positions in the window."""
+        wide = chunk[..., None].expand(-1, -1, self.visible.shape[2])
+        return self._replace(
+            summary=self.summary.gather(1, chunk[..., None].expand(-1, -1, self.summary.shape[2])),
+            visible=self.visible.gather(1, wide),
+            distance=self.distance.gather(1, wide),
+        )
+
+    def first(self, chunks: int) -> Context:
+        """The context of the first chunks of the window."""
+        return self._replace(
+            summary=self.summary[:, :chunks],
+            visible=self.visible[:, :chunks],
+            distance=self.distance[:, :chunks],
+        )
+
+
+class RelativeBias(nn.Module):
+    """A learned bias for each (head, level, distance in blocks): exact near, bounded far."""
+
+    def __init__(self, heads: int, hierarchy: HierarchyConfig):
+        super().__init__()
+        self.distances = capacity(hierarchy) + 1
+        self.table = nn.Parameter(torch.zeros((hierarchy.levels + 1) * self.distances, heads))
+
+    def forward(self, level: Tensor, distance: Tensor) -> Tensor:
+        """level (b c), distance (b q c) -> (b h q c)."""
+        index = level[:, None, :] * self.distances + distance.clamp(max=self.distances - 1)
+        return rearrange(F.embedding(index, self.table), "b q c h -> b h q c")
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, mask: Tensor, heads: int) -> Tensor:
+    """softmax(q k / sqrt(e) + bias) v over the visible entries. (b q d), (b c d) -> (b q d)."""
+    q, k, v = (rearrange(x, "b t (h e) -> b h t e", h=heads) for x in (query, key, value))
+    bias = bias.masked_fill(~mask[:, None], float("-inf"))
+    return rearrange(F.scaled_dot_product_attention(q, k, v, attn_mask=bias), "b h t e -> b t (h e)")
+
+
+def after_start(kept: Tensor, new: Tensor) -> Tensor:
+    """Order entries as [document start, kept ones, new ones]; `new` holds the start first."""
+    return torch.cat([new[:, :1], kept, new[:, 1:]], dim=1)
+
+
+class ContextLayer(nn.Module):
+    """Pre-norm attention over the visible entries and itself, then a GELU MLP."""
+
+    def __init__(self, config: PriorConfig, hierarchy: HierarchyConfig):
+        super().__init__()
+        d = config.width
+        self.heads = config.heads
+        self.norm = nn.LayerNorm(d)
+        self.query, self.key_value = nn.Linear(d, d), nn.Linear(d, 2 * d)
+        self.out = nn.Linear(d, d)
+        self.bias = RelativeBias(config.heads, hierarchy)
+        self.mlp = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, d))
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, kept: Tensor, mask: Tensor, level: Tensor, distance: Tensor) -> Tensor:
+        """x: (b q d) new entries; kept: (b c d) older ones; mask, distance: (b q c+q)."""
+        new = self.norm(x)
+        key, value = self.key_value(after_start(self.norm(kept), new)).chunk(2, dim=-1)
+        attended = attend(self.query(new), key, value, self.bias(level, distance), mask, self.heads)
+        x = x + self.dropout(self.out(attended))
+        return x + self.dropout(self.mlp(x))
+
+
+class Contextualiser(nn.Module):
+    """Latents and their summaries -> one context per chunk, causal, state in and state out."""
+
+    def __init__(self, config: PriorConfig, hierarchy: HierarchyConfig, latent_dim: int):
+        super().__init__()
+        self.config, self.hierarchy = config, hierarchy
+        d = config.width
+        self.embed = nn.Linear(latent_dim, d)
+        self.level = nn.Embedding(hierarchy.levels + 1, d)
+        self.start = nn.Parameter(torch.randn(d) * 0.02)  # what every document begins with
+        recurrent = config.contextualiser == "griffin"
+        stack = GriffinConfig(
+            width=d,
+            blocks=("recurrent",) * config.layers,
+            heads=config.heads,
+            dropout=config.dropout,
+        )
+        self.griffin = Griffin(stack, window=1) if recurrent else None
+        layers = 0 if recurrent else config.layers
+        self.layers = nn.ModuleList(ContextLayer(config, hierarchy) for _ in range(layers))
+        self.norm = nn.LayerNorm(d)
+
+    def initial_state(self, batch: int, device: torch.device | None = None) -> ContextState:
+        """Nothing written yet."""
+        c, levels = capacity(self.hierarchy), self.hierarchy.levels
+        d, z = self.config.width, self.embed.in_features
+        empty = torch.zeros(batch, c, dtype=torch.long, device=device)
+        return ContextState(
+            hidden=torch.zeros(batch, c, len(self.layers) + 1, d, device=device),
+            entries=Entries(empty, empty, empty - 1),
+            written=torch.zeros(batch, dtype=torch.long, device=device),
+            partial=torch.zeros(batch, levels, z, device=device),
+            latest=torch.zeros(batch, d, device=device),
+            griffin=() if self.griffin is None else self.griffin.initial_state(batch, device=device),
+        )
+
+    def forward(
+        self, latents: Tensor, mask: Tensor, doc_start: Tensor, state: ContextState
+    ) -> tuple[Context, ContextState]:
+        """Context of each chunk of a window, and of the one that follows it.
+
+        latents: (b n z) clean and normalised; mask, doc_start: (b n).
+        Context i is a function of latents before i alone; there are n + 1 of them, the last for the
+        chunk after the window. Padded chunks get a finite context that means nothing.
+        """
+        b, n, _ = latents.shape
+        if mask.shape != (b, n) or doc_start.shape != (b, n):
+            raise ValueError(
+                f"mask and doc_start must be (b n) = {(b, n)}, got {tuple(mask.shape)} and {tuple(doc_start.shape)}"
+            )
+        steps = walk(doc_start, mask, state.written)
+        means, blocks, partial = summaries(latents, mask, steps, state.partial, self.hierarchy)
+
+        # New entries, in the order [document start, latents, summaries]; each is born when complete.
+        x = self.embed(latents) + self.level.weight[0]
+        griffin = state.griffin
+        if self.griffin is not None:
+            chunk_start = torch.ones_like(mask)
+            x, griffin = self.griffin(x, state.griffin, doc_start, chunk_start, mask.sum(dim=1))
+        start = self.start.expand(b, 1, -1)
+        x = torch.cat([start, x, self.embed(means) + self.level(blocks.level)], dim=1)
+        zero = steps.written.new_zeros(b, 1)
+        new = Entries(
+            level=torch.cat([zero, torch.zeros_like(steps.position), blocks.level], dim=1),
+            end=torch.cat([zero, steps.position + 1, blocks.end], dim=1),
+            document=torch.cat([zero - 1, torch.where(mask, steps.document, -1), blocks.document], dim=1),
+        )
+        keys = Entries(*(after_start(kept, born) for kept, born in zip(state.entries, new, strict=True)))
+        sees = visible(new.end, new.document, keys, self.hierarchy) & (keys.document >= 0)[:, None]
+        # Everyone sees itself and the document start, which sees itself alone.
+        itself = torch.eye(new.end.shape[1], dtype=torch.bool, device=x.device)
+        sees[:, :, state.entries.end.shape[1] :] |= itself
+        sees[:, :, 0] = True
+        distance = distance_in_blocks(new.end, keys, self.hierarchy)
+
+        hidden = [x]
+        for index, layer in enumerate(self.layers):
+            x = layer(x, state.hidden[:, :, index], sees, keys.level, distance)
+            hidden.append(x)
+        hidden[-1] = self.norm(x)
+        stacked = torch.stack(hidden, dim=2)  # (b q layers+1 d)
+
+        # The context of chunk i is the output at chunk i-1 of its document, or at its start.
+        outputs = stacked[:, :, -1]
+        opening = outputs[:, :1]
+        carried = torch.where((state.written > 0)[:, None], state.latest, opening[:, 0])
+        before = torch.cat([carried[:, None], outputs[:, 1 : n + 1]], dim=1)
+        fresh = torch.cat([doc_start & mask, doc_start.new_zeros(b, 1)], dim=1)
+        summary = torch.where(fresh[..., None], opening, before)
+        # Slot `count` speaks of the chunk that follows the window; beyond it is padding.
+        count = mask.sum(dim=1, keepdim=True)
+        follows = torch.arange(n + 1, device=x.device) == count
+        written = torch.cat([steps.position, zero], dim=1)
+        written = torch.where(follows, steps.written[:, None], written)
+        document = torch.cat([torch.where(mask, steps.document, -1), zero - 1], dim=1)
+        document = torch.where(follows, steps.open_document[:, None], document)
+        known = visible(written, document, keys, self.hierarchy) & (keys.document >= 0)[:, None]
+        known[:, :, 0] = True
+        context = Context(
+            summary=summary,
+            memory=after_start(state.hidden[:, :, -1], outputs),
+            visible=known,
+            level=keys.level,
+            distance=distance_in_blocks(written, keys, self.hierarchy),
+        )
+
+        # Keep what may still be looked at; the open document becomes document 0 of the next window.
+        needed = still_needed(steps.written, steps.open_document, keys, self.hierarchy)
+        needed &= keys.document >= 0
+        order = (~needed).to(torch.int8).argsort(dim=1, stable=True)[:, : capacity(self.hierarchy)]
+        kept = needed.gather(1, order)
+        everything = after_start(state.hidden, stacked)
+        index = order[..., None, None].expand(-1, -1, *everything.shape[2:])
+        next_state = ContextState(
+            hidden=everything.gather(1, index) * kept[..., None, None],
+            entries=Entries(
+                level=keys.level.gather(1, order) * kept,
+                end=keys.end.gather(1, order) * kept,
+                document=torch.where(kept, 0, -1),
+            ),
+            written=steps.written,
+            partial=partial,
+            latest=before.gather(1, count[..., None].expand(-1, -1, before.shape[2]))[:, 0],
+            griffin=griffin,
+        )
+        return context, next_state
+
+
+class DenoiserBlock(nn.Module):
+    """Cross-attention and MLP under adaptive layer norm; one latent is one position."""
+
+    def __init__(self, config: PriorConfig, hierarchy: HierarchyConfig, time_width: int):
+        super().__init__()
+        d = config.denoiser_width
+        self.heads = config.heads
+        self.query = nn.Linear(d, config.width)
+        self.key_value = nn.Linear(config.width, 2 * config.width)
+        self.attended = nn.Linear(config.width, d)
+        self.bias = RelativeBias(config.heads, hierarchy)
+        self.mlp = nn.Sequential(nn.Linear(d, 3 * d), nn.GELU(), nn.Linear(3 * d, d))
+        # shift, scale, gate of both halves: one part from the context, shared by the draws, one from gamma
+        self.from_context = nn.Linear(config.width, 6 * d)
+        self.from_gamma = nn.Linear(time_width, 6 * d, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+        for linear in (self.from_context, self.from_gamma):
+            nn.init.zeros_(linear.weight)
+        nn.init.zeros_(self.from_context.bias)
+
+    def forward(self, x: Tensor, time: Tensor, context: Context) -> Tensor:
+        """x: (b n m d); time: (b n m e)."""
+        b, n, m, d = x.shape
+        modulation = self.from_context(context.summary)[:, :, None] + self.from_gamma(time)
+        shift_a, scale_a, gate_a, shift_b, scale_b, gate_b = modulation.chunk(6, dim=-1)
+        y = F.layer_norm(x, (d,)) * (1 + scale_a) + shift_a
+        key, value = self.key_value(context.memory).chunk(2, dim=-1)
+        bias = self.bias(context.level, context.distance)  # (b h n c)
+        # All draws of a chunk see the same entries: fold them into the query axis.
+        query = rearrange(self.query(y), "b n m d -> b (n m) d")
+        bias = bias.repeat_interleave(m, dim=2)
+        mask = context.visible.repeat_interleave(m, dim=1)
+        y = attend(query, key, value, bias, mask, self.heads)
+        y = self.attended(rearrange(y, "b (n m) d -> b n m d", m=m))
+        x = x + self.dropout((1 + gate_a) * y)
+        y = F.layer_norm(x, (d,)) * (1 + scale_b) + shift_b
+        return x + self.dropout((1 + gate_b) * self.mlp(y))
+
+
+class Denoiser(nn.Module):
+    """(z_gamma, gamma, context) -> the regression target F, zero at initialisation."""
+
+    frequencies: Tensor
+
+    def __init__(self, config: PriorConfig, hierarchy: HierarchyConfig, latent_dim: int):
+        super().__init__()
+        d, time_width = config.denoiser_width, 64
+        self.inputs = nn.Linear(2 * latent_dim, d)
+        # Periods from 40 (the whole range of log SNR) down to 0.5: smooth in gamma, yet resolving it.
+        frequencies = 2 * math.pi / torch.logspace(math.log10(40), math.log10(0.5), time_width // 2)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.time = nn.Sequential(nn.Linear(time_width, time_width), nn.SiLU())
+        self.blocks = nn.ModuleList(
+            DenoiserBlock(config, hierarchy, time_width) for _ in range(config.denoiser_layers)
+        )
+        self.outputs = nn.Linear(d, latent_dim)
+        nn.init.zeros_(self.outputs.weight)
+        nn.init.zeros_(self.outputs.bias)
+
+    def forward(self, z: Tensor, gamma: Tensor, context: Context, estimate: Tensor) -> Tensor:
+        """z, estimate: (b n m z); gamma: (b n m). Returns (b n m z)."""
+        angle = gamma[..., None] * self.frequencies
+        time = self.time(torch.cat([angle.sin(), angle.cos()], dim=-1))
+        x = self.inputs(torch.cat([z, estimate], dim=-1))
+        for block in self.blocks:
+            x = block(x, time, context)
+        return self.outputs(F.layer_norm(x, x.shape[-1:]))
+
+
+class LatentTerms(NamedTuple):
+    """What the latents of a window cost, in nats per chunk, summed over dimensions."""
+
+    latent: Tensor  # (b n) mean over the draws of f(gamma) / p(gamma)
+    draws: Tensor  # (b n m) the same before the mean, detached
+
+
+class Prior(ModelMixin, ConfigMixin):
+    """p(next latent | latents before): contextualiser, denoiser and noise schedule."""
+
+    config_name = "config.json"
+
+    @register_to_config
+    def __init__(self, latent_dim: int, prior: dict, hierarchy: dict, diffusion: dict, autoencoder: str = ""):
+        """autoencoder: fingerprint of the weights whose latents these are; '' while both train."""
+        super().__init__()
+        self.settings = PriorConfig(**prior)
+        self.hierarchy = HierarchyConfig(**hierarchy)
+        self.diffusion = DiffusionConfig(**diffusion)
+        self.latent_dim = latent_dim
+        self.contextualiser = Contextualiser(self.settings, self.hierarchy, latent_dim)
+        self.denoiser = Denoiser(self.settings, self.hierarchy, latent_dim)
+        self.schedule = Schedule(self.diffusion)
+        self.nothing = nn.Parameter(torch.zeros(self.settings.width))  # the context, when it is hidden
+
+    @classmethod
+    def from_settings(
+        cls, latent_dim: int, prior: PriorConfig, hierarchy: HierarchyConfig, diffusion: DiffusionConfig
+    ) -> Prior:
+        """Build from config sections."""
+        return cls(latent_dim, asdict(prior), asdict(hierarchy), asdict(diffusion))
+
+    def initial_state(self, batch: int, device: torch.device | None = None) -> ContextState:
+        """State at the start of a document."""
+        return self.contextualiser.initial_state(batch, device)
+
+    def hide(self, context: Context, hidden: Tensor) -> Context:
+        """Replace the context of some chunks by nothing: only the document start stays visible.
+
+        hidden: (b n) bool.
+        """
+        summary = torch.where(hidden[..., None], self.nothing, context.summary)
+        shown = context.visible & ~hidden[..., None]
+        shown[:, :, 0] = True
+        return context._replace(summary=summary, visible=shown)
+
+    def denoise(self, z: Tensor, gamma: Tensor, context: Context, estimate: Tensor | None = None) -> Tensor:
+        """x0_hat(z_gamma, gamma, context). z: (b n m z); gamma: (b n m); estimate: an earlier x0_hat."""
+        estimate = torch.zeros_like(z) if estimate is None else estimate
+        prediction = self.denoiser(z, gamma, context, estimate)
+        return x0_from(prediction, z, gamma, self.diffusion.target)
+
+    def latent_terms(
+        self,
+        latents: Tensor,
+        mask: Tensor,
+        context: Context,
+        u: Tensor,
+        noise: Tensor,
+        self_condition: bool = False,
+    ) -> LatentTerms:
+        """The diffusion term of the bound, 1/2 E_gamma[(d gamma/du) e^-gamma ||x0 - x0_hat||^2].
+
+        Continuous time (VDM, arXiv 2107.00630, equation 15), an unbiased estimate from m draws.
+        latents: (b n z) x0; mask: (b n); u: (b n m) stratified in [0, 1); noise: (b n m z).
+        """
+        gamma = self.schedule.gamma(u)
+        x0 = latents[:, :, None].expand_as(noise)
+        z = diffuse(x0, gamma, noise)
+        estimate = None
+        if self_condition:
+            with torch.no_grad():
+                estimate = self.denoise(z, gamma, context)
+        integrand = bound_integrand(x0, self.denoise(z, gamma, context, estimate), gamma)
+        terms = integrand / self.schedule.density(gamma)  # (b n m)
+        if self.training:
+            self.schedule.observe(gamma[mask].detach(), integrand[mask].detach())
+        return LatentTerms(terms.mean(dim=-1), terms.detach())

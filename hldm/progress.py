@@ -1,0 +1,63 @@
+"""How far a training is: a live bar on a terminal, a plain line every so often elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+
+def describe(metrics: dict[str, float]) -> str:
+    """Bits per character by name, their sum first when there are several, and the speed."""
+    skip = {"learning_rate", "gradient_norm", "characters_per_second", "seconds"}
+    bits = {name: value for name, value in metrics.items() if name not in skip}
+    parts = [f"{sum(bits.values()):.3f} bits/char"]
+    if len(bits) > 1:
+        parts.append("(" + " + ".join(f"{name} {value:.3f}" for name, value in bits.items()) + ")")
+    parts.append(f"{metrics['characters_per_second']:,.0f} chars/s")
+    return " ".join(parts)
+
+
+def clock(seconds: float) -> str:
+    """65 -> 1:05."""
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes}:{rest:02d}"
+
+
+class Progress:
+    """Reports steps of one stage; rank 0's `say` prints, the others' says nothing."""
+
+    def __init__(self, stage: str, say: Callable[[str], None]):
+        self.stage, self.say = stage, say
+        self.began: tuple[float, float] | None = None  # (time, progress) of the first report
+        self.bar = None
+
+    def __enter__(self) -> Progress:
+        if sys.stdout.isatty():
+            from rich.progress import BarColumn, TextColumn
+            from rich.progress import Progress as Bar
+
+            self.bar = Bar(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"))
+            self.bar.start()
+            self.task = self.bar.add_task(self.stage, total=1.0, note="")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def advance(self, step: int, progress: float, metrics: dict[str, float], every: int) -> None:
+        """Report a step. progress: share of the training done; metrics: see `describe`."""
+        now = time.monotonic()
+        if self.began is None:
+            self.began = (now, progress)
+        done = progress - self.began[1]
+        left = (now - self.began[0]) / done * (1 - progress) if done > 0 else 0.0
+        note = f"step {step} {progress:4.0%} {describe(metrics)} {clock(left)} left"
+        if self.bar is not None:
+            self.bar.update(self.task, completed=min(progress, 1.0), note=note)
+        elif step % every == 0:
+            self.say(f"{self.stage}: {note}")

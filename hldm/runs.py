@@ -1,0 +1,298 @@
+"""A run is a folder: its settings, its environment, its metrics, and a lock so that one process writes.
+
+    runs/demo/autoencoder/  config.yaml  environment.json  metrics.jsonl  samples.txt  checkpoints/  .lock
+
+`Interrupt` turns signals into a flag that the training loop reads between steps. Knows no model.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import warnings
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import yaml
+
+from hldm.checkpoints import atomic_write, checkpoints_in
+
+NAME = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,64}")
+LIBRARIES = ("torch", "numpy", "safetensors", "diffusers", "accelerate", "transformers", "datasets")
+BITWISE = ("cpu", "threads", "accelerators", "torch")  # a resumed run repeats bit for bit only if these agree
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # SIGUSR1: what a cluster sends before time is up
+SAMPLE_HEADER = re.compile(rb"^=== step (-?[0-9]+) ===$", re.MULTILINE)
+
+
+class Run:
+    """The folder of one stage of one run; made by `open_run`. Without `is_main` its methods write nothing."""
+
+    def __init__(self, folder: Path, *, is_main: bool, say: Callable[[str], None]) -> None:
+        self.folder = folder
+        self.is_main = is_main
+        self._say = say
+        self._lock: int | None = None  # file descriptor; the kernel drops the lock when the process ends
+
+    def log(self, step: int, **metrics: float | int | str | bool | None) -> None:
+        """Append one line to metrics.jsonl; "nan" and "inf", which JSON has not, are written as strings."""
+        if self.is_main:
+            line = {"step": step} | {name: _finite_or_text(value) for name, value in metrics.items()}
+            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(line, allow_nan=False) + "\n")
+
+    def sample(self, step: int, text: str) -> None:
+        """Append a text to samples.txt, indented below its step."""
+        if self.is_main:
+            indented = text.replace("\n", "\n    ").encode("utf-8", "backslashreplace")
+            with open(self.folder / "samples.txt", "ab") as file:
+                file.write(b"=== step %d ===\n    %s\n" % (step, indented))
+
+    def rewind(self, step: int) -> None:
+        """Drop metrics and samples after `step` (-1: all), as a resumed run will write them again.
+
+        So do lines that a kill tore; each is said.
+        """
+        if not self.is_main:
+            return
+        path = self.folder / "metrics.jsonl"
+        if path.exists():
+            kept = []
+            for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+                logged = _step_logged(line)
+                if logged is None:
+                    self._say(f"{path}: dropping line {number}, which is torn")
+                elif logged <= step:
+                    kept.append(line)
+            atomic_write(path, b"".join(kept))
+        path = self.folder / "samples.txt"
+        if path.exists():
+            text = path.read_bytes()
+            later = (match.start() for match in SAMPLE_HEADER.finditer(text) if int(match[1]) > step)
+            atomic_write(path, text[: next(later, len(text))])
+
+    def close(self) -> None:
+        """Let go of the folder before the process ends."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _acquire(self) -> None:
+        """Take the folder's lock. Raises ValueError with the owner when another process holds it."""
+        path = self.folder / ".lock"
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            owner = os.read(descriptor, 1000).decode(errors="replace").strip() or "another process"
+            os.close(descriptor)
+            raise ValueError(
+                f"{self.folder} is in use by {owner}; wait until it ends or choose another --name"
+            ) from error
+        except OSError as error:  # some network filesystems have no locks
+            self._say(f"{path} cannot be locked ({error.strerror}): see that no second process writes there")
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        self._lock = descriptor
+        # A forked data worker that outlives this process must not keep the lock alive.
+        os.register_at_fork(after_in_child=self.close)
+
+
+def open_run(
+    folder: Path,
+    *,
+    config: dict[str, Any],
+    resume: bool,
+    is_main: bool = True,
+    may_change: tuple[str, ...] = (),
+    say: Callable[[str], None] = warnings.warn,
+) -> Run:
+    """Make or reopen the folder of one stage, `runs/<name>/<stage>`, and lock it for this process.
+
+    config:     the resolved settings, plain; config.yaml holds those last used
+    resume:     reopen a folder that is not empty; one that is empty starts from the beginning, and says so
+    is_main:    rank 0; the other ranks get a Run that writes nothing, and check nothing
+    may_change: prefixes of dotted keys that may differ on resume, e.g. ("training.", "logging.")
+    A resumed run calls `Run.rewind` with the step it found in its checkpoint.
+    Raises ValueError when the name is unfit, the folder is taken or locked, or other settings differ.
+    """
+    folder = Path(folder)
+    for name in folder.absolute().parts[-2:]:
+        check_run_name(name)
+    run = Run(folder, is_main=is_main, say=say)
+    if not is_main:
+        return run
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        run._acquire()
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be used: {error.strerror}; choose another --name") from error
+    try:
+        is_empty = all(entry.name == ".lock" for entry in folder.iterdir())
+        if not is_empty and not resume:
+            saved = checkpoints_in(folder)
+            found = f"has a checkpoint at step {max(saved)}" if saved else "is not empty"
+            raise ValueError(f"{folder} {found}; pass --resume or choose another --name")
+        if is_empty and resume:
+            say(f"{folder} has nothing to resume; starting from the beginning")
+        _write_config(folder, config, may_change)
+        _write_environment(folder, say)
+    except BaseException:
+        run.close()
+        raise
+    return run
+
+
+def check_run_name(name: str) -> None:
+    """Raise ValueError unless the name can be a folder's and nothing else, such as ../elsewhere."""
+    if not NAME.fullmatch(name):
+        raise ValueError(f"a run is named by 1 to 64 of [A-Za-z0-9._-], got {name!r}; choose another --name")
+
+
+def describe_environment() -> dict[str, Any]:
+    """What a reader needs to repeat a run: code, libraries, machine, command."""
+    import torch
+
+    here = Path(__file__)
+    # Only if this very file is tracked: a site-packages folder inside someone's repository is not.
+    is_tracked = _git(here.parent, "ls-files", "--error-unmatch", here.name) is not None
+    status = _git(here.parent, "status", "--porcelain") if is_tracked else None
+    return {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "argv": sys.argv,
+        "commit": _git(here.parent, "rev-parse", "HEAD") if is_tracked else None,
+        "dirty": None if status is None else status != "",
+        "python": platform.python_version(),
+        **{name: _version(name) for name in LIBRARIES},
+        "platform": platform.platform(),
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "accelerators": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+
+
+class Interrupt:
+    """Within this context SIGINT, SIGTERM and SIGUSR1 only set `requested`, for the loop to save and leave.
+
+    A second signal ends the process at once, with exit code 128 + its number. Outside the main thread, where
+    Python allows no handlers, it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.requested: int | None = None  # number of the signal that came
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Interrupt:
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._previous.clear()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.requested is not None:
+            os._exit(128 + number)
+        self.requested = number
+
+
+def _write_config(folder: Path, config: dict[str, Any], may_change: tuple[str, ...]) -> None:
+    """Save the settings, having compared them with those the run was started with."""
+    path = folder / "config.yaml"
+    config = json.loads(json.dumps(config))  # tuples as lists, nothing shared: as YAML will give it back
+    if path.exists():
+        try:
+            started = _dotted(yaml.safe_load(path.read_text(encoding="utf-8")))
+        except (yaml.YAMLError, ValueError, RecursionError, AttributeError) as error:
+            raise ValueError(f"{path} is damaged; restore it or choose another --name") from error
+        now = _dotted(config)
+        changes = [
+            f"{key} {started.get(key, 'absent')} -> {now.get(key, 'absent')}"
+            for key in sorted(started.keys() | now.keys())
+            if started.get(key, ...) != now.get(key, ...) and not key.startswith(may_change)
+        ]
+        if changes:
+            raise ValueError(
+                f"{folder} was started with other settings ({', '.join(changes)}); "
+                "set them back or choose another --name"
+            )
+    atomic_write(path, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+
+
+def _dotted(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"data": {"lanes": 16}} as {"data.lanes": 16}."""
+    leaves: dict[str, Any] = {}
+    for key, value in config.items():
+        leaves |= _dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return leaves
+
+
+def _write_environment(folder: Path, say: Callable[[str], None]) -> None:
+    """Add this start to environment.json, a list with one entry a start."""
+    path = folder / "environment.json"
+    now = describe_environment()
+    starts: list[dict[str, Any]] = []
+    if path.exists():
+        try:
+            starts = json.loads(path.read_bytes())
+            before = {key: starts[-1].get(key) for key in BITWISE}
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{path} is damaged; delete it to resume without it") from error
+        changes = [f"{key} {before[key]} -> {now[key]}" for key in BITWISE if before[key] != now[key]]
+        if changes:
+            say(f"{folder} resumes elsewhere ({', '.join(changes)}): right, but not equal bit for bit")
+    atomic_write(path, json.dumps([*starts, now], indent=1) + "\n")
+
+
+def _step_logged(line: bytes) -> int | None:
+    """The step of a line of metrics.jsonl; None when the line is torn."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return step if type(step) is int and line.endswith(b"\n") else None
+
+
+def _finite_or_text(value: float | int | str | bool | None) -> float | int | str | bool | None:
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """The output of a git command; None outside a repository, or without git."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _version(library: str) -> str | None:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str:
+    try:
+        names = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        names = None
+    return names[1] if names else platform.processor() or platform.machine()

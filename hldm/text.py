@@ -1,0 +1,78 @@
+"""Text as bytes: 256 values plus a few symbols of the decoder's own.
+
+There is nothing to train and nothing to look up: id = byte. Any byte string round-trips, valid UTF-8
+or not. Also here: counting characters, decoding a stream, and making text safe for a terminal.
+Knows numpy and the standard library only.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+
+import numpy as np
+
+END_OF_CHUNK = 256  # emitted by the decoder after the last byte of a chunk
+END_OF_DOCUMENT = 257  # emitted in its place after the last chunk of a document
+START = 258  # the decoder's first input in every chunk
+HIDDEN = 259  # stands for an input byte hidden by byte dropout
+VOCABULARY = 260
+
+
+def to_bytes(text: str) -> bytes:
+    """UTF-8 bytes of a string; bytes the shell could not decode (PEP 383) come back as they were.
+
+    Raises ValueError for half of a surrogate pair, which no byte string stands for.
+    """
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"text holds half a surrogate pair, {text[error.start]!a} at character {error.start}, "
+            "which UTF-8 cannot encode: remove it"
+        ) from None
+
+
+def to_ids(text: bytes) -> np.ndarray:
+    """Ids (t,) int64 of a byte string, one a byte."""
+    return np.frombuffer(text, np.uint8).astype(np.int64)
+
+
+def from_ids(ids: np.ndarray) -> bytes:
+    """The byte string of ids (t,). Raises ValueError for a symbol that is no byte."""
+    ids = np.asarray(ids)
+    if ids.size and (ids.min() < 0 or ids.max() > 255):
+        raise ValueError(f"ids of bytes lie in 0..255, got {ids.min()}..{ids.max()}: remove the symbols first")
+    return ids.astype(np.uint8).tobytes()
+
+
+def count_characters(text: bytes) -> int:
+    """UTF-8 characters in text, the denominator of bits per character; an invalid byte counts as one."""
+    return len(text.decode("utf-8", "surrogateescape"))
+
+
+class StreamDecoder:
+    """Bytes in, text out as soon as its characters are complete; invalid bytes become U+FFFD."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, text: bytes) -> str:
+        """The characters that these bytes complete."""
+        return self._decoder.decode(text)
+
+    def finish(self) -> str:
+        """What is left: U+FFFD when the stream stopped inside a character. Ready for a new stream."""
+        rest = self._decoder.decode(b"", final=True)
+        self._decoder.reset()
+        return rest
+
+
+# C0 but for newline and tab, DEL, C1; marks, embeddings, overrides and isolates of the bidirectional
+# algorithm (Unicode UAX 9), which can make a line read as what it is not; surrogates, which cannot be printed.
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    r"""The text with everything that could steer a terminal shown as an escape (`\x1b`, `\u202e`)."""
+    return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)

@@ -1,0 +1,405 @@
+"""One loop for every stage: optimizer steps over windows, resumable to the bit.
+
+Knows no model: an objective is any module whose forward takes (batch, carry, generator, progress) and
+returns a loss per byte of the *global* batch. Rows of that batch are split over ranks and
+micro-batches; noise, order and learning rate are functions of (seed, step), so the split changes
+nothing but rounding. Checkpoints are ours (hldm.checkpoints), processes and devices are accelerate's.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from hldm.checkpoints import (
+    Checkpoint,
+    flatten_optimizer,
+    newest_checkpoint,
+    save_checkpoint,
+    unflatten_optimizer,
+)
+from hldm.config import CheckpointConfig, ConfigError, LoggingConfig, TrainingConfig
+from hldm.data import Batch, Windows
+from hldm.progress import Progress
+from hldm.runs import Interrupt, Run
+
+MAX_SKIPPED_STEPS = 3  # non-finite steps in a row before a run gives up
+
+
+class TrainingDiverged(RuntimeError):
+    """Loss or gradient stayed non-finite; nothing bad was saved."""
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; it saved itself first."""
+
+    def __init__(self, signum: int, path: str):
+        super().__init__(f"stopped by signal {signum}; saved {path}: go on with --resume")
+        self.signum = signum
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What a training has cost so far."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    characters: int = 0
+
+
+def step_seed(seed: int, step: int, stream: int) -> int:
+    """A seed that is a pure function of (run seed, optimizer step, stream)."""
+    return int(np.random.SeedSequence((seed, step, stream)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def learning_rate(config: TrainingConfig, progress: float) -> float:
+    """Linear warm-up, then a cosine down to `final_learning_rate`; progress in [0, 1]."""
+    if progress < config.warmup:
+        return config.learning_rate * (progress / config.warmup)
+    done = min(1.0, (progress - config.warmup) / (1 - config.warmup))
+    share = config.final_learning_rate + (1 - config.final_learning_rate) * 0.5 * (
+        1 + math.cos(math.pi * done)
+    )
+    return config.learning_rate * share
+
+
+def make_accelerator(config: TrainingConfig, logging: LoggingConfig, folder: str) -> Accelerator:
+    """One process or many, CPU or not, from the environment that `accelerate launch` set."""
+    if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise ConfigError(
+            "accelerate launch --cpu --num_processes N starts one process, not N: "
+            "use `accelerate launch --multi_gpu --num_processes N` (it works on CPU, too)"
+        )
+    return Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=config.mixed_precision,
+        log_with=list(logging.trackers) or None,
+        project_dir=folder,
+        # Buffers hold sums of each rank's own rows; the objectives add them up in end_step.
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True)
+        ],
+    )
+
+
+def make_optimizers(model: nn.Module, config: TrainingConfig) -> list[torch.optim.Optimizer]:
+    """AdamW; or Muon (Jordan et al. 2024) for the matrices inside the stacks and AdamW for the rest."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    matrices, others = [], []
+    for _, parameter in trained:
+        inner = parameter.ndim == 2 and id(parameter) not in embeddings and min(parameter.shape) >= 32
+        (matrices if config.optimizer == "muon" and inner else others).append(parameter)
+    # Decay what multiplies, not biases, gains and embeddings.
+    decayed = [p for p in others if p.ndim >= 2 and id(p) not in embeddings]
+    kept = [p for p in others if p.ndim < 2 or id(p) in embeddings]
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": kept, "weight_decay": 0.0},
+    ]
+    # beta_2 of 0.95 to 0.98 is what short runs with few tokens want; measured in docs/journal.md
+    adamw = torch.optim.AdamW(
+        [g for g in groups if g["params"]], lr=config.learning_rate, betas=(0.9, 0.97), foreach=True
+    )
+    optimizers: list[torch.optim.Optimizer] = [adamw]
+    if matrices:
+        optimizers.append(
+            torch.optim.Muon(
+                matrices,
+                lr=config.learning_rate,
+                weight_decay=config.weight_decay,
+                # the update's RMS is AdamW's, so that both share one learning rate (arXiv 2502.16982)
+                adjust_lr_fn="match_rms_adamw",
+            )
+        )
+    return optimizers
+
+
+def make_average(model: nn.Module, decay: float) -> AveragedModel | None:
+    """Exponential moving average whose decay warms up as (1 + n) / (10 + n)."""
+    if not decay:
+        return None
+
+    def lerp(averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
+        n = int(count)
+        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + n) / (10 + n)))
+
+    return AveragedModel(model, multi_avg_fn=lerp)
+
+
+def carry_tensors(carry: Any, prefix: str = "carry") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a nested carry with its path, in order."""
+    if isinstance(carry, Tensor):
+        yield prefix, carry
+    elif carry is not None:
+        names = getattr(carry, "_fields", range(len(carry)))
+        for name, part in zip(names, carry, strict=True):
+            yield from carry_tensors(part, f"{prefix}.{name}")
+
+
+def map_carry(fn: Callable[..., Tensor], *carries: Any) -> Any:
+    """Apply fn to the tensors that share a place in carries of one shape."""
+    first = carries[0]
+    if isinstance(first, Tensor):
+        return fn(*carries)
+    if first is None:
+        return None
+    parts = [map_carry(fn, *group) for group in zip(*carries, strict=True)]
+    return type(first)(*parts) if hasattr(first, "_fields") else tuple(parts)
+
+
+class Trainer:
+    """Everything one stage needs between two optimizer steps."""
+
+    def __init__(
+        self,
+        objective: Any,
+        windows: Windows,
+        config: TrainingConfig,
+        *,
+        run: Run,
+        seed: int,
+        checkpoint: CheckpointConfig,
+        logging: LoggingConfig,
+        accelerator: Accelerator,
+        extras: dict[str, Any] | None = None,
+    ):
+        """extras: JSON that every checkpoint carries, e.g. what the stage is bound to."""
+        self.config, self.checkpoint, self.logging = config, checkpoint, logging
+        self.run, self.seed, self.windows, self.accelerator = run, seed, windows, accelerator
+        self.extras = extras or {}
+        ranks, parts = accelerator.num_processes, config.accumulation
+        if windows.lanes % (ranks * parts):
+            raise ConfigError(
+                f"data.lanes must be divisible by processes x accumulation, got {windows.lanes} lanes, "
+                f"{ranks} processes, accumulation {parts}"
+            )
+        self.rows = windows.lanes // (ranks * parts)
+        objective.to(accelerator.device)
+        self.objective = objective
+        self.average = make_average(objective, config.ema_decay)
+        self.optimizers = make_optimizers(objective, config)
+        self.model = accelerator.prepare(objective)
+        self.carries = [objective.initial_carry(self.rows, accelerator.device) for _ in range(parts)]
+        self.totals = Totals()
+        self.skipped = 0
+
+    # --- state on disk -------------------------------------------------------------------------
+
+    def save(self) -> str:
+        """Write a checkpoint of everything that the next step depends on."""
+        parts = [dict(carry_tensors(carry)) for carry in self.carries]
+        carry = {}
+        for name in parts[0]:
+            # this rank's rows in order, then the ranks in order: the rows of the global batch
+            own = torch.cat([part[name] for part in parts])
+            carry[name] = self.accelerator.gather(own.contiguous()).cpu()
+        path = ""
+        if self.accelerator.is_main_process:
+            tensors = {"model": self.objective.state_dict(), "carry": carry}
+            states = []
+            for index, optimizer in enumerate(self.optimizers):
+                tensors[f"optimizer-{index}"], state = flatten_optimizer(optimizer.state_dict())
+                states.append(state)
+            if self.average is not None:
+                tensors["average"] = self.average.state_dict()
+            state = {
+                "seconds": self.totals.seconds,
+                "characters": self.totals.characters,
+                "optimizers": states,
+                "threads": torch.get_num_threads(),
+                "processes": self.accelerator.num_processes,
+                "seed": self.seed,
+                **self.extras,
+            }
+            path = str(
+                save_checkpoint(
+                    self.run.folder, self.totals.steps, tensors, state, keep=self.checkpoint.keep
+                )
+            )
+        self.accelerator.wait_for_everyone()
+        return path
+
+    def restore(self, say: Callable[[str], None]) -> bool:
+        """Go on from the newest good checkpoint; False when there is none."""
+        saved = newest_checkpoint(self.run.folder, say=say)
+        if saved is None:
+            return False
+        self._check(saved, say)
+        self.objective.load_state_dict(saved.tensors["model"])
+        for index, optimizer in enumerate(self.optimizers):
+            flat = saved.tensors[f"optimizer-{index}"]
+            optimizer.load_state_dict(unflatten_optimizer(flat, saved.state["optimizers"][index]))
+        if self.average is not None:
+            self.average.load_state_dict(saved.tensors["average"])
+        rank, parts = self.accelerator.process_index, self.config.accumulation
+        for part in range(parts):
+            first = (rank * parts + part) * self.rows
+            names = iter(list(carry_tensors(self.carries[part])))
+
+            def own(tensor: Tensor, first: int = first, names: Any = names) -> Tensor:
+                name, _ = next(names)
+                stored = saved.tensors["carry"][name][first : first + self.rows]
+                return stored.to(device=tensor.device, dtype=tensor.dtype)
+
+            self.carries[part] = map_carry(own, self.carries[part])
+        self.totals = Totals(saved.step, saved.state["seconds"], saved.state["characters"])
+        return True
+
+    def _check(self, saved: Checkpoint, say: Callable[[str], None]) -> None:
+        """Refuse what cannot be continued before anything is changed; mention what may differ."""
+        for key, value in self.extras.items():
+            if saved.state.get(key) != value:
+                raise ConfigError(
+                    f"{saved.path} was trained with {key} {saved.state.get(key)}, this run has {value}: "
+                    "resume with what it was trained with, or choose another --name"
+                )
+        if saved.state["seed"] != self.seed:
+            raise ConfigError(f"{saved.path} was trained with seed {saved.state['seed']}, got {self.seed}")
+        expected, found = self.objective.state_dict(), saved.tensors["model"]
+        for name in expected.keys() | found.keys():
+            shapes = [tuple(d[name].shape) if name in d else None for d in (expected, found)]
+            if shapes[0] != shapes[1]:
+                raise ConfigError(
+                    f"{saved.path}: {name} has shape {shapes[1]}, the config makes it {shapes[0]}"
+                )
+        if saved.state["threads"] != torch.get_num_threads():
+            say(
+                f"resuming with {torch.get_num_threads()} threads instead of {saved.state['threads']}: "
+                "sums round differently, so the weights will not be bit-equal to an uninterrupted run's"
+            )
+
+    # --- one step ------------------------------------------------------------------------------
+
+    def step(self, progress: float) -> dict[str, float] | None:
+        """One optimizer step over all rows; None when it was skipped as non-finite."""
+        accelerator, parts, step = self.accelerator, self.config.accumulation, self.totals.steps
+        rate = learning_rate(self.config, progress)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+        torch.manual_seed(step_seed(self.seed, step, 1 + accelerator.process_index))  # dropout
+        sums: dict[str, Tensor] = {}
+        for part in range(parts):
+            first = (accelerator.process_index * parts + part) * self.rows
+            batch: Batch = self.windows.batch(step, first, self.rows).to(accelerator.device)
+            generator = torch.Generator().manual_seed(step_seed(self.seed, step, 0))
+            last = part == parts - 1
+            with nullcontext() if last else accelerator.no_sync(self.model):
+                with accelerator.autocast():
+                    out = self.model(batch, self.carries[part], generator, progress)
+                # DDP averages gradients over ranks; the loss is a share of the global sum
+                accelerator.backward(out.loss * accelerator.num_processes)
+            self.carries[part] = out.carry
+            for name, value in {**out.nats, "characters": out.characters}.items():
+                sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + value.double().cpu()
+        names = list(sums)
+        total = accelerator.reduce(torch.stack([sums[name] for name in names]).to(accelerator.device))
+        norm = accelerator.clip_grad_norm_(self.objective.parameters(), self.config.clip_norm)
+        values = dict(zip(names, total.tolist(), strict=True))
+        characters = values.pop("characters")
+        finite = math.isfinite(sum(values.values())) and math.isfinite(float(norm))
+        if finite:
+            for optimizer in self.optimizers:
+                optimizer.step()
+            self.objective.end_step()
+            if self.average is not None:
+                self.average.update_parameters(self.objective)
+            self.skipped = 0
+        else:
+            self.skipped += 1
+            self.carries = [
+                self.objective.initial_carry(self.rows, accelerator.device) for _ in range(parts)
+            ]
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        self.totals = Totals(step + 1, self.totals.seconds, self.totals.characters + int(characters))
+        if not finite:
+            return None
+        bits = {name: value / characters / math.log(2) for name, value in values.items()}
+        return {"learning_rate": rate, "gradient_norm": float(norm), **bits}
+
+    # --- the loop ------------------------------------------------------------------------------
+
+    def progress(self) -> float:
+        """Share of the training done: by steps, or by the clock of rank 0 when that is further."""
+        by_steps = self.totals.steps / self.config.steps
+        if not self.config.minutes:
+            return by_steps
+        share = torch.tensor(self.totals.seconds / (60 * self.config.minutes), dtype=torch.float64)
+        if self.accelerator.num_processes > 1:
+            share = share.to(self.accelerator.device)
+            torch.distributed.broadcast(share, src=0)
+        return max(by_steps, float(share))
+
+    def fit(self, say: Callable[[str], None], on_sample: Callable[[nn.Module], str] | None = None) -> Totals:
+        """Train to the end; returns the totals, with averaged weights left in the objective.
+
+        on_sample: called every `logging.sample_every` steps, and at the end, on the averaged model.
+        Raises Interrupted after saving when a signal came, TrainingDiverged on non-finite numbers.
+        """
+        clock = time.monotonic()
+        before = self.totals.seconds
+        self.model.train()
+        with Interrupt() as interrupt, Progress(self.run.folder.name, say) as bar:
+            while (progress := self.progress()) < 1:
+                metrics = self.step(progress)
+                seconds = before + time.monotonic() - clock
+                self.totals = Totals(self.totals.steps, seconds, self.totals.characters)
+                step = self.totals.steps
+                if metrics is None:
+                    say(f"step {step}: loss or gradient is not finite; step skipped")
+                    if self.skipped > MAX_SKIPPED_STEPS:
+                        raise TrainingDiverged(
+                            f"{self.skipped} steps in a row were not finite (the last is {step}): "
+                            f"lower training's learning_rate; {self.run.folder} keeps its last good checkpoint"
+                        )
+                else:
+                    rate = self.totals.characters / max(seconds, 1e-9)
+                    metrics |= {"characters_per_second": rate, "seconds": seconds}
+                    if step % self.logging.every == 0 and self.accelerator.is_main_process:
+                        self.run.log(step, characters=self.totals.characters, **metrics)
+                        self.accelerator.log(metrics, step=step)
+                    bar.advance(step, self.progress(), metrics, every=self.logging.every)
+                signum = self._agreed(interrupt.requested)
+                if signum:
+                    raise Interrupted(signum, self.save())
+                if step % self.checkpoint.every == 0 and not self.skipped:
+                    self.save()
+                if on_sample and self.logging.sample_every and step % self.logging.sample_every == 0:
+                    self._sample(on_sample)
+        if not self.skipped:
+            self.save()
+        if self.average is not None:
+            self.objective.load_state_dict(self.average.module.state_dict())
+        if on_sample:
+            self._sample(on_sample, averaged=False)
+        return self.totals
+
+    def _sample(self, on_sample: Callable[[nn.Module], str], averaged: bool = True) -> None:
+        if self.accelerator.is_main_process:
+            model = self.average.module if averaged and self.average is not None else self.objective
+            model.eval()
+            with torch.no_grad():
+                self.run.sample(self.totals.steps, on_sample(model))
+            self.objective.train()
+        self.accelerator.wait_for_everyone()
+
+    def _agreed(self, signum: int | None) -> int:
+        """A signal to any rank stops all of them after the same step."""
+        if self.accelerator.num_processes == 1:
+            return signum or 0
+        flag = torch.tensor(signum or 0, device=self.accelerator.device)
+        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+        return int(flag)
