@@ -139,6 +139,8 @@ def decoder_events(
 
     text (b t), the flags (b t) bool, previous (b): symbol before the window.
     Byte t sits at event t + (units ended before t); the end of its unit right after it.
+    An event opens a chunk if its unit starts there, or if the byte it *reads* starts one: whether the
+    byte it writes does is not known yet where units are longer than chunks.
     """
     b, t = text.shape
     real = torch.arange(t, device=text.device) < length[:, None]
@@ -160,6 +162,7 @@ def decoder_events(
     none = torch.zeros_like(real)
     chunk = (chunk_start & real).long().cumsum(dim=1) - 1
     chunk = chunk.clamp(min=0)  # the twin's window may open inside a chunk
+    opens = unit_start | torch.cat([none[:, :1], (chunk_start & ~unit_start)[:, :-1]], dim=1)
     last = text.gather(1, (length - 1).clamp(min=0)[:, None])[:, 0] if t else previous
     return Events(
         target=lay(text, torch.where(doc_end, END_OF_DOCUMENT, END_OF_CHUNK)),
@@ -167,7 +170,7 @@ def decoder_events(
         chunk=lay(chunk, chunk),
         length=total,
         doc_start=lay(doc_start & real, none),
-        chunk_start=lay(chunk_start & real, none),
+        chunk_start=lay(opens & real, chunk_start & ~unit_start & real),
         last=torch.where(length > 0, last, previous),
     )
 

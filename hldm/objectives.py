@@ -10,7 +10,7 @@ add up to the same whatever the ranks and micro-batches; `hldm.training` knows n
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from hldm.autoencoder import (
     sum_by_chunk,
     symbol_nats,
 )
+from hldm.carry import map_carry
 from hldm.config import AutoencoderConfig
 from hldm.data import Batch
 from hldm.diffusion import alpha_sigma, diffuse, end_term, stratified
@@ -73,16 +74,6 @@ def count_characters(batch: Batch) -> Tensor:
     """UTF-8 characters in a batch: its bytes that do not continue one."""
     real = torch.arange(batch.bytes.shape[1], device=batch.bytes.device) < batch.length[:, None]
     return ((batch.bytes & 0xC0 != 0x80) & real).sum()
-
-
-def detach(carry: Any) -> Any:
-    """The same carry, cut from its graph."""
-    if isinstance(carry, Tensor):
-        return carry.detach()
-    if carry is None:
-        return None
-    parts = [detach(part) for part in carry]
-    return type(carry)(*parts) if hasattr(carry, "_fields") else tuple(parts)
 
 
 class Reading(NamedTuple):
@@ -261,7 +252,7 @@ class AutoencoderObjective(nn.Module):
             loss / batch.total_bytes,
             {name: value.detach() for name, value in nats.items()},
             count_characters(batch),
-            detach(Carry(encoder, decoder, context_state)),
+            map_carry(torch.detach, Carry(encoder, decoder, context_state)),
         )
 
 
@@ -331,5 +322,5 @@ class PriorObjective(nn.Module):
             sum(nats.values()) / batch.total_bytes,
             {name: value.detach() for name, value in nats.items()},
             count_characters(batch),
-            detach(Carry(encoder, decoder, context_state)),
+            map_carry(torch.detach, Carry(encoder, decoder, context_state)),
         )

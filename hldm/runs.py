@@ -50,7 +50,7 @@ class Run:
         """Append one line to metrics.jsonl; "nan" and "inf", which JSON has not, are written as strings."""
         if self.is_main:
             line = {"step": step} | {name: _finite_or_text(value) for name, value in metrics.items()}
-            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            with open(self.folder / "metrics.jsonl", "a", encoding="ascii") as file:
                 file.write(json.dumps(line, allow_nan=False) + "\n")
 
     def sample(self, step: int, text: str) -> None:

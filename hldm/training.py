@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from hldm.carry import map_carry, named_tensors
 from hldm.checkpoints import (
     Checkpoint,
     flatten_optimizer,
@@ -138,27 +139,6 @@ def make_average(model: nn.Module, decay: float) -> AveragedModel | None:
     return AveragedModel(model, multi_avg_fn=lerp)
 
 
-def carry_tensors(carry: Any, prefix: str = "carry") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a nested carry with its path, in order."""
-    if isinstance(carry, Tensor):
-        yield prefix, carry
-    elif carry is not None:
-        names = getattr(carry, "_fields", range(len(carry)))
-        for name, part in zip(names, carry, strict=True):
-            yield from carry_tensors(part, f"{prefix}.{name}")
-
-
-def map_carry(fn: Callable[..., Tensor], *carries: Any) -> Any:
-    """Apply fn to the tensors that share a place in carries of one shape."""
-    first = carries[0]
-    if isinstance(first, Tensor):
-        return fn(*carries)
-    if first is None:
-        return None
-    parts = [map_carry(fn, *group) for group in zip(*carries, strict=True)]
-    return type(first)(*parts) if hasattr(first, "_fields") else tuple(parts)
-
-
 class Trainer:
     """Everything one stage needs between two optimizer steps."""
 
@@ -199,7 +179,7 @@ class Trainer:
 
     def save(self) -> str:
         """Write a checkpoint of everything that the next step depends on."""
-        parts = [dict(carry_tensors(carry)) for carry in self.carries]
+        parts = [dict(named_tensors(carry)) for carry in self.carries]
         carry = {}
         for name in parts[0]:
             # this rank's rows in order, then the ranks in order: the rows of the global batch
@@ -246,7 +226,7 @@ class Trainer:
         rank, parts = self.accelerator.process_index, self.config.accumulation
         for part in range(parts):
             first = (rank * parts + part) * self.rows
-            names = iter(list(carry_tensors(self.carries[part])))
+            names = iter(list(named_tensors(self.carries[part])))
 
             def own(tensor: Tensor, first: int = first, names: Any = names) -> Tensor:
                 name, _ = next(names)

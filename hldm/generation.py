@@ -1,0 +1,411 @@
+"""Prompt -> text, a chunk at a time, nothing computed twice.
+
+    context --sample--> z_0 of the next chunk --decode until it ends--> bytes --encode--> latent --> context
+
+Encoder, pyramid and (if carried) decoder keep their state, so a character costs the same however long
+the text. Each row draws from its own generator: a batch of prompts writes what they write one by one.
+The twin writes byte by byte behind the same interface.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hldm.autoencoder import Autoencoder, DecoderState, EncoderState
+from hldm.carry import select_rows
+from hldm.chunking import make_chunker
+from hldm.config import GenerationConfig
+from hldm.diffusion import sample
+from hldm.griffin import GriffinState
+from hldm.prior import Context, ContextState, Prior
+from hldm.text import END_OF_CHUNK, END_OF_DOCUMENT, START, count_characters
+
+PROMPT_WINDOW = 4096  # bytes of a prompt read at once: bounds memory whatever its length
+
+
+class Piece(NamedTuple):
+    """What one row wrote in one round."""
+
+    text: bytes
+    ends_document: bool
+
+
+class Writer(Protocol):
+    """Writes on from prompts; `write` gives one piece a row and remembers where it is."""
+
+    calls: int  # denoiser evaluations so far
+
+    def write(self) -> list[Piece]: ...
+
+
+@dataclass
+class Continuation:
+    """What was written after one prompt."""
+
+    prompt: bytes
+    chunks: list[bytes] = field(default_factory=list)
+    ended: bool = False  # the model closed the document
+
+    @property
+    def text(self) -> bytes:
+        """The chunks in one."""
+        return b"".join(self.chunks)
+
+
+def row_generators(seed: int, rows: int) -> list[torch.Generator]:
+    """One generator a row: row i of seed s is row 0 of seed s + i."""
+    return [torch.Generator().manual_seed(seed + row) for row in range(rows)]
+
+
+def pick(logits: Tensor, u: Tensor, temperature: float, top_p: float) -> Tensor:
+    """One symbol a row from softmax(logits / temperature) cut to the nucleus, by inverse CDF at u.
+
+    logits (b v), u (b) in [0, 1). Temperature 0 takes the likeliest. Returns (b).
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    p, symbol = (logits.double() / temperature).softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+    before = p.cumsum(dim=-1) - p
+    p = p * (before < top_p)  # the likeliest always stays
+    cdf = p.cumsum(dim=-1)
+    chosen = torch.searchsorted(cdf, (u.double() * cdf[:, -1])[:, None], right=True)
+    return symbol.gather(1, chosen.clamp(max=p.shape[1] - 1))[:, 0]
+
+
+class _Window(NamedTuple):
+    """Bytes of several rows, padded, with their flags."""
+
+    text: Tensor
+    length: Tensor
+    doc_start: Tensor
+    chunk_start: Tensor
+
+
+def _window(
+    pieces: Sequence[bytes], starts: Sequence[np.ndarray], opens: Sequence[bool], device: torch.device
+) -> _Window:
+    longest = max((len(piece) for piece in pieces), default=0)
+    text = np.zeros((len(pieces), longest), dtype=np.int64)
+    chunk_start = np.zeros(text.shape, dtype=bool)
+    doc_start = np.zeros(text.shape, dtype=bool)
+    for row, (piece, start, opening) in enumerate(zip(pieces, starts, opens, strict=True)):
+        text[row, : len(piece)] = np.frombuffer(piece, dtype=np.uint8)
+        chunk_start[row, : len(piece)] = start
+        if opening and piece:
+            doc_start[row, 0] = True
+    length = torch.tensor([len(piece) for piece in pieces])
+    arrays = (torch.from_numpy(text), length, torch.from_numpy(doc_start), torch.from_numpy(chunk_start))
+    return _Window(*(tensor.to(device) for tensor in arrays))
+
+
+def _prompt_windows(
+    prompts: Sequence[bytes], starts: Sequence[np.ndarray], device: torch.device
+) -> Iterator[_Window]:
+    """Cut prompts at chunk borders into windows of about PROMPT_WINDOW bytes; short ones run out early."""
+    cuts = []
+    for prompt, start in zip(prompts, starts, strict=True):
+        borders = np.append(np.flatnonzero(start), len(prompt))
+        wanted = np.arange(0, len(prompt) + PROMPT_WINDOW, PROMPT_WINDOW)
+        cuts.append(np.unique(borders[np.searchsorted(borders, wanted).clip(max=len(borders) - 1)]))
+    for index in range(max((len(cut) for cut in cuts), default=1) - 1):
+        pieces, flags = [], []
+        for prompt, start, cut in zip(prompts, starts, cuts, strict=True):
+            part = slice(cut[index], cut[index + 1]) if index + 1 < len(cut) else slice(0, 0)
+            pieces.append(prompt[part])
+            flags.append(start[part])
+        yield _window(pieces, flags, [index == 0] * len(prompts), device)
+
+
+class LatentWriter:
+    """The latent model: samples a latent, writes its chunk, reads it back."""
+
+    def __init__(
+        self,
+        autoencoder: Autoencoder,
+        prior: Prior,
+        prompts: Sequence[bytes],
+        settings: GenerationConfig,
+        generators: Sequence[torch.Generator],
+    ):
+        self.autoencoder, self.prior, self.settings = autoencoder, prior, settings
+        self.generators = generators
+        self.device = next(autoencoder.parameters()).device
+        self.calls = 0
+        rows = len(prompts)
+        self.encoder: EncoderState = autoencoder.encoder_state(rows, self.device)
+        self.decoder: DecoderState = autoencoder.decoder_state(rows, self.device)
+        self.memory: ContextState = prior.initial_state(rows, self.device)
+        self.context: Context = self._read_nothing()
+        self.opens = [True] * rows  # whether the next chunk is the first of its document
+        chunker = make_chunker(autoencoder.chunking)
+        starts = [chunker.chunk_start(prompt) for prompt in prompts]
+        for window in _prompt_windows(prompts, starts, self.device):
+            self._read(window)
+        self.opens = [not prompt for prompt in prompts]
+
+    def _read_nothing(self) -> Context:
+        rows = self.memory.written.shape[0]
+        none = torch.zeros(rows, 0, dtype=torch.bool, device=self.device)
+        latents = torch.zeros(rows, 0, self.prior.latent_dim, device=self.device)
+        context, _ = self.prior.contextualiser(latents, none, none, self.memory)
+        return context.first(1)
+
+    def _read(self, window: _Window, latent: Tensor | None = None) -> None:
+        """Take in whole chunks: advance encoder, pyramid and a carried decoder."""
+        encoding, self.encoder = self.autoencoder.encode(*window, self.encoder)
+        context, self.memory = self.prior.contextualiser(
+            encoding.latents, encoding.mask, encoding.doc_start, self.memory
+        )
+        self.context = context.of(encoding.mask.sum(dim=1, keepdim=True))
+        if self.autoencoder.settings.carry_state:
+            text, length, doc_start, chunk_start = window
+            never = torch.zeros_like(doc_start)
+            events = self.autoencoder.events(text, length, doc_start, never, chunk_start, self.decoder)
+            if latent is None:  # a prompt's chunks: the mean of what the decoder was trained on
+                gamma_0 = torch.tensor(self.prior.diffusion.gamma_0, device=self.device)
+                latent = encoding.latents * torch.sigmoid(-gamma_0).sqrt()
+            _, griffin = self.autoencoder.decode(
+                events.symbol,
+                latent,
+                events.chunk,
+                events.doc_start,
+                events.chunk_start,
+                self.decoder.griffin,
+                events.length,
+            )
+            self.decoder = DecoderState(griffin, events.last)
+
+    def sample_latents(self) -> Tensor:
+        """z_0 of the next chunk of every row. (b z)."""
+        guidance = self.settings.guidance
+        hidden = torch.ones_like(self.context.visible[..., 0])
+        blind = self.prior.hide(self.context, hidden) if guidance != 1 else None
+        estimate: Tensor | None = None
+
+        def denoise(z: Tensor, gamma: Tensor) -> Tensor:
+            nonlocal estimate
+            z, gamma = z[:, None, None], gamma[:, None, None]
+            x0 = self.prior.denoise(z, gamma, self.context, estimate)
+            self.calls += 1
+            if blind is not None:
+                without = self.prior.denoise(z, gamma, blind, estimate)
+                x0 = without + guidance * (x0 - without)
+                self.calls += 1
+            if self.prior.settings.self_conditioning:
+                estimate = x0
+            return x0[:, 0, 0]
+
+        return sample(
+            denoise,
+            (len(self.generators), self.prior.latent_dim),
+            self.prior.schedule,
+            steps=self.settings.steps,
+            scheduler=self.settings.scheduler,
+            generators=self.generators,
+            temperature=self.settings.temperature,
+            device=self.device,
+        )
+
+    def write(self) -> list[Piece]:
+        """Sample and write one chunk a row."""
+        z_0 = self.sample_latents()
+        pieces = write_chunks(
+            self.autoencoder, z_0, self.decoder, self.opens, self.settings, self.generators
+        )
+        starts = [np.arange(len(piece.text)) == 0 for piece in pieces]
+        self._read(_window([p.text for p in pieces], starts, self.opens, self.device), z_0[:, None])
+        self.opens = [piece.ends_document for piece in pieces]
+        if any(self.opens):  # a closed document is followed by a new one, should anyone go on
+            closed = torch.tensor(self.opens, device=self.device)
+            fresh = self.prior.initial_state(len(pieces), self.device)
+            self.memory = select_rows(closed, fresh, self.memory)
+            self.context = self._read_nothing()
+        return pieces
+
+
+def write_chunks(
+    autoencoder: Autoencoder,
+    latent: Tensor,
+    state: DecoderState,
+    opens: Sequence[bool],
+    settings: GenerationConfig,
+    generators: Sequence[torch.Generator],
+) -> list[Piece]:
+    """Expand one latent a row (b z) into the bytes of a chunk: 1 to max_bytes of them."""
+    rows, most = latent.shape[0], autoencoder.chunking.max_bytes
+    device = latent.device
+    u = torch.stack([torch.rand(most + 1, generator=g) for g in generators]).to(device)
+    symbol = torch.full((rows,), START, device=device)
+    first = torch.zeros(rows, 1, dtype=torch.long, device=device)
+    doc_start = torch.tensor(opens, device=device)[:, None]
+    griffin: GriffinState = state.griffin
+    written = []
+    ended = torch.zeros(rows, dtype=torch.bool, device=device)
+    for index in range(most + 1):
+        start = torch.full((rows, 1), index == 0, device=device)
+        logits, griffin = autoencoder.decode(
+            symbol[:, None], latent[:, None], first, doc_start & start, start, griffin
+        )
+        logits = logits[:, 0].float()
+        if index == 0:  # no chunk is empty
+            logits[:, END_OF_CHUNK:] = float("-inf")
+        if index == most:  # and none is longer
+            logits[:, :END_OF_CHUNK] = float("-inf")
+        symbol = pick(logits, u[:, index], settings.decoder_temperature, settings.top_p)
+        written.append(torch.where(ended, END_OF_CHUNK, symbol))
+        closing = (symbol == END_OF_DOCUMENT) & ~ended
+        ended = ended | (symbol >= END_OF_CHUNK)
+        written[-1] = torch.where(closing, END_OF_DOCUMENT, written[-1])
+        if bool(ended.all()):
+            break
+    table = torch.stack(written, dim=1).tolist()
+    return [
+        Piece(bytes(s for s in row if s < END_OF_CHUNK), any(s == END_OF_DOCUMENT for s in row))
+        for row in table
+    ]
+
+
+class ByteWriter:
+    """The twin: writes byte by byte, a chunk's worth of them at a time."""
+
+    def __init__(
+        self,
+        autoencoder: Autoencoder,
+        prompts: Sequence[bytes],
+        settings: GenerationConfig,
+        generators: Sequence[torch.Generator],
+    ):
+        self.autoencoder, self.settings, self.generators = autoencoder, settings, generators
+        self.device = next(autoencoder.parameters()).device
+        self.calls = 0
+        rows = len(prompts)
+        self.state = autoencoder.decoder_state(rows, self.device)
+        self.chunker = make_chunker(autoencoder.chunking)
+        starts = [self.chunker.chunk_start(prompt) for prompt in prompts]
+        for window in _prompt_windows(prompts, starts, self.device):
+            text, length, doc_start, chunk_start = window
+            never = torch.zeros_like(doc_start)
+            events = autoencoder.events(text, length, doc_start, never, chunk_start, self.state)
+            _, griffin = autoencoder.decode(
+                events.symbol,
+                None,
+                events.chunk,
+                events.doc_start,
+                events.chunk_start,
+                self.state.griffin,
+                events.length,
+            )
+            self.state = DecoderState(griffin, events.last)
+        self.opens = [not prompt for prompt in prompts]
+        # The bytes of the open chunk: a causal chunker needs no more to tell where the next starts.
+        self.open_chunk = [
+            prompt[int(np.flatnonzero(start)[-1]) :] if prompt else b""
+            for prompt, start in zip(prompts, starts, strict=True)
+        ]
+
+    def write(self) -> list[Piece]:
+        """Write max_bytes symbols a row, or up to the end of the document."""
+        rows, count = len(self.generators), self.autoencoder.chunking.max_bytes
+        u = torch.stack([torch.rand(count, generator=g) for g in self.generators]).to(self.device)
+        texts = [bytearray() for _ in range(rows)]
+        ended = [False] * rows
+        for index in range(count):
+            opens = torch.tensor(self.opens, device=self.device)
+            # the byte read opens a chunk of its own when it is the only one in it
+            starts = torch.tensor([len(chunk) == 1 for chunk in self.open_chunk], device=self.device)
+            symbol = torch.where(opens, START, self.state.symbol)
+            logits, griffin = self.autoencoder.decode(
+                symbol[:, None],
+                None,
+                torch.zeros_like(symbol)[:, None],
+                opens[:, None],
+                (opens | starts)[:, None],
+                self.state.griffin,
+            )
+            logits = logits[:, 0].float()
+            logits[:, END_OF_CHUNK] = float("-inf")
+            chosen = pick(logits, u[:, index], self.settings.decoder_temperature, self.settings.top_p)
+            self.state = DecoderState(griffin, chosen.clamp(max=END_OF_CHUNK))
+            for row, value in enumerate(chosen.tolist()):
+                if ended[row]:
+                    continue
+                self.opens[row] = ended[row] = value == END_OF_DOCUMENT
+                if ended[row]:
+                    self.open_chunk[row] = b""
+                    continue
+                texts[row].append(value)
+                grown = self.open_chunk[row] + bytes([value])
+                self.open_chunk[row] = grown[-1:] if self.chunker.chunk_start(grown)[-1] else grown
+        return [Piece(bytes(text), end) for text, end in zip(texts, ended, strict=True)]
+
+
+def make_writer(
+    autoencoder: Autoencoder,
+    prior: Prior | None,
+    prompts: Sequence[bytes],
+    settings: GenerationConfig,
+    generators: Sequence[torch.Generator],
+) -> Writer:
+    """The writer that fits the model: with a prior over latents, or the twin's."""
+    if autoencoder.latent_dim == 0:
+        return ByteWriter(autoencoder, prompts, settings, generators)
+    if prior is None:
+        raise ValueError("this autoencoder has no prior yet: train one with train_diffusion.py")
+    return LatentWriter(autoencoder, prior, prompts, settings, generators)
+
+
+@torch.no_grad()
+def write_on(
+    autoencoder: Autoencoder,
+    prior: Prior | None,
+    prompts: Sequence[bytes],
+    settings: GenerationConfig,
+    *,
+    max_characters: int,
+    seed: int = 0,
+    through_ends: bool = False,
+) -> Iterator[tuple[list[Continuation], list[bytes], int]]:
+    """Continue each prompt; yields (continuations so far, what each row just wrote, denoiser calls).
+
+    A row stops after `max_characters`, cut there, or where the model ends the document (unless
+    through_ends). The last yield holds the finished continuations.
+    """
+    if not prompts:
+        raise ValueError("no prompt given: pass at least one, '' starts a document")
+    if max_characters < 1:
+        raise ValueError(f"max_characters must be at least 1, got {max_characters}")
+    rows = [Continuation(prompt) for prompt in prompts]
+    writer = make_writer(autoencoder, prior, prompts, settings, row_generators(seed, len(prompts)))
+    counts = [0] * len(rows)
+    while True:
+        news = []
+        for index, (row, piece) in enumerate(zip(rows, writer.write(), strict=True)):
+            text = b"" if row.ended or counts[index] >= max_characters else piece.text
+            text = _cut(text, max_characters - counts[index])
+            if text:
+                row.chunks.append(text)
+                counts[index] += count_characters(text)
+                cut_short = counts[index] >= max_characters
+                row.ended = piece.ends_document and not through_ends and not cut_short
+            elif piece.ends_document and not through_ends and counts[index] < max_characters:
+                row.ended = True
+            news.append(text)
+        yield rows, news, writer.calls
+        if all(row.ended or count >= max_characters for row, count in zip(rows, counts, strict=True)):
+            return
+
+
+def _cut(text: bytes, characters: int) -> bytes:
+    """The first so many UTF-8 characters."""
+    if count_characters(text) <= characters:
+        return text
+    end = len(text)
+    while end > 0 and count_characters(text[:end]) > characters:
+        end -= 1
+    return text[:end]

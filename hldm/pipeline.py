@@ -1,0 +1,181 @@
+"""The model as one folder that three lines of Python load: a diffusers pipeline.
+
+    pipe = HLDMPipeline.from_pretrained("runs/demo/pipeline")
+    print(pipe("And the king said", max_characters=200).texts[0])
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from diffusers import ConfigMixin, DiffusionPipeline
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils import BaseOutput
+
+from hldm.autoencoder import Autoencoder
+from hldm.checkpoints import fingerprint
+from hldm.config import GenerationConfig
+from hldm.diffusion import make_scheduler, scheduler_name
+from hldm.generation import Continuation, write_on
+from hldm.prior import Prior
+from hldm.text import StreamDecoder, to_bytes
+
+
+class ByteTokenizer(ConfigMixin):
+    """Text is its UTF-8 bytes; saved beside the model so that the folder says so itself."""
+
+    config_name = "tokenizer_config.json"
+
+    @register_to_config
+    def __init__(self, vocabulary: int = 256, encoding: str = "utf-8"):
+        pass
+
+    def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
+        """Write tokenizer_config.json."""
+        self.save_config(save_directory)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **_: Any) -> ByteTokenizer:
+        """Read it back."""
+        return cls.from_config(cls.load_config(folder))
+
+
+@dataclass
+class HLDMPipelineOutput(BaseOutput):
+    """What was written, one entry a prompt and sample."""
+
+    texts: list[str]  # continuations, without their prompts
+    sequences: list[bytes]  # the same, as bytes
+    chunk_spans: list[list[tuple[int, int]]]  # byte span of every chunk in its sequence
+    calls: int  # denoiser evaluations, each for the whole batch
+
+
+class HLDMPipeline(DiffusionPipeline):
+    """Prompt in, text out. `prior` and `scheduler` are None in the twin."""
+
+    _optional_components = ["prior", "scheduler"]
+    autoencoder: Autoencoder
+    prior: Prior | None
+
+    def __init__(
+        self,
+        autoencoder: Autoencoder,
+        tokenizer: ByteTokenizer,
+        prior: Prior | None = None,
+        scheduler: Any = None,
+        defaults: dict[str, Any] | None = None,
+    ):
+        """defaults: generation settings, used where a call names none."""
+        super().__init__()
+        if prior is not None and prior.config["autoencoder"] != fingerprint(autoencoder.state_dict()):
+            raise ValueError(
+                "this prior was trained on another autoencoder's latents: "
+                "train it again with train_diffusion.py, or load the autoencoder it belongs to"
+            )
+        self.register_modules(
+            autoencoder=autoencoder, prior=prior, tokenizer=tokenizer, scheduler=scheduler
+        )
+        self.register_to_config(defaults=defaults or {})
+
+    @classmethod
+    def assemble(
+        cls, autoencoder: Autoencoder, prior: Prior | None, defaults: GenerationConfig
+    ) -> HLDMPipeline:
+        """Put a trained model together, with the sampler that its config names."""
+        scheduler = None
+        if prior is not None:
+            scheduler = make_scheduler(defaults.scheduler, prior.schedule, defaults.steps)
+        return cls(
+            autoencoder.eval(),
+            ByteTokenizer(),
+            prior.eval() if prior is not None else None,
+            scheduler,
+            defaults=vars(defaults).copy(),
+        )
+
+    @property
+    def settings(self) -> GenerationConfig:
+        """The generation settings of this pipeline; a scheduler put in by the user is honoured."""
+        settings = GenerationConfig(**dict(self.config["defaults"]))
+        if self.scheduler is not None:
+            settings = replace(settings, scheduler=scheduler_name(self.scheduler))
+        return settings
+
+    def __call__(
+        self,
+        prompt: str | bytes | Sequence[str | bytes] = "",
+        max_characters: int = 400,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        temperature: float | None = None,
+        decoder_temperature: float | None = None,
+        top_p: float | None = None,
+        num_return_sequences: int = 1,
+        seed: int = 0,
+        streamer: Callable[[int, str], None] | None = None,
+        return_dict: bool = True,
+    ) -> HLDMPipelineOutput | tuple[list[str]]:
+        """Continue each prompt.
+
+        streamer: called with (row, text) as text is made; only whole UTF-8 characters are passed on.
+        Row i draws from seed + i, so a batch writes what its prompts write one by one.
+        """
+        prompts = [prompt] if isinstance(prompt, str | bytes) else list(prompt)
+        rows = [to_bytes(p) if isinstance(p, str) else p for p in prompts for _ in range(num_return_sequences)]
+        given = {
+            "steps": num_inference_steps,
+            "guidance": guidance_scale,
+            "temperature": temperature,
+            "decoder_temperature": decoder_temperature,
+            "top_p": top_p,
+        }
+        settings = replace(self.settings, **{k: v for k, v in given.items() if v is not None})
+        decoders = [StreamDecoder() for _ in rows]
+        written: list[Continuation] = []
+        calls = 0
+        for written, news, calls in write_on(
+            self.autoencoder, self.prior, rows, settings, max_characters=max_characters, seed=seed
+        ):
+            for row, (decoder, new) in enumerate(zip(decoders, news, strict=True)):
+                text = decoder.push(new)
+                if streamer is not None and text:
+                    streamer(row, text)
+        if streamer is not None:
+            for row, decoder in enumerate(decoders):
+                if rest := decoder.finish():
+                    streamer(row, rest)
+        texts = [row.text.decode("utf-8", errors="replace") for row in written]
+        if not return_dict:
+            return (texts,)
+        return HLDMPipelineOutput(texts, [row.text for row in written], [_spans(row) for row in written], calls)
+
+
+def _spans(row: Continuation) -> list[tuple[int, int]]:
+    spans, at = [], 0
+    for chunk in row.chunks:
+        spans.append((at, at + len(chunk)))
+        at += len(chunk)
+    return spans
+
+
+def read_pipeline(folder: str | Path) -> HLDMPipeline:
+    """Load a saved pipeline, from disk only.
+
+    Raises FileNotFoundError with the command that makes one.
+    """
+    folder = Path(folder)
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no trained model: run train_autoencoder.py, then train_diffusion.py, with its config"
+        )
+    try:
+        json.loads(index.read_text(encoding="utf-8"))
+        return HLDMPipeline.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, KeyError, RuntimeError, json.JSONDecodeError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{folder} cannot be loaded ({first}): train the run again or restore it") from error

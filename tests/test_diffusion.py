@@ -1,0 +1,411 @@
+"""The schedule's identities, the bound on a source of known entropy, samplers on a known Gaussian."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from diffusers import UniPCMultistepScheduler
+from torch import Tensor
+
+from hldm import diffusion
+from hldm.config import ConfigError, DiffusionConfig
+from hldm.diffusion import (
+    BINS,
+    UNIFORM_SHARE,
+    Schedule,
+    alpha_sigma,
+    bound_integrand,
+    diffuse,
+    end_term,
+    make_scheduler,
+    noise_from,
+    sample,
+    scheduler_name,
+    stratified,
+    target_from,
+    x0_from,
+)
+
+KINDS = ["linear", "cosine", "learned"]
+SCHEDULERS = ["ancestral", "ddim", "dpm", "flow"]
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=seeded(seed), dtype=torch.float64)
+
+
+def make_schedule(kind: str, gamma_0: float = -3.0, gamma_1: float = 10.0) -> Schedule:
+    """A schedule; a learned one has seen an integrand with a hump, and nothing of the noisiest bins."""
+    schedule = Schedule(DiffusionConfig(schedule=kind, gamma_0=gamma_0, gamma_1=gamma_1))
+    gamma = torch.linspace(gamma_0, gamma_1 - 1, 1001)
+    schedule.observe(gamma, torch.exp(gamma - gamma**2 / 4))
+    return schedule
+
+
+# the schedule
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gamma_rises_from_end_to_end_exactly(kind, dtype):
+    gamma = make_schedule(kind).gamma(torch.linspace(0, 1, 1001, dtype=dtype))
+    assert gamma[0] == -3.0 and gamma[-1] == 10.0
+    assert (gamma.diff() > 0).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_density_is_the_slope_of_the_inverse_of_gamma(kind):
+    schedule = make_schedule(kind)
+    midpoints = torch.linspace(-3, 10, 20 * BINS + 1, dtype=torch.float64)[:-1] + 6.5 / (20 * BINS)
+    density = schedule.density(midpoints)
+    share_below = (density * 13 / (20 * BINS)).cumsum(0)
+    assert share_below[-1] == pytest.approx(1, abs=1e-12)
+
+    # gamma(u) is where the share u of the density lies below
+    borders = torch.linspace(-3, 10, 20 * BINS + 1, dtype=torch.float64)[1:]
+    torch.testing.assert_close(schedule.gamma(share_below.clamp(max=1)), borders)
+
+    # d gamma / d u = 1 / p inside every bin
+    u = (schedule.cdf[1:] + schedule.cdf[:-1]).double() / 2
+    slope = (schedule.gamma(u + 1e-7) - schedule.gamma(u - 1e-7)) / 2e-7
+    torch.testing.assert_close(slope * schedule.density(schedule.gamma(u)), torch.ones_like(u))
+
+
+def test_cosine_schedule_is_the_cosine_cut_to_the_range():
+    schedule = make_schedule("cosine")
+    gamma = schedule._borders(torch.float64)
+    alpha, _ = alpha_sigma(gamma)
+    t = torch.acos(alpha) * 2 / math.pi  # alpha = cos(pi t / 2)
+    expected = (t - t[0]) / (t[-1] - t[0])
+    torch.testing.assert_close(schedule.gamma(expected), gamma, atol=1e-4, rtol=0)
+
+
+def test_learned_density_is_the_root_mean_square_of_the_integrand_and_some_uniform():
+    schedule = Schedule(DiffusionConfig(schedule="learned", gamma_0=0.0, gamma_1=BINS * 0.125))
+    gamma = (torch.arange(BINS) + 0.5) * 0.125
+    low, high = 2 * torch.exp(gamma) * 3, 2 * torch.exp(gamma) * 4  # f = 3 and 4: rms sqrt(12.5)
+    quiet = torch.where(torch.arange(BINS) < BINS // 2, 0.0, 1.0)
+    for _ in range(3):
+        schedule.observe(torch.cat([gamma, gamma]), torch.cat([low * quiet, high * quiet]))
+        schedule.observe(gamma, low * quiet * math.sqrt(12.5) / 3)
+    density = schedule.density(gamma) * 8
+    expected = UNIFORM_SHARE + (1 - UNIFORM_SHARE) * 2 * quiet
+    torch.testing.assert_close(density, expected, atol=1e-5, rtol=0.01)
+
+
+def test_fixed_schedules_do_not_learn():
+    for kind in ("linear", "cosine"):
+        fresh = Schedule(DiffusionConfig(schedule=kind, gamma_0=-3.0, gamma_1=10.0))
+        assert torch.equal(make_schedule(kind).cdf, fresh.cdf)
+
+
+def test_nothing_to_learn_from_leaves_the_schedule_uniform():
+    schedule = Schedule(DiffusionConfig(schedule="learned"))
+    uniform = schedule.cdf.clone()
+    schedule.observe(torch.zeros(0), torch.zeros(0))  # a process whose rows have run out
+    schedule.observe(torch.linspace(-2, 5, 100), torch.zeros(100))  # a constant latent
+    schedule.observe(torch.zeros(2), torch.tensor([math.inf, math.nan]))  # an overflow
+    torch.testing.assert_close(schedule.cdf, uniform)
+    with pytest.raises(ValueError, match="share a shape"):
+        schedule.observe(torch.zeros(2), torch.zeros(3))
+
+
+def test_a_learned_schedule_is_saved_with_the_model():
+    taught, loaded = make_schedule("learned"), Schedule(DiffusionConfig(gamma_0=-3.0, gamma_1=10.0))
+    loaded.load_state_dict(taught.state_dict())
+    assert torch.equal(
+        loaded.gamma(torch.rand(9, generator=seeded(1))), taught.gamma(torch.rand(9, generator=seeded(1)))
+    )
+    for schedule in (taught, loaded):
+        schedule.observe(torch.ones(5), torch.ones(5))
+    assert torch.equal(loaded.cdf, taught.cdf)
+
+
+def test_what_is_learned_does_not_depend_on_which_process_holds_a_row(monkeypatch):
+    gamma = torch.rand(5000, generator=seeded()) * 7 - 2
+    squared_error = torch.randn(5000, generator=seeded(1)).square() * torch.exp(gamma)
+    whole = Schedule(DiffusionConfig(schedule="learned"))
+    whole.observe(gamma, squared_error)
+
+    shuffled = Schedule(DiffusionConfig(schedule="learned"))
+    order = torch.randperm(5000, generator=seeded(2))
+    shuffled.observe(gamma[order], squared_error[order])
+    assert torch.equal(shuffled.observed, whole.observed)
+
+    # three processes, in turn: each hands in its sums, then each receives the total
+    rows = [slice(0, 17), slice(17, 3000), slice(3000, 5000)]
+    sums: list[Tensor] = []
+    monkeypatch.setattr(diffusion.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(diffusion.dist, "all_reduce", lambda part: sums.append(part.clone()))
+    for part in rows:
+        Schedule(DiffusionConfig(schedule="learned")).observe(gamma[part], squared_error[part])
+    total = sums[0] + sums[1] + sums[2]
+    monkeypatch.setattr(diffusion.dist, "all_reduce", lambda part: part.copy_(total))
+    for part in rows:
+        split = Schedule(DiffusionConfig(schedule="learned"))
+        split.observe(gamma[part], squared_error[part])
+        assert torch.equal(split.observed, whole.observed) and torch.equal(split.cdf, whole.cdf)
+
+
+def test_stratified_draws_fall_one_into_each_stratum():
+    u = stratified(8, torch.rand(5, 3, generator=seeded()))
+    assert u.shape == (5, 3, 8)
+    assert torch.equal((u * 8).floor(), torch.arange(8.0).expand(5, 3, 8))
+
+
+# targets
+
+
+@pytest.mark.parametrize("target", ["x0", "v", "eps"])
+def test_a_perfect_prediction_gives_x0_and_the_noise_back(target):
+    gamma = torch.linspace(-20, 20, 9, dtype=torch.float64)
+    x0, noise = normal(9, 4), normal(9, 4, seed=1)
+    z = diffuse(x0, gamma, noise)
+    x0_hat = x0_from(target_from(x0, noise, gamma, target), z, gamma, target)
+    torch.testing.assert_close(x0_hat, x0, atol=1e-10, rtol=0)
+    torch.testing.assert_close(noise_from(x0, z, gamma), noise, atol=1e-10, rtol=0)
+
+
+def test_an_error_in_eps_weighs_the_same_in_the_bound_at_any_gamma():
+    gamma = torch.linspace(-5, 20, 26)  # float32: at gamma = 20 alpha is 5e-5
+    x0, noise, error = (normal(26, 4, seed=s).float() for s in range(3))
+    z = diffuse(x0, gamma, noise)
+    f = bound_integrand(x0, x0_from(noise + 0.1 * error, z, gamma, "eps"), gamma)
+    torch.testing.assert_close(f, 0.005 * error.square().sum(-1), rtol=1e-3, atol=0)
+
+
+def test_end_term_is_the_divergence_from_a_standard_normal():
+    mu, gamma_1 = normal(6, 3), 1.5
+    alpha, sigma = alpha_sigma(torch.tensor(gamma_1, dtype=torch.float64))
+    q = torch.distributions.Normal(alpha * mu, sigma)
+    p = torch.distributions.Normal(torch.zeros_like(mu), 1.0)
+    torch.testing.assert_close(end_term(mu, gamma_1), torch.distributions.kl_divergence(q, p).sum(-1))
+
+
+# the bound, on 27 symbols in 5 dimensions with the exact denoiser and the exact decoder
+
+
+class Source:
+    """Symbols drawn with known probabilities, each with a fixed embedding, standardised."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        self.probability = torch.softmax(normal(27), 0)
+        embedding = normal(27, 5, seed=1)
+        mean = self.probability @ embedding
+        std = (self.probability @ (embedding - mean).square()).sqrt()
+        self.embedding = scale * (embedding - mean) / std
+        self.entropy_bits = -(self.probability @ self.probability.log2()).item()
+
+    def log_posterior(self, z: Tensor, gamma: Tensor) -> Tensor:
+        """log p(symbol | z_gamma): (... 27)."""
+        alpha, sigma = (s[..., None, None] for s in alpha_sigma(gamma))
+        distance = (z[..., None, :] - alpha * self.embedding).square() / (2 * sigma.square())
+        return torch.log_softmax(self.probability.log() - distance.sum(-1), -1)
+
+    def squared_error(self, gamma: Tensor, seed: int) -> Tensor:
+        """||x0 - E[x0 | z_gamma]||^2 for one noise draw each: gamma (rows 27 m) -> (rows 27 m)."""
+        x0 = self.embedding[:, None].expand(*gamma.shape, 5)
+        z = diffuse(x0, gamma, normal(*gamma.shape, 5, seed=seed))
+        return (x0 - self.log_posterior(z, gamma).exp() @ self.embedding).square().sum(-1)
+
+    def schedule(self, kind: str, gamma_0: float) -> Schedule:
+        schedule = Schedule(DiffusionConfig(schedule=kind, gamma_0=gamma_0, gamma_1=10.0))
+        for seed in range(5):
+            u = torch.rand(20, 27, 16, generator=seeded(seed), dtype=torch.float64)
+            gamma = schedule.gamma(u)
+            picked = torch.multinomial(self.probability, 400, replacement=True, generator=seeded(seed))
+            squared_error = self.squared_error(gamma, seed)
+            schedule.observe(gamma[:, picked], squared_error[:, picked])
+        return schedule
+
+    def latent_bits(self, schedule: Schedule, u: Tensor, seed: int) -> Tensor:
+        """f / p of every draw, weighted by how often its symbol comes: (rows 27 m)."""
+        gamma = schedule.gamma(u)
+        f = 0.5 * torch.exp(-gamma) * self.squared_error(gamma, seed)
+        return f / schedule.density(gamma) / math.log(2)
+
+    def decoder_bits(self, gamma_0: float, rows: int) -> float:
+        gamma = torch.full((rows, 27), gamma_0, dtype=torch.float64)
+        z_0 = diffuse(self.embedding.expand(rows, 27, 5), gamma, normal(rows, 27, 5, seed=7))
+        log_p = self.log_posterior(z_0, gamma).diagonal(dim1=-2, dim2=-1)
+        return -(log_p.mean(0) @ self.probability).item() / math.log(2)
+
+    def end_bits(self) -> float:
+        return (end_term(self.embedding, 10.0) @ self.probability).item() / math.log(2)
+
+
+@pytest.mark.parametrize("gamma_0", [-3.0, 0.0, 2.0])
+def test_the_bound_of_a_perfect_model_is_the_entropy_under_every_schedule(gamma_0):
+    source = Source()
+    rest = source.decoder_bits(gamma_0, rows=4000) + source.end_bits()
+    u = stratified(32, torch.rand(300, 27, generator=seeded(3), dtype=torch.float64))
+    for kind in KINDS:
+        draws = source.latent_bits(source.schedule(kind, gamma_0), u, seed=4)
+        latent = (draws.mean((0, 2)) @ source.probability).item()
+        assert latent > 0.3
+        assert latent + rest == pytest.approx(source.entropy_bits, abs=0.02), kind
+
+
+def test_a_learned_schedule_estimates_the_bound_with_less_variance():
+    source = Source()
+    u = torch.rand(400, 27, 16, generator=seeded(5), dtype=torch.float64)  # independent draws
+    variance = {}
+    for kind in KINDS:
+        draws = source.latent_bits(source.schedule(kind, -3.0), u, seed=6)
+        mean = draws.mean((0, 2)) @ source.probability
+        variance[kind] = ((draws - mean).square().mean((0, 2)) @ source.probability).item()
+    assert variance["learned"] < 0.6 * variance["linear"]
+    assert variance["learned"] < 0.9 * variance["cosine"]
+
+
+def test_a_constant_latent_costs_nothing_and_tells_nothing():
+    source = Source(scale=0.0)
+    schedule = source.schedule("learned", -3.0)
+    u = stratified(4, torch.rand(2, 27, generator=seeded(), dtype=torch.float64))
+    assert source.latent_bits(schedule, u, seed=1).sum() == 0
+    assert source.end_bits() < 1e-7
+    assert source.decoder_bits(-3.0, rows=2) == pytest.approx(source.entropy_bits)
+
+
+# samplers, on x0 ~ N(mean, std^2) with the exact denoiser
+
+
+MEAN, STD = torch.tensor([0.5, -1.0]), torch.tensor([0.7, 1.2])
+
+
+def denoise_gaussian(z: Tensor, gamma: Tensor) -> Tensor:
+    """E[x0 | z_gamma], coordinates alternating between the two Gaussians."""
+    alpha, sigma = alpha_sigma(gamma[:, None])
+    pairs = z.shape[1] // 2
+    mean, variance = MEAN.repeat(pairs), STD.square().repeat(pairs)
+    gain = variance * alpha / (alpha.square() * variance + sigma.square())
+    return mean + gain * (z - alpha * mean)
+
+
+def draw_gaussian(name: str, rows: int = 4, width: int = 6, **settings) -> Tensor:
+    settings = {"steps": 8, "schedule": make_schedule("cosine", -2.0, 12.0), "first_seed": 0} | settings
+    first_seed = settings.pop("first_seed")
+    generators = [seeded(first_seed + row) for row in range(rows)]
+    return sample(denoise_gaussian, (rows, width), scheduler=name, generators=generators, **settings)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_samples_follow_the_diffusion_state_at_gamma_0(name, kind):
+    schedule = make_schedule(kind, -2.0, 12.0)
+    z = draw_gaussian(name, rows=32, width=2048, steps=200, schedule=schedule, first_seed=99)
+    z = z.view(-1, 2)
+    alpha, sigma = alpha_sigma(torch.tensor(-2.0))
+    variance = alpha.square() * STD.square() + sigma.square()
+    standard_error = (variance / len(z)).sqrt()
+    assert ((z.mean(0) - alpha * MEAN).abs() < 4 * standard_error).all()
+    # 4 standard errors, 2.2 %, and the error of 200 steps of first order, under 4 %
+    torch.testing.assert_close(z.var(0), variance, rtol=0.06, atol=0)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 16])
+def test_every_scheduler_visits_the_quantiles_of_the_schedule(steps):
+    schedule = make_schedule("learned")
+    levels = schedule.gamma(torch.linspace(1, 0, steps + 1))
+    x0 = normal(1, 6).float()
+    for name in SCHEDULERS:
+        visited: list[float] = []
+
+        def denoise(z, gamma, visited=visited):
+            visited.append(gamma.item())
+            return x0
+
+        z = sample(
+            denoise, (1, 6), schedule, steps=steps, scheduler=name, generators=[seeded()], temperature=0.0
+        )
+        assert visited == levels[:-1].tolist()
+        # without noise, a known x0 leads to a known place: only the level of each step decides
+        expected = torch.zeros(1, 6)
+        for gamma_t, gamma_s in zip(levels[:-1], levels[1:], strict=True):
+            (alpha_t, sigma_t), (alpha_s, sigma_s) = alpha_sigma(gamma_t), alpha_sigma(gamma_s)
+            if name in ("ancestral", "dpm"):
+                kept = torch.exp(gamma_s - gamma_t) * alpha_s / alpha_t
+                expected = kept * expected - torch.expm1(gamma_s - gamma_t) * alpha_s * x0
+            else:
+                expected = alpha_s * x0 + sigma_s * (expected - alpha_t * x0) / sigma_t
+        torch.testing.assert_close(z, expected, atol=2e-4, rtol=1e-3)
+
+
+def test_ancestral_sampling_draws_from_the_posterior_of_vdm():
+    schedule, steps, generator = make_schedule("cosine", -2.0, 12.0), 5, seeded()
+    levels = schedule.gamma(torch.linspace(1, 0, steps + 1))
+    z = torch.randn(1, 6, generator=generator)
+    for gamma_t, gamma_s in zip(levels[:-1], levels[1:], strict=True):
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = alpha_sigma(gamma_t), alpha_sigma(gamma_s)
+        variance_ts = sigma_t**2 - (alpha_t / alpha_s) ** 2 * sigma_s**2
+        x0_hat = denoise_gaussian(z, gamma_t[None])
+        mean = (alpha_t / alpha_s * sigma_s**2 * z + alpha_s * variance_ts * x0_hat) / sigma_t**2
+        z = mean + (variance_ts * sigma_s**2 / sigma_t**2).sqrt() * torch.randn(1, 6, generator=generator)
+    torch.testing.assert_close(draw_gaussian("ancestral", rows=1, steps=steps), z, atol=1e-4, rtol=1e-4)
+
+
+def test_ddim_and_flow_are_one_solver_on_the_same_levels():
+    torch.testing.assert_close(draw_gaussian("flow"), draw_gaussian("ddim"), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_batch_equals_its_rows_and_a_seed_its_repeat(name):
+    batch = draw_gaussian(name)
+    assert torch.equal(batch, draw_gaussian(name))
+    rows = [draw_gaussian(name, rows=1, first_seed=row) for row in range(4)]
+    assert torch.equal(batch, torch.cat(rows))
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_temperature_narrows_the_samples_down_to_one(name):
+    spread = [draw_gaussian(name, rows=64, temperature=t).var(0).mean() for t in (0.0, 0.5, 1.0)]
+    assert spread[0] == 0
+    # a linear denoiser: half the noise is a quarter of the variance
+    torch.testing.assert_close(4 * spread[1], spread[2], rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_denoiser_in_half_precision_leaves_the_state_in_float32(name):
+    schedule = make_schedule("linear", -2.0, 5.0)
+    z = sample(
+        lambda z, gamma: denoise_gaussian(z, gamma).bfloat16(),
+        (2, 6),
+        schedule,
+        steps=4,
+        scheduler=name,
+        generators=[seeded(0), seeded(1)],
+    )
+    assert z.dtype == torch.float32 and not torch.equal(z, z.bfloat16().float())
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_saved_scheduler_loads_with_its_name_and_its_table(name, tmp_path):
+    made = make_scheduler(name, make_schedule("learned"), 12)
+    made.save_pretrained(tmp_path)
+    loaded = type(made).from_pretrained(tmp_path)
+    assert scheduler_name(loaded) == name
+    assert loaded.config.num_train_timesteps == 13
+    if name != "flow":  # whose levels are no part of its config
+        assert torch.equal(loaded.alphas_cumprod, made.alphas_cumprod)
+
+
+def test_what_cannot_be_sampled_is_refused_at_the_door():
+    schedule = make_schedule("linear")
+    with pytest.raises(ValueError, match="one generator a row, got 1 for 2 rows"):
+        sample(denoise_gaussian, (2, 6), schedule, steps=2, scheduler="ddim", generators=[seeded()])
+    with pytest.raises(ValueError, match="unknown scheduler 'euler'"):
+        make_scheduler("euler", schedule, 4)
+    with pytest.raises(ValueError, match="at least 1"):
+        make_scheduler("dpm", schedule, 0)
+    with pytest.raises(ValueError, match="UniPCMultistepScheduler is not one"):
+        scheduler_name(UniPCMultistepScheduler())
+    with pytest.raises(ConfigError, match="gamma_0 = -20"):
+        make_scheduler("ancestral", make_schedule("linear", -20.0, 5.0), 16)
+    make_scheduler("flow", make_schedule("linear", -20.0, 5.0), 16)
+    make_scheduler("ancestral", make_schedule("linear", -12.0, 20.0), 1000)
