@@ -92,7 +92,7 @@ def save_checkpoint(
                 say(f"{damage}; replacing it by a new save of step {step}")
                 _discard(target, say)
             os.rename(temporary, target)
-            _sync(home)
+        _sync(home)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise CheckpointError(
@@ -338,6 +338,10 @@ def _encode_state(step: int, state: dict[str, Any]) -> bytes:
         record = _encode({"schema": SCHEMA, "step": step, "state": state})
     except (TypeError, ValueError) as error:
         raise ValueError(f"the state of step {step} must be JSON: {error}") from error
+    if len(record) > MAX_RECORD_BYTES:
+        raise ValueError(
+            f"the state of step {step} takes {len(record):,} bytes; large things belong in tensors"
+        )
     if json.loads(record)["state"] != state:
         raise ValueError(f"the state of step {step} would change in JSON: use string keys, no tuples")
     return record

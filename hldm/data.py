@@ -230,8 +230,9 @@ def _write_latents(
             if chunks:
                 file.seek(offset + int(index[0]) * width * 4)
                 file.write(row[:chunks].astype("<f4").tobytes())
+    head = _header(windows.chunks, width, binding, sha256=_sha256_from(file, offset))
     file.seek(0)
-    file.write(_header(windows.chunks, width, binding, sha256=_sha256_from(file, offset)))
+    file.write(head)
     file.flush()
 
 

@@ -359,6 +359,8 @@ def test_whatever_call_the_disk_refuses_the_old_checkpoint_stands(
     save(tmp_path, 2)
     sequence = disk.calls.copy()
     assert set(sequence) == {"fsync", "rename", "mkdir", "save_file", "open"}
+    assert sequence.count("fsync") == len(FILES) + 2  # both folders, the outer one after the rename
+    assert sequence[-3:] == ["fsync", "rename", "fsync"]
     for refused, call in enumerate(sequence):
         shutil.rmtree(checkpoints_in(tmp_path)[2])
         disk.calls.clear()

@@ -149,7 +149,7 @@ def test_pooling_is_the_mean_of_each_chunk_and_its_gradient(seed):
     for row in range(4):
         starts = [t for t in range(length[row]) if chunk_start[row, t]]
         assert found.count[row] == len(starts)
-        for n, (begin, end) in enumerate(zip(starts, [*starts[1:], int(length[row])], strict=True)):
+        for n, (begin, end) in enumerate(zip(starts, [*starts, int(length[row])][1:], strict=True)):
             assert (found.chunk_id[row, begin:end] == n).all()
             expected[row, n] = x[row, begin:end].mean(dim=0)
     assert (found.chunk_id[torch.arange(13) >= length[:, None]] == -1).all()

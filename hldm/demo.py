@@ -1,0 +1,62 @@
+"""`make demo`: from raw text to generated text, the model and its twin, in one table."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from hldm.config import Config, load_config
+
+PROMPTS = 3
+
+
+def run_demo(path: Path, name: str | None = None, root: Path = Path("runs")) -> None:
+    """Train what is not trained yet, evaluate, write. Leaves runs/<name>, runs/<name>-twin."""
+    began = time.monotonic()
+    name = name or ("demo" if path.stem == "tiny" else f"demo-{path.stem}")
+    config = replace(load_config([path]), name=name)
+    twin = replace(load_config([path.with_name(f"{path.stem}-twin.yaml")]), name=f"{name}-twin")
+
+    from hldm.stages import train_autoencoder, train_diffusion
+
+    _train(root / name / "autoencoder", lambda resume: train_autoencoder(config, resume=resume, root=root))
+    _train(root / name / "prior", lambda resume: train_diffusion(config, resume=resume, root=root))
+    _train(root / twin.name / "autoencoder", lambda resume: train_autoencoder(twin, resume=resume, root=root))
+
+    from hldm.evaluation import compare, evaluate_run, save_evaluation
+
+    columns = {}
+    for label, run in (("model", name), ("twin", twin.name)):
+        print(f"evaluating {root / run} on the test text", flush=True)
+        columns[label] = evaluate_run(root / run)
+        save_evaluation(root / run / "evaluation.json", columns[label])
+    _write(config, root / name)
+    print(compare(columns))
+    minutes = (time.monotonic() - began) / 60
+    print(f"\n{minutes:.1f} minutes. Everything is in {root / name} and {root / twin.name}.")
+    print(f'Next: python generate.py --run {root / name} --prompt "And the king said"')
+
+
+def _train(folder: Path, train) -> None:
+    """Run one training, or say that it is there already, or go on with what was begun."""
+    totals = folder / "totals.json"
+    if totals.is_file():
+        seconds = json.loads(totals.read_text(encoding="utf-8"))["seconds"]
+        print(f"reusing {folder}, trained in {seconds / 60:.1f} minutes (remove it to train again)", flush=True)
+        return
+    train((folder / "checkpoints").is_dir())
+
+
+def _write(config: Config, folder: Path) -> None:
+    """Three continuations of held-out prompts."""
+    from hldm.evaluation import held_out_prompts
+    from hldm.pipeline import read_pipeline
+
+    pipeline = read_pipeline(folder / "pipeline")
+    prompts = [prompt for prompt, _ in held_out_prompts(config, "test", PROMPTS, prompt_characters=80)]
+    output = pipeline(prompts, max_characters=240, seed=config.seed)
+    for prompt, text in zip(prompts, output.texts, strict=True):
+        print(f"\n{prompt.decode(errors='replace')} >>>{text}")
+    print()

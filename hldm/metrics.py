@@ -1,0 +1,149 @@
+"""What a text is worth, from texts and counts alone: ROUGE, perplexity, diversity, and two baselines.
+
+`Rouge` and `Perplexity` are metrics of Hugging Face's evaluate that need no network; they are made on
+first use, because importing evaluate takes longer than everything else together. Knows no model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from functools import cache
+from itertools import cycle, islice
+from typing import Any
+
+import torch
+
+ROUGE_TYPES = ("rouge1", "rouge2", "rougeL")
+
+
+def rouge_scores(predictions: Sequence[str], references: Sequence[str | Sequence[str]]) -> dict[str, float]:
+    """Mean F1 of ROUGE-1, ROUGE-2 and ROUGE-L (Lin, 2004); of several references the best one counts.
+
+    Raises ValueError when the two differ in number, or are empty.
+    """
+    from rouge_score.rouge_scorer import RougeScorer
+
+    if len(predictions) != len(references) or not predictions:
+        raise ValueError(
+            f"ROUGE needs one reference for each prediction, got {len(predictions)} predictions "
+            f"and {len(references)} references"
+        )
+    scorer = RougeScorer(ROUGE_TYPES)
+    totals = dict.fromkeys(ROUGE_TYPES, 0.0)
+    for prediction, reference in zip(predictions, references, strict=True):
+        targets = [reference] if isinstance(reference, str) else list(reference)
+        for name, score in scorer.score_multi(targets, prediction).items():
+            totals[name] += score.fmeasure / len(predictions)
+    return totals
+
+
+def perplexities(nats: float, characters: float, words: float) -> dict[str, float]:
+    """exp(nats / characters) and exp(nats / words): the same bill, shared out over either unit.
+
+    nats: -log p of a text, summed;  characters, words: how many the text has. Raises ValueError for none.
+    """
+    if characters <= 0 or words <= 0:
+        raise ValueError(
+            f"perplexity needs text to share {nats} nats over, got {characters} characters, {words} words"
+        )
+    return {
+        "character_perplexity": _exp(nats / characters),
+        "word_perplexity": _exp(nats / words),
+    }
+
+
+def diversity(texts: Sequence[str]) -> dict[str, float]:
+    """How varied texts are, in words split at white space; n-grams never span two texts.
+
+    distinct1, distinct2: different n-grams over all of them, pooled (Li et al., arXiv 1510.03055)
+    entropy:              of the pooled word frequencies, in bits
+    repetition:           1 - different 4-grams over all of them within a text (seq-rep-4, arXiv 1908.04319),
+                          averaged over the texts that have any
+    Shares of nothing are 0.
+    """
+    word_lists = [text.split() for text in texts]
+    words = Counter(word for word_list in word_lists for word in word_list)
+    pairs = Counter(pair for word_list in word_lists for pair in _ngrams(word_list, 2))
+    fours = [four for word_list in word_lists if (four := _ngrams(word_list, 4))]
+    total = words.total()
+    return {
+        "distinct1": len(words) / max(total, 1),
+        "distinct2": len(pairs) / max(pairs.total(), 1),
+        "entropy": sum(n / total * math.log2(total / n) for n in words.values()),
+        "repetition": sum(1 - len(set(four)) / len(four) for four in fours) / max(len(fours), 1),
+    }
+
+
+def repeat_last_words(prompt: str, length: int, words: int = 8) -> str:
+    """Baseline continuation: the prompt's last words over and over, `length` characters of them."""
+    last_words = " ".join(prompt.split()[-words:])
+    return "".join(islice(cycle(f"{last_words} "), length))
+
+
+def random_passage(training_text: bytes, length: int, generator: torch.Generator) -> str:
+    """Baseline continuation: `length` characters of the training text from the start of a random word.
+
+    Raises ValueError when the text is too short to be sure of them.
+    """
+    starts = len(training_text) - 4 * length  # a character has at most 4 bytes in UTF-8
+    if starts <= 0:
+        raise ValueError(
+            f"a passage of {length} characters needs a training text of more than {4 * length} bytes, "
+            f"got {len(training_text)}"
+        )
+    inside = int(torch.randint(starts, (), generator=generator))
+    start = training_text.rfind(b" ", 0, inside) + 1  # of the word that this byte is in
+    passage = training_text[start : start + 4 * length]
+    return passage.decode("utf-8", errors="ignore")[:length]
+
+
+def _ngrams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
+    return list(zip(*(words[i:] for i in range(n)), strict=False))
+
+
+def _exp(x: float) -> float:
+    return math.exp(x) if x < 709 else math.inf  # e^709 is the last one a float holds
+
+
+@cache
+def _evaluate_metrics() -> dict[str, type]:
+    import datasets
+    import evaluate
+
+    text = datasets.Value("string")
+    number = datasets.Value("float64")
+
+    def info(description: str, features: Any) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(description=description, citation="", features=features)
+
+    class Rouge(evaluate.Metric):
+        """`compute(predictions=[...], references=[...])`; a reference is a text or a list of them."""
+
+        def _info(self) -> evaluate.MetricInfo:
+            several = datasets.Features(predictions=text, references=datasets.Sequence(text))
+            return info(
+                rouge_scores.__doc__ or "", [several, datasets.Features(predictions=text, references=text)]
+            )
+
+        def _compute(self, *, predictions: list, references: list) -> dict[str, float]:
+            return rouge_scores(predictions, references)
+
+    class Perplexity(evaluate.Metric):
+        """`compute(nats=[...], characters=[...], words=[...])`, one number each a text; they are summed."""
+
+        def _info(self) -> evaluate.MetricInfo:
+            features = datasets.Features(nats=number, characters=number, words=number)
+            return info(perplexities.__doc__ or "", features)
+
+        def _compute(self, *, nats: list, characters: list, words: list) -> dict[str, float]:
+            return perplexities(sum(nats), sum(characters), sum(words))
+
+    return {"Rouge": Rouge, "Perplexity": Perplexity}
+
+
+def __getattr__(name: str) -> type:
+    if name in ("Rouge", "Perplexity"):
+        return _evaluate_metrics()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
