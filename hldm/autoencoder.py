@@ -89,9 +89,9 @@ class LatentNormaliser(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("deviation", torch.ones(dim))
-        self.register_buffer("seen", torch.zeros((), dtype=torch.float64))  # steps folded in
+        self.register_buffer("seen", torch.zeros((), dtype=torch.long))  # steps folded in
         # count, sum and sum of squares since the last step
-        self.register_buffer("sums", torch.zeros(3, dim, dtype=torch.float64), persistent=False)
+        self.register_buffer("sums", torch.zeros(3, dim), persistent=False)
 
     def forward(self, raw: Tensor) -> Tensor:
         """Raw latents (... z) -> unit-scale ones."""
@@ -100,7 +100,7 @@ class LatentNormaliser(nn.Module):
     @torch.no_grad()
     def observe(self, raw: Tensor) -> None:
         """Add raw latents (k z) to the running sums."""
-        raw = raw.detach().double()
+        raw = raw.detach().float()
         count = torch.full_like(self.sums[0], raw.shape[0])
         self.sums += torch.stack([count, raw.sum(dim=0), raw.square().sum(dim=0)])
 
@@ -113,16 +113,15 @@ class LatentNormaliser(nn.Module):
             dist.all_reduce(sums)
         if sums[0, 0] < 2:
             return
-        mean = sums[1] / sums[0]
-        second = (sums[2] / sums[0]).clamp(min=1e-12)
+        mean, second = sums[1] / sums[0], sums[2] / sums[0]
         self.seen += 1
         # Debiased: the first step counts in full, later ones ever less down to 1 - momentum.
-        share = max(1 - momentum, 1 / float(self.seen)) if momentum else 1.0
-        old_second = self.deviation.double().square() + self.mean.double().square()
-        new_mean = self.mean.double().lerp(mean, share)
-        variance = (old_second.lerp(second, share) - new_mean.square()).clamp(min=1e-8)
+        share = max(1 - momentum, 1 / int(self.seen)) if momentum else 1.0
+        old_second = self.deviation.square() + self.mean.square()
+        new_mean = self.mean.lerp(mean, share)
+        variance = old_second.lerp(second, share) - new_mean.square()
         self.mean.copy_(new_mean)
-        self.deviation.copy_(variance.sqrt())
+        self.deviation.copy_(variance.clamp(min=1e-8).sqrt())
 
 
 def decoder_events(

@@ -80,7 +80,7 @@ class FixedChunker(Chunker):
 
 
 class WordsChunker(Chunker):
-    """Borders at the first byte of every run of white space: a word carries the space before it, as in GPT-2."""
+    """Borders at the first byte of white space: a word carries the space before it, as in GPT-2."""
 
     def borders(self, text: bytes) -> np.ndarray:
         is_space = _IS_SPACE[np.frombuffer(text, np.uint8)]
@@ -90,7 +90,7 @@ class WordsChunker(Chunker):
 
 
 _CJK_MARK = re.compile(rb"\xe3\x80\x82|\xef\xbc[\x81\x9f]")  # 。 ！ ？
-# Marks . ! ? … 。 ！ ？, then closing quotes and brackets " ' ) ] } ” ’ » 」 』 】 ）
+# marks . ! ? … 。 ！ ？, then closing quotes and brackets " ' ) ] } ” ’ » 」 』 】 ）
 _SENTENCE_END = re.compile(
     rb"((?:[.!?]|\xe2\x80\xa6|\xe3\x80\x82|\xef\xbc[\x81\x9f])+)"
     rb"(?:[\"')\]}]|\xe2\x80[\x9d\x99]|\xc2\xbb|\xe3\x80[\x8d\x8f\x91]|\xef\xbc\x89)*"
@@ -98,15 +98,16 @@ _SENTENCE_END = re.compile(
 _ELLIPSIS = b".\xe2\x80\xa6"  # the bytes of . and …
 _LAST_WORD = re.compile(rb"[A-Za-z.]+$")
 _ABBREVIATIONS = frozenset(
-    b"mr mrs ms dr prof st jr sr rev gen col capt lt sgt vs etc cf e.g i.e a.m p.m u.s no vol ch fig pp".split()
+    b"mr mrs ms dr prof st jr sr rev gen col capt lt sgt vs etc cf e.g i.e a.m p.m u.s no vol fig pp".split()
 )
 
 
 class SentenceChunker(Chunker):
-    """Borders at the white space after . ! ? and closing quotes, and right after the marks of CJK, 。 ！ ？
+    """Borders at the white space after . ! ? and closing quotes, and right after the same marks of CJK.
 
     Not after a known abbreviation or an initial ("Mr. J. Smith"), and not after an ellipsis, which a sentence
-    may go on from. What closes a quote after 。 opens the next chunk: at its first byte it could be any character.
+    may go on from. A quote that closes after a CJK mark opens the next chunk: by its first byte alone it
+    could be any character.
     """
 
     def borders(self, text: bytes) -> np.ndarray:

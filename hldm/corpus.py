@@ -56,7 +56,7 @@ class Corpus:
     def fingerprint(self) -> str:
         """sha256 of text and offsets, in hex: equal exactly when the documents are."""
         digest = hashlib.sha256(self.offsets.astype("<i8").tobytes())
-        digest.update(np.ascontiguousarray(self.text))
+        digest.update(self.text.data)
         return digest.hexdigest()
 
 
@@ -136,7 +136,9 @@ def _split_documents(documents: Corpus, held_out: float) -> dict[Split, Corpus]:
             parts["train"].append(text[:to_validation])
             parts["validation"].append(text[to_validation:to_test])
             parts["test"].append(text[to_test:])
-    corpora = {split: make_corpus(f"{documents.name}/{split}", parts[split]) for split in SPLITS}
+    corpora: dict[Split, Corpus] = {
+        split: make_corpus(f"{documents.name}/{split}", parts[split]) for split in SPLITS
+    }
     for split, corpus in corpora.items():
         if not len(corpus):
             raise ConfigError(
@@ -319,6 +321,7 @@ def _read_dataset(config: DataConfig) -> Iterator[bytes]:
     if not (Path(config.dataset).exists() or is_offline):
         _require_hub(place)  # datasets itself tries five times, half a minute
     import datasets
+    from datasets.exceptions import DatasetsError
 
     try:
         rows = iter(
@@ -326,13 +329,13 @@ def _read_dataset(config: DataConfig) -> Iterator[bytes]:
                 config.dataset, config.subset or None, split=config.split, streaming=config.stream
             )
         )
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, DatasetsError) as error:
         raise ConfigError(f"{place} cannot be read ({_first_line(error)}); {_OTHER_WAYS}") from None
     for number in count(1):
         row_place = f"{place} ({config.split}) row {number}"
         try:
             row = next(rows, None)
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        except (OSError, ValueError, DatasetsError) as error:
             raise ValueError(f"{row_place}: reading stopped ({_first_line(error)})") from None
         if row is None:
             return

@@ -37,10 +37,12 @@ class Batch(NamedTuple):
     chunk_index: Tensor  # (b n) int64 number of each chunk in the corpus, -1 where padded
     first_row: int  # which rows of the global batch these are ...
     total_rows: int  # ... out of how many
+    total_bytes: int  # in all rows of the window, not only these
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        return Batch(*(part.to(device) if isinstance(part, Tensor) else part for part in self))
+        tensors = {name: part for name, part in self._asdict().items() if isinstance(part, Tensor)}
+        return self._replace(**{name: part.to(device) for name, part in tensors.items()})
 
 
 class _Stream(NamedTuple):
@@ -143,6 +145,7 @@ class Windows:
             chunk_index=torch.from_numpy(chunk_index[kept]),
             first_row=first_row,
             total_rows=self.lanes,
+            total_bytes=int(length.sum()),
         )
 
     def _make_stream(self, epoch: int) -> _Stream:
@@ -164,7 +167,7 @@ class Windows:
         return np.minimum(begin, self._lane_at[1:]), np.minimum(end, self._lane_at[1:])
 
     def _first_chunk_from(self, place: np.ndarray, stream: _Stream) -> np.ndarray:
-        """The first place in the stream, from `place` on, where a chunk starts; the stream's end at its end."""
+        """The first place in the stream, from `place` on, where a chunk starts, or else its end."""
         turn = np.searchsorted(stream.start, place, side="right") - 1
         turn = np.minimum(turn, len(stream.order) - 1)  # the very end lies in no document
         shift = self.corpus.offsets[stream.order[turn]] - stream.start[turn]
@@ -198,7 +201,9 @@ def cache_latents(
     Raises ValueError for shuffled windows, a latent that is not finite, or one of another shape.
     """
     if windows.shuffle:
-        raise ValueError("cache_latents reads whole documents in corpus order: pass Windows(..., shuffle=False)")
+        raise ValueError(
+            "cache_latents reads whole documents in corpus order: pass Windows(..., shuffle=False)"
+        )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
@@ -214,17 +219,18 @@ def cache_latents(
 def _write_latents(
     file: BinaryIO, encode: Callable[[Batch], Tensor], windows: Windows, binding: dict[str, object]
 ) -> None:
-    width = None
+    width = offset = 0
     for step in range(windows.windows_per_epoch):
         batch = windows.batch(step)
         latents = encode(batch).detach().float().cpu().numpy()  # (b n z)
-        width = latents.shape[-1] if width is None else width
+        if step == 0:
+            width = latents.shape[-1]
+            offset = len(_header(windows.chunks, width, binding))
         expected = (*batch.chunk_index.shape, width)
         if latents.shape != expected:
             raise ValueError(f"encode must return latents (b n z) = {expected}, got {latents.shape}")
         if not np.isfinite(latents[batch.chunk_index.numpy() >= 0]).all():
             raise ValueError(f"encode gave a latent that is not finite in window {step}")
-        offset = len(_header(windows.chunks, width, binding))
         for index, row in zip(batch.chunk_index.numpy(), latents, strict=True):
             chunks = int((index >= 0).sum())  # numbered one after the other: lanes are in corpus order
             if chunks:

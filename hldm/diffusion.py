@@ -28,9 +28,9 @@ Target = Literal["x0", "v", "eps"]
 SchedulerName = Literal["ancestral", "ddim", "dpm", "flow"]
 Scheduler = DDIMScheduler | DPMSolverMultistepScheduler | FlowMatchEulerDiscreteScheduler
 
-BINS = 32  # measured on the toy of the tests: 16 bend too coarsely, 64 take longer to see rare errors
+BINS = 32  # measured on the toy of the tests: 16 follow a little worse, 64 take longer to see rare errors
 UNIFORM_SHARE = 0.1  # no weight 1/p exceeds 10x the uniform one; raises E[(f/p)^2] by 1/0.9 at most
-MEMORY = 0.99  # of one `observe`: some 100 steps, thousands of draws a bin, yet short against any run
+MEMORY = 0.99  # of one `update`: some 100 steps, thousands of draws a bin, yet short against any run
 
 
 def alpha_sigma(gamma: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,6 +106,7 @@ class Schedule(nn.Module):
 
     cdf: Tensor  # (BINS + 1) share of the draws below each border of the bins, 0 ... 1
     observed: Tensor  # (BINS 2) decayed sums of f^2 and of the number of values, `learned` only
+    pending: Tensor  # (BINS 2) the sums since the last update
 
     def __init__(self, config: DiffusionConfig) -> None:
         super().__init__()
@@ -117,6 +118,7 @@ class Schedule(nn.Module):
         self.learns = config.schedule == "learned"
         if self.learns:
             self.register_buffer("observed", torch.zeros(BINS, 2))
+            self.register_buffer("pending", torch.zeros(BINS, 2), persistent=False)
 
     def gamma(self, u: Tensor) -> Tensor:
         """The u-quantile of the density, increasing from gamma_0 at u = 0 to gamma_1 at u = 1; any shape."""
@@ -131,11 +133,9 @@ class Schedule(nn.Module):
 
     @torch.no_grad()
     def observe(self, gamma: Tensor, squared_error: Tensor) -> None:
-        """Let a learned schedule follow what the denoiser finds hard; nothing changes in a fixed one.
+        """Note what the denoiser finds hard, for `update`; a fixed schedule does not care.
 
-        gamma, squared_error = ||x0 - x0_hat||^2: the same shape, one entry a draw, padding left out. Every
-        process must call it equally often: sums are joined over them, and the result is the same to the
-        bit however the rows are split.
+        gamma, squared_error = ||x0 - x0_hat||^2: the same shape, one entry a draw, padding left out.
         """
         if gamma.shape != squared_error.shape:
             raise ValueError(
@@ -144,16 +144,24 @@ class Schedule(nn.Module):
             )
         if not self.learns:
             return
-        # float64 holds sums of 8-bit mantissas exactly, so their order, and who adds which, cannot matter
-        wide = torch.float32 if gamma.device.type == "mps" else torch.float64  # MPS has no float64
-        square = (0.5 * torch.exp(-gamma) * squared_error).square().to(torch.bfloat16).to(wide).flatten()
+        square = (0.5 * torch.exp(-gamma.float()) * squared_error.float()).square().flatten()
         is_finite = square.isfinite()  # an overflow under fp16, whose step is skipped, must not stay for good
-        entries = torch.stack([square.where(is_finite, 0), is_finite.to(wide)], dim=-1)
-        sums = torch.zeros(BINS, 2, dtype=wide, device=gamma.device)
-        sums.index_add_(0, self._bin(gamma).flatten(), entries)
+        entries = torch.stack([square.where(is_finite, 0), is_finite.float()], dim=-1).to(self.pending.dtype)
+        self.pending.index_add_(0, self._bin(gamma).flatten(), entries)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Let a learned schedule follow what was observed since the last update, once an optimizer step.
+
+        Every process must call it equally often: sums are joined over them, so the result is the same
+        however the rows are split over processes and micro-batches.
+        """
+        if not self.learns:
+            return
         if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(sums)
-        self.observed.mul_(MEMORY).add_(sums)
+            dist.all_reduce(self.pending)
+        self.observed.mul_(MEMORY).add_(self.pending)
+        self.pending.zero_()
         self.cdf.copy_(self._best_cdf())
 
     def _best_cdf(self) -> Tensor:
@@ -186,8 +194,8 @@ def _table(schedule: Schedule, steps: int) -> list[float]:
     # diffusers keeps float32 betas: below about gamma = -14, or with steps too fine, levels melt together
     if not ((held - gamma).abs() < 0.5 * gamma.diff().min()).all():
         raise ConfigError(
-            f"diffusion.gamma_0 = {schedule.gamma_0:g} with generation.steps = {steps} needs more digits than "
-            f"a float32 noise table has; take fewer steps, a larger gamma_0, or generation.scheduler = flow"
+            f"diffusion.gamma_0 = {schedule.gamma_0:g} with generation.steps = {steps} needs more digits "
+            "than a float32 noise table has; take fewer steps, a larger gamma_0 or generation.scheduler=flow"
         )
     return betas.tolist()
 
@@ -198,9 +206,10 @@ def make_scheduler(name: SchedulerName, schedule: Schedule, steps: int) -> Sched
     Its table holds these levels and no others (DDIM steps by table // steps entries and drifts off any
     table that steps does not divide), and every default that would touch an unbounded latent or end at
     x0 instead of gamma_0 is switched off. It expects estimates of x0; `flow` expects noise - x0, a state
-    divided by alpha + sigma, and that one stops after `steps` steps (its last sigma is always 0).
-    Saved by `save_pretrained`, loaded by its class; `scheduler_name` says which of ours it is, and the
-    number of steps is `config.num_train_timesteps - 1`.
+    divided by alpha + sigma, and that one stops after `steps` steps (its last sigma is always 0). On the
+    same levels `flow` and `ddim` are the same solver: both go straight on with one x0 and one noise.
+    Saved by `save_pretrained`, loaded by its class's `from_pretrained`; `scheduler_name` then says which
+    of ours it is, and `config.num_train_timesteps - 1` is the number of steps.
     Raises ValueError for an unknown name or steps < 1, ConfigError for a schedule float32 cannot hold.
     """
     if steps < 1:

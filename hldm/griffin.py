@@ -28,7 +28,6 @@ from hldm.scan import linear_scan
 CACHED_NUMBERS = 65_536  # of one tensor in a block of rows; measured: 1/4 and 4 times as many are slower
 C = 8.0  # Griffin, equation 3: a = radius^(c r)
 MAX_SQRT_GRADIENT = 1000.0  # recurrentgemma: bounds d sqrt(1 - a^2) as a nears 1
-GELU_1, GELU_3 = 2 * math.sqrt(2 / math.pi), 2 * math.sqrt(2 / math.pi) * 0.044715  # tanh-GELU = x sigmoid(g1 x + g3 x^3)
 
 
 class RecurrentState(NamedTuple):
@@ -62,7 +61,7 @@ class Layout(NamedTuple):
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _row_blocks(*tensors: Tensor, dim: int = 0) -> Iterator[tuple[Tensor, ...]]:
@@ -84,7 +83,7 @@ class _RMSNorm(torch.autograd.Function):
             x_n = _at_least_float32(x_n)
             torch.linalg.vector_norm(x_n, dim=1, keepdim=True, out=inverse_n)
             inverse_n.square_().div_(x.shape[1]).add_(eps).rsqrt_()
-            y_n.copy_((x_n * inverse_n).mul_(gain))
+            torch.mul(x_n * inverse_n, gain, out=y_n)
         ctx.save_for_backward(x, inverse, gain)
         return y
 
@@ -98,40 +97,9 @@ class _RMSNorm(torch.autograd.Function):
             product = dy_n * unit
             dscale += product.sum(0)
             along = (product @ gain.to(product.dtype)).div_(x.shape[1])
-            dx_n.copy_(torch.mul(dy_n, gain, out=product).addcmul_(unit, along[:, None], value=-1).mul_(inverse_n))
+            torch.mul(dy_n, gain, out=product).addcmul_(unit, along[:, None], value=-1)
+            torch.mul(product, inverse_n, out=dx_n)
         return dx, dscale, None
-
-
-class _GeluGate(torch.autograd.Function):
-    """y = gelu(gate) * x, with the tanh form of GELU; all (n d)."""
-
-    @staticmethod
-    def _sigmoid(gate: Tensor) -> Tensor:
-        return torch.addcmul(gate.new_tensor(GELU_1), gate, gate, value=GELU_3).mul_(gate).sigmoid_()
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, x: Tensor) -> Tensor:
-        y = torch.empty_like(gate)
-        for gate_n, x_n, y_n in _row_blocks(gate, x, y):
-            gate_n = _at_least_float32(gate_n)
-            y_n.copy_(_GeluGate._sigmoid(gate_n).mul_(gate_n).mul_(x_n))
-        ctx.save_for_backward(gate, x)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
-        gate, x = ctx.saved_tensors
-        dgate, dx = torch.empty_like(gate), torch.empty_like(x)
-        for gate_n, x_n, dy_n, dgate_n, dx_n in _row_blocks(gate, x, dy, dgate, dx):
-            gate_n = _at_least_float32(gate_n)
-            s = _GeluGate._sigmoid(gate_n)
-            dx_n.copy_((gate_n * s).mul_(dy_n))
-            # gelu' = s + gate s (1 - s) (g1 + 3 g3 gate^2)
-            slope = torch.addcmul(gate_n.new_tensor(GELU_1), gate_n, gate_n, value=3 * GELU_3).mul_(gate_n)
-            slope.mul_(torch.addcmul(s, s, s, value=-1)).add_(s)
-            dgate_n.copy_(slope.mul_(dy_n).mul_(x_n))
-        return dgate, dx
 
 
 class _CausalConv(torch.autograd.Function):
@@ -233,24 +201,30 @@ class _GatedDecay(torch.autograd.Function):
 
 
 @lru_cache(maxsize=16)
-def _rotation(positions: int, pairs: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """RoPE (arXiv 2104.09864): exp(i n 10000^(-p / pairs)) as (n 1 p), complex."""
+def _rotation(positions: int, pairs: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """RoPE (arXiv 2104.09864) of positions 0, 1, ...: exp(i n 10000^(-p / pairs)) as (n 1 p), complex."""
     frequency = 1e4 ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
     angle = torch.arange(positions, dtype=torch.float64)[:, None, None] * frequency
     return torch.polar(torch.ones_like(angle), angle).to(dtype.to_complex()).to(device)
 
 
-def _as_complex(x: Tensor) -> Tensor:
-    """The first half of the last axis as pairs."""
+def _rotated_half(x: Tensor) -> Tensor:
+    """A view of the first half of each head, in pairs: (... e) to (... e/4), complex."""
     return torch.view_as_complex(x[..., : x.shape[-1] // 2].unflatten(-1, (-1, 2)))
 
 
-class _ChunkAttention(torch.autograd.Function):
-    """Causal attention to the same chunk, at most window positions back, block of queries by block of queries.
+def _window(carried: Tensor, new: Tensor, start: int, stop: int) -> Tensor:
+    """Positions start - s to stop of new (b t h e), with carried (b s h e) before its first."""
+    s = carried.shape[1]
+    return new[:, start - s : stop] if start >= s else torch.cat([carried[:, start:], new[:, :stop]], dim=1)
 
-    q, k, v (b t h e); keys, values (b s h e) carried, s = window; ids (b s+t) which chunk a position belongs to.
-    A block of w queries meets w + s keys: memory is linear in t. Positions count from the first of these keys, so
-    the same small rotation serves every block and every call: RoPE only sees differences.
+
+class _ChunkAttention(torch.autograd.Function):
+    """Causal attention to the same chunk, at most s positions back, one block of queries after the other.
+
+    q, k, v (b t h e); keys, values (b s h e) carried, s = window; ids (b s+t) the chunk of each position.
+    A block of n queries meets n + s keys, so memory is linear in t. Positions count from the first of these
+    keys: RoPE sees differences alone, and one small rotation serves every block and every call.
     """
 
     @staticmethod
@@ -259,65 +233,69 @@ class _ChunkAttention(torch.autograd.Function):
     ) -> Tensor:
         b, t, h, e = q.shape
         s = keys.shape[1]
-        y = torch.empty_like(q)
-        near = torch.ones(block, block + s, dtype=torch.bool, device=q.device).tril(s).triu()
-        saved = []
+        rotation = _rotation(s + block, e // 4, q.device, _at_least_float32(q[:0]).dtype)
+        near = torch.ones(block, s + block, dtype=torch.bool, device=q.device).tril(s).triu()
+        y, saved = torch.empty_like(q), []
+
+        def by_head(x: Tensor, rotation: Tensor | None = None, scale: float = 1.0) -> Tensor:
+            """(b n h e) to (bh n e), rotated and scaled."""
+            wide = x if rotation is None else _at_least_float32(x)
+            out = wide.new_empty(b, h, x.shape[1], e)
+            torch.mul(wide, scale, out=out.transpose(1, 2))
+            if rotation is not None:
+                _rotated_half(out).mul_(rotation.transpose(0, 1))
+            return out.flatten(0, 1).to(x.dtype)
+
         for start in range(0, t, block):
             stop = min(start + block, t)
             n = stop - start
-            q_n = _ChunkAttention._rotate(q[:, start:stop], s).mul_(e**-0.5)
-            k_n = _ChunkAttention._rotate(_ChunkAttention._window(keys, k, start, stop), 0)
-            v_n = _ChunkAttention._window(values, v, start, stop).transpose(1, 2).flatten(0, 1)
-            same = ids[:, s + start : s + stop, None] == ids[:, None, start : s + stop]
-            bias = q.new_zeros(b, 1, n, s + n).masked_fill_(~(same & near[:n, : s + n])[:, None], -math.inf)
-            scores = bias.expand(b, h, n, s + n).flatten(0, 1).baddbmm_(q_n, k_n.mT)  # (bh n s+n)
-            p_n = scores.softmax(-1)
-            y[:, start:stop] = torch.bmm(p_n, v_n).unflatten(0, (b, h)).transpose(1, 2)
-            saved += [q_n, k_n, v_n, p_n]
-        ctx.save_for_backward(*saved)
-        ctx.shapes = (b, t, s, h, e, block)
+            q_n = by_head(q[:, start:stop], rotation[s : s + n], scale=e**-0.5)
+            k_n = by_head(_window(keys, k, start, stop), rotation[: s + n])
+            v_n = by_head(_window(values, v, start, stop))
+            seen = (ids[:, s + start : s + stop, None] == ids[:, None, start : s + stop]) & near[:n, : s + n]
+            bias = q.new_zeros(seen.shape).masked_fill_(~seen, -math.inf)  # every query sees itself
+            scores = bias[:, None].repeat(1, h, 1, 1).flatten(0, 1).baddbmm_(q_n, k_n.mT)  # (bh n s+n)
+            weight = scores.softmax(-1, dtype=_at_least_float32(scores[:0]).dtype).to(q.dtype)
+            y[:, start:stop] = torch.bmm(weight, v_n).unflatten(0, (b, h)).transpose(1, 2)
+            saved += [q_n, k_n, v_n, weight]
+        ctx.save_for_backward(rotation, *saved)
+        ctx.sizes = b, t, s, h, e, block
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        b, t, s, h, e, block = ctx.shapes
+        b, t, s, h, e, block = ctx.sizes
+        back, *saved = ctx.saved_tensors
+        back = back.conj()
         dq = dy.new_empty(b, t, h, e)
-        dk, dv = dy.new_zeros(b, t, h, e), dy.new_zeros(b, t, h, e)
-        dkeys, dvalues = dy.new_zeros(b, s, h, e), dy.new_zeros(b, s, h, e)
-        for i, start in enumerate(range(0, t, block)):
-            q_n, k_n, v_n, p_n = ctx.saved_tensors[4 * i : 4 * i + 4]
+        dk, dv = dy.new_zeros(2, b, t, h, e)
+        dkeys, dvalues = dy.new_zeros(2, b, s, h, e)
+
+        def by_position(x: Tensor, rotation: Tensor | None = None, scale: float = 1.0) -> Tensor:
+            """(bh n e) to (b n h e), rotated back and scaled."""
+            x = x.unflatten(0, (b, h)).transpose(1, 2)
+            if rotation is not None:
+                x = _at_least_float32(x).mul_(scale)
+                _rotated_half(x).mul_(rotation)
+            return x
+
+        for start in range(0, t, block):
+            q_n, k_n, v_n, weight = saved[:4]
+            del saved[:4]
             stop = min(start + block, t)
+            n = stop - start
             dy_n = dy[:, start:stop].transpose(1, 2).flatten(0, 1)
-            dscores = torch.ops.aten._softmax_backward_data(torch.bmm(dy_n, v_n.mT), p_n, -1, p_n.dtype)
-            dq_n = torch.bmm(dscores, k_n).mul_(e**-0.5).unflatten(0, (b, h)).transpose(1, 2)
-            dk_n = torch.bmm(dscores.mT, q_n).unflatten(0, (b, h)).transpose(1, 2)
-            dv_n = torch.bmm(p_n.mT, dy_n).unflatten(0, (b, h)).transpose(1, 2)
-            _as_complex(dq_n).mul_(_rotation(s + stop - start, e // 4, dq_n.dtype, dq_n.device)[s:].conj())
-            _as_complex(dk_n).mul_(_rotation(s + stop - start, e // 4, dk_n.dtype, dk_n.device).conj())
-            dq[:, start:stop] = dq_n
+            dweight = torch.bmm(dy_n, v_n.mT)
+            dscores = torch.ops.aten._softmax_backward_data(dweight, weight, -1, weight.dtype)
+            dq[:, start:stop] = by_position(torch.bmm(dscores, k_n), back[s : s + n], scale=e**-0.5)
+            dk_n = by_position(torch.bmm(dscores.mT, q_n), back[: s + n])
+            dv_n = by_position(torch.bmm(weight.mT, dy_n))
+            old = max(s - start, 0)  # how many of the block's keys were carried
             for d_carried, d_new, d_n in ((dkeys, dk, dk_n), (dvalues, dv, dv_n)):
-                split = max(s - start, 0)
-                d_carried[:, s - split :] += d_n[:, :split]
-                d_new[:, max(start - s, 0) : stop] += d_n[:, split:]
+                d_carried[:, s - old :] += d_n[:, :old]
+                d_new[:, max(start - s, 0) : stop] += d_n[:, old:]
         return dq, dk, dv, dkeys, dvalues, None, None
-
-    @staticmethod
-    def _window(carried: Tensor, new: Tensor, start: int, stop: int) -> Tensor:
-        """Positions start - s to stop of new, with carried before it."""
-        s = carried.shape[1]
-        return new[:, start - s : stop] if start >= s else torch.cat([carried[:, start:], new[:, :stop]], dim=1)
-
-    @staticmethod
-    def _rotate(x: Tensor, first: int) -> Tensor:
-        """x (b n h e) to (bh n e), half of each head rotated from position first on."""
-        b, n, h, e = x.shape
-        y = x.new_empty(b, h, n, e)
-        y_n = y.transpose(1, 2)
-        y_n[..., e // 2 :] = x[..., e // 2 :]
-        rotation = _rotation(first + n, e // 4, x.dtype, x.device)[first:]
-        torch.mul(_as_complex(x), rotation, out=_as_complex(y_n))
-        return y.flatten(0, 1)
 
 
 # ---------------------------------------------------------------- modules
@@ -360,12 +338,6 @@ class RMSNorm(nn.Module):
         return _RMSNorm.apply(x.reshape(-1, x.shape[-1]), self.scale, self.eps).view(x.shape)
 
 
-def _gelu_gate(gate: Tensor, x: Tensor) -> Tensor:
-    """gelu(gate) * x of the same shape."""
-    d = gate.shape[-1]
-    return _GeluGate.apply(gate.reshape(-1, d), x.reshape(-1, d)).view(gate.shape)
-
-
 class GatedMLP(nn.Module):
     """down(gelu(gate(x)) * up(x)). Two products of half the width: measured faster than one that is then split."""
 
@@ -376,7 +348,7 @@ class GatedMLP(nn.Module):
         self.down = _linear(hidden, width, variance=out_variance, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(_gelu_gate(self.gate(x), self.up(x)))
+        return self.down(F.gelu(self.gate(x), approximate="tanh") * self.up(x))
 
 
 class RGLRU(nn.Module):
@@ -441,7 +413,7 @@ class RecurrentBlock(nn.Module):
         h, hidden = self.rg_lru(conv, state.hidden, layout)
         last_inside = _carry(doc_id[:, : k - 1], layout.doc_id, layout.length) == layout.doc_id[:, -1:]
         taps = _carry(taps, u, layout.length) * last_inside[..., None]
-        return self.linear_out(_gelu_gate(gate, h)), RecurrentState(hidden, taps)
+        return self.linear_out(F.gelu(gate, approximate="tanh") * h), RecurrentState(hidden, taps)
 
 
 class AttentionBlock(nn.Module):
@@ -467,7 +439,8 @@ class AttentionBlock(nn.Module):
         keys, values = state.keys.to(k.dtype), state.values.to(v.dtype)
         carried_id = state.live.to(layout.chunk_id.dtype) - 1  # live: 0, the chunk that goes on; else -1, none
         ids = torch.cat([carried_id, layout.chunk_id], dim=1)
-        y = _ChunkAttention.apply(q, k, v, keys, values, ids, max(self.window, 32))
+        with torch.autocast(x.device.type, enabled=False):
+            y = _ChunkAttention.apply(q, k, v, keys, values, ids, max(self.window, 32))
         live = _carry(carried_id, layout.chunk_id, layout.length) == layout.chunk_id[:, -1:]
         state = AttentionState(_carry(keys, k, layout.length), _carry(values, v, layout.length), live)
         return self.linear_out(y.flatten(2)), state

@@ -176,7 +176,7 @@ class Contextualiser(nn.Module):
         # New entries, in the order [document start, latents, summaries]; each is born when complete.
         x = self.embed(latents) + self.level.weight[0]
         griffin = state.griffin
-        if self.griffin is not None:
+        if self.griffin is not None and n:
             chunk_start = torch.ones_like(mask)
             x, griffin = self.griffin(x, state.griffin, doc_start, chunk_start, mask.sum(dim=1))
         start = self.start.expand(b, 1, -1)
@@ -390,8 +390,9 @@ class Prior(ModelMixin, ConfigMixin):
         if self_condition:
             with torch.no_grad():
                 estimate = self.denoise(z, gamma, context)
-        integrand = bound_integrand(x0, self.denoise(z, gamma, context, estimate), gamma)
-        terms = integrand / self.schedule.density(gamma)  # (b n m)
+        x0_hat = self.denoise(z, gamma, context, estimate)
+        terms = bound_integrand(x0, x0_hat, gamma) / self.schedule.density(gamma)  # (b n m)
         if self.training:
-            self.schedule.observe(gamma[mask].detach(), integrand[mask].detach())
+            squared_error = (x0 - x0_hat).detach().square().sum(dim=-1)
+            self.schedule.observe(gamma[mask], squared_error[mask])
         return LatentTerms(terms.mean(dim=-1), terms.detach())

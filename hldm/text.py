@@ -42,7 +42,9 @@ def from_ids(ids: np.ndarray) -> bytes:
     """The byte string of ids (t,). Raises ValueError for a symbol that is no byte."""
     ids = np.asarray(ids)
     if ids.size and (ids.min() < 0 or ids.max() > 255):
-        raise ValueError(f"ids of bytes lie in 0..255, got {ids.min()}..{ids.max()}: remove the symbols first")
+        raise ValueError(
+            f"ids of bytes lie in 0..255, got {ids.min()}..{ids.max()}: remove the symbols first"
+        )
     return ids.astype(np.uint8).tobytes()
 
 
@@ -69,7 +71,7 @@ class StreamDecoder:
 
 
 # C0 but for newline and tab, DEL, C1; marks, embeddings, overrides and isolates of the bidirectional
-# algorithm (Unicode UAX 9), which can make a line read as what it is not; surrogates, which cannot be printed.
+# algorithm (Unicode UAX 9), which can make a line read as what it is not; surrogates, which no terminal takes.
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 

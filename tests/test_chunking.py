@@ -14,7 +14,7 @@ from hldm.config import ChunkingConfig
 STRATEGIES = ["fixed", "words", "sentence", "paragraph"]
 
 PIECES = ["a", "word", " ", "  ", "\n", "\n\n", "\r\n", ". ", "! ", '." ', "Mr. ", "...", "… ", "\t"]
-PIECES += ["é", "😀", "。", "」", "世界", "！", "x" * 30, "\u0301", "👩‍👩‍👧"]
+PIECES += ["é", "😀", "。", "」", "世界", "！", "x" * 30, "\u0301", "👩\u200d👧"]
 valid_text = st.lists(st.sampled_from(PIECES), max_size=40).map(lambda pieces: "".join(pieces).encode())
 any_bytes = valid_text | st.binary(max_size=80) | st.binary(min_size=1, max_size=2).map(lambda b: b * 60)
 limits = st.tuples(st.integers(1, 12), st.integers(0, 12)).map(lambda pair: (pair[0], pair[0] + pair[1]))
@@ -112,7 +112,9 @@ def test_a_paragraph_starts_after_a_blank_line(text, expected):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("unit", [b"a", b" ", b".", b"\n", b"\x80", b"word ", b"Mr. ", b'."', b"\n \n", "。".encode()])
+@pytest.mark.parametrize(
+    "unit", [b"a", b" ", b".", b"\n", b"\x80", b"word ", b"Mr. ", b'."', b"\n \n", "。".encode()]
+)
 def test_time_grows_with_the_text_only(strategy, unit):
     text = unit * (300_000 // len(unit))
     start = time.perf_counter()

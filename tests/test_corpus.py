@@ -51,45 +51,57 @@ def parquet_bytes(documents: list, field: str = "text") -> bytes:
 # ---- the built-in corpus
 
 
-@pytest.mark.parametrize(
-    "verse, text",
-    [
-        (1001001, "At the first God made the heaven and the earth."),
-        (1043001, "And when the grain which they had got in Egypt was all used up, their father said to them, "
-                  "Go again and get us a little food."),
-        (8001016, "But Ruth said, Give up requesting me to go away from you, or to go back without you: for "
-                  "where you go I will go; and where you take your rest I will take my rest; your people will "
-                  "be my people, and your God my God."),
-        (9020042, "And Jonathan said to David, Go in peace, for we two have taken an oath, in the name of the "
-                  "Lord, saying, The Lord will be between me and you, and between my seed and your seed for ever."),
-        (19023001, "A Psalm. Of David. The Lord takes care of me as his sheep; I will not be without any good "
-                   "thing."),
-        (19051001, "To the chief music-maker. A Psalm. Of David."),
-        (21001002, "All is to no purpose, said the Preacher, all the ways of man are to no purpose."),
-        (27010019, "And he said to me, O man greatly loved, have no fear: peace be with you, be strong and let "
-                   "your heart be lifted up. And at his words I became strong, and said, Let my lord say on, for "
-                   "you have given me strength."),
-        (40001001, "The book of the generations of Jesus Christ, the son of David, the son of Abraham."),
-        (43003016, "For God had such love for the world that he gave his only Son, so that whoever has faith in "
-                   "him may not come to destruction but have eternal life."),
-        (47013012, "Give one another a holy kiss."),
-        (66022020, "He who gives witness to these things says, Truly, I come quickly. Even so come, Lord Jesus."),
-        (66022021, "The grace of the Lord Jesus be with the saints. So be it."),
-    ],
-)  # fmt: skip
-def test_a_verse_reads_as_printed(verse, text):
-    assert bible_verses()[verse] == text
+VERSES = {
+    1001001: "At the first God made the heaven and the earth.",
+    1043001: (
+        "And when the grain which they had got in Egypt was all used up, their father said to them, Go "
+        "again and get us a little food."
+    ),
+    8001016: (
+        "But Ruth said, Give up requesting me to go away from you, or to go back without you: for where you"
+        " go I will go; and where you take your rest I will take my rest; your people will be my people, "
+        "and your God my God."
+    ),
+    9020042: (
+        "And Jonathan said to David, Go in peace, for we two have taken an oath, in the name of the Lord, "
+        "saying, The Lord will be between me and you, and between my seed and your seed for ever."
+    ),
+    19023001: (
+        "A Psalm. Of David. The Lord takes care of me as his sheep; I will not be without any good thing."
+    ),
+    19051001: "To the chief music-maker. A Psalm. Of David.",
+    21001002: "All is to no purpose, said the Preacher, all the ways of man are to no purpose.",
+    27010019: (
+        "And he said to me, O man greatly loved, have no fear: peace be with you, be strong and let your "
+        "heart be lifted up. And at his words I became strong, and said, Let my lord say on, for you have "
+        "given me strength."
+    ),
+    40001001: "The book of the generations of Jesus Christ, the son of David, the son of Abraham.",
+    43003016: (
+        "For God had such love for the world that he gave his only Son, so that whoever has faith in him "
+        "may not come to destruction but have eternal life."
+    ),
+    47013012: "Give one another a holy kiss.",
+    66022020: ("He who gives witness to these things says, Truly, I come quickly. Even so come, Lord Jesus."),
+    66022021: "The grace of the Lord Jesus be with the saints. So be it.",
+}
+
+
+@pytest.mark.parametrize("verse", VERSES)
+def test_a_verse_reads_as_printed(verse):
+    assert bible_verses()[verse] == VERSES[verse]
 
 
 def test_the_bible_is_split_by_whole_books():
     corpora = load_corpora(DataConfig())
-    assert {split: len(corpus) for split, corpus in corpora.items()} == {
-        "train": 1134, "validation": 23, "test": 33}  # fmt: skip
+    assert [len(corpora[split]) for split in SPLITS] == [1134, 23, 33]
     # the figures of the compressors are for chapters parted by a blank line, with a newline at the end
     for split, characters in {"train": 3_994_732, "validation": 63_953, "test": 118_798}.items():
         assert len("\n\n".join(documents_of(corpora[split])) + "\n") == characters
     assert documents_of(corpora["test"])[0].startswith("Now there came a time, in the days of the judges")
-    assert documents_of(corpora["test"])[-1].startswith("Give thought, you men of wealth, to the bitter fate")
+    assert documents_of(corpora["test"])[-1].startswith(
+        "Come now, you men of wealth, give yourselves to weeping"
+    )
     assert not any("\\" in document or "  " in document for document in documents_of(corpora["train"]))
 
 
@@ -172,7 +184,7 @@ def test_a_gzip_file_cut_short_is_named(tmp_path):
 @pytest.mark.parametrize("path", ["missing.txt", "empty", "nothing*.txt"])
 def test_where_no_file_is_there_the_path_is_named(tmp_path, path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="data.path=") as error:
+    with pytest.raises(FileNotFoundError, match=r"data\.path=") as error:
         load_corpus(DataConfig(path=str(tmp_path / path)), "train")
     one_line(error)
 
@@ -248,7 +260,7 @@ def test_a_hub_that_does_not_answer_is_given_up_within_five_seconds(monkeypatch)
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
         monkeypatch.setenv("no_proxy", "127.0.0.1")
         start = time.perf_counter()
-        with pytest.raises(ConfigError, match="cannot be reached.*data.path.*built-in") as error:
+        with pytest.raises(ConfigError, match=r"cannot be reached.*data\.path.*built-in") as error:
             load_corpus(DataConfig(dataset="roneneldan/TinyStories", stream=True), "train")
         assert time.perf_counter() - start < 5
     one_line(error)

@@ -206,7 +206,9 @@ def test_cached_latents_are_a_safetensors_file(cached):
     assert (load_file(cached[1])["latents"] == load_latents(cached[1], BINDING)).all()
 
 
-@pytest.mark.parametrize("key, value", [("autoencoder", "x"), ("chunking", {"strategy": "fixed"}), ("new", 1)])
+@pytest.mark.parametrize(
+    "key, value", [("autoencoder", "x"), ("chunking", {"strategy": "fixed"}), ("new", 1)]
+)
 def test_stale_latents_are_refused(cached, key, value):
     with pytest.raises(ValueError, match=rf"stale: made for {key}=.*delete the file") as error:
         load_latents(cached[1], {**BINDING, key: value})

@@ -41,11 +41,16 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=seeded(seed), dtype=torch.float64)
 
 
+def teach(schedule: Schedule, gamma: Tensor, squared_error: Tensor) -> None:
+    schedule.observe(gamma, squared_error)
+    schedule.update()
+
+
 def make_schedule(kind: str, gamma_0: float = -3.0, gamma_1: float = 10.0) -> Schedule:
     """A schedule; a learned one has seen an integrand with a hump, and nothing of the noisiest bins."""
     schedule = Schedule(DiffusionConfig(schedule=kind, gamma_0=gamma_0, gamma_1=gamma_1))
     gamma = torch.linspace(gamma_0, gamma_1 - 1, 1001)
-    schedule.observe(gamma, torch.exp(gamma - gamma**2 / 4))
+    teach(schedule, gamma, torch.exp(gamma - gamma**2 / 4))
     return schedule
 
 
@@ -88,16 +93,14 @@ def test_cosine_schedule_is_the_cosine_cut_to_the_range():
 
 
 def test_learned_density_is_the_root_mean_square_of_the_integrand_and_some_uniform():
-    schedule = Schedule(DiffusionConfig(schedule="learned", gamma_0=0.0, gamma_1=BINS * 0.125))
-    gamma = (torch.arange(BINS) + 0.5) * 0.125
-    low, high = 2 * torch.exp(gamma) * 3, 2 * torch.exp(gamma) * 4  # f = 3 and 4: rms sqrt(12.5)
-    quiet = torch.where(torch.arange(BINS) < BINS // 2, 0.0, 1.0)
-    for _ in range(3):
-        schedule.observe(torch.cat([gamma, gamma]), torch.cat([low * quiet, high * quiet]))
-        schedule.observe(gamma, low * quiet * math.sqrt(12.5) / 3)
-    density = schedule.density(gamma) * 8
-    expected = UNIFORM_SHARE + (1 - UNIFORM_SHARE) * 2 * quiet
-    torch.testing.assert_close(density, expected, atol=1e-5, rtol=0.01)
+    schedule = Schedule(DiffusionConfig(schedule="learned", gamma_0=0.0, gamma_1=5.0))
+    gamma = (torch.arange(BINS) + 0.5) * 5 / BINS
+    root_mean_square = torch.arange(BINS).float()
+    for share in (0.5, 1.5):  # of the mean square
+        squared_error = 2 * torch.exp(gamma) * root_mean_square * math.sqrt(share)
+        teach(schedule, gamma.repeat(3), squared_error.repeat(3))
+    expected = UNIFORM_SHARE + (1 - UNIFORM_SHARE) * root_mean_square / root_mean_square.mean()
+    torch.testing.assert_close(schedule.density(gamma) * 5, expected, atol=0, rtol=0.01)
 
 
 def test_fixed_schedules_do_not_learn():
@@ -109,12 +112,12 @@ def test_fixed_schedules_do_not_learn():
 def test_nothing_to_learn_from_leaves_the_schedule_uniform():
     schedule = Schedule(DiffusionConfig(schedule="learned"))
     uniform = schedule.cdf.clone()
-    schedule.observe(torch.zeros(0), torch.zeros(0))  # a process whose rows have run out
-    schedule.observe(torch.linspace(-2, 5, 100), torch.zeros(100))  # a constant latent
-    schedule.observe(torch.zeros(2), torch.tensor([math.inf, math.nan]))  # an overflow
+    teach(schedule, torch.zeros(0), torch.zeros(0))  # a process whose rows have run out
+    teach(schedule, torch.linspace(-2, 5, 100), torch.zeros(100))  # a constant latent
+    teach(schedule, torch.zeros(2), torch.tensor([math.inf, math.nan]))  # an overflow
     torch.testing.assert_close(schedule.cdf, uniform)
     with pytest.raises(ValueError, match="share a shape"):
-        schedule.observe(torch.zeros(2), torch.zeros(3))
+        teach(schedule, torch.zeros(2), torch.zeros(3))
 
 
 def test_a_learned_schedule_is_saved_with_the_model():
@@ -124,7 +127,7 @@ def test_a_learned_schedule_is_saved_with_the_model():
         loaded.gamma(torch.rand(9, generator=seeded(1))), taught.gamma(torch.rand(9, generator=seeded(1)))
     )
     for schedule in (taught, loaded):
-        schedule.observe(torch.ones(5), torch.ones(5))
+        teach(schedule, torch.ones(5), torch.ones(5))
     assert torch.equal(loaded.cdf, taught.cdf)
 
 
@@ -132,12 +135,18 @@ def test_what_is_learned_does_not_depend_on_which_process_holds_a_row(monkeypatc
     gamma = torch.rand(5000, generator=seeded()) * 7 - 2
     squared_error = torch.randn(5000, generator=seeded(1)).square() * torch.exp(gamma)
     whole = Schedule(DiffusionConfig(schedule="learned"))
-    whole.observe(gamma, squared_error)
+    teach(whole, gamma, squared_error)
 
     shuffled = Schedule(DiffusionConfig(schedule="learned"))
     order = torch.randperm(5000, generator=seeded(2))
-    shuffled.observe(gamma[order], squared_error[order])
-    assert torch.equal(shuffled.observed, whole.observed)
+    teach(shuffled, gamma[order], squared_error[order])
+    torch.testing.assert_close(shuffled.observed, whole.observed)
+
+    in_parts = Schedule(DiffusionConfig(schedule="learned"))  # micro-batches
+    for part in (slice(0, 1000), slice(1000, 5000)):
+        in_parts.observe(gamma[part], squared_error[part])
+    in_parts.update()
+    torch.testing.assert_close(in_parts.observed, whole.observed)
 
     # three processes, in turn: each hands in its sums, then each receives the total
     rows = [slice(0, 17), slice(17, 3000), slice(3000, 5000)]
@@ -145,13 +154,14 @@ def test_what_is_learned_does_not_depend_on_which_process_holds_a_row(monkeypatc
     monkeypatch.setattr(diffusion.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(diffusion.dist, "all_reduce", lambda part: sums.append(part.clone()))
     for part in rows:
-        Schedule(DiffusionConfig(schedule="learned")).observe(gamma[part], squared_error[part])
+        teach(Schedule(DiffusionConfig(schedule="learned")), gamma[part], squared_error[part])
     total = sums[0] + sums[1] + sums[2]
     monkeypatch.setattr(diffusion.dist, "all_reduce", lambda part: part.copy_(total))
     for part in rows:
         split = Schedule(DiffusionConfig(schedule="learned"))
-        split.observe(gamma[part], squared_error[part])
-        assert torch.equal(split.observed, whole.observed) and torch.equal(split.cdf, whole.cdf)
+        teach(split, gamma[part], squared_error[part])
+        torch.testing.assert_close(split.observed, whole.observed)
+        torch.testing.assert_close(split.cdf, whole.cdf)
 
 
 def test_stratified_draws_fall_one_into_each_stratum():
@@ -220,7 +230,7 @@ class Source:
             x0 = self.embedding[symbol]
             gamma = schedule.gamma(torch.rand(8000, generator=seeded(seed), dtype=torch.float64))
             x0_hat = self.x0_hat(diffuse(x0, gamma, normal(8000, 5, seed=seed)), gamma)
-            schedule.observe(gamma, (x0 - x0_hat).square().sum(-1))
+            teach(schedule, gamma, (x0 - x0_hat).square().sum(-1))
         return schedule
 
     def latent_bits(self, schedule: Schedule, u: Tensor, noise: Tensor) -> Tensor:

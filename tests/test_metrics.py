@@ -83,7 +83,9 @@ def test_the_evaluate_metrics_give_the_same_numbers_batch_by_batch(tmp_path):
     assert several["rouge1"] == 1.0
     perplexity = metrics.Perplexity(cache_dir=str(tmp_path))
     perplexity.add(nats=30.5, characters=10, words=2)
-    assert perplexity.compute(nats=[1.5], characters=[6], words=[2]) == pytest.approx(perplexities(32.0, 16, 4))
+    assert perplexity.compute(nats=[1.5], characters=[6], words=[2]) == pytest.approx(
+        perplexities(32.0, 16, 4)
+    )
 
 
 def test_importing_metrics_imports_no_evaluate():

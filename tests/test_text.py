@@ -8,7 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hldm.text import END_OF_CHUNK, VOCABULARY, StreamDecoder, count_characters, from_ids, printable, to_bytes, to_ids
+from hldm.text import (
+    END_OF_CHUNK,
+    VOCABULARY,
+    StreamDecoder,
+    count_characters,
+    from_ids,
+    printable,
+    to_bytes,
+    to_ids,
+)
 
 
 @given(st.binary())
@@ -31,7 +40,7 @@ def test_half_a_surrogate_pair_is_refused_in_one_line():
 
 @pytest.mark.parametrize("symbol", [-1, END_OF_CHUNK, VOCABULARY])
 def test_a_symbol_is_no_byte(symbol):
-    with pytest.raises(ValueError, match="0..255"):
+    with pytest.raises(ValueError, match=r"0\.\.255"):
         from_ids(np.array([65, symbol]))
 
 

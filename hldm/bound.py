@@ -1,0 +1,148 @@
+"""The bound of `hldm.objectives` over a whole corpus, in bits a character, and how sure of it one may be.
+
+Every document is read whole, its state carried from window to window, so how the text is laid out in lanes
+and windows changes the random draws and nothing else. The sum pays for every byte and for every end of a
+chunk and of a document: it bounds what a file compressed with the model would take. For the twin it is no
+bound but the likelihood itself.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hldm.autoencoder import Autoencoder, DecoderState, Encoding
+from hldm.data import Batch, Windows
+from hldm.objectives import noisy_latents, price_latents, read_chunks, read_latents
+from hldm.prior import Context, Prior
+from hldm.text import count_characters
+
+PASSES = 2  # independent estimates of the latent model's terms: the least that shows how far they differ
+
+
+class Bound(NamedTuple):
+    """What a corpus costs under a model: nats of every document, by term, and the noise in their sum."""
+
+    decoder: np.ndarray  # (documents,) bytes and ends, given the latents
+    latent: np.ndarray  # (documents,) the diffusion term
+    end: np.ndarray  # (documents,) KL(q(z_1) || N(0, I))
+    variance: float  # nats^2 of the sum of all, from the draws of noise and noise levels alone
+    characters: np.ndarray  # (documents,)
+
+    @property
+    def nats(self) -> np.ndarray:
+        """All three terms of every document. (documents,)"""
+        return self.decoder + self.latent + self.end
+
+    def bits_per_character(self) -> dict[str, float | None]:
+        """The bound, its terms, and two standard errors that answer different questions.
+
+        standard_error:      of this corpus' bits given the model: Monte Carlo noise, which more draws lower
+        standard_error_text: how much another text of this size and kind would differ, from the spread over
+                             documents (of a ratio, by linearisation); None for a single document
+        """
+        characters = self.characters.sum()
+        unit = characters * math.log(2)
+        bits = {name: float(getattr(self, name).sum() / unit) for name in ("latent", "decoder", "end")}
+        documents = len(self.characters)
+        residual = self.nats - self.nats.sum() * (self.characters / characters)
+        spread = math.sqrt(documents / (documents - 1) * (residual**2).sum()) if documents > 1 else None
+        return {
+            "bound": float(self.nats.sum() / unit),
+            "standard_error": math.sqrt(self.variance) / unit,
+            "standard_error_text": None if spread is None else spread / unit,
+            **bits,
+        }
+
+
+@torch.no_grad()
+def evaluate_bound(
+    autoencoder: Autoencoder,
+    prior: Prior | None,
+    windows: Windows,
+    *,
+    draws: int = 16,
+    generator: torch.Generator,
+) -> Bound:
+    """Sum the three terms over a corpus; for the twin (no prior) the decoder's alone, which needs no draws.
+
+    draws: noise levels a chunk, half of them in each of two independent passes, stratified within a pass
+    because the integrand is steep near gamma_0. Their mean is the estimate; the variance of its sum is
+    sum d^2 / 4 over chunks, d the difference between the passes. Chunks draw independently, so this has as
+    many degrees of freedom as there are chunks, and unlike the spread within a pass it knows what
+    stratification saves. A decoder that carries its state links the chunks after a draw to it: there d is
+    summed over a lane's window first.
+    Raises ValueError for shuffled windows, models in training mode, or draws that two passes cannot share.
+    """
+    if windows.shuffle:
+        raise ValueError("the bound is summed over whole documents: pass Windows(..., shuffle=False)")
+    if autoencoder.training or (prior is not None and prior.training):
+        raise ValueError("the bound is a property of a finished model: call .eval() on it first")
+    if draws < PASSES or draws % PASSES:
+        raise ValueError(f"draws must be even, half for each of two passes, got {draws}")
+    if (autoencoder.latent_dim > 0) != (prior is not None):
+        raise ValueError("a prior belongs to an autoencoder with latents, and to no other")
+    device = next(autoencoder.parameters()).device
+    rows, corpus = windows.lanes, windows.corpus
+    document_of = np.searchsorted(corpus.offsets, np.flatnonzero(windows.chunk_start), side="right") - 1
+    nats = np.zeros((3, len(corpus)))  # decoder, latent, end of every document
+    variance = 0.0
+
+    decoders = [autoencoder.decoder_state(rows, device) for _ in range(1 if prior is None else PASSES)]
+    encoder = None if prior is None else autoencoder.encoder_state(rows, device)
+    memory = None if prior is None else prior.initial_state(rows, device)
+    for step in range(windows.windows_per_epoch):
+        batch = windows.batch(step)
+        is_chunk = batch.chunk_index >= 0  # (b n)
+        document = document_of[batch.chunk_index[is_chunk]]
+        batch = batch.to(device)
+        passes = []
+        if prior is None:
+            reading, decoders[0] = read_chunks(autoencoder, batch, None, decoders[0])
+            passes.append(torch.stack([reading.nats, *2 * [torch.zeros_like(reading.nats)]]))
+        else:
+            assert encoder is not None and memory is not None
+            encoding, encoder = read_latents(autoencoder, batch, encoder)
+            context, memory = prior.contextualiser(
+                encoding.latents, encoding.mask, encoding.doc_start, memory
+            )
+            for index, decoder in enumerate(decoders):
+                terms, decoders[index] = _one_pass(
+                    autoencoder, prior, encoding, context, batch, decoder, draws // PASSES, generator
+                )
+                passes.append(terms)
+
+        estimate = torch.stack(passes).double().mean(dim=0).cpu()  # (3 b n)
+        for total, term in zip(nats, estimate, strict=True):
+            np.add.at(total, document, term[is_chunk].numpy())
+        difference = (passes[0] - passes[-1]).double().sum(dim=0)  # (b n)
+        if autoencoder.settings.carry_state:
+            difference = difference.sum(dim=1)
+        variance += float(difference.square().sum()) / 4
+
+    if not np.isfinite(nats).all():
+        raise ValueError("the model gives this text a cost that is not finite: train it again")
+    characters = [count_characters(corpus.document(index).tobytes()) for index in range(len(corpus))]
+    decoder, latent, end = nats
+    return Bound(decoder, latent, end, variance, np.array(characters))
+
+
+def _one_pass(
+    autoencoder: Autoencoder,
+    prior: Prior,
+    encoding: Encoding,
+    context: Context,
+    batch: Batch,
+    decoder: DecoderState,
+    draws: int,
+    generator: torch.Generator,
+) -> tuple[Tensor, DecoderState]:
+    """One estimate of the terms of a window's chunks: (3 b n) decoder, latent, end."""
+    paid = price_latents(prior, encoding, context, batch, generator, draws)
+    z_0 = noisy_latents(autoencoder, encoding, prior.diffusion.gamma_0, batch, generator)
+    reading, decoder = read_chunks(autoencoder, batch, z_0, decoder)
+    return torch.stack([reading.nats, paid.latent, paid.end]), decoder

@@ -1,0 +1,145 @@
+"""`hldm doctor`: what is installed, what this machine has, and what of it does not work.
+
+Exit code 1 when something that training needs is missing; a machine without a network or an accelerator
+is in good health.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+from packaging.requirements import Requirement
+
+from hldm.config import ConfigError
+
+GIB = 2**30
+PEER_TIMEOUT = timedelta(seconds=60)  # two imports of torch on a busy laptop take half of it
+
+
+class Finding(NamedTuple):
+    """One line of the report; `is_fault` makes the exit code 1."""
+
+    text: str
+    is_fault: bool = False
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the report; 0 when nothing is wrong, else 1."""
+    parser = argparse.ArgumentParser(prog="hldm doctor", description="Check this installation and machine.")
+    parser.add_argument(
+        "--processes", action="store_true", help="also start two processes and let them talk (half a minute)"
+    )
+    arguments = parser.parse_args(argv)
+    checks = [check_packages, check_machine, check_corpus, check_hub]
+    if arguments.processes:
+        checks.append(check_processes)
+    faults = 0
+    for check in checks:
+        for finding in _findings(check):
+            print(f"{'FAULT' if finding.is_fault else 'ok   '} {finding.text}", flush=True)
+            faults += finding.is_fault
+    print(f"{faults} fault{'s' * (faults != 1)} found")
+    return 1 if faults else 0
+
+
+def _findings(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    try:
+        yield from check()
+    except ImportError as error:
+        yield Finding(f"{check.__name__} could not run: {' '.join(str(error).split())}", is_fault=True)
+
+
+def check_packages() -> Iterator[Finding]:
+    """Python and every package hldm asks for, by its metadata alone."""
+    yield Finding(f"Python {platform.python_version()} on {platform.platform()}")
+    try:
+        requirements = [Requirement(line) for line in importlib.metadata.requires("hldm") or []]
+    except importlib.metadata.PackageNotFoundError:
+        yield Finding("hldm is not installed: make setup, or pip install -e .", is_fault=True)
+        return
+    yield Finding(f"hldm {importlib.metadata.version('hldm')}")
+    for requirement in requirements:
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            yield _package(requirement)
+
+
+def _package(requirement: Requirement) -> Finding:
+    try:
+        version = importlib.metadata.version(requirement.name)
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(f"{requirement.name} is missing: pip install '{requirement}'", is_fault=True)
+    if not requirement.specifier.contains(version, prereleases=True):
+        return Finding(f"{requirement.name} {version}: pip install '{requirement}'", is_fault=True)
+    return Finding(f"{requirement.name} {version}")
+
+
+def check_machine() -> Iterator[Finding]:
+    """Device, threads, memory, disk."""
+    import torch
+
+    if torch.accelerator.is_available():
+        name = torch.accelerator.current_accelerator()
+        yield Finding(f"device {name}, {torch.accelerator.device_count()} of them")
+    else:
+        yield Finding("device cpu, no accelerator")
+    threads = os.environ.get("OMP_NUM_THREADS", "not set")
+    yield Finding(f"{torch.get_num_threads()} threads of {os.cpu_count()} cores (OMP_NUM_THREADS {threads})")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    yield Finding(f"memory {memory / GIB:.1f} GiB")
+    yield Finding(f"disk {shutil.disk_usage(Path.cwd()).free / GIB:.1f} GiB free in {Path.cwd()}")
+
+
+def check_corpus() -> Iterator[Finding]:
+    """Whether the built-in corpus can be read."""
+    from hldm.corpus import bible_verses
+
+    try:
+        yield Finding(f"built-in corpus: {len(bible_verses()):,} verses of the Bible in Basic English")
+    except ConfigError as error:
+        yield Finding(str(error), is_fault=True)
+
+
+def check_hub() -> Iterator[Finding]:
+    """Whether datasets could be fetched by name; nothing else needs that."""
+    from hldm.corpus import _require_hub
+
+    try:
+        _require_hub("Hugging Face hub")
+        yield Finding("Hugging Face hub: reachable")
+    except ConfigError as error:
+        yield Finding(f"{error}; only data.dataset needs it")
+
+
+def check_processes() -> Iterator[Finding]:
+    """Whether two processes on this machine can add numbers, as data-parallel training does (gloo)."""
+    from torch import multiprocessing
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            multiprocessing.spawn(_add_ranks, args=(f"file://{folder}/meeting",), nprocs=2)
+        except (OSError, RuntimeError, multiprocessing.ProcessException) as error:
+            reason = str(error).strip().splitlines()[-1]
+            yield Finding(f"two processes cannot talk by gloo: {reason}", is_fault=True)
+        else:
+            yield Finding("two processes talk by gloo")
+
+
+def _add_ranks(rank: int, meeting: str) -> None:
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2, timeout=PEER_TIMEOUT)
+    total = torch.tensor(rank + 1)
+    dist.all_reduce(total)
+    dist.destroy_process_group()
+    if total != 3:
+        raise RuntimeError(f"1 + 2 came out as {total.item()}")
