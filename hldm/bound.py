@@ -98,7 +98,7 @@ def evaluate_bound(
     for step in range(windows.windows_per_epoch):
         batch = windows.batch(step)
         is_chunk = batch.chunk_index >= 0  # (b n)
-        document = document_of[batch.chunk_index[is_chunk]]
+        document = document_of[batch.chunk_index[is_chunk].numpy()]
         batch = batch.to(device)
         passes = []
         if prior is None:

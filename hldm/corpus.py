@@ -324,11 +324,13 @@ def _read_dataset(config: DataConfig) -> Iterator[bytes]:
     from datasets.exceptions import DatasetsError
 
     try:
-        rows = iter(
-            datasets.load_dataset(
+        if (Path(config.dataset) / "state.json").exists():  # left by Dataset.save_to_disk
+            dataset = datasets.load_from_disk(config.dataset)
+        else:
+            dataset = datasets.load_dataset(
                 config.dataset, config.subset or None, split=config.split, streaming=config.stream
             )
-        )
+        rows = iter(dataset)
     except (OSError, ValueError, DatasetsError) as error:
         raise ConfigError(f"{place} cannot be read ({_first_line(error)}); {_OTHER_WAYS}") from None
     for number in count(1):

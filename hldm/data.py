@@ -201,9 +201,7 @@ def cache_latents(
     Raises ValueError for shuffled windows, a latent that is not finite, or one of another shape.
     """
     if windows.shuffle:
-        raise ValueError(
-            "cache_latents reads whole documents in corpus order: pass Windows(..., shuffle=False)"
-        )
+        raise ValueError("cache_latents reads documents whole and in order: pass Windows(..., shuffle=False)")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")

@@ -121,12 +121,12 @@ def check_hub() -> Iterator[Finding]:
 
 def check_processes() -> Iterator[Finding]:
     """Whether two processes on this machine can add numbers, as data-parallel training does (gloo)."""
-    from torch import multiprocessing
+    from torch.multiprocessing.spawn import ProcessException, spawn
 
     with tempfile.TemporaryDirectory() as folder:
         try:
-            multiprocessing.spawn(_add_ranks, args=(f"file://{folder}/meeting",), nprocs=2)
-        except (OSError, RuntimeError, multiprocessing.ProcessException) as error:
+            spawn(_add_ranks, args=(f"file://{folder}/meeting",), nprocs=2)
+        except (OSError, RuntimeError, ProcessException) as error:
             reason = str(error).strip().splitlines()[-1]
             yield Finding(f"two processes cannot talk by gloo: {reason}", is_fault=True)
         else:

@@ -24,7 +24,7 @@ from hldm.config import GenerationConfig
 from hldm.diffusion import sample
 from hldm.griffin import GriffinState
 from hldm.prior import Context, ContextState, Prior
-from hldm.text import END_OF_CHUNK, END_OF_DOCUMENT, START, count_characters
+from hldm.text import END_OF_CHUNK, END_OF_DOCUMENT, START, count_characters, split_incomplete
 
 PROMPT_WINDOW = 4096  # bytes of a prompt read at once: bounds memory whatever its length
 
@@ -382,23 +382,37 @@ def write_on(
         raise ValueError(f"max_characters must be at least 1, got {max_characters}")
     rows = [Continuation(prompt) for prompt in prompts]
     writer = make_writer(autoencoder, prior, prompts, settings, row_generators(seed, len(prompts)))
-    counts = [0] * len(rows)
+    left = [_Budget(max_characters) for _ in rows]
     while True:
         news = []
-        for index, (row, piece) in enumerate(zip(rows, writer.write(), strict=True)):
-            text = b"" if row.ended or counts[index] >= max_characters else piece.text
-            text = _cut(text, max_characters - counts[index])
+        for row, budget, piece in zip(rows, left, writer.write(), strict=True):
+            text = b"" if row.ended else budget.take(piece.text)
             if text:
                 row.chunks.append(text)
-                counts[index] += count_characters(text)
-                cut_short = counts[index] >= max_characters
-                row.ended = piece.ends_document and not through_ends and not cut_short
-            elif piece.ends_document and not through_ends and counts[index] < max_characters:
-                row.ended = True
+            row.ended |= piece.ends_document and not through_ends and budget.characters > 0
             news.append(text)
         yield rows, news, writer.calls
-        if all(row.ended or count >= max_characters for row, count in zip(rows, counts, strict=True)):
+        if all(row.ended or budget.characters == 0 for row, budget in zip(rows, left, strict=True)):
             return
+
+
+class _Budget:
+    """Counts down UTF-8 characters over pieces that may break inside one."""
+
+    def __init__(self, characters: int):
+        self.characters = characters  # still to write
+        self.broken = b""  # the start of a character whose rest has not come yet
+
+    def take(self, piece: bytes) -> bytes:
+        """As much of the piece as fits."""
+        if self.characters == 0:
+            return b""
+        whole, broken = split_incomplete(self.broken + piece)
+        written = len(self.broken)  # of `whole`: taken before
+        fitting = _cut(whole, self.characters)
+        self.characters -= count_characters(fitting)
+        self.broken = broken if self.characters else b""
+        return (fitting + self.broken)[written:]
 
 
 def _cut(text: bytes, characters: int) -> bytes:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-ROUGE_TYPES = ("rouge1", "rouge2", "rougeL")
+ROUGE_TYPES: tuple[str, ...] = ("rouge1", "rouge2", "rougeL")
 
 
 def rouge_scores(predictions: Sequence[str], references: Sequence[str | Sequence[str]]) -> dict[str, float]:

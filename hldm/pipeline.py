@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from diffusers import ConfigMixin, DiffusionPipeline
-from diffusers.configuration_utils import register_to_config
+from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
+from transformers import PreTrainedTokenizer
 
 from hldm.autoencoder import Autoencoder
 from hldm.checkpoints import fingerprint
@@ -25,23 +25,37 @@ from hldm.prior import Prior
 from hldm.text import StreamDecoder, to_bytes
 
 
-class ByteTokenizer(ConfigMixin):
-    """Text is its UTF-8 bytes; saved beside the model so that the folder says so itself."""
+class ByteTokenizer(PreTrainedTokenizer):
+    """Text is its UTF-8 bytes: token i is byte i, and there are no special tokens to be spoofed."""
 
-    config_name = "tokenizer_config.json"
+    vocab_files_names: dict[str, str] = {}
+    model_input_names = ["input_ids", "attention_mask"]
 
-    @register_to_config
-    def __init__(self, vocabulary: int = 256, encoding: str = "utf-8"):
-        pass
+    @property
+    def vocab_size(self) -> int:
+        """256."""
+        return 256
 
-    def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
-        """Write tokenizer_config.json."""
-        self.save_config(save_directory)
+    def get_vocab(self) -> dict[str, int]:
+        """A byte's token is the character of the same number."""
+        return {chr(byte): byte for byte in range(256)}
 
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, **_: Any) -> ByteTokenizer:
-        """Read it back."""
-        return cls.from_config(cls.load_config(folder))
+    def _tokenize(self, text: str, **_: Any) -> list[str]:
+        return [chr(byte) for byte in to_bytes(text)]
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return ord(token)
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return chr(index)
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        """Joined bytes, decoded; what is not UTF-8 becomes U+FFFD."""
+        return bytes(map(ord, tokens)).decode("utf-8", errors="replace")
+
+    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
+        """Nothing to save."""
+        return ()
 
 
 @dataclass

@@ -114,7 +114,9 @@ def _scan_into(h: Tensor, a: Tensor, b: Tensor, h0: Tensor, reverse: bool = Fals
         all_but_last, all_but_first = all_but_first, all_but_last
     steps = [
         (h_c, a_c, b_c)  # (b n d): one step of every chunk
-        for h_c, a_c, b_c in zip(*(x[:, whole].unflatten(1, (n, c)).unbind(2) for x in (h, a, b)), strict=True)
+        for h_c, a_c, b_c in zip(
+            *(x[:, whole].unflatten(1, (n, c)).unbind(2) for x in (h, a, b)), strict=True
+        )
     ]
     if reverse:
         steps.reverse()

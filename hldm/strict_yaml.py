@@ -297,5 +297,6 @@ def _build_section(node: Any, path: str) -> Any:
     except ConfigError as error:
         if not path:
             raise
-        noun = OmegaConf.get_type(node).__name__.removesuffix("Config").lower()
+        cls: Any = OmegaConf.get_type(node)
+        noun = cls.__name__.removesuffix("Config").lower()
         raise ConfigError(re.sub(rf"\b{noun}\.", path, str(error))) from None

@@ -42,15 +42,21 @@ def from_ids(ids: np.ndarray) -> bytes:
     """The byte string of ids (t,). Raises ValueError for a symbol that is no byte."""
     ids = np.asarray(ids)
     if ids.size and (ids.min() < 0 or ids.max() > 255):
-        raise ValueError(
-            f"ids of bytes lie in 0..255, got {ids.min()}..{ids.max()}: remove the symbols first"
-        )
+        raise ValueError(f"ids of bytes lie in 0..255, got {ids.min()}..{ids.max()}: remove the symbols")
     return ids.astype(np.uint8).tobytes()
 
 
 def count_characters(text: bytes) -> int:
     """UTF-8 characters in text, the denominator of bits per character; an invalid byte counts as one."""
     return len(text.decode("utf-8", "surrogateescape"))
+
+
+def split_incomplete(text: bytes) -> tuple[bytes, bytes]:
+    """(text up to the start of a character that may still be completed, that start)."""
+    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+    decoder.decode(text)
+    rest, _ = decoder.getstate()
+    return text[: len(text) - len(rest)], rest
 
 
 class StreamDecoder:
@@ -71,7 +77,7 @@ class StreamDecoder:
 
 
 # C0 but for newline and tab, DEL, C1; marks, embeddings, overrides and isolates of the bidirectional
-# algorithm (Unicode UAX 9), which can make a line read as what it is not; surrogates, which no terminal takes.
+# algorithm (Unicode UAX 9), which make a line read as what it is not; surrogates, which cannot be printed.
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 

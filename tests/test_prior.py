@@ -77,7 +77,7 @@ def test_context_knows_the_chunks_before_in_its_document_and_nothing_else(contex
     out = attended(prior, context)
     for chunk, first in ((5, 0), (8, 8), (9, 8), (20, 8)):
         (grad,) = torch.autograd.grad(out[0, chunk].sum(), latents, retain_graph=True)
-        touched = grad.abs().sum(dim=-1).nonzero().tolist()
+        touched = (grad.abs().sum(dim=-1) > 1e-12).nonzero().tolist()  # block sums cancel to rounding
         assert touched == [[0, i] for i in range(first, chunk)]
 
 

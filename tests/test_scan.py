@@ -9,7 +9,9 @@ from hldm.scan import BACKENDS, linear_scan
 FAST = sorted(set(BACKENDS) - {"loop"})
 
 
-def random_inputs(b: int, t: int, d: int, *, decay: str = "any", dtype: torch.dtype = torch.float64) -> list[Tensor]:
+def random_inputs(
+    b: int, t: int, d: int, *, decay: str = "any", dtype: torch.dtype = torch.float64
+) -> list[Tensor]:
     generator = torch.Generator().manual_seed(b * 1000 + t * 10 + d)
     a = torch.rand(b, t, d, generator=generator, dtype=torch.float64)
     if decay == "zeros":

@@ -1,0 +1,69 @@
+"""Small runs that several tests share."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hldm.config import Config, load_config
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# A model of some thousand parameters on a text of some thousand bytes: a step takes milliseconds.
+SMALL = [
+    "data.lanes=4",
+    "data.window_bytes=64",
+    "data.held_out=0.2",
+    "autoencoder.latent_dim=4",
+    "autoencoder.encoder.width=16",
+    "autoencoder.encoder.blocks=[recurrent,attention]",
+    "autoencoder.encoder.dropout=0.1",
+    "autoencoder.decoder.width=16",
+    "autoencoder.decoder.blocks=[recurrent,attention]",
+    "prior.width=16",
+    "prior.layers=1",
+    "prior.denoiser_width=16",
+    "prior.denoiser_layers=1",
+    "prior.draws=2",
+    "prior.dropout=0.1",
+    "training.autoencoder.minutes=0",
+    "training.prior.minutes=0",
+    "training.autoencoder.steps=12",
+    "training.prior.steps=12",
+    "checkpoint.every=3",
+    "logging.every=1",
+    "generation.steps=2",
+]
+
+
+@pytest.fixture(scope="session")
+def corpus_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty short documents of the built-in text."""
+    from hldm.config import DataConfig
+    from hldm.corpus import load_corpus
+
+    text = load_corpus(DataConfig(), "validation").text[:8000].tobytes().decode()
+    path = tmp_path_factory.mktemp("corpus") / "text.txt"
+    path.write_text("\n\n".join(text[i : i + 400] for i in range(0, 8000, 400)))
+    return path
+
+
+@pytest.fixture
+def small_overrides(corpus_path: Path) -> list[str]:
+    """Overrides of configs/tiny.yaml that make it train in a second."""
+    return [*SMALL, f"data.path={corpus_path}", 'data.separator="\\n\\n"']
+
+
+@pytest.fixture
+def small_config(small_overrides: list[str]) -> Config:
+    """configs/tiny.yaml, much smaller."""
+    return replace(load_config([ROOT / "configs/tiny.yaml"], small_overrides), name="small")
+
+
+@pytest.fixture
+def small_twin(small_overrides: list[str]) -> Config:
+    """Its twin."""
+    overrides = [o for o in small_overrides if "latent_dim" not in o]
+    return replace(load_config([ROOT / "configs/tiny-twin.yaml"], overrides), name="small-twin")

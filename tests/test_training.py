@@ -1,0 +1,204 @@
+"""Trained, stopped and resumed equals trained; split over ranks or micro-batches equals whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+from hldm.checkpoints import newest_checkpoint
+from hldm.config import Config, ConfigError, TrainingConfig
+from hldm.stages import stage_training, train_autoencoder, train_diffusion
+from hldm.training import learning_rate, step_seed
+
+
+def weights(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """Everything in the last checkpoint of a stage."""
+    checkpoint = newest_checkpoint(folder)
+    assert checkpoint is not None
+    return checkpoint.tensors
+
+
+def assert_same(a: dict[str, dict[str, torch.Tensor]], b: dict[str, dict[str, torch.Tensor]]) -> None:
+    assert a.keys() == b.keys()
+    for stem in a:
+        torch.testing.assert_close(a[stem], b[stem], rtol=0, atol=0)
+
+
+def losses(folder: Path, *names: str) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [sum(line[name] for name in names) for line in lines]
+
+
+def test_the_learning_rate_warms_up_then_follows_a_cosine():
+    config = TrainingConfig(learning_rate=1.0, warmup=0.1, final_learning_rate=0.2)
+    assert learning_rate(config, 0.0) == 0.0
+    assert learning_rate(config, 0.05) == pytest.approx(0.5)
+    assert learning_rate(config, 0.1) == pytest.approx(1.0)
+    assert learning_rate(config, 0.55) == pytest.approx(0.6)
+    assert learning_rate(config, 1.0) == pytest.approx(0.2)
+
+
+def test_seeds_differ_by_run_step_and_stream():
+    assert len({step_seed(a, b, c) for a in range(5) for b in range(5) for c in range(5)}) == 125
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_resumed_autoencoder_is_bit_equal_to_an_uninterrupted_one(tmp_path, small_config, optimizer):
+    config = stage_training(small_config, "autoencoder", optimizer=optimizer)
+    straight = train_autoencoder(config, root=tmp_path / "a")
+    run_killed(tmp_path / "b", config, "train_autoencoder.py", f"training.autoencoder.optimizer={optimizer}")
+    resumed = train_autoencoder(config, resume=True, root=tmp_path / "b")
+    assert_same(weights(straight / "autoencoder"), weights(resumed / "autoencoder"))
+    names = ("decoder", "latent", "end")
+    assert losses(straight / "autoencoder", *names) == losses(resumed / "autoencoder", *names)
+
+
+def run_killed(root: Path, config: Config, script: str, *overrides: str) -> None:
+    """Run a stage in a process of its own and kill -9 it after its first checkpoint."""
+    settings = ["--config", str(ROOT / "configs/tiny.yaml"), "--name", config.name, *overrides]
+    settings += [f"data.path={config.data.path}", 'data.separator="\\n\\n"']
+    from conftest import SMALL
+
+    (root / "runs").mkdir(parents=True, exist_ok=True)
+    stage = "autoencoder" if "autoencoder" in script else "prior"
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / script), *settings, *SMALL], cwd=root, env=environment
+    )
+    saved = root / "runs" / config.name / stage / "checkpoints"
+    deadline = time.monotonic() + 120
+    while not (saved.is_dir() and any(saved.glob("step-*"))):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    for entry in (root / "runs").iterdir():  # the script writes to runs/, the tests' calls to root
+        target = root / entry.name
+        target.mkdir(exist_ok=True)
+        for part in entry.iterdir():
+            part.rename(target / part.name)
+
+
+def test_a_resumed_prior_is_bit_equal_to_an_uninterrupted_one(tmp_path, small_config):
+    config = replace(small_config, prior=replace(small_config.prior, self_conditioning=0.5))
+    train_autoencoder(config, root=tmp_path)
+    straight = weights(train_diffusion(config, root=tmp_path) / "prior")
+    interrupted = stage_training(config, "prior", steps=12)
+    folder = tmp_path / config.name / "prior"
+    folder.rename(tmp_path / config.name / "prior-straight")
+    # stop by a signal after step 5: it saves itself
+    from hldm import training
+
+    seen = []
+    original = training.Trainer.step
+
+    def step_then_signal(self: training.Trainer, progress: float):
+        seen.append(progress)
+        if len(seen) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, progress)
+
+    training.Trainer.step = step_then_signal
+    try:
+        with pytest.raises(training.Interrupted):
+            train_diffusion(interrupted, root=tmp_path)
+    finally:
+        training.Trainer.step = original
+    assert_same(straight, weights(train_diffusion(interrupted, resume=True, root=tmp_path) / "prior"))
+
+
+def test_micro_batches_add_up_to_the_whole_batch(tmp_path, small_config):
+    # without dropout, whose masks are drawn for each forward pass
+    plain = replace(
+        small_config,
+        autoencoder=replace(
+            small_config.autoencoder, encoder=replace(small_config.autoencoder.encoder, dropout=0.0)
+        ),
+        prior=replace(small_config.prior, dropout=0.0),
+    )
+    whole = train_autoencoder(plain, root=tmp_path / "whole") / "autoencoder"
+    halves = (
+        train_autoencoder(stage_training(plain, "autoencoder", accumulation=2), root=tmp_path / "halves")
+        / "autoencoder"
+    )
+    assert losses(whole, "decoder", "latent") == pytest.approx(
+        losses(halves, "decoder", "latent"), abs=1e-4
+    )
+
+
+def test_lanes_that_cannot_be_split_are_refused(tmp_path, small_config):
+    with pytest.raises(ConfigError, match="divisible"):
+        train_autoencoder(stage_training(small_config, "autoencoder", accumulation=3), root=tmp_path)
+
+
+def test_a_run_is_never_overwritten_and_a_prior_never_gets_another_autoencoder(tmp_path, small_config):
+    train_autoencoder(small_config, root=tmp_path)
+    with pytest.raises(ValueError, match="--resume"):
+        train_autoencoder(small_config, root=tmp_path)
+    train_diffusion(small_config, root=tmp_path)
+    (tmp_path / "small" / "autoencoder").rename(tmp_path / "small" / "old")
+    train_autoencoder(replace(small_config, seed=1), root=tmp_path)
+    with pytest.raises(ConfigError, match="autoencoder"):
+        train_diffusion(small_config, resume=True, root=tmp_path)
+
+
+def test_joint_training_and_cached_latents_run(tmp_path, small_config):
+    train_autoencoder(small_config, root=tmp_path)
+    before = (tmp_path / "small/autoencoder/model/diffusion_pytorch_model.safetensors").read_bytes()
+    cached = replace(small_config, data=replace(small_config.data, cache_latents=True))
+    train_diffusion(cached, root=tmp_path)
+    (tmp_path / "small" / "prior").rename(tmp_path / "small" / "cached")
+    # cached or not, the same latents: the same first loss
+    train_diffusion(small_config, root=tmp_path)
+    first = [losses(tmp_path / "small" / name, "latent")[0] for name in ("prior", "cached")]
+    assert first[0] == pytest.approx(first[1], rel=0.05)
+    (tmp_path / "small" / "prior").rename(tmp_path / "small" / "plain")
+    joint = stage_training(small_config, "prior", joint=0.5)
+    folder = train_diffusion(joint, root=tmp_path)
+    after = (folder / "pipeline/autoencoder/diffusion_pytorch_model.safetensors").read_bytes()
+    assert before != after
+    assert (folder / "autoencoder/model/diffusion_pytorch_model.safetensors").read_bytes() == before
+
+
+def test_two_processes_train_what_one_does(tmp_path, small_overrides):
+    plain = [o for o in small_overrides if "dropout" not in o]
+    steps = ["training.autoencoder.steps=50"]
+    arguments = ["train_autoencoder.py", "--config", str(ROOT / "configs/tiny.yaml"), *plain, *steps]
+    arguments[0] = str(ROOT / arguments[0])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    port = ["--main_process_port", str(29_500 + os.getpid() % 1000)]
+    two = subprocess.run(
+        [*launch, *port, *arguments, "--name", "two"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert two.returncode == 0, two.stderr[-3000:]
+    assert "2 process(es) MULTI_CPU" in two.stdout
+    one = subprocess.run(
+        [sys.executable, *arguments, "--name", "one"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert one.returncode == 0, one.stderr[-3000:]
+    runs = [tmp_path / "runs" / name / "autoencoder" for name in ("one", "two")]
+    assert losses(runs[0], "learning_rate") == losses(runs[1], "learning_rate")
+    found = [losses(run, "decoder", "latent", "end") for run in runs]
+    assert len(found[0]) == 50 and found[0] == pytest.approx(found[1], abs=1e-4)
+
+
+def test_the_launch_that_silently_starts_one_process_is_refused(tmp_path, small_overrides):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    arguments = [str(ROOT / "train_autoencoder.py"), "--config", str(ROOT / "configs/tiny.yaml")]
+    done = subprocess.run(
+        [*launch, *arguments, *small_overrides], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode != 0 and "--multi_gpu" in done.stderr
