@@ -269,7 +269,7 @@ def load_latents(path: Path | str, binding: dict[str, object]) -> np.ndarray:
                 f"{path}: cached latents are stale: made for {key}={made_for.get(key)}, this run has "
                 f"{key}={wanted.get(key)}; {rebuild}"
             )
-    return np.memmap(path, "<f4", mode="r", offset=offset, shape=tuple(shape))
+    return np.memmap(path, "<f4", mode="c", offset=offset, shape=tuple(shape))
 
 
 def _header(chunks: int, width: int, binding: dict[str, object], sha256: str = "0" * 64) -> bytes:

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from hldm.prior import Prior
     from hldm.prompts import Prompt
 
-LANES, WINDOW_BYTES = 16, 512  # measured on 2 cores: larger windows cost more in the prior's attention
+LANES, WINDOW_BYTES = 16, 512  # measured, configs/tiny.yaml on a CPU: 256 and 1024 bytes take longer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -157,7 +158,7 @@ def evaluate_model(
     from hldm.bound import evaluate_bound
     from hldm.chunking import make_chunker
     from hldm.data import Windows
-    from hldm.prompts import choose_prompts
+    from hldm.prompts import choose_prompts, prompt_chunker
     from hldm.reconstruction import reconstruct
 
     limits = (("prompts", prompts, 0), ("max_characters", max_characters, 1), ("seed", seed, 0))
@@ -172,6 +173,7 @@ def evaluate_model(
         window_bytes=max(WINDOW_BYTES, 2 * autoencoder.chunking.max_bytes),
         shuffle=False,
     )
+    chunker = prompt_chunker(autoencoder.chunking, is_twin=prior is None)
     bound = evaluate_bound(autoencoder, prior, windows, draws=draws, generator=generator)
     return {
         "seed": seed,
@@ -186,7 +188,7 @@ def evaluate_model(
         **continue_prompts(
             autoencoder,
             prior,
-            choose_prompts(windows, prompts, max_characters=max_characters),
+            choose_prompts(corpus, chunker, prompts, max_characters=max_characters),
             training_text,
             settings,
             max_characters=max_characters,
@@ -256,26 +258,26 @@ def continue_prompts(
 
 
 def _rouge(written: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:
-    return _compute("Rouge", predictions=written, references=wanted)
+    from hldm.metrics import Rouge
+
+    return _compute(Rouge, predictions=written, references=wanted)
 
 
 def _perplexity(nats: float, windows: Windows) -> dict[str, float | None]:
     """By character and by word (what white space separates); None where it overflows."""
+    from hldm.metrics import Perplexity
+
     corpus = windows.corpus
     words = sum(len(corpus.document(index).tobytes().split()) for index in range(len(corpus)))
-    values = _compute("Perplexity", nats=[nats], characters=[windows.characters], words=[words])
+    values = _compute(Perplexity, nats=[nats], characters=[windows.characters], words=[words])
     values = {unit: values[f"{unit}_perplexity"] for unit in ("character", "word")}
     return {unit: value if math.isfinite(value) else None for unit, value in values.items()}
 
 
-def _compute(metric: str, **columns: Any) -> dict[str, float]:
-    """A metric of `hldm.metrics`; evaluate writes its inputs to disk, and they are gone afterwards."""
-    from tempfile import TemporaryDirectory
-
-    from hldm import metrics
-
+def _compute(metric: type, **columns: Any) -> dict[str, float]:
+    """One of evaluate's metrics, which write what they are given to disk: gone when they are done."""
     with TemporaryDirectory() as folder:
-        return getattr(metrics, metric)(cache_dir=folder).compute(**columns)
+        return metric(cache_dir=folder).compute(**columns)
 
 
 def _stages(folder: Path) -> list[Path]:
@@ -301,7 +303,7 @@ def _commit(folder: Path) -> str | None:
 
 # ---- tables
 
-# label, key, format; an entry without a key is a heading
+# label, dotted key, format
 _ROWS: tuple[tuple[str, str, str], ...] = (
     ("measured on", "split", ""),
     ("characters", "characters", ",.0f"),

@@ -14,6 +14,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
+from diffusers.utils.logging import disable_progress_bar
 from transformers import PreTrainedTokenizer
 
 from hldm.autoencoder import Autoencoder
@@ -187,6 +188,7 @@ def read_pipeline(folder: str | Path) -> HLDMPipeline:
         raise FileNotFoundError(
             f"{folder} holds no trained model: run train_autoencoder.py, then train_diffusion.py, with its config"
         )
+    disable_progress_bar()  # three small parts need none, and it would stand among the errors
     try:
         json.loads(index.read_text(encoding="utf-8"))
         return HLDMPipeline.from_pretrained(str(folder), local_files_only=True)

@@ -6,10 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hldm.chunking import make_chunker
-from hldm.config import Config
-from hldm.corpus import Split, load_corpus
-from hldm.data import Windows
+from hldm.chunking import Chunker, make_chunker
+from hldm.config import ChunkingConfig, Config
+from hldm.corpus import Corpus, Split, load_corpus
 
 PROMPT_CHARACTERS = 200  # some 35 words: enough to say who speaks and about what
 
@@ -25,43 +24,49 @@ def held_out_prompts(
     config: Config, split: Split, count: int, *, prompt_characters: int = PROMPT_CHARACTERS
 ) -> list[Prompt]:
     """Prompts from a split of the data that a config names."""
-    windows = Windows(
-        load_corpus(config.data, split),
-        make_chunker(config.chunking),
-        lanes=1,
-        window_bytes=2 * config.chunking.max_bytes,
-        shuffle=False,
+    chunker = prompt_chunker(config.chunking, config.is_twin)
+    return choose_prompts(
+        load_corpus(config.data, split), chunker, count, prompt_characters=prompt_characters
     )
-    return choose_prompts(windows, count, prompt_characters=prompt_characters)
+
+
+def prompt_chunker(chunking: ChunkingConfig, is_twin: bool) -> Chunker:
+    """What cuts a model's prompts: its own chunking, for the twin (which goes on from anywhere) the default words."""
+    return make_chunker(ChunkingConfig() if is_twin else chunking)
 
 
 def choose_prompts(
-    windows: Windows, count: int, *, prompt_characters: int = PROMPT_CHARACTERS, max_characters: int = 200
+    corpus: Corpus,
+    chunker: Chunker,
+    count: int,
+    *,
+    prompt_characters: int = PROMPT_CHARACTERS,
+    max_characters: int = 200,
 ) -> list[Prompt]:
-    """At most `count` places spread evenly over a corpus, at chunk borders with room on both sides.
+    """At most `count` places spread evenly over a corpus, each moved back to where a chunk starts.
 
-    prompt_characters: length of a prompt, rounded up to whole chunks;  max_characters: of a continuation
-    Where no document has that room, a third of the longest one must do for either; [] where it has not
-    even that.
+    prompt_characters, max_characters: room that a document must have before a place and after it; where none
+    has so much, a third of the longest one will do. A prompt is that long, rounded up to whole chunks.
+    The places do not depend on the chunking, so models that chunk differently go on from nearly the same ones.
     """
-    corpus = windows.corpus
-    at = np.flatnonzero(windows.chunk_start)  # (chunks,)
-    document = np.searchsorted(corpus.offsets, at, side="right") - 1
-    begin, end = corpus.offsets[document], corpus.offsets[document + 1]
-    characters = np.append(0, np.cumsum(corpus.text & 0xC0 != 0x80))  # before each byte, and in all
-    behind, ahead = characters[at] - characters[begin], characters[end] - characters[at]
-    third = int((behind + ahead).max()) // 3
-    has_room = (
-        (behind >= min(prompt_characters, third)) & (ahead >= min(max_characters, third)) & (at > begin)
-    )
-    fitting = np.flatnonzero(has_room)
-    if not len(fitting) or not count:
-        return []
-    prompts = []
-    for chunk in fitting[np.unique((np.arange(count) + 0.5) * len(fitting) // count).astype(int)]:
-        first = np.searchsorted(characters[at], characters[at[chunk]] - prompt_characters, side="right") - 1
-        start = max(at[max(first, 0)], begin[chunk])
-        rest = corpus.text[at[chunk] : min(at[chunk] + 4 * max_characters, end[chunk])].tobytes()
-        continuation = rest.decode("utf-8", errors="replace")[:max_characters]
-        prompts.append(Prompt(corpus.text[start : at[chunk]].tobytes(), continuation))
-    return prompts
+    is_first_byte = corpus.text & 0xC0 != 0x80  # of a UTF-8 character
+    length = np.add.reduceat(is_first_byte, corpus.offsets[:-1], dtype=np.int64)  # (documents,) characters
+    third = int(length.max()) // 3
+    before, after = min(prompt_characters, third), min(max_characters, third)
+    places_up_to = np.cumsum(np.maximum(length - before - after, 0))  # (documents,)
+    prompts = {}
+    for place in (np.arange(count) + 0.5) * places_up_to[-1] // max(count, 1):
+        document = int(np.searchsorted(places_up_to, place, side="right"))
+        if document == len(corpus):  # there is no room anywhere
+            continue
+        text = corpus.document(document)
+        borders = np.flatnonzero(chunker.chunk_start(text))
+        border_at = np.append(0, np.cumsum(text & 0xC0 != 0x80))[borders]  # in characters
+        from_end = places_up_to[document] - place + after
+        chunk = np.searchsorted(border_at, length[document] - from_end, side="right") - 1
+        first = np.searchsorted(border_at, border_at[chunk] - prompt_characters, side="right") - 1
+        start, stop = borders[max(first, 0)], borders[chunk]
+        if stop > 0:
+            rest = text[stop : stop + 4 * max_characters].tobytes().decode("utf-8", errors="replace")
+            prompts[document, stop] = Prompt(text[start:stop].tobytes(), rest[:max_characters])
+    return list(prompts.values())

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from hldm.autoencoder import Autoencoder
@@ -27,7 +29,7 @@ from hldm.generation import row_generators, write_chunks, write_on
 from hldm.objectives import AutoencoderObjective, PriorObjective, read_latents
 from hldm.pipeline import HLDMPipeline
 from hldm.prior import Prior
-from hldm.runs import open_run
+from hldm.runs import Run, check_run_name, open_run
 from hldm.training import Totals, Trainer, make_accelerator
 
 MAY_CHANGE = ("name", "training.", "checkpoint.", "logging.", "generation.")  # on resume
@@ -35,66 +37,125 @@ FIT_WINDOWS = 8  # windows of every lane that the normaliser is fitted on at the
 SAMPLE_BYTES = 160  # of validation text: what samples reconstruct or go on from
 
 
+@dataclass(frozen=True)
+class Stage:
+    """What both stages need: settings, the open run folder, the processes."""
+
+    config: Config
+    training: TrainingConfig
+    run: Run
+    accelerator: Accelerator
+    say: Callable[[str], None]  # prints on the main process
+    resume: bool
+
+    def fit(
+        self,
+        objective: AutoencoderObjective | PriorObjective,
+        windows: Windows,
+        parts: dict[str, nn.Module],
+        on_sample: Callable[[nn.Module], str],
+        bound_to: dict[str, str] | None = None,
+    ) -> Totals:
+        """Train an objective from its start or newest checkpoint; `bound_to` must not change in between."""
+        config = self.config
+        trainer = Trainer(
+            objective,
+            windows,
+            self.training,
+            run=self.run,
+            seed=config.seed,
+            checkpoint=config.checkpoint,
+            logging=config.logging,
+            accelerator=self.accelerator,
+            extras={"corpus": windows.corpus.fingerprint, **(bound_to or {})},
+        )
+        if self.resume:
+            trainer.restore(self.say)
+            self.run.rewind(trainer.totals.steps or -1)
+            self.say(f"resuming {self.run.folder} at step {trainer.totals.steps}")
+        sizes = ", ".join(
+            f"{name} {sum(p.numel() for p in part.parameters()):,}" for name, part in parts.items()
+        )
+        minutes, steps = self.training.minutes, self.training.steps
+        self.say(
+            f"{self.run.folder}: {f'{minutes:g} minutes' if minutes else f'{steps} steps'}, "
+            f"{config.data.lanes} lanes x {config.data.window_bytes} bytes a step | {sizes} parameters | "
+            f"{self.accelerator.num_processes} process(es) {self.accelerator.distributed_type.value}, "
+            f"{self.accelerator.device}, {self.training.mixed_precision}, {torch.get_num_threads()} threads"
+        )
+        if config.logging.trackers:
+            self.accelerator.init_trackers(config.name, config=_flat(to_dict(config)))
+        totals = trainer.fit(self.say, on_sample)
+        objective.eval()
+        return totals
+
+    def export(self, model: Any, path: Path) -> None:
+        """Save a model from the main process."""
+        if self.accelerator.is_main_process:
+            _export(model, path)
+
+    def finish(self, totals: Totals) -> None:
+        """Mark the stage as done: totals.json comes last."""
+        if self.accelerator.is_main_process:
+            atomic_write(self.run.folder / "totals.json", json.dumps(vars(totals)) + "\n")
+            self.say(f"saved {self.run.folder.parent}")
+
+
+@contextmanager
+def open_stage(config: Config, name: str, resume: bool, root: Path) -> Iterator[Stage]:
+    """Open runs/<config.name>/<name> for one stage, and seed it."""
+    check_run_name(config.name)
+    training: TrainingConfig = getattr(config.training, name)
+    folder = root / config.name / name
+    accelerator = make_accelerator(training, config.logging, str(folder))
+    is_main = accelerator.is_main_process
+    say: Callable[[str], None] = (lambda line: print(line, flush=True)) if is_main else (lambda line: None)
+    run = open_run(
+        folder, config=to_dict(config), resume=resume, is_main=is_main, may_change=MAY_CHANGE, say=say
+    )
+    try:
+        torch.manual_seed(config.seed)
+        yield Stage(config, training, run, accelerator, say, resume)
+        accelerator.wait_for_everyone()
+        accelerator.end_training()
+    finally:
+        run.close()
+
+
 def train_autoencoder(config: Config, *, resume: bool = False, root: Path = Path("runs")) -> Path:
     """Stage one, or the twin. Returns the run's folder."""
-    training = config.training.autoencoder
     folder = root / config.name
-    accelerator = make_accelerator(training, config.logging, str(folder / "autoencoder"))
-    say = _sayer(accelerator.is_main_process)
-    run = open_run(
-        folder / "autoencoder",
-        config=to_dict(config),
-        resume=resume,
-        is_main=accelerator.is_main_process,
-        may_change=MAY_CHANGE,
-        say=say,
-    )
-    torch.manual_seed(config.seed)
-    windows = _training_windows(config)
-    autoencoder = Autoencoder.from_settings(config.autoencoder, config.chunking)
-    if training.gradient_checkpointing:
-        autoencoder.enable_gradient_checkpointing()
-    prior = None
-    if config.autoencoder.rate == "diffusion" and not config.is_twin:
-        prior = Prior.from_settings(
-            config.autoencoder.latent_dim, config.prior, config.hierarchy, config.diffusion
-        )
-    objective = AutoencoderObjective(autoencoder, config.autoencoder, config.diffusion.gamma_0, prior)
-    trainer = Trainer(
-        objective,
-        windows,
-        training,
-        run=run,
-        seed=config.seed,
-        checkpoint=config.checkpoint,
-        logging=config.logging,
-        accelerator=accelerator,
-        extras={"stage": "autoencoder", "corpus": windows.corpus.fingerprint},
-    )
-    _start(trainer, config, resume, say, {"autoencoder": autoencoder, "rate prior": prior})
-    sample = validation_text(config)
+    with open_stage(config, "autoencoder", resume, root) as stage:
+        windows = _windows(config)
+        sample_text = validation_text(config)
+        autoencoder = Autoencoder.from_settings(config.autoencoder, config.chunking)
+        if stage.training.gradient_checkpointing:
+            autoencoder.enable_gradient_checkpointing()
+        parts: dict[str, nn.Module] = {"autoencoder": autoencoder}
+        prior = None
+        if config.autoencoder.rate == "diffusion" and not config.is_twin:
+            prior = Prior.from_settings(
+                config.autoencoder.latent_dim, config.prior, config.hierarchy, config.diffusion
+            )
+            parts["rate prior"] = prior
+        objective = AutoencoderObjective(autoencoder, config.autoencoder, config.diffusion.gamma_0, prior)
 
-    def on_sample(model: nn.Module) -> str:
-        assert isinstance(model, AutoencoderObjective)
-        if config.is_twin:
-            return _continue(model.autoencoder, None, sample, config)
-        return _reconstruct(model.autoencoder, sample, config)
+        def on_sample(model: nn.Module) -> str:
+            assert isinstance(model, AutoencoderObjective)
+            if config.is_twin:
+                return _continue(model.autoencoder, None, sample_text, config)
+            return _reconstruct(model.autoencoder, sample_text, config)
 
-    totals = trainer.fit(say, on_sample)
-    objective.eval()
-    if autoencoder.latent_dim:
-        _fit_normaliser(autoencoder, config)
-    if accelerator.is_main_process:
-        _export(autoencoder, run.folder / "model")
+        totals = stage.fit(objective, windows, parts, on_sample)
+        if autoencoder.latent_dim:
+            _fit_normaliser(autoencoder, config)
+        stage.export(autoencoder, stage.run.folder / "model")
         if prior is not None:
-            _export(prior, run.folder / "rate")
-        _write_totals(run.folder, totals)
+            stage.export(prior, stage.run.folder / "rate")
         if config.is_twin:
-            _export(HLDMPipeline.assemble(autoencoder, None, config.generation), folder / "pipeline")
-        say(f"saved {folder}")
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    run.close()
+            pipeline = HLDMPipeline.assemble(autoencoder, None, config.generation)
+            stage.export(pipeline, folder / "pipeline")
+        stage.finish(totals)
     return folder
 
 
@@ -102,57 +163,28 @@ def train_diffusion(config: Config, *, resume: bool = False, root: Path = Path("
     """Stage two, on the autoencoder of the same run. Returns the run's folder."""
     if config.is_twin:
         raise ConfigError("autoencoder.latent_dim is 0: the twin has no latents and so no second stage")
-    training = config.training.prior
     folder = root / config.name
     autoencoder = read_autoencoder(folder, config)
     binding = fingerprint(autoencoder.state_dict())
-    accelerator = make_accelerator(training, config.logging, str(folder / "prior"))
-    say = _sayer(accelerator.is_main_process)
-    run = open_run(
-        folder / "prior",
-        config=to_dict(config),
-        resume=resume,
-        is_main=accelerator.is_main_process,
-        may_change=MAY_CHANGE,
-        say=say,
-    )
-    torch.manual_seed(config.seed)
-    windows = _training_windows(config)
-    prior = _first_prior(folder, config, say)
-    latents = None
-    if config.data.cache_latents:
-        latents = _cached_latents(folder, config, autoencoder.eval(), windows, binding, say)
-    objective = PriorObjective(prior, autoencoder, training.joint, latents)
-    trainer = Trainer(
-        objective,
-        windows,
-        training,
-        run=run,
-        seed=config.seed,
-        checkpoint=config.checkpoint,
-        logging=config.logging,
-        accelerator=accelerator,
-        extras={"stage": "prior", "corpus": windows.corpus.fingerprint, "autoencoder": binding},
-    )
-    _start(trainer, config, resume, say, {"prior": prior})
-    sample = validation_text(config)
+    with open_stage(config, "prior", resume, root) as stage:
+        windows = _windows(config)
+        sample_text = validation_text(config)
+        prior = _first_prior(folder, config, stage.say)
+        latents = None
+        if config.data.cache_latents:
+            latents = _cached_latents(folder, config, autoencoder.eval(), binding, stage)
+        objective = PriorObjective(prior, autoencoder, stage.training.joint, latents)
 
-    def on_sample(model: nn.Module) -> str:
-        assert isinstance(model, PriorObjective)
-        return _continue(model.autoencoder, model.prior, sample, config)
+        def on_sample(model: nn.Module) -> str:
+            assert isinstance(model, PriorObjective)
+            return _continue(model.autoencoder, model.prior, sample_text, config)
 
-    totals = trainer.fit(say, on_sample)
-    objective.eval()
-    if accelerator.is_main_process:
-        # A joint phase has changed the autoencoder: the pair in the pipeline belongs together.
+        totals = stage.fit(objective, windows, {"prior": prior}, on_sample, {"autoencoder": binding})
+        # A joint phase has changed the autoencoder: what is exported belongs together.
         prior.register_to_config(autoencoder=fingerprint(autoencoder.state_dict()))
-        _export(prior, run.folder / "model")
-        _write_totals(run.folder, totals)
-        _export(HLDMPipeline.assemble(autoencoder, prior, config.generation), folder / "pipeline")
-        say(f"saved {folder}")
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    run.close()
+        stage.export(prior, stage.run.folder / "model")
+        stage.export(HLDMPipeline.assemble(autoencoder, prior, config.generation), folder / "pipeline")
+        stage.finish(totals)
     return folder
 
 
@@ -164,12 +196,12 @@ def read_autoencoder(folder: Path, config: Config) -> Autoencoder:
             f"{folder} has no trained autoencoder: run train_autoencoder.py with the same --config and --name first"
         )
     autoencoder = Autoencoder.from_pretrained(str(path), local_files_only=True)
-    for section in ("autoencoder", "chunking"):
-        wanted, found = to_dict(config)[section], dict(autoencoder.config[section])
-        for key, value in wanted.items():
-            if json.dumps(found.get(key), default=list) != json.dumps(value):
+    for section, trained in (("autoencoder", autoencoder.settings), ("chunking", autoencoder.chunking)):
+        found = _flat(asdict(trained), f"{section}.")
+        for key, value in _flat(asdict(getattr(config, section)), f"{section}.").items():
+            if found[key] != value:
                 raise ConfigError(
-                    f"{section}.{key} is {value} here, but {path} was trained with {found.get(key)}: "
+                    f"{key} is {value} here, but {path} was trained with {found[key]}: "
                     "use the config it was trained with, or another --name"
                 )
     return autoencoder
@@ -187,38 +219,15 @@ def validation_text(config: Config) -> bytes:
     return text[: int(starts[starts <= SAMPLE_BYTES].max()) or SAMPLE_BYTES]
 
 
-def _training_windows(config: Config) -> Windows:
+def _windows(config: Config, shuffle: bool = True) -> Windows:
     return Windows(
         load_corpus(config.data, "train"),
         make_chunker(config.chunking),
         lanes=config.data.lanes,
         window_bytes=config.data.window_bytes,
         seed=config.seed,
+        shuffle=shuffle,
     )
-
-
-def _sayer(is_main: bool) -> Callable[[str], None]:
-    return (lambda line: print(line, flush=True)) if is_main else (lambda line: None)
-
-
-def _start(
-    trainer: Trainer, config: Config, resume: bool, say: Callable[[str], None], parts: dict[str, Any]
-) -> None:
-    """Restore if asked to, and say what is about to run."""
-    accelerator, data = trainer.accelerator, config.data
-    if resume and trainer.restore(say):
-        trainer.run.rewind(trainer.totals.steps)
-        say(f"resuming {trainer.run.folder} at step {trainer.totals.steps}")
-    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items() if part}
-    sizes = ", ".join(f"{name} {count:,}" for name, count in counts.items())
-    length = f"{trainer.config.minutes:g} minutes" if trainer.config.minutes else f"{trainer.config.steps} steps"
-    say(
-        f"{trainer.run.folder}: {length}, {data.lanes} lanes x {data.window_bytes} bytes a step | {sizes} parameters | "
-        f"{accelerator.num_processes} process(es) {accelerator.distributed_type.value}, {accelerator.device}, "
-        f"{trainer.config.mixed_precision}, {torch.get_num_threads()} threads"
-    )
-    if accelerator.trackers or config.logging.trackers:
-        accelerator.init_trackers(config.name, config=_flat(to_dict(config)))
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -250,14 +259,7 @@ def _first_prior(folder: Path, config: Config, say: Callable[[str], None]) -> Pr
 @torch.no_grad()
 def _fit_normaliser(autoencoder: Autoencoder, config: Config) -> None:
     """Replace running statistics by those of the finished encoder, over the first windows of all lanes."""
-    corpus = load_corpus(config.data, "train")
-    windows = Windows(
-        corpus,
-        make_chunker(config.chunking),
-        lanes=config.data.lanes,
-        window_bytes=config.data.window_bytes,
-        shuffle=False,
-    )
+    windows = _windows(config, shuffle=False)
     device = next(autoencoder.parameters()).device
     state = autoencoder.encoder_state(windows.lanes, device)
     normaliser = autoencoder.normaliser
@@ -269,30 +271,19 @@ def _fit_normaliser(autoencoder: Autoencoder, config: Config) -> None:
 
 
 def _cached_latents(
-    folder: Path,
-    config: Config,
-    autoencoder: Autoencoder,
-    windows: Windows,
-    binding: str,
-    say: Callable[[str], None],
+    folder: Path, config: Config, autoencoder: Autoencoder, binding: str, stage: Stage
 ) -> Tensor:
     """mu of every chunk of the training text, from runs/<name>/latents.safetensors, made when missing."""
     path = folder / "latents.safetensors"
+    windows = _windows(config, shuffle=False)
     bound: dict[str, object] = {
         "autoencoder": binding,
         "corpus": windows.corpus.fingerprint,
         "chunking": to_dict(config)["chunking"],
     }
-    if not path.exists():
-        say(f"caching latents in {path}")
-        plain = Windows(
-            windows.corpus,
-            make_chunker(config.chunking),
-            lanes=config.data.lanes,
-            window_bytes=config.data.window_bytes,
-            shuffle=False,
-        )
-        state = autoencoder.encoder_state(plain.lanes)
+    if not path.exists() and stage.accelerator.is_main_process:
+        stage.say(f"caching latents in {path}")
+        state = autoencoder.encoder_state(windows.lanes)
 
         @torch.no_grad()
         def encode(batch: Batch) -> Tensor:
@@ -300,7 +291,8 @@ def _cached_latents(
             encoding, state = read_latents(autoencoder, batch, state)
             return encoding.latents
 
-        cache_latents(encode, plain, path, bound)
+        cache_latents(encode, windows, path, bound)
+    stage.accelerator.wait_for_everyone()
     return torch.from_numpy(load_latents(path, bound))
 
 
@@ -314,10 +306,6 @@ def _export(model: Any, path: Path) -> None:
         path.rename(old)
     fresh.rename(path)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _write_totals(folder: Path, totals: Totals) -> None:
-    atomic_write(folder / "totals.json", json.dumps(vars(totals)) + "\n")
 
 
 def _continue(autoencoder: Autoencoder, prior: Prior | None, prompt: bytes, config: Config) -> str:

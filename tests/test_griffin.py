@@ -311,6 +311,15 @@ def test_low_precision_keeps_the_recurrence_in_float32() -> None:
     torch.testing.assert_close(y.float(), exact, rtol=0.2, atol=0.2)
 
 
+def test_what_generation_leaves_behind_serves_training() -> None:
+    model, (x, *marks) = make_griffin(window=17), make_text(1, 20)
+    with torch.inference_mode():
+        inferred, _ = model(x, model.initial_state(1), *marks)
+    y, _ = model(x, model.initial_state(1), *marks)
+    y.sum().backward()
+    torch.testing.assert_close(y, inferred.clone())
+
+
 def test_norm_is_invariant_to_scale_and_has_unit_size() -> None:
     x, norm = 7 * torch.randn(3, 4, 64), RMSNorm(64)
     torch.testing.assert_close(norm(x), norm(100 * x))

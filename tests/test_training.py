@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, SMALL
 
 from hldm.checkpoints import newest_checkpoint
 from hldm.config import Config, ConfigError, TrainingConfig
 from hldm.stages import stage_training, train_autoencoder, train_diffusion
-from hldm.training import learning_rate, step_seed
+from hldm.training import Interrupted, Trainer, learning_rate, step_seed
 
 
 def weights(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
@@ -52,69 +52,66 @@ def test_seeds_differ_by_run_step_and_stream():
     assert len({step_seed(a, b, c) for a in range(5) for b in range(5) for c in range(5)}) == 125
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_resumed_autoencoder_is_bit_equal_to_an_uninterrupted_one(tmp_path, small_config, optimizer):
-    config = stage_training(small_config, "autoencoder", optimizer=optimizer)
-    straight = train_autoencoder(config, root=tmp_path / "a")
-    run_killed(tmp_path / "b", config, "train_autoencoder.py", f"training.autoencoder.optimizer={optimizer}")
-    resumed = train_autoencoder(config, resume=True, root=tmp_path / "b")
-    assert_same(weights(straight / "autoencoder"), weights(resumed / "autoencoder"))
-    names = ("decoder", "latent", "end")
-    assert losses(straight / "autoencoder", *names) == losses(resumed / "autoencoder", *names)
-
-
-def run_killed(root: Path, config: Config, script: str, *overrides: str) -> None:
-    """Run a stage in a process of its own and kill -9 it after its first checkpoint."""
-    settings = ["--config", str(ROOT / "configs/tiny.yaml"), "--name", config.name, *overrides]
+def run_killed(folder: Path, config: Config, script: str, *overrides: str) -> None:
+    """Run a stage in a process of its own, in `folder`, and kill -9 it after its first checkpoint."""
+    settings = ["--config", str(ROOT / "configs/tiny.yaml"), "--name", config.name, *SMALL, *overrides]
     settings += [f"data.path={config.data.path}", 'data.separator="\\n\\n"']
-    from conftest import SMALL
-
-    (root / "runs").mkdir(parents=True, exist_ok=True)
-    stage = "autoencoder" if "autoencoder" in script else "prior"
+    folder.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / script), *settings, *SMALL], cwd=root, env=environment
-    )
-    saved = root / "runs" / config.name / stage / "checkpoints"
+    process = subprocess.Popen([sys.executable, str(ROOT / script), *settings], cwd=folder, env=environment)
+    stage = "autoencoder" if "autoencoder" in script else "prior"
+    saved = folder / "runs" / config.name / stage / "checkpoints"
     deadline = time.monotonic() + 120
     while not (saved.is_dir() and any(saved.glob("step-*"))):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    for entry in (root / "runs").iterdir():  # the script writes to runs/, the tests' calls to root
-        target = root / entry.name
-        target.mkdir(exist_ok=True)
-        for part in entry.iterdir():
-            part.rename(target / part.name)
 
 
-def test_a_resumed_prior_is_bit_equal_to_an_uninterrupted_one(tmp_path, small_config):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_an_autoencoder_killed_and_resumed_is_bit_equal_to_an_uninterrupted_one(
+    tmp_path, small_config, optimizer
+):
+    config = stage_training(small_config, "autoencoder", optimizer=optimizer)
+    straight = train_autoencoder(config, root=tmp_path / "straight")
+    run_killed(
+        tmp_path / "killed", config, "train_autoencoder.py", f"training.autoencoder.optimizer={optimizer}"
+    )
+    resumed = train_autoencoder(config, resume=True, root=tmp_path / "killed" / "runs")
+    assert_same(weights(straight / "autoencoder"), weights(resumed / "autoencoder"))
+    names = ("decoder", "latent", "end")
+    assert losses(straight / "autoencoder", *names) == losses(resumed / "autoencoder", *names)
+
+
+def test_a_prior_killed_and_resumed_is_bit_equal_to_an_uninterrupted_one(tmp_path, small_config):
     config = replace(small_config, prior=replace(small_config.prior, self_conditioning=0.5))
-    train_autoencoder(config, root=tmp_path)
-    straight = weights(train_diffusion(config, root=tmp_path) / "prior")
-    interrupted = stage_training(config, "prior", steps=12)
-    folder = tmp_path / config.name / "prior"
-    folder.rename(tmp_path / config.name / "prior-straight")
-    # stop by a signal after step 5: it saves itself
-    from hldm import training
+    runs = tmp_path / "runs"
+    train_autoencoder(config, root=runs)
+    straight = weights(train_diffusion(config, root=runs) / "prior")
+    (runs / config.name / "prior").rename(runs / config.name / "straight")
+    run_killed(tmp_path, config, "train_diffusion.py", "prior.self_conditioning=0.5")
+    assert_same(straight, weights(train_diffusion(config, resume=True, root=runs) / "prior"))
 
+
+def test_a_signal_saves_the_step_and_the_run_goes_on_from_it(tmp_path, small_config, monkeypatch):
+    straight = weights(train_autoencoder(small_config, root=tmp_path / "a") / "autoencoder")
     seen = []
-    original = training.Trainer.step
+    original = Trainer.step
 
-    def step_then_signal(self: training.Trainer, progress: float):
+    def step_then_signal(self: Trainer, progress: float) -> dict[str, float] | None:
         seen.append(progress)
         if len(seen) == 5:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self, progress)
 
-    training.Trainer.step = step_then_signal
-    try:
-        with pytest.raises(training.Interrupted):
-            train_diffusion(interrupted, root=tmp_path)
-    finally:
-        training.Trainer.step = original
-    assert_same(straight, weights(train_diffusion(interrupted, resume=True, root=tmp_path) / "prior"))
+    monkeypatch.setattr(Trainer, "step", step_then_signal)
+    with pytest.raises(Interrupted):
+        train_autoencoder(small_config, root=tmp_path / "b")
+    saved = newest_checkpoint(tmp_path / "b" / "small" / "autoencoder")
+    assert saved is not None and saved.step == 5
+    resumed = train_autoencoder(small_config, resume=True, root=tmp_path / "b")
+    assert_same(straight, weights(resumed / "autoencoder"))
 
 
 def test_micro_batches_add_up_to_the_whole_batch(tmp_path, small_config):
