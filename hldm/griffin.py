@@ -5,8 +5,8 @@ with the state carried, gives what it gives in one piece. `doc_start` resets rec
 `chunk_start` only cuts attention. Mathematics and initial weights are those of google-deepmind/recurrentgemma.
 Knows nothing of bytes or latents.
 
-Norm, convolution and gates are autograd functions with their derivatives written out: on a CPU they cost nearly as
-much as the matrix products, and 0.6 of what they cost when left to autograd (measured, width 128).
+Norm, convolution and gates are autograd functions with their derivatives written out. Left to autograd they cost
+a CPU nearly as much as the matrix products; so, 0.6 of that (measured, width 128).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -460,10 +460,9 @@ class Griffin(nn.Module):
     ) -> GriffinState:
         """The state before any text; on the device and in the dtype of the weights unless given."""
         device = torch.device(device or self.norm.scale.device)
-        return tuple(
-            block.temporal.initial_state(batch, device, dtype or self.norm.scale.dtype)
-            for block in self.blocks
-        )
+        dtype = dtype or self.norm.scale.dtype
+        blocks = cast("Iterable[ResidualBlock]", self.blocks)
+        return tuple(block.temporal.initial_state(batch, device, dtype) for block in blocks)
 
     def forward(
         self,
