@@ -319,7 +319,7 @@ def _read_dataset(config: DataConfig) -> Iterator[bytes]:
         for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
     )
     if not (Path(config.dataset).exists() or is_offline):
-        _require_hub(place)  # datasets itself tries five times, half a minute
+        require_hub(place)  # datasets itself tries five times, half a minute
     import datasets
     from datasets.exceptions import DatasetsError
 
@@ -344,7 +344,7 @@ def _read_dataset(config: DataConfig) -> Iterator[bytes]:
         yield _text_of(row, config.field, row_place)
 
 
-def _require_hub(place: str) -> None:
+def require_hub(place: str) -> None:
     """Raise ConfigError within HUB_TIMEOUT_S when the hub does not answer."""
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     failure: list[str] = [f"no answer in {HUB_TIMEOUT_S:g} s"]

@@ -51,7 +51,7 @@ def _train(folder: Path, train) -> None:
 
 def _write(config: Config, folder: Path) -> None:
     """Three continuations of held-out prompts."""
-    from hldm.evaluation import held_out_prompts
+    from hldm.prompts import held_out_prompts
     from hldm.pipeline import read_pipeline
 
     pipeline = read_pipeline(folder / "pipeline")

@@ -110,10 +110,10 @@ def check_corpus() -> Iterator[Finding]:
 
 def check_hub() -> Iterator[Finding]:
     """Whether datasets could be fetched by name; nothing else needs that."""
-    from hldm.corpus import _require_hub
+    from hldm.corpus import require_hub
 
     try:
-        _require_hub("Hugging Face hub")
+        require_hub("Hugging Face hub")
         yield Finding("Hugging Face hub: reachable")
     except ConfigError as error:
         yield Finding(f"{error}; only data.dataset needs it")

@@ -4,9 +4,6 @@
 with the state carried, gives what it gives in one piece. `doc_start` resets recurrence, convolution and attention;
 `chunk_start` only cuts attention. Mathematics and initial weights are those of google-deepmind/recurrentgemma.
 Knows nothing of bytes or latents.
-
-Norm, convolution and gates are autograd functions with their derivatives written out. Left to autograd they cost
-a CPU nearly as much as the matrix products; so, 0.6 of that (measured, width 128).
 """
 
 from __future__ import annotations
@@ -19,15 +16,13 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from hldm.config import GriffinConfig
+from hldm.derivatives import CausalConvFunction, GatedDecayFunction, RMSNormFunction, at_least_float32
 from hldm.scan import linear_scan
 
-CACHED_NUMBERS = 65_536  # of a tensor at a time, to stay in a core's cache: 4 % of a training step (measured)
 DECAY_POWER = 8.0  # c of Griffin, equation 4: a = radius^(c r)
-MAX_SQRT_GRADIENT = 1000.0  # recurrentgemma: bounds the gradient of sqrt(1 - a^2) as a nears 1
 ATTENTION_BLOCK = 32  # queries that share their keys, at least; measured for windows below it
 
 
@@ -88,146 +83,6 @@ def _carry(carried: Tensor, new: Tensor, length: Tensor | None) -> Tensor:
     return torch.where(is_old, carried[rows, (index + s).clamp(max=s - 1)], new[rows, index.clamp(min=0)])
 
 
-# ---------------------------------------------------------------- elementwise chains
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _row_blocks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """Tensors that share their first axis, in blocks of it that stay in a CPU's cache; elsewhere all at once."""
-    first = tensors[0]
-    if first.device.type != "cpu" or first.numel() <= CACHED_NUMBERS:
-        return [tensors]
-    rows = max(CACHED_NUMBERS * first.shape[0] // first.numel(), 1)
-    return zip(*(x.split(rows) for x in tensors), strict=True)
-
-
-class _RMSNorm(torch.autograd.Function):
-    """y = x / sqrt(mean x^2 + eps) (1 + scale); x (n d)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, eps: float) -> Tensor:
-        y, inverse = torch.empty_like(x), x.new_empty(x.shape[0], 1, dtype=_at_least_float32(x[:0]).dtype)
-        gain = 1 + scale
-        for x_n, y_n, inverse_n in _row_blocks(x, y, inverse):
-            x_n = _at_least_float32(x_n)
-            torch.linalg.vector_norm(x_n, dim=1, keepdim=True, out=inverse_n)
-            inverse_n.square_().div_(x.shape[1]).add_(eps).rsqrt_()
-            torch.mul(x_n * inverse_n, gain, out=y_n)
-        ctx.save_for_backward(x, inverse, gain)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, inverse, gain = ctx.saved_tensors
-        dx, dscale = torch.empty_like(x), torch.zeros_like(gain, dtype=inverse.dtype)
-        for x_n, inverse_n, dy_n, dx_n in _row_blocks(x, inverse, dy, dx):
-            unit = _at_least_float32(x_n) * inverse_n
-            product = dy_n * unit
-            dscale += product.sum(0)
-            along = (product @ gain.to(product.dtype)).div_(x.shape[1])
-            torch.mul(dy_n, gain, out=product).addcmul_(unit, along[:, None], value=-1)
-            torch.mul(product, inverse_n, out=dx_n)
-        return dx, dscale, None
-
-
-class _CausalConv(torch.autograd.Function):
-    """y_t = bias + sum_i weight_i x_{t-(k-1-i)} over the taps inside t's document.
-
-    x (b t d), taps (b k-1 d) before it, weight (k d), bias (d), inside (b t k) 1 or 0.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, taps: Tensor, weight: Tensor, bias: Tensor, inside: Tensor) -> Tensor:
-        k, t = weight.shape[0], x.shape[1]
-        y = torch.empty_like(x)
-        for x_n, taps_n, inside_n, y_n in _row_blocks(x, taps, inside, y):
-            extended = torch.cat([taps_n, x_n], dim=1)
-            torch.addcmul(bias, x_n, weight[-1], out=y_n)
-            for i in range(k - 1):
-                y_n.addcmul_(extended[:, i : i + t] * inside_n[..., i : i + 1], weight[i])
-        ctx.save_for_backward(x, taps, weight, inside)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
-        x, taps, weight, inside = ctx.saved_tensors
-        k, t = weight.shape[0], x.shape[1]
-        dx, dtaps = torch.empty_like(x), torch.empty_like(taps)
-        dweight, dbias = torch.zeros_like(weight), torch.zeros_like(weight[0])
-        for x_n, taps_n, inside_n, dy_n, dx_n, dtaps_n in _row_blocks(x, taps, inside, dy, dx, dtaps):
-            extended = torch.cat([taps_n, x_n], dim=1)
-            dextended = torch.zeros_like(extended)
-            for i in range(k):
-                dy_i = dy_n * inside_n[..., i : i + 1]
-                dextended[:, i : i + t].addcmul_(dy_i, weight[i])
-                dweight[i] += dy_i.mul_(extended[:, i : i + t]).sum((0, 1))
-            dbias += dy_n.sum((0, 1))
-            dtaps_n.copy_(dextended[:, : k - 1])
-            dx_n.copy_(dextended[:, k - 1 :])
-        return dx, dtaps, dweight, dbias, None
-
-
-class _GatedDecay(torch.autograd.Function):
-    """The gates of the RG-LRU (Griffin, equations 1 to 4), from its input to the coefficients of its recurrence.
-
-    i, r = sigmoid(block-diagonal(x));  log a = log_radius r;  b = sqrt(1 - a^2) i x
-    At a document's start log a is minus infinity: a = 0 forgets the past, and b = i x is not attenuated.
-    x (n d), weight (h w 2w), bias (2 h w), log_radius (d), reset (n 1) 0 or minus infinity.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, log_radius: Tensor, reset: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        h, w, _ = weight.shape
-        gates = x.new_empty(x.shape[0], 2, h * w)
-        a, b, multiplier = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x)
-        for x_n, reset_n, gates_n, a_n, b_n, multiplier_n in _row_blocks(x, reset, gates, a, b, multiplier):
-            logits = torch.bmm(x_n.unflatten(1, (h, w)).transpose(0, 1), weight)  # (h n 2w)
-            logits = logits.unflatten(2, (2, w)).permute(1, 2, 0, 3)  # (n 2 h w)
-            i_n, r_n = (
-                torch.add(logits, bias, out=gates_n.unflatten(2, (h, w))).flatten(2).sigmoid_().unbind(1)
-            )
-            log_a = torch.mul(r_n, log_radius, out=multiplier_n).add_(reset_n)
-            torch.exp(log_a, out=a_n)
-            log_a.mul_(2).expm1_().neg_().sqrt_()  # expm1: 1 - exp(2 log a) loses all digits as a nears 1
-            torch.mul(x_n, i_n, out=b_n).mul_(multiplier_n)
-        ctx.save_for_backward(x, weight, log_radius, gates, a, multiplier)
-        return a, b
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, da: Tensor, db: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
-        x, weight, log_radius, gates, a, multiplier = ctx.saved_tensors
-        h, w, _ = weight.shape
-        dx, dweight, dbias = torch.empty_like(x), torch.zeros_like(weight), x.new_zeros(2, h, w)
-        dlog_radius = torch.zeros_like(log_radius)
-        blocks = _row_blocks(x, gates, a, multiplier, da, db, dx)
-        for x_n, gates_n, a_n, multiplier_n, da_n, db_n, dx_n in blocks:
-            i_n, r_n = gates_n.unbind(1)
-            dgates = torch.empty_like(gates_n)
-            di, dr = dgates.unbind(1)
-            torch.mul(db_n, i_n, out=dx_n).mul_(multiplier_n)
-            torch.mul(db_n, x_n, out=di)
-            # d multiplier / d log a = -a^2 / multiplier, bounded as the square root's derivative is
-            dlog_a = (di * i_n).mul_(a_n).div_(multiplier_n.clamp(min=0.5 / MAX_SQRT_GRADIENT))
-            torch.sub(da_n, dlog_a, out=dlog_a).mul_(a_n)
-            di.mul_(multiplier_n)
-            torch.mul(dlog_a, log_radius, out=dr)
-            dlog_radius += dlog_a.mul_(r_n).sum(0)
-            dlogits = torch.ops.aten.sigmoid_backward(dgates, gates_n).unflatten(2, (h, w))  # (n 2 h w)
-            dbias += dlogits.sum(0)
-            dlogits = dlogits.permute(2, 0, 1, 3).flatten(2)  # (h n 2w)
-            dweight.baddbmm_(x_n.unflatten(1, (h, w)).permute(1, 2, 0), dlogits)
-            dx_n.unflatten(1, (h, w)).add_(torch.bmm(dlogits, weight.mT).transpose(0, 1))
-        return dx, dweight, dbias, dlog_radius, None
-
-
 # ---------------------------------------------------------------- attention
 
 
@@ -243,7 +98,7 @@ def _rotation(positions: int, pairs: int, dtype: torch.dtype, device: torch.devi
 def _rotate(x: Tensor, first: int) -> Tensor:
     """x (... n h e) with the first half of each head turned, in pairs, for the positions first, first + 1, ..."""
     half = x.shape[-1] // 2
-    pairs = torch.view_as_complex(_at_least_float32(x[..., :half]).unflatten(-1, (-1, 2)))
+    pairs = torch.view_as_complex(at_least_float32(x[..., :half]).unflatten(-1, (-1, 2)))
     rotation = _rotation(first + x.shape[-3], half // 2, pairs.dtype, x.device)[first:]
     return torch.cat([torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype), x[..., half:]], dim=-1)
 
@@ -311,7 +166,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():  # torch's own is as good, and lighter on a single byte
             return F.rms_norm(x, self.scale.shape, 1 + self.scale, self.eps)
-        return _RMSNorm.apply(x.flatten(0, -2), self.scale, self.eps).view(x.shape)
+        return RMSNormFunction.apply(x.flatten(0, -2), self.scale, self.eps).view(x.shape)
 
 
 class GatedMLP(nn.Module):
@@ -345,7 +200,7 @@ class RGLRU(nn.Module):
             part.to(x.dtype) for part in (self.gate_weight, self.gate_bias, self.a_param, reset)
         )
         log_radius = -DECAY_POWER * F.softplus(a_param)
-        a, b = _GatedDecay.apply(x.flatten(0, 1), weight, bias, log_radius, reset.view(-1, 1))
+        a, b = GatedDecayFunction.apply(x.flatten(0, 1), weight, bias, log_radius, reset.view(-1, 1))
         return linear_scan(a.view(x.shape), b.view(x.shape), hidden)
 
 
@@ -373,7 +228,7 @@ class RecurrentBlock(nn.Module):
         u = self.linear_x(x)
         # float32 whatever the rest runs in: bfloat16 rounds a decay of 0.999 to 1, and nothing is ever forgotten
         with torch.autocast(x.device.type, enabled=False):
-            u = _at_least_float32(u)
+            u = at_least_float32(u)
             weight, bias, inside = (
                 part.to(u.dtype) for part in (self.conv_weight, self.conv_bias, layout.inside)
             )
@@ -381,7 +236,7 @@ class RecurrentBlock(nn.Module):
                 extended = torch.cat([state.taps, u], dim=1)
                 conv = (extended * inside.mT * weight).sum(1, keepdim=True) + bias
             else:
-                conv = _CausalConv.apply(u, state.taps, weight, bias, inside)
+                conv = CausalConvFunction.apply(u, state.taps, weight, bias, inside)
             h, last = self.rg_lru(conv, state.hidden, layout.reset)
         if layout.length is not None:
             last = _carry(state.hidden[:, None], h, layout.length)[:, 0]
@@ -421,9 +276,8 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, kind: str, config: GriffinConfig, window: int) -> None:
         super().__init__()
-        out_variance = 2 / len(
-            config.blocks
-        )  # recurrentgemma: the residual stream keeps its size at any depth
+        # recurrentgemma: the residual stream keeps its size at any depth
+        out_variance = 2 / len(config.blocks)
         self.temporal_norm = RMSNorm(config.width)
         if kind == "recurrent":
             self.temporal = RecurrentBlock(config, out_variance=out_variance)

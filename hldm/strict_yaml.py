@@ -151,6 +151,7 @@ def _strict_events(text: str, source: str) -> Iterator[Located]:
     depth = documents = 0
     try:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            assert event.start_mark is not None  # an event made by the parser has one
             where = _where(source, event.start_mark.line, event.start_mark.column)
             anchor, tag = getattr(event, "anchor", None), getattr(event, "tag", None)
             documents += isinstance(event, yaml.DocumentStartEvent)

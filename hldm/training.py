@@ -139,6 +139,21 @@ def make_average(model: nn.Module, decay: float) -> AveragedModel | None:
     return AveragedModel(model, multi_avg_fn=lerp)
 
 
+class Recent:
+    """Bits per character, averaged over the steps since the last line of metrics."""
+
+    def __init__(self) -> None:
+        self.nats: dict[str, float] = {}
+        self.characters = 0.0
+
+    def add(self, nats: dict[str, float], characters: float) -> dict[str, float]:
+        """Include a step; returns the averages so far."""
+        self.characters += characters
+        for name, value in nats.items():
+            self.nats[name] = self.nats.get(name, 0.0) + value
+        return {name: total / self.characters / math.log(2) for name, total in self.nats.items()}
+
+
 class Trainer:
     """Everything one stage needs between two optimizer steps."""
 
@@ -173,6 +188,7 @@ class Trainer:
         self.model = accelerator.prepare(objective)
         self.carries = [objective.initial_carry(self.rows, accelerator.device) for _ in range(parts)]
         self.totals = Totals()
+        self.recent = Recent()
         self.skipped = 0
 
     # --- state on disk -------------------------------------------------------------------------
@@ -263,7 +279,7 @@ class Trainer:
     # --- one step ------------------------------------------------------------------------------
 
     def step(self, progress: float) -> dict[str, float] | None:
-        """One optimizer step over all rows; None when it was skipped as non-finite."""
+        """One optimizer step over all rows: what to log; None when it was skipped as non-finite."""
         accelerator, parts, step = self.accelerator, self.config.accumulation, self.totals.steps
         rate = learning_rate(self.config, progress)
         for optimizer in self.optimizers:
@@ -307,8 +323,7 @@ class Trainer:
         self.totals = Totals(step + 1, self.totals.seconds, self.totals.characters + int(characters))
         if not finite:
             return None
-        bits = {name: value / characters / math.log(2) for name, value in values.items()}
-        return {"learning_rate": rate, "gradient_norm": float(norm), **bits}
+        return {"learning_rate": rate, "gradient_norm": float(norm)} | self.recent.add(values, characters)
 
     # --- the loop ------------------------------------------------------------------------------
 
@@ -352,6 +367,8 @@ class Trainer:
                         self.run.log(step, characters=self.totals.characters, **metrics)
                         self.accelerator.log(metrics, step=step)
                     bar.advance(step, self.progress(), metrics, every=self.logging.every)
+                    if step % self.logging.every == 0:
+                        self.recent = Recent()
                 signum = self._agreed(interrupt.requested)
                 if signum:
                     raise Interrupted(signum, self.save())
