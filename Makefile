@@ -29,10 +29,10 @@ test-slow: .venv/installed-dev
 lint: .venv/installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/mypy
 
 clean:
-	rm -rf .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
 	find . -name __pycache__ -not -path "./.venv/*" -prune -exec rm -rf {} +
 
 TORCH_VERSION := $(BIN)/python -c "from importlib.metadata import version; print(version('torch'))" 2>/dev/null

@@ -127,8 +127,8 @@ def evaluate_bound(
     if not np.isfinite(nats).all():
         raise ValueError("the model gives this text a cost that is not finite: train it again")
     characters = [count_characters(corpus.document(index).tobytes()) for index in range(len(corpus))]
-    decoder, latent, end = nats
-    return Bound(decoder, latent, end, variance, np.array(characters))
+    decoder_nats, latent_nats, end_nats = nats
+    return Bound(decoder_nats, latent_nats, end_nats, variance, np.array(characters))
 
 
 def _one_pass(

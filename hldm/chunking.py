@@ -158,7 +158,7 @@ class Segments(NamedTuple):
     """Which chunk of its row every byte belongs to."""
 
     chunk_id: Tensor  # (b t) int64, 0..count-1; -1 where padded
-    count: Tensor  # (b,) int64, chunks of each row
+    count: Tensor  # type: ignore[assignment]  # (b,) int64, chunks of each row; hides tuple.count
 
 
 def segments(chunk_start: Tensor, length: Tensor) -> Segments:

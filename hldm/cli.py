@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -31,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "train-diffusion": (train_diffusion, "stage two"),
         "generate": (generate, "write on from prompts"),
         "evaluate": (evaluate, "bits per character, reconstruction, ROUGE"),
+        "bench": (bench, "speed of training and generation, and where the time goes"),
         "doctor": (doctor, "check this machine and installation"),
     }
     parser = argparse.ArgumentParser(
@@ -58,7 +60,7 @@ def guarded(work: Callable[[], int]) -> int:
         return _fail(_one_line(error), 2)
     except MemoryError as error:
         return _fail(f"out of memory ({_one_line(error)}): lower data.lanes or the widths", 4)
-    except RuntimeError as error:
+    except Exception as error:
         from hldm.training import Interrupted, TrainingDiverged
 
         if isinstance(error, TrainingDiverged):
@@ -97,7 +99,9 @@ def _training_parser(stage: str) -> argparse.ArgumentParser:
     parser.add_argument("--minutes", type=float, metavar="M", help="wall clock limit, schedule included")
     parser.add_argument("--resume", action="store_true", help="go on from the newest good checkpoint")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="any setting, e.g. checkpoint.every=100")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="a.b=c", help="any setting, e.g. checkpoint.every=100"
+    )
     return parser
 
 
@@ -108,8 +112,8 @@ def resolve_config(arguments: argparse.Namespace, stage: str) -> Config:
     if arguments.steps is not None:
         changes["steps"] = arguments.steps
     if arguments.minutes is not None:
-        if not arguments.minutes > 0:
-            raise ConfigError(f"--minutes must be positive, got {arguments.minutes:g}")
+        if not 0 < arguments.minutes < math.inf:
+            raise ConfigError(f"--minutes must be positive and finite, got {arguments.minutes:g}")
         # with --minutes alone the clock decides
         changes |= {"minutes": arguments.minutes, "steps": changes.get("steps", 10**9)}
     training = getattr(config.training, stage)
@@ -123,7 +127,7 @@ def resolve_config(arguments: argparse.Namespace, stage: str) -> Config:
 
 
 def _train(stage: str, argv: Sequence[str] | None) -> int:
-    arguments = _training_parser(stage).parse_args(argv)
+    arguments = _training_parser(stage).parse_intermixed_args(argv)  # overrides may stand between flags
 
     def work() -> int:
         config = resolve_config(arguments, stage)
@@ -170,7 +174,9 @@ def _generation_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="same seed, same text (default 0)")
     parser.add_argument("--show-chunks", action="store_true", help="mark chunk borders with |")
     parser.add_argument("--json", action="store_true", help="one JSON object a continuation")
-    parser.add_argument("--raw", action="store_true", help="send control characters to the terminal as they are")
+    parser.add_argument(
+        "--raw", action="store_true", help="send control characters to the terminal as they are"
+    )
     return parser
 
 
@@ -192,7 +198,11 @@ def generate(argv: Sequence[str] | None = None) -> int:
     def work() -> int:
         for name in ("max_chars", "num_samples"):
             if getattr(arguments, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")
+                raise ValueError(
+                    f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}"
+                )
+        if not 0 <= arguments.seed < 2**63 - arguments.num_samples:
+            raise ValueError(f"--seed must lie in 0..2^63-1, got {arguments.seed}")
         prompts = _prompts(arguments)
         from hldm.pipeline import read_pipeline
 
@@ -206,7 +216,7 @@ def generate(argv: Sequence[str] | None = None) -> int:
 
 def _write(pipeline: object, prompts: list[bytes], arguments: argparse.Namespace) -> None:
     """Write to standard output: streamed for one continuation, each whole for several."""
-    from hldm.generation import write_on
+    from hldm.generation import Continuation, write_on
     from hldm.pipeline import HLDMPipeline
     from hldm.text import StreamDecoder, count_characters, printable
 
@@ -226,8 +236,9 @@ def _write(pipeline: object, prompts: list[bytes], arguments: argparse.Namespace
     if streams:
         send(prompts[0].decode("utf-8", "replace"))
     began = time.monotonic()
-    rows, calls = [], 0
-    for rows, news, calls in write_on(
+    rows: list[Continuation] = []
+    calls = 0
+    for rows, news, calls in write_on(  # noqa: B007 - the last yield is the finished text
         pipeline.autoencoder,
         pipeline.prior,
         prompts,
@@ -272,7 +283,14 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
     """`hldm evaluate`, the same as `python -m hldm.evaluation`."""
     from hldm import evaluation
 
-    return evaluation.main(argv)
+    return guarded(lambda: evaluation.main(argv))
+
+
+def bench(argv: Sequence[str] | None = None) -> int:
+    """`hldm bench`."""
+    from hldm import bench as benchmark
+
+    return guarded(lambda: benchmark.main(argv))
 
 
 def doctor(argv: Sequence[str] | None = None) -> int:
@@ -288,7 +306,9 @@ def demo(argv: Sequence[str] | None = None) -> int:
         prog="hldm demo",
         description="Train both stages and the twin, evaluate both, write three continuations, print a table.",
     )
-    parser.add_argument("--config", default="configs/tiny.yaml", help="its twin is <name>-twin.yaml beside it")
+    parser.add_argument(
+        "--config", default="configs/tiny.yaml", help="its twin is <name>-twin.yaml beside it"
+    )
     parser.add_argument("--name", help="run folder (default: demo, or demo-<config> for other sizes)")
     arguments = parser.parse_args(argv)
 

@@ -220,7 +220,7 @@ class TrainingConfig:
     clip_norm: float = 1.0
     accumulation: int = 1  # micro-batches a step; the global batch stays data.lanes
     ema_decay: float = 0.99  # 0: no averaged weights
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    mixed_precision: Literal["no", "bf16"] = "no"
     gradient_checkpointing: bool = False
     joint: float = 0.0  # stage two: last share of the progress that trains both stages together
 

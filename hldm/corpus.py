@@ -124,7 +124,7 @@ def _character_border(text: bytes, at: int) -> int:
 
 
 def _split_documents(documents: Corpus, held_out: float) -> dict[Split, Corpus]:
-    parts = {split: [] for split in SPLITS}
+    parts: dict[Split, list[bytes]] = {split: [] for split in SPLITS}
     for index in range(len(documents)):
         parts[_split_of(index, held_out)].append(documents.document(index).tobytes())
     if not all(parts.values()):
@@ -221,6 +221,7 @@ def _matching_files(path: str) -> list[Path]:
         if not _format_of(place):
             raise ConfigError(f"data.path={path}: the file must end in {endings}")
         return [place]
+    found: Iterable[Path]
     if place.is_dir():
         found = place.rglob("*")
     elif glob.has_magic(path):

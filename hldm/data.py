@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -42,7 +42,8 @@ class Batch(NamedTuple):
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
         tensors = {name: part for name, part in self._asdict().items() if isinstance(part, Tensor)}
-        return self._replace(**{name: part.to(device) for name, part in tensors.items()})
+        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in tensors.items()}
+        return self._replace(**moved)
 
 
 class _Stream(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,24 +40,27 @@ def run_demo(path: Path, name: str | None = None, root: Path = Path("runs")) -> 
     print(f'Next: python generate.py --run {root / name} --prompt "And the king said"')
 
 
-def _train(folder: Path, train) -> None:
+def _train(folder: Path, train: Callable[[bool], object]) -> None:
     """Run one training, or say that it is there already, or go on with what was begun."""
     totals = folder / "totals.json"
     if totals.is_file():
         seconds = json.loads(totals.read_text(encoding="utf-8"))["seconds"]
-        print(f"reusing {folder}, trained in {seconds / 60:.1f} minutes (remove it to train again)", flush=True)
+        print(
+            f"reusing {folder}, trained in {seconds / 60:.1f} minutes (remove it to train again)", flush=True
+        )
         return
     train((folder / "checkpoints").is_dir())
 
 
 def _write(config: Config, folder: Path) -> None:
     """Three continuations of held-out prompts."""
+    from hldm.pipeline import HLDMPipelineOutput, read_pipeline
     from hldm.prompts import held_out_prompts
-    from hldm.pipeline import read_pipeline
 
     pipeline = read_pipeline(folder / "pipeline")
     prompts = [prompt for prompt, _ in held_out_prompts(config, "test", PROMPTS, prompt_characters=80)]
     output = pipeline(prompts, max_characters=240, seed=config.seed)
+    assert isinstance(output, HLDMPipelineOutput)
     for prompt, text in zip(prompts, output.texts, strict=True):
         print(f"\n{prompt.decode(errors='replace')} >>>{text}")
     print()

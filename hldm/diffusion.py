@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,7 @@ from hldm.config import ConfigError, DiffusionConfig
 
 Target = Literal["x0", "v", "eps"]
 SchedulerName = Literal["ancestral", "ddim", "dpm", "flow"]
-Scheduler = DDIMScheduler | DPMSolverMultistepScheduler | FlowMatchEulerDiscreteScheduler
+Scheduler: TypeAlias = DDIMScheduler | DPMSolverMultistepScheduler | FlowMatchEulerDiscreteScheduler
 
 BINS = 32  # measured on the toy of the tests: 16 follow a little worse, 64 take longer to see rare errors
 UNIFORM_SHARE = 0.1  # no weight 1/p exceeds 10x the uniform one; raises E[(f/p)^2] by 1/0.9 at most

@@ -214,7 +214,7 @@ def continue_prompts(
     """
     import torch
 
-    from hldm.generation import write_on
+    from hldm.generation import Continuation, write_on
     from hldm.metrics import diversity, random_passage, repeat_last_words
     from hldm.text import count_characters
 
@@ -230,7 +230,8 @@ def continue_prompts(
         "random_passage": [random_passage(training_text, max_characters, generator) for _ in prompts],
     }
     began = time.perf_counter()
-    rows, calls = [], 0
+    rows: list[Continuation] = []
+    calls = 0
     for rows, _, calls in write_on(  # noqa: B007 - the last yield is the finished text
         autoencoder,
         prior,

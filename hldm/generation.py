@@ -215,9 +215,7 @@ class LatentWriter:
     def write(self) -> list[Piece]:
         """Sample and write one chunk a row."""
         z_0 = self.sample_latents()
-        pieces = write_chunks(
-            self.autoencoder, z_0, self.decoder, self.opens, self.settings, self.generators
-        )
+        pieces = write_chunks(self.autoencoder, z_0, self.decoder, self.opens, self.settings, self.generators)
         starts = [np.arange(len(piece.text)) == 0 for piece in pieces]
         self._read(_window([p.text for p in pieces], starts, self.opens, self.device), z_0[:, None])
         self.opens = [piece.ends_document for piece in pieces]

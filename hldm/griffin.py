@@ -279,6 +279,7 @@ class ResidualBlock(nn.Module):
         # recurrentgemma: the residual stream keeps its size at any depth
         out_variance = 2 / len(config.blocks)
         self.temporal_norm = RMSNorm(config.width)
+        self.temporal: RecurrentBlock | AttentionBlock
         if kind == "recurrent":
             self.temporal = RecurrentBlock(config, out_variance=out_variance)
         else:

@@ -245,6 +245,7 @@ class AutoencoderObjective(nn.Module):
             # as many as events there may be: every byte and an end for each
             width = 2 * batch.bytes.shape[1]
             hidden = draw_uniform(batch, (width,), generator) < settings.byte_dropout
+        assert carry.decoder is not None
         reading, decoder = read_chunks(autoencoder, batch, z_0, carry.decoder, hidden)
         nats = {"decoder": reading.nats.sum(), **rates}
         loss = nats["decoder"] + settings.rate_weight * sum(rates.values())
@@ -318,8 +319,10 @@ class PriorObjective(nn.Module):
                 )
                 reading, decoder = read_chunks(self.autoencoder, batch, z_0, decoder)
             nats["decoder"] = reading.nats.sum()
+        loss = sum(nats.values())
+        assert isinstance(loss, Tensor)  # never the 0 of an empty sum
         return Step(
-            sum(nats.values()) / batch.total_bytes,
+            loss / batch.total_bytes,
             {name: value.detach() for name, value in nats.items()},
             count_characters(batch),
             map_carry(torch.detach, Carry(encoder, decoder, context_state)),

@@ -1,7 +1,7 @@
 """The model as one folder that three lines of Python load: a diffusers pipeline.
 
-    pipe = HLDMPipeline.from_pretrained("runs/demo/pipeline")
-    print(pipe("And the king said", max_characters=200).texts[0])
+pipe = HLDMPipeline.from_pretrained("runs/demo/pipeline")
+print(pipe("And the king said", max_characters=200).texts[0])
 """
 
 from __future__ import annotations
@@ -91,9 +91,7 @@ class HLDMPipeline(DiffusionPipeline):
                 "this prior was trained on another autoencoder's latents: "
                 "train it again with train_diffusion.py, or load the autoencoder it belongs to"
             )
-        self.register_modules(
-            autoencoder=autoencoder, prior=prior, tokenizer=tokenizer, scheduler=scheduler
-        )
+        self.register_modules(autoencoder=autoencoder, prior=prior, tokenizer=tokenizer, scheduler=scheduler)
         self.register_to_config(defaults=defaults or {})
 
     @classmethod
@@ -140,8 +138,10 @@ class HLDMPipeline(DiffusionPipeline):
         Row i draws from seed + i, so a batch writes what its prompts write one by one.
         """
         prompts = [prompt] if isinstance(prompt, str | bytes) else list(prompt)
-        rows = [to_bytes(p) if isinstance(p, str) else p for p in prompts for _ in range(num_return_sequences)]
-        given = {
+        rows = [
+            to_bytes(p) if isinstance(p, str) else p for p in prompts for _ in range(num_return_sequences)
+        ]
+        given: dict[str, Any] = {
             "steps": num_inference_steps,
             "guidance": guidance_scale,
             "temperature": temperature,
@@ -152,7 +152,7 @@ class HLDMPipeline(DiffusionPipeline):
         decoders = [StreamDecoder() for _ in rows]
         written: list[Continuation] = []
         calls = 0
-        for written, news, calls in write_on(
+        for written, news, calls in write_on(  # noqa: B007 - the last yield is the finished text
             self.autoencoder, self.prior, rows, settings, max_characters=max_characters, seed=seed
         ):
             for row, (decoder, new) in enumerate(zip(decoders, news, strict=True)):
@@ -166,7 +166,9 @@ class HLDMPipeline(DiffusionPipeline):
         texts = [row.text.decode("utf-8", errors="replace") for row in written]
         if not return_dict:
             return (texts,)
-        return HLDMPipelineOutput(texts, [row.text for row in written], [_spans(row) for row in written], calls)
+        return HLDMPipelineOutput(
+            texts, [row.text for row in written], [_spans(row) for row in written], calls
+        )
 
 
 def _spans(row: Continuation) -> list[tuple[int, int]]:

@@ -232,9 +232,9 @@ class Contextualiser(nn.Module):
         order = (~needed).to(torch.int8).argsort(dim=1, stable=True)[:, : capacity(self.hierarchy)]
         kept = needed.gather(1, order)
         everything = after_start(state.hidden, stacked)
-        index = order[..., None, None].expand(-1, -1, *everything.shape[2:])
+        rows = order[..., None, None].expand(-1, -1, *everything.shape[2:])
         next_state = ContextState(
-            hidden=everything.gather(1, index) * kept[..., None, None],
+            hidden=everything.gather(1, rows) * kept[..., None, None],
             entries=Entries(
                 level=keys.level.gather(1, order) * kept,
                 end=keys.end.gather(1, order) * kept,

@@ -6,6 +6,10 @@ import sys
 import time
 from collections.abc import Callable
 from types import TracebackType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
 
 
 def describe(metrics: dict[str, float]) -> str:
@@ -28,13 +32,15 @@ def clock(seconds: float) -> str:
 class Progress:
     """Reports steps of one stage; rank 0's `say` prints, the others' says nothing."""
 
-    def __init__(self, stage: str, say: Callable[[str], None]):
+    def __init__(self, stage: str, say: Callable[[str], None], live: bool):
+        """live: draw a bar if this is a terminal (the main process alone should)."""
         self.stage, self.say = stage, say
+        self.live = live and sys.stdout.isatty()
         self.began: tuple[float, float] | None = None  # (time, progress) of the first report
-        self.bar = None
+        self.bar: Bar | None = None
 
     def __enter__(self) -> Progress:
-        if sys.stdout.isatty():
+        if self.live:
             from rich.progress import BarColumn, TextColumn
             from rich.progress import Progress as Bar
 

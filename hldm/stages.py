@@ -1,8 +1,8 @@
 """The two stages as tables of contents: read the config, build the parts, fit, save.
 
-    runs/<name>/autoencoder/  stage one: checkpoints/, model/, rate/ (the light prior, if there is one)
-    runs/<name>/prior/        stage two: checkpoints/, model/
-    runs/<name>/pipeline/     both, as a diffusers pipeline
+runs/<name>/autoencoder/  stage one: checkpoints/, model/, rate/ (the light prior, if there is one)
+runs/<name>/prior/        stage two: checkpoints/, model/
+runs/<name>/pipeline/     both, as a diffusers pipeline
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from hldm.chunking import make_chunker
 from hldm.config import Config, ConfigError, TrainingConfig, to_dict
 from hldm.corpus import load_corpus
 from hldm.data import Batch, Windows, cache_latents, load_latents
-from hldm.generation import row_generators, write_chunks, write_on
+from hldm.generation import Continuation, row_generators, write_chunks, write_on
 from hldm.objectives import AutoencoderObjective, PriorObjective, read_latents
 from hldm.pipeline import HLDMPipeline
 from hldm.prior import Prior
@@ -125,9 +125,8 @@ def open_stage(config: Config, name: str, resume: bool, root: Path) -> Iterator[
 def train_autoencoder(config: Config, *, resume: bool = False, root: Path = Path("runs")) -> Path:
     """Stage one, or the twin. Returns the run's folder."""
     folder = root / config.name
+    windows, sample_text = _windows(config), validation_text(config)  # first: a mistake leaves no folder
     with open_stage(config, "autoencoder", resume, root) as stage:
-        windows = _windows(config)
-        sample_text = validation_text(config)
         autoencoder = Autoencoder.from_settings(config.autoencoder, config.chunking)
         if stage.training.gradient_checkpointing:
             autoencoder.enable_gradient_checkpointing()
@@ -166,9 +165,8 @@ def train_diffusion(config: Config, *, resume: bool = False, root: Path = Path("
     folder = root / config.name
     autoencoder = read_autoencoder(folder, config)
     binding = fingerprint(autoencoder.state_dict())
+    windows, sample_text = _windows(config), validation_text(config)
     with open_stage(config, "prior", resume, root) as stage:
-        windows = _windows(config)
-        sample_text = validation_text(config)
         prior = _first_prior(folder, config, stage.say)
         latents = None
         if config.data.cache_latents:
@@ -250,7 +248,10 @@ def _first_prior(folder: Path, config: Config, say: Callable[[str], None]) -> Pr
     if path.is_dir():
         light = Prior.from_pretrained(str(path), local_files_only=True)
         shapes = {name: tensor.shape for name, tensor in prior.state_dict().items()}
-        if (light.diffusion, {k: v.shape for k, v in light.state_dict().items()}) == (prior.diffusion, shapes):
+        if (light.diffusion, {k: v.shape for k, v in light.state_dict().items()}) == (
+            prior.diffusion,
+            shapes,
+        ):
             say(f"starting from stage one's prior, {path}")
             prior.load_state_dict(light.state_dict())
     return prior
@@ -310,7 +311,7 @@ def _export(model: Any, path: Path) -> None:
 
 def _continue(autoencoder: Autoencoder, prior: Prior | None, prompt: bytes, config: Config) -> str:
     """A sample: the prompt and what the model makes of it."""
-    rows = []
+    rows: list[Continuation] = []
     for rows, _, _ in write_on(  # noqa: B007 - the last yield is the finished text
         autoencoder, prior, [prompt], config.generation, max_characters=200, seed=config.seed
     ):

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ from hldm.data import Batch, Windows
 from hldm.progress import Progress
 from hldm.runs import Interrupt, Run
 
+Tensors: TypeAlias = tuple[Tensor, ...] | list[Tensor]
 MAX_SKIPPED_STEPS = 3  # non-finite steps in a row before a run gives up
 
 
@@ -88,9 +89,7 @@ def make_accelerator(config: TrainingConfig, logging: LoggingConfig, folder: str
         log_with=list(logging.trackers) or None,
         project_dir=folder,
         # Buffers hold sums of each rank's own rows; the objectives add them up in end_step.
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True)
-        ],
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True)],
     )
 
 
@@ -98,7 +97,8 @@ def make_optimizers(model: nn.Module, config: TrainingConfig) -> list[torch.opti
     """AdamW; or Muon (Jordan et al. 2024) for the matrices inside the stacks and AdamW for the rest."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for _, parameter in trained:
         inner = parameter.ndim == 2 and id(parameter) not in embeddings and min(parameter.shape) >= 32
         (matrices if config.optimizer == "muon" and inner else others).append(parameter)
@@ -132,7 +132,7 @@ def make_average(model: nn.Module, decay: float) -> AveragedModel | None:
     if not decay:
         return None
 
-    def lerp(averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
+    def lerp(averaged: Tensors, current: Tensors, count: Tensor | int) -> None:
         n = int(count)
         torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + n) / (10 + n)))
 
@@ -220,9 +220,7 @@ class Trainer:
                 **self.extras,
             }
             path = str(
-                save_checkpoint(
-                    self.run.folder, self.totals.steps, tensors, state, keep=self.checkpoint.keep
-                )
+                save_checkpoint(self.run.folder, self.totals.steps, tensors, state, keep=self.checkpoint.keep)
             )
         self.accelerator.wait_for_everyone()
         return path
@@ -315,9 +313,7 @@ class Trainer:
             self.skipped = 0
         else:
             self.skipped += 1
-            self.carries = [
-                self.objective.initial_carry(self.rows, accelerator.device) for _ in range(parts)
-            ]
+            self.carries = [self.objective.initial_carry(self.rows, accelerator.device) for _ in range(parts)]
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         self.totals = Totals(step + 1, self.totals.seconds, self.totals.characters + int(characters))
@@ -347,7 +343,10 @@ class Trainer:
         clock = time.monotonic()
         before = self.totals.seconds
         self.model.train()
-        with Interrupt() as interrupt, Progress(self.run.folder.name, say) as bar:
+        with (
+            Interrupt() as interrupt,
+            Progress(self.run.folder.name, say, live=self.accelerator.is_main_process) as bar,
+        ):
             while (progress := self.progress()) < 1:
                 metrics = self.step(progress)
                 seconds = before + time.monotonic() - clock

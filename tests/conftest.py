@@ -67,3 +67,15 @@ def small_twin(small_overrides: list[str]) -> Config:
     """Its twin."""
     overrides = [o for o in small_overrides if "latent_dim" not in o]
     return replace(load_config([ROOT / "configs/tiny-twin.yaml"], overrides), name="small-twin")
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory: pytest.TempPathFactory, corpus_path: Path) -> Path:
+    """runs/small with both stages of `small_config` trained. Read only: copy it to change it."""
+    from hldm.stages import train_autoencoder, train_diffusion
+
+    overrides = [*SMALL, f"data.path={corpus_path}", 'data.separator="\\n\\n"']
+    config = replace(load_config([ROOT / "configs/tiny.yaml"], overrides), name="small")
+    root = tmp_path_factory.mktemp("trained") / "runs"
+    train_autoencoder(config, root=root)
+    return train_diffusion(config, root=root)

@@ -53,7 +53,13 @@ def logits_of(model: Autoencoder, w: dict[str, torch.Tensor], latent, state=None
     state = widen(model.decoder_state(w["text"].shape[0])) if state is None else state
     events = model.events(**w, state=state)
     logits, griffin = model.decode(
-        events.symbol, latent, events.chunk, events.doc_start, events.chunk_start, state.griffin, events.length
+        events.symbol,
+        latent,
+        events.chunk,
+        events.doc_start,
+        events.chunk_start,
+        state.griffin,
+        events.length,
     )
     return events, logits, state._replace(griffin=griffin, symbol=events.last)
 

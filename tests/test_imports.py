@@ -23,7 +23,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("objectives", "generation", "training"),
     ("pipeline", "bound", "reconstruction"),
     ("stages",),
-    ("evaluation",),
+    ("evaluation", "bench"),
     ("demo",),
     ("cli",),
     ("__init__", "__main__", "train_autoencoder", "train_diffusion", "generate"),

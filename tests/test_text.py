@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hldm.text import (
-    split_incomplete,
     END_OF_CHUNK,
     VOCABULARY,
     StreamDecoder,
     count_characters,
     from_ids,
     printable,
+    split_incomplete,
     to_bytes,
     to_ids,
 )

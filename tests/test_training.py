@@ -128,9 +128,7 @@ def test_micro_batches_add_up_to_the_whole_batch(tmp_path, small_config):
         train_autoencoder(stage_training(plain, "autoencoder", accumulation=2), root=tmp_path / "halves")
         / "autoencoder"
     )
-    assert losses(whole, "decoder", "latent") == pytest.approx(
-        losses(halves, "decoder", "latent"), abs=1e-4
-    )
+    assert losses(whole, "decoder", "latent") == pytest.approx(losses(halves, "decoder", "latent"), abs=1e-4)
 
 
 def test_lanes_that_cannot_be_split_are_refused(tmp_path, small_config):

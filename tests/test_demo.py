@@ -1,0 +1,63 @@
+"""The demo trains what is not there, goes on with what was begun, and reuses what is done."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from hldm import cli, demo, evaluation, stages
+
+
+@pytest.fixture
+def trained(monkeypatch) -> list[tuple[str, str, bool]]:
+    """Replace training, evaluation and writing by notes of what was asked for: (stage, run, resume)."""
+    calls = []
+
+    def note(stage: str):
+        def train(config, *, resume: bool = False, root: Path = Path("runs")) -> Path:
+            calls.append((stage, config.name, resume))
+            return root / config.name
+
+        return train
+
+    monkeypatch.setattr(stages, "train_autoencoder", note("autoencoder"))
+    monkeypatch.setattr(stages, "train_diffusion", note("prior"))
+    monkeypatch.setattr(evaluation, "evaluate_run", lambda folder: {"run": folder.name})
+    monkeypatch.setattr(evaluation, "save_evaluation", lambda path, columns: None)
+    monkeypatch.setattr(evaluation, "compare", lambda columns: f"table of {', '.join(columns)}")
+    monkeypatch.setattr(demo, "_write", lambda config, folder: print(f"text of {folder}"))
+    return calls
+
+
+def test_the_demo_trains_both_stages_and_the_twin(trained, tmp_path, capsys):
+    demo.run_demo(ROOT / "configs/tiny.yaml", root=tmp_path)
+    assert trained == [
+        ("autoencoder", "demo", False),
+        ("prior", "demo", False),
+        ("autoencoder", "demo-twin", False),
+    ]
+    out = capsys.readouterr().out
+    assert "table of model, twin" in out and f"text of {tmp_path / 'demo'}" in out
+
+
+def test_the_demo_goes_on_with_what_was_begun_and_reuses_what_is_done(trained, tmp_path, capsys):
+    done, begun = tmp_path / "mine/autoencoder", tmp_path / "mine/prior"
+    done.mkdir(parents=True)
+    (done / "totals.json").write_text(json.dumps({"steps": 9, "seconds": 90.0, "characters": 9}))
+    (begun / "checkpoints").mkdir(parents=True)
+    demo.run_demo(ROOT / "configs/tiny.yaml", "mine", root=tmp_path)
+    assert trained == [("prior", "mine", True), ("autoencoder", "mine-twin", False)]
+    assert f"reusing {done}, trained in 1.5 minutes (remove it to train again)" in capsys.readouterr().out
+
+
+def test_a_config_without_a_twin_is_refused_before_anything_is_trained(
+    trained, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    Path("lone.yaml").write_text("seed: 1\n")
+    assert cli.main(["demo", "--config", "lone.yaml"]) == 2
+    error = capsys.readouterr().err
+    assert "lone-twin.yaml" in error and error.count("\n") == 1 and trained == []
