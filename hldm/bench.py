@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -239,7 +240,7 @@ def time_steps(stages: Mapping[str, Trainer], steps: int) -> dict[str, dict[str,
     for turn in range(-WARM_UP_STEPS, steps):
         for name, trainer in stages.items():
             before = trainer.totals.characters
-            took = _seconds(lambda trainer=trainer: _step(trainer))
+            took = _seconds(partial(_step, trainer))
             if turn >= 0:
                 seconds[name].append(took)
                 rates[name].append((trainer.totals.characters - before) / took)

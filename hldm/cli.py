@@ -60,7 +60,7 @@ def guarded(work: Callable[[], int]) -> int:
         return _fail(_one_line(error), 2)
     except MemoryError as error:
         return _fail(f"out of memory ({_one_line(error)}): lower data.lanes or the widths", 4)
-    except Exception as error:
+    except RuntimeError as error:
         from hldm.training import Interrupted, TrainingDiverged
 
         if isinstance(error, TrainingDiverged):

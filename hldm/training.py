@@ -43,7 +43,7 @@ class TrainingDiverged(RuntimeError):
     """Loss or gradient stayed non-finite; nothing bad was saved."""
 
 
-class Interrupted(Exception):
+class Interrupted(RuntimeError):
     """A signal asked the run to stop; it saved itself first."""
 
     def __init__(self, signum: int, path: str):
@@ -193,8 +193,8 @@ class Trainer:
 
     # --- state on disk -------------------------------------------------------------------------
 
-    def save(self) -> str:
-        """Write a checkpoint of everything that the next step depends on."""
+    def save(self, say: Callable[[str], None]) -> str:
+        """Write a checkpoint of everything that the next step depends on; returns its path."""
         parts = [dict(named_tensors(carry)) for carry in self.carries]
         carry = {}
         for name in parts[0]:
@@ -219,9 +219,8 @@ class Trainer:
                 "seed": self.seed,
                 **self.extras,
             }
-            path = str(
-                save_checkpoint(self.run.folder, self.totals.steps, tensors, state, keep=self.checkpoint.keep)
-            )
+            folder, keep = self.run.folder, self.checkpoint.keep
+            path = str(save_checkpoint(folder, self.totals.steps, tensors, state, keep=keep, say=say))
         self.accelerator.wait_for_everyone()
         return path
 
@@ -370,13 +369,13 @@ class Trainer:
                         self.recent = Recent()
                 signum = self._agreed(interrupt.requested)
                 if signum:
-                    raise Interrupted(signum, self.save())
+                    raise Interrupted(signum, self.save(say))
                 if step % self.checkpoint.every == 0 and not self.skipped:
-                    self.save()
+                    self.save(say)
                 if on_sample and self.logging.sample_every and step % self.logging.sample_every == 0:
                     self._sample(on_sample)
         if not self.skipped:
-            self.save()
+            self.save(say)
         if self.average is not None:
             self.objective.load_state_dict(self.average.module.state_dict())
         if on_sample:

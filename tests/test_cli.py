@@ -163,7 +163,6 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 # the save that replaces the damaged checkpoint says so by a warning
-@pytest.mark.filterwarnings("ignore:.*; replacing it by a new save of step 12")
 @pytest.mark.parametrize("stage", ["autoencoder", "prior"])
 def test_a_truncated_checkpoint_is_said_and_the_one_before_it_continued_to_the_same_weights(
     stage, run_copy, config_file, trained_run, capsys

@@ -1,0 +1,40 @@
+"""Every shipped YAML loads and builds, and every twin is its model's size."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import ROOT
+
+from hldm.autoencoder import Autoencoder
+from hldm.config import Config, load_config
+from hldm.prior import Prior
+
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+def parameters(config: Config) -> int:
+    """Of all parts, built without memory."""
+    with torch.device("meta"):
+        parts: list[torch.nn.Module] = [Autoencoder.from_settings(config.autoencoder, config.chunking)]
+        if not config.is_twin:
+            z = config.autoencoder.latent_dim
+            parts.append(Prior.from_settings(z, config.prior, config.hierarchy, config.diffusion))
+    return sum(p.numel() for part in parts for p in part.parameters())
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_loads_and_builds(path):
+    assert parameters(load_config([path])) > 0
+
+
+@pytest.mark.parametrize("path", [p for p in CONFIGS if "twin" not in p.stem], ids=lambda path: path.stem)
+def test_a_twin_has_its_models_size_text_and_time(path):
+    model, twin = load_config([path]), load_config([path.with_name(f"{path.stem}-twin.yaml")])
+    assert twin.is_twin and not model.is_twin
+    assert parameters(twin) == pytest.approx(parameters(model), rel=0.05)
+    assert twin.data == model.data
+    stages = (model.training.autoencoder, model.training.prior)
+    assert twin.training.autoencoder.minutes == pytest.approx(sum(stage.minutes for stage in stages))
+    if not twin.training.autoencoder.minutes:
+        assert twin.training.autoencoder.steps == sum(stage.steps for stage in stages)
