@@ -70,6 +70,31 @@ class Events(NamedTuple):
         return torch.arange(self.target.shape[1], device=self.length.device) < self.length[:, None]
 
 
+class PlacedReadout(nn.Module):
+    """A two-layer perceptron that knows how far into its chunk it is: W_2 gelu(W_1 x + p_k).
+
+    A mean over bytes forgets their order, and a latent must say which byte comes where: with the place k
+    inside the nonlinearity both sides can read and write letter by letter from the first steps on.
+    """
+
+    def __init__(self, inputs: int, outputs: int, places: int):
+        super().__init__()
+        hidden = 2 * max(inputs, outputs)
+        self.inner = nn.Linear(inputs, hidden)
+        self.place = nn.Embedding(places, hidden)
+        self.outer = nn.Linear(hidden, outputs)
+
+    def features(self, inner: Tensor, place: Tensor) -> Tensor:
+        """gelu(W_1 x + p_k), from W_1 x (b t d) and k (b t)."""
+        return F.gelu(inner + self.place(place.clamp(max=self.place.num_embeddings - 1)))
+
+
+def place_in_chunk(chunk_start: Tensor) -> Tensor:
+    """How many positions after its chunk's start each one is. (b t) bool -> (b t)."""
+    index = torch.arange(chunk_start.shape[1], device=chunk_start.device).expand_as(chunk_start)
+    return index - torch.where(chunk_start, index, 0).cummax(dim=1).values
+
+
 class LatentNormaliser(nn.Module):
     """mu = (raw - mean) / deviation per dimension: measured, saved, never trained.
 
@@ -191,11 +216,9 @@ class Autoencoder(ModelMixin, ConfigMixin):
         if z:
             self.read = nn.Embedding(VOCABULARY, encoder.width)
             self.encoder = Griffin(encoder, window=self.chunking.max_bytes)
-            self.to_latent = nn.Linear(encoder.width, z)
+            self.to_latent = PlacedReadout(encoder.width, z, self.chunking.max_bytes)
             self.normaliser = LatentNormaliser(z)
-            self.from_latent = nn.Sequential(
-                nn.Linear(z, 2 * decoder.width), nn.GELU(), nn.Linear(2 * decoder.width, decoder.width)
-            )
+            self.from_latent = PlacedReadout(z, decoder.width, self.chunking.max_bytes + 1)
         self.write = nn.Embedding(VOCABULARY, decoder.width)
         # One position more than a chunk's bytes: the event that ends it.
         self.decoder = Griffin(decoder, window=self.chunking.max_bytes + 1)
@@ -248,7 +271,9 @@ class Autoencoder(ModelMixin, ConfigMixin):
         y, griffin = self.encoder(self.read(text), state.griffin, doc_start, chunk_start, length)
         where = segments(chunk_start, length)
         n = int(where.count.max()) if chunks is None and b else (chunks or 0)
-        raw = self.to_latent(pool_by_chunk(y, where, n))  # (b n z)
+        read = self.to_latent
+        features = read.features(read.inner(y), place_in_chunk(chunk_start))
+        raw = read.outer(pool_by_chunk(features, where, n))  # (b n z)
         mask = torch.arange(n, device=text.device) < where.count[:, None]
         if self.training:
             self.normaliser.observe(raw[mask])
@@ -296,16 +321,20 @@ class Autoencoder(ModelMixin, ConfigMixin):
         chunk_start: Tensor,
         griffin: GriffinState,
         length: Tensor | None = None,
+        place: Tensor | None = None,
     ) -> tuple[Tensor, GriffinState]:
         """Logits of the next symbol at every event, a page or a single one.
 
-        symbol, chunk, doc_start, chunk_start: (b t'); latent: (b n z) z_0 of each chunk.
+        symbol, chunk, doc_start, chunk_start: (b t'); latent: (b n z) z_0 of each chunk;
+        place: (b t') events since the chunk's start, worked out from chunk_start when None.
         Returns (b t' 258).
         """
         x = self.write(symbol)
         if latent is not None:
-            told = self.from_latent(latent)  # (b n d)
-            x = x + told.gather(1, chunk[..., None].expand(-1, -1, told.shape[2]))
+            told = self.from_latent.inner(latent)  # (b n 2d)
+            told = told.gather(1, chunk[..., None].expand(-1, -1, told.shape[2]))
+            place = place_in_chunk(chunk_start) if place is None else place
+            x = x + self.from_latent.outer(self.from_latent.features(told, place))
         # A fresh decoder knows nothing but the latent: the state is reset at every chunk.
         reset = doc_start if self.settings.carry_state or not self.latent_dim else chunk_start
         y, griffin = self.decoder(x, griffin, reset, chunk_start, length)

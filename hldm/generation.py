@@ -248,7 +248,7 @@ def write_chunks(
     for index in range(most + 1):
         start = torch.full((rows, 1), index == 0, device=device)
         logits, griffin = autoencoder.decode(
-            symbol[:, None], latent[:, None], first, doc_start & start, start, griffin
+            symbol[:, None], latent[:, None], first, doc_start & start, start, griffin, place=first + index
         )
         logits = logits[:, 0].float()
         if index == 0:  # no chunk is empty

@@ -107,7 +107,7 @@ def test_the_denoiser_that_expects_standard_normal_latents_costs_their_divergenc
 
 def test_a_constant_latent_that_the_prior_knows_costs_nothing():
     autoencoder, prior = model = make_model(target="x0")  # a prior begins by predicting 0
-    for part in (autoencoder.to_latent, autoencoder.from_latent[-1]):
+    for part in (autoencoder.to_latent.outer, autoencoder.from_latent.outer):
         torch.nn.init.zeros_(part.weight)
         torch.nn.init.zeros_(part.bias)
     windows = lay_out(make_text())
