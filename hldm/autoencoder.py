@@ -47,7 +47,7 @@ class Encoding(NamedTuple):
     latents: Tensor  # (b n z) mu, normalised
     mask: Tensor  # (b n) bool, real chunks
     doc_start: Tensor  # (b n) bool, first chunk of a document
-    before: Tensor  # (b n d) encoder feature at the byte before the chunk; zeros at a document start
+    before: Tensor | None  # (b n d) encoder feature at the byte before the chunk; 0 at a document start
 
 
 class Events(NamedTuple):
@@ -61,7 +61,7 @@ class Events(NamedTuple):
     chunk: Tensor  # (b t') number of the chunk in the window
     length: Tensor  # (b) events of each row
     doc_start: Tensor  # (b t') first event of a document
-    chunk_start: Tensor  # (b t') first event of a chunk
+    unit_start: Tensor  # (b t') first event of a unit: attention sees no further back
     last: Tensor  # (b) the symbol that the next window continues from
 
     @property
@@ -130,10 +130,12 @@ class LatentNormaliser(nn.Module):
         self.sums += torch.stack([count, raw.sum(dim=0), raw.square().sum(dim=0)])
 
     @torch.no_grad()
-    def update(self, momentum: float = MOMENTUM) -> None:
-        """Fold the sums into mean and deviation; momentum 0 takes the sums alone (a fit)."""
+    def update(self, skipped: bool = False) -> None:
+        """Fold the sums into mean and deviation, once an optimizer step; forget them if it was skipped."""
         sums = self.sums.clone()
         self.sums.zero_()
+        if skipped:
+            return
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(sums)
         if sums[0, 0] < 2:
@@ -141,7 +143,7 @@ class LatentNormaliser(nn.Module):
         mean, second = sums[1] / sums[0], sums[2] / sums[0]
         self.seen += 1
         # Debiased: the first step counts in full, later ones ever less down to 1 - momentum.
-        share = max(1 - momentum, 1 / int(self.seen)) if momentum else 1.0
+        share = max(1 - self.MOMENTUM, 1 / int(self.seen))
         old_second = self.deviation.square() + self.mean.square()
         new_mean = self.mean.lerp(mean, share)
         variance = old_second.lerp(second, share) - new_mean.square()
@@ -163,8 +165,6 @@ def decoder_events(
 
     text (b t), the flags (b t) bool, previous (b): symbol before the window.
     Byte t sits at event t + (units ended before t); the end of its unit right after it.
-    An event opens a chunk if its unit starts there, or if the byte it *reads* starts one: whether the
-    byte it writes does is not known yet where units are longer than chunks.
     """
     b, t = text.shape
     real = torch.arange(t, device=text.device) < length[:, None]
@@ -186,7 +186,6 @@ def decoder_events(
     none = torch.zeros_like(real)
     chunk = (chunk_start & real).long().cumsum(dim=1) - 1
     chunk = chunk.clamp(min=0)  # the twin's window may open inside a chunk
-    opens = unit_start | torch.cat([none[:, :1], (chunk_start & ~unit_start)[:, :-1]], dim=1)
     last = text.gather(1, (length - 1).clamp(min=0)[:, None])[:, 0] if t else previous
     return Events(
         target=lay(text, torch.where(doc_end, END_OF_DOCUMENT, END_OF_CHUNK)),
@@ -194,7 +193,7 @@ def decoder_events(
         chunk=lay(chunk, chunk),
         length=total,
         doc_start=lay(doc_start & real, none),
-        chunk_start=lay(opens & real, chunk_start & ~unit_start & real),
+        unit_start=lay(unit_start & real, none),
         last=torch.where(length > 0, last, previous),
     )
 
@@ -206,7 +205,8 @@ class Autoencoder(ModelMixin, ConfigMixin):
     _supports_gradient_checkpointing = True
 
     @register_to_config
-    def __init__(self, autoencoder: dict, chunking: dict):
+    def __init__(self, autoencoder: dict, chunking: dict, gamma_0: float = 0.0):
+        """gamma_0: the noise its decoder is trained to read through."""
         super().__init__()
         encoder = GriffinConfig(**_as_tuple(autoencoder["encoder"]))
         decoder = GriffinConfig(**_as_tuple(autoencoder["decoder"]))
@@ -229,9 +229,11 @@ class Autoencoder(ModelMixin, ConfigMixin):
         nn.init.zeros_(self.outputs.bias)
 
     @classmethod
-    def from_settings(cls, autoencoder: AutoencoderConfig, chunking: ChunkingConfig) -> Autoencoder:
+    def from_settings(
+        cls, autoencoder: AutoencoderConfig, chunking: ChunkingConfig, gamma_0: float = 0.0
+    ) -> Autoencoder:
         """Build from config sections."""
-        return cls(asdict(autoencoder), asdict(chunking))
+        return cls(asdict(autoencoder), asdict(chunking), gamma_0)
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute the stacks' activations in the backward pass: less memory, more time."""
@@ -300,7 +302,10 @@ class Autoencoder(ModelMixin, ConfigMixin):
         chunk_start: Tensor,
         state: DecoderState,
     ) -> Events:
-        """What the decoder has to write for a window (see `decoder_events`)."""
+        """What the decoder has to write for a window (see `decoder_events`).
+
+        The twin's unit is the document, so that its attention is a sliding window, as in Griffin.
+        """
         if self.latent_dim:
             # A chunk ends where the next one starts, and the window holds whole chunks.
             ends = torch.cat([chunk_start[:, 1:], chunk_start.new_zeros(text.shape[0], 1)], dim=1)
@@ -318,26 +323,26 @@ class Autoencoder(ModelMixin, ConfigMixin):
         latent: Tensor | None,
         chunk: Tensor,
         doc_start: Tensor,
-        chunk_start: Tensor,
+        unit_start: Tensor,
         griffin: GriffinState,
         length: Tensor | None = None,
         place: Tensor | None = None,
     ) -> tuple[Tensor, GriffinState]:
         """Logits of the next symbol at every event, a page or a single one.
 
-        symbol, chunk, doc_start, chunk_start: (b t'); latent: (b n z) z_0 of each chunk;
-        place: (b t') events since the chunk's start, worked out from chunk_start when None.
+        symbol, chunk, doc_start, unit_start: (b t'); latent: (b n z) z_0 of each chunk;
+        place: (b t') events since the unit's start, worked out from unit_start when None.
         Returns (b t' 258).
         """
         x = self.write(symbol)
         if latent is not None:
             told = self.from_latent.inner(latent)  # (b n 2d)
             told = told.gather(1, chunk[..., None].expand(-1, -1, told.shape[2]))
-            place = place_in_chunk(chunk_start) if place is None else place
+            place = place_in_chunk(unit_start) if place is None else place
             x = x + self.from_latent.outer(self.from_latent.features(told, place))
         # A fresh decoder knows nothing but the latent: the state is reset at every chunk.
-        reset = doc_start if self.settings.carry_state or not self.latent_dim else chunk_start
-        y, griffin = self.decoder(x, griffin, reset, chunk_start, length)
+        reset = doc_start if self.settings.carry_state else unit_start
+        y, griffin = self.decoder(x, griffin, reset, unit_start, length)
         return self.outputs(y), griffin
 
     def hide_bytes(self, symbol: Tensor, hidden: Tensor) -> Tensor:

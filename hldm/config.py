@@ -190,11 +190,7 @@ class PriorConfig:
         _require_positive(
             "prior", self, "width", "layers", "heads", "denoiser_width", "denoiser_layers", "draws"
         )
-        _require_share("prior", self, "context_dropout", "dropout")
-        _require(
-            0 <= self.self_conditioning <= 1,
-            f"prior.self_conditioning must lie in [0, 1], got {self.self_conditioning}",
-        )
+        _require_share("prior", self, "context_dropout", "dropout", "self_conditioning")
         for name in ("width", "denoiser_width"):
             value = getattr(self, name)
             _require(
@@ -243,6 +239,13 @@ class StagesConfig:
 
     autoencoder: TrainingConfig = field(default_factory=TrainingConfig)
     prior: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.autoencoder.joint == 0, "training.autoencoder.joint must be 0: stage two has a joint phase")
+        _require(
+            not self.prior.gradient_checkpointing,
+            "training.prior.gradient_checkpointing must be false: only stage one recomputes activations",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

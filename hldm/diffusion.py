@@ -145,18 +145,23 @@ class Schedule(nn.Module):
         if not self.learns:
             return
         square = (0.5 * torch.exp(-gamma.float()) * squared_error.float()).square().flatten()
-        is_finite = square.isfinite()  # an overflow under fp16, whose step is skipped, must not stay for good
+        is_finite = square.isfinite()  # an overflow must not stay for good
         entries = torch.stack([square.where(is_finite, 0), is_finite.float()], dim=-1).to(self.pending.dtype)
         self.pending.index_add_(0, self._bin(gamma).flatten(), entries)
 
     @torch.no_grad()
-    def update(self) -> None:
+    def update(self, skipped: bool = False) -> None:
         """Let a learned schedule follow what was observed since the last update, once an optimizer step.
+
+        skipped: the step was not finite; forget what was observed.
 
         Every process must call it equally often: sums are joined over them, so the result is the same
         however the rows are split over processes and micro-batches.
         """
         if not self.learns:
+            return
+        if skipped:
+            self.pending.zero_()
             return
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(self.pending)

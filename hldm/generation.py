@@ -175,7 +175,7 @@ class LatentWriter:
                 latent,
                 events.chunk,
                 events.doc_start,
-                events.chunk_start,
+                events.unit_start,
                 self.decoder.griffin,
                 events.length,
             )
@@ -257,9 +257,7 @@ def write_chunks(
             logits[:, :END_OF_CHUNK] = float("-inf")
         symbol = pick(logits, u[:, index], settings.decoder_temperature, settings.top_p)
         written.append(torch.where(ended, END_OF_CHUNK, symbol))
-        closing = (symbol == END_OF_DOCUMENT) & ~ended
         ended = ended | (symbol >= END_OF_CHUNK)
-        written[-1] = torch.where(closing, END_OF_DOCUMENT, written[-1])
         if bool(ended.all()):
             break
     table = torch.stack(written, dim=1).tolist()
@@ -284,8 +282,8 @@ class ByteWriter:
         self.calls = 0
         rows = len(prompts)
         self.state = autoencoder.decoder_state(rows, self.device)
-        self.chunker = make_chunker(autoencoder.chunking)
-        starts = [self.chunker.chunk_start(prompt) for prompt in prompts]
+        chunker = make_chunker(autoencoder.chunking)
+        starts = [chunker.chunk_start(prompt) for prompt in prompts]
         for window in _prompt_windows(prompts, starts, self.device):
             text, length, doc_start, chunk_start = window
             never = torch.zeros_like(doc_start)
@@ -295,17 +293,12 @@ class ByteWriter:
                 None,
                 events.chunk,
                 events.doc_start,
-                events.chunk_start,
+                events.unit_start,
                 self.state.griffin,
                 events.length,
             )
             self.state = DecoderState(griffin, events.last)
         self.opens = [not prompt for prompt in prompts]
-        # The bytes of the open chunk: a causal chunker needs no more to tell where the next starts.
-        self.open_chunk = [
-            prompt[int(np.flatnonzero(start)[-1]) :] if prompt else b""
-            for prompt, start in zip(prompts, starts, strict=True)
-        ]
 
     def write(self) -> list[Piece]:
         """Write max_bytes symbols a row, or up to the end of the document."""
@@ -315,31 +308,25 @@ class ByteWriter:
         ended = [False] * rows
         for index in range(count):
             opens = torch.tensor(self.opens, device=self.device)
-            # the byte read opens a chunk of its own when it is the only one in it
-            starts = torch.tensor([len(chunk) == 1 for chunk in self.open_chunk], device=self.device)
             symbol = torch.where(opens, START, self.state.symbol)
             logits, griffin = self.autoencoder.decode(
                 symbol[:, None],
                 None,
                 torch.zeros_like(symbol)[:, None],
                 opens[:, None],
-                (opens | starts)[:, None],
+                opens[:, None],
                 self.state.griffin,
             )
             logits = logits[:, 0].float()
             logits[:, END_OF_CHUNK] = float("-inf")
             chosen = pick(logits, u[:, index], self.settings.decoder_temperature, self.settings.top_p)
-            self.state = DecoderState(griffin, chosen.clamp(max=END_OF_CHUNK))
+            self.state = DecoderState(griffin, chosen)
             for row, value in enumerate(chosen.tolist()):
                 if ended[row]:
                     continue
                 self.opens[row] = ended[row] = value == END_OF_DOCUMENT
-                if ended[row]:
-                    self.open_chunk[row] = b""
-                    continue
-                texts[row].append(value)
-                grown = self.open_chunk[row] + bytes([value])
-                self.open_chunk[row] = grown[-1:] if self.chunker.chunk_start(grown)[-1] else grown
+                if not ended[row]:
+                    texts[row].append(value)
         return [Piece(bytes(text), end) for text, end in zip(texts, ended, strict=True)]
 
 

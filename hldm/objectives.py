@@ -10,8 +10,9 @@ add up to the same whatever the ranks and micro-batches; `hldm.training` knows n
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -45,14 +46,6 @@ class Step(NamedTuple):
     nats: dict[str, Tensor]  # sums over this part, detached, by name
     characters: Tensor  # in this part
     carry: Carry  # detached
-
-
-class Objective(Protocol):
-    """What `hldm.training.fit` trains."""
-
-    def initial_carry(self, rows: int, device: torch.device) -> Carry: ...
-
-    def end_step(self) -> None: ...
 
 
 def draw_normal(batch: Batch, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -100,7 +93,7 @@ def read_chunks(
     if hidden is not None:
         symbol = autoencoder.hide_bytes(symbol, hidden[:, : symbol.shape[1]])
     logits, griffin = autoencoder.decode(
-        symbol, latent, events.chunk, events.doc_start, events.chunk_start, state.griffin, events.length
+        symbol, latent, events.chunk, events.doc_start, events.unit_start, state.griffin, events.length
     )
     nats = sum_by_chunk(symbol_nats(logits, events), events, batch.chunk_index.shape[1])
     correct = (logits.argmax(dim=-1) == events.target) & events.mask
@@ -126,7 +119,6 @@ class Payment(NamedTuple):
 
     latent: Tensor  # (b n)
     end: Tensor  # (b n)
-    draws: Tensor  # (b n m) of the latent term
 
 
 def price_latents(
@@ -155,9 +147,9 @@ def price_latents(
             context = prior.hide(context, hidden)
         coin = torch.rand((), generator=generator)
         self_condition = bool(coin < settings.self_conditioning)
-    terms = prior.latent_terms(encoding.latents, encoding.mask, context, u, noise, self_condition)
+    latent = prior.latent_term(encoding.latents, encoding.mask, context, u, noise, self_condition)
     end = end_term(encoding.latents, prior.diffusion.gamma_1)
-    return Payment(terms.latent * encoding.mask, end * encoding.mask, terms.draws)
+    return Payment(latent * encoding.mask, end * encoding.mask)
 
 
 def noisy_latents(
@@ -183,6 +175,7 @@ class GaussianRate(nn.Module):
 
     def forward(self, encoding: Encoding, gamma_0: float) -> Tensor:
         """Nats per chunk (b n)."""
+        assert encoding.before is not None
         mean, log_scale = self.predict(encoding.before).chunk(2, dim=-1)
         log_scale = 4 * torch.tanh(log_scale / 4)  # e^-4 .. e^4: never so sharp that one miss costs all
         alpha, sigma = alpha_sigma(torch.as_tensor(gamma_0, device=mean.device))
@@ -214,12 +207,12 @@ class AutoencoderObjective(nn.Module):
             self.prior.initial_state(rows, device) if self.prior is not None else None,
         )
 
-    def end_step(self) -> None:
-        """Fold the step's statistics into normaliser and schedule."""
+    def end_step(self, skipped: bool) -> None:
+        """Fold the step's statistics into normaliser and schedule; forget them when it was not finite."""
         if self.autoencoder.latent_dim:
-            self.autoencoder.normaliser.update()
+            self.autoencoder.normaliser.update(skipped)
         if self.prior is not None:
-            self.prior.schedule.update()
+            self.prior.schedule.update(skipped)
 
     def forward(self, batch: Batch, carry: Carry, generator: torch.Generator, progress: float) -> Step:
         """Loss of one window."""
@@ -257,13 +250,29 @@ class AutoencoderObjective(nn.Module):
         )
 
 
+class CachedLatents:
+    """mu of every chunk of a corpus, on disk; copies of a model share it."""
+
+    def __init__(self, latents: np.ndarray):
+        self.latents = latents  # (chunks z) float32, memory-mapped
+
+    def __deepcopy__(self, memo: dict) -> CachedLatents:
+        return self
+
+    def of(self, chunk: Tensor) -> Tensor:
+        """Latents of chunks by their number in the corpus. (b n) -> (b n z), on the numbers' device."""
+        return torch.from_numpy(self.latents[chunk.cpu().numpy()]).to(chunk.device)
+
+
 class PriorObjective(nn.Module):
     """Stage two: the latent terms of the bound; in the joint last phase, all of them.
 
     The autoencoder is frozen until then. `latents`: cached mu of every chunk of the corpus, or None.
     """
 
-    def __init__(self, prior: Prior, autoencoder: Autoencoder, joint: float, latents: Tensor | None = None):
+    def __init__(
+        self, prior: Prior, autoencoder: Autoencoder, joint: float, latents: CachedLatents | None = None
+    ):
         super().__init__()
         self.prior, self.autoencoder, self.joint, self.latents = prior, autoencoder, joint, latents
         if joint and latents is not None:
@@ -285,9 +294,9 @@ class PriorObjective(nn.Module):
             self.prior.initial_state(rows, device),
         )
 
-    def end_step(self) -> None:
-        """Fold the step's statistics into the schedule."""
-        self.prior.schedule.update()
+    def end_step(self, skipped: bool) -> None:
+        """Fold the step's statistics into the schedule; forget them when it was not finite."""
+        self.prior.schedule.update(skipped)
 
     def _latents(
         self, batch: Batch, encoder: EncoderState | None, learn: bool
@@ -295,10 +304,10 @@ class PriorObjective(nn.Module):
         if encoder is None:
             assert self.latents is not None
             mask = batch.chunk_index >= 0
-            latents = self.latents[batch.chunk_index.clamp(min=0)].to(batch.bytes.device) * mask[..., None]
+            latents = self.latents.of(batch.chunk_index.clamp(min=0)) * mask[..., None]
             order = (~batch.chunk_start).to(torch.int8).argsort(dim=1, stable=True)[:, : mask.shape[1]]
             doc_start = batch.doc_start.gather(1, order) & mask
-            return Encoding(latents, mask, doc_start, latents), None
+            return Encoding(latents, mask, doc_start, None), None
         with torch.set_grad_enabled(learn):
             return read_latents(self.autoencoder, batch, encoder)
 
@@ -312,13 +321,15 @@ class PriorObjective(nn.Module):
         paid = price_latents(self.prior, encoding, context, batch, generator, hide=True)
         nats = {"latent": paid.latent.sum(), "end": paid.end.sum()}
         decoder = carry.decoder
-        if decoder is not None:
+        # before the joint phase the decoder only reads along, and only if it carries a state
+        if decoder is not None and (jointly or self.autoencoder.settings.carry_state):
             with torch.set_grad_enabled(jointly):
                 z_0 = noisy_latents(
                     self.autoencoder, encoding, self.prior.diffusion.gamma_0, batch, generator
                 )
                 reading, decoder = read_chunks(self.autoencoder, batch, z_0, decoder)
-            nats["decoder"] = reading.nats.sum()
+            if jointly:
+                nats["decoder"] = reading.nats.sum()
         loss = sum(nats.values())
         assert isinstance(loss, Tensor)  # never the 0 of an empty sum
         return Step(

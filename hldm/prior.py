@@ -191,6 +191,7 @@ class Contextualiser(nn.Module):
         sees = visible(new.end, new.document, keys, self.hierarchy) & (keys.document >= 0)[:, None]
         # Everyone sees itself and the document start, which sees itself alone.
         itself = torch.eye(new.end.shape[1], dtype=torch.bool, device=x.device)
+        itself[0, 0] = False  # the start stands in column 0, before the kept entries
         sees[:, :, state.entries.end.shape[1] :] |= itself
         sees[:, :, 0] = True
         distance = distance_in_blocks(new.end, keys, self.hierarchy)
@@ -319,13 +320,6 @@ class Denoiser(nn.Module):
         return self.outputs(F.layer_norm(x, x.shape[-1:]))
 
 
-class LatentTerms(NamedTuple):
-    """What the latents of a window cost, in nats per chunk, summed over dimensions."""
-
-    latent: Tensor  # (b n) mean over the draws of f(gamma) / p(gamma)
-    draws: Tensor  # (b n m) the same before the mean, detached
-
-
 class Prior(ModelMixin, ConfigMixin):
     """p(next latent | latents before): contextualiser, denoiser and noise schedule."""
 
@@ -371,7 +365,7 @@ class Prior(ModelMixin, ConfigMixin):
         prediction = self.denoiser(z, gamma, context, estimate)
         return x0_from(prediction, z, gamma, self.diffusion.target)
 
-    def latent_terms(
+    def latent_term(
         self,
         latents: Tensor,
         mask: Tensor,
@@ -379,11 +373,12 @@ class Prior(ModelMixin, ConfigMixin):
         u: Tensor,
         noise: Tensor,
         self_condition: bool = False,
-    ) -> LatentTerms:
+    ) -> Tensor:
         """The diffusion term of the bound, 1/2 E_gamma[(d gamma/du) e^-gamma ||x0 - x0_hat||^2].
 
         Continuous time (VDM, arXiv 2107.00630, equation 15), an unbiased estimate from m draws.
         latents: (b n z) x0; mask: (b n); u: (b n m) stratified in [0, 1); noise: (b n m z).
+        Returns nats per chunk, summed over dimensions, the mean over the draws (b n).
         """
         gamma = self.schedule.gamma(u)
         x0 = latents[:, :, None].expand_as(noise)
@@ -397,4 +392,4 @@ class Prior(ModelMixin, ConfigMixin):
         if self.training:
             squared_error = (x0 - x0_hat).detach().square().sum(dim=-1)
             self.schedule.observe(gamma[mask], squared_error[mask])
-        return LatentTerms(terms.mean(dim=-1), terms.detach())
+        return terms.mean(dim=-1)

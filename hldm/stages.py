@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -23,17 +24,16 @@ from hldm.autoencoder import Autoencoder
 from hldm.checkpoints import atomic_write, fingerprint
 from hldm.chunking import make_chunker
 from hldm.config import Config, ConfigError, TrainingConfig, to_dict
-from hldm.corpus import load_corpus
+from hldm.corpus import Corpus, load_corpora
 from hldm.data import Batch, Windows, cache_latents, load_latents
 from hldm.generation import Continuation, row_generators, write_chunks, write_on
-from hldm.objectives import AutoencoderObjective, PriorObjective, read_latents
+from hldm.objectives import AutoencoderObjective, CachedLatents, PriorObjective, read_latents
 from hldm.pipeline import HLDMPipeline
 from hldm.prior import Prior
 from hldm.runs import Run, check_run_name, open_run
 from hldm.training import Totals, Trainer, make_accelerator
 
 MAY_CHANGE = ("name", "training.", "checkpoint.", "logging.", "generation.")  # on resume
-FIT_WINDOWS = 8  # windows of every lane that the normaliser is fitted on at the end: some 50,000 bytes
 SAMPLE_BYTES = 160  # of validation text: what samples reconstruct or go on from
 
 
@@ -47,6 +47,7 @@ class Stage:
     accelerator: Accelerator
     say: Callable[[str], None]  # prints on the main process
     resume: bool
+    opened: float  # time.monotonic() of the start
 
     def fit(
         self,
@@ -56,7 +57,10 @@ class Stage:
         on_sample: Callable[[nn.Module], str],
         bound_to: dict[str, str] | None = None,
     ) -> Totals:
-        """Train an objective from its start or newest checkpoint; `bound_to` must not change in between."""
+        """Train an objective from its start or newest checkpoint; `bound_to` must not change in between.
+
+        The minutes count from the opening of the stage: what it prepares, such as a cache, is paid for.
+        """
         config = self.config
         trainer = Trainer(
             objective,
@@ -68,6 +72,7 @@ class Stage:
             logging=config.logging,
             accelerator=self.accelerator,
             extras={"corpus": windows.corpus.fingerprint, **(bound_to or {})},
+            spent=time.monotonic() - self.opened,
         )
         if self.resume:
             trainer.restore(self.say)
@@ -115,7 +120,7 @@ def open_stage(config: Config, name: str, resume: bool, root: Path) -> Iterator[
     )
     try:
         torch.manual_seed(config.seed)
-        yield Stage(config, training, run, accelerator, say, resume)
+        yield Stage(config, training, run, accelerator, say, resume, time.monotonic())
         accelerator.wait_for_everyone()
         accelerator.end_training()
     finally:
@@ -125,9 +130,13 @@ def open_stage(config: Config, name: str, resume: bool, root: Path) -> Iterator[
 def train_autoencoder(config: Config, *, resume: bool = False, root: Path = Path("runs")) -> Path:
     """Stage one, or the twin. Returns the run's folder."""
     folder = root / config.name
-    windows, sample_text = _windows(config), validation_text(config)  # first: a mistake leaves no folder
+    corpora = load_corpora(config.data)  # before the folder is opened: a mistake leaves none
+    windows = _windows(config, corpora["train"])
+    sample_text = opening(config, corpora["validation"])
     with open_stage(config, "autoencoder", resume, root) as stage:
-        autoencoder = Autoencoder.from_settings(config.autoencoder, config.chunking)
+        autoencoder = Autoencoder.from_settings(
+            config.autoencoder, config.chunking, config.diffusion.gamma_0
+        )
         if stage.training.gradient_checkpointing:
             autoencoder.enable_gradient_checkpointing()
         parts: dict[str, nn.Module] = {"autoencoder": autoencoder}
@@ -146,8 +155,6 @@ def train_autoencoder(config: Config, *, resume: bool = False, root: Path = Path
             return _reconstruct(model.autoencoder, sample_text, config)
 
         totals = stage.fit(objective, windows, parts, on_sample)
-        if autoencoder.latent_dim:
-            _fit_normaliser(autoencoder, config)
         stage.export(autoencoder, stage.run.folder / "model")
         if prior is not None:
             stage.export(prior, stage.run.folder / "rate")
@@ -165,12 +172,14 @@ def train_diffusion(config: Config, *, resume: bool = False, root: Path = Path("
     folder = root / config.name
     autoencoder = read_autoencoder(folder, config)
     binding = fingerprint(autoencoder.state_dict())
-    windows, sample_text = _windows(config), validation_text(config)
+    corpora = load_corpora(config.data)
+    windows = _windows(config, corpora["train"])
+    sample_text = opening(config, corpora["validation"])
     with open_stage(config, "prior", resume, root) as stage:
         prior = _first_prior(folder, config, stage.say)
         latents = None
         if config.data.cache_latents:
-            latents = _cached_latents(folder, config, autoencoder.eval(), binding, stage)
+            latents = _cached_latents(folder, corpora["train"], autoencoder.eval(), binding, stage)
         objective = PriorObjective(prior, autoencoder, stage.training.joint, latents)
 
         def on_sample(model: nn.Module) -> str:
@@ -202,6 +211,12 @@ def read_autoencoder(folder: Path, config: Config) -> Autoencoder:
                     f"{key} is {value} here, but {path} was trained with {found[key]}: "
                     "use the config it was trained with, or another --name"
                 )
+    trained_at = autoencoder.config["gamma_0"]
+    if trained_at != config.diffusion.gamma_0:
+        raise ConfigError(
+            f"diffusion.gamma_0 is {config.diffusion.gamma_0} here, but the decoder of {path} was trained at "
+            f"{trained_at}: use the config it was trained with, or another --name"
+        )
     return autoencoder
 
 
@@ -210,16 +225,16 @@ def read_totals(folder: Path) -> Totals:
     return Totals(**json.loads((folder / "totals.json").read_text(encoding="utf-8")))
 
 
-def validation_text(config: Config) -> bytes:
-    """The opening of the validation split, cut at a chunk border."""
-    text = load_corpus(config.data, "validation").text[: 4 * SAMPLE_BYTES].tobytes()
+def opening(config: Config, corpus: Corpus) -> bytes:
+    """The first words of a corpus, cut at a chunk border: what samples start from."""
+    text = corpus.text[: 4 * SAMPLE_BYTES].tobytes()
     starts = make_chunker(config.chunking).chunk_start(text).nonzero()[0]
     return text[: int(starts[starts <= SAMPLE_BYTES].max()) or SAMPLE_BYTES]
 
 
-def _windows(config: Config, shuffle: bool = True) -> Windows:
+def _windows(config: Config, corpus: Corpus, shuffle: bool = True) -> Windows:
     return Windows(
-        load_corpus(config.data, "train"),
+        corpus,
         make_chunker(config.chunking),
         lanes=config.data.lanes,
         window_bytes=config.data.window_bytes,
@@ -257,44 +272,32 @@ def _first_prior(folder: Path, config: Config, say: Callable[[str], None]) -> Pr
     return prior
 
 
-@torch.no_grad()
-def _fit_normaliser(autoencoder: Autoencoder, config: Config) -> None:
-    """Replace running statistics by those of the finished encoder, over the first windows of all lanes."""
-    windows = _windows(config, shuffle=False)
-    device = next(autoencoder.parameters()).device
-    state = autoencoder.encoder_state(windows.lanes, device)
-    normaliser = autoencoder.normaliser
-    for index in range(min(FIT_WINDOWS, windows.windows_per_epoch)):
-        encoding, state = read_latents(autoencoder, windows.batch(index).to(device), state)
-        raw = encoding.latents[encoding.mask] * normaliser.deviation + normaliser.mean
-        normaliser.observe(raw)
-    normaliser.update(momentum=0)
-
-
 def _cached_latents(
-    folder: Path, config: Config, autoencoder: Autoencoder, binding: str, stage: Stage
-) -> Tensor:
+    folder: Path, corpus: Corpus, autoencoder: Autoencoder, binding: str, stage: Stage
+) -> CachedLatents:
     """mu of every chunk of the training text, from runs/<name>/latents.safetensors, made when missing."""
     path = folder / "latents.safetensors"
-    windows = _windows(config, shuffle=False)
+    windows = _windows(stage.config, corpus, shuffle=False)
     bound: dict[str, object] = {
         "autoencoder": binding,
-        "corpus": windows.corpus.fingerprint,
-        "chunking": to_dict(config)["chunking"],
+        "corpus": corpus.fingerprint,
+        "chunking": to_dict(stage.config)["chunking"],
     }
     if not path.exists() and stage.accelerator.is_main_process:
         stage.say(f"caching latents in {path}")
-        state = autoencoder.encoder_state(windows.lanes)
+        device = stage.accelerator.device
+        autoencoder.to(device)
+        state = autoencoder.encoder_state(windows.lanes, device)
 
         @torch.no_grad()
         def encode(batch: Batch) -> Tensor:
             nonlocal state
-            encoding, state = read_latents(autoencoder, batch, state)
-            return encoding.latents
+            encoding, state = read_latents(autoencoder, batch.to(device), state)
+            return encoding.latents.cpu()
 
         cache_latents(encode, windows, path, bound)
     stage.accelerator.wait_for_everyone()
-    return torch.from_numpy(load_latents(path, bound))
+    return CachedLatents(load_latents(path, bound))
 
 
 def _export(model: Any, path: Path) -> None:

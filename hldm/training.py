@@ -84,7 +84,7 @@ def make_accelerator(config: TrainingConfig, logging: LoggingConfig, folder: str
             "use `accelerate launch --multi_gpu --num_processes N` (it works on CPU, too)"
         )
     return Accelerator(
-        cpu=not torch.accelerator.is_available(),
+        cpu=not torch.cuda.is_available(),  # other accelerators lack float64 or operators used here
         mixed_precision=config.mixed_precision,
         log_with=list(logging.trackers) or None,
         project_dir=folder,
@@ -169,8 +169,9 @@ class Trainer:
         logging: LoggingConfig,
         accelerator: Accelerator,
         extras: dict[str, Any] | None = None,
+        spent: float = 0.0,
     ):
-        """extras: JSON that every checkpoint carries, e.g. what the stage is bound to."""
+        """extras: JSON that every checkpoint carries, e.g. what the stage is bound to; spent: seconds before."""
         self.config, self.checkpoint, self.logging = config, checkpoint, logging
         self.run, self.seed, self.windows, self.accelerator = run, seed, windows, accelerator
         self.extras = extras or {}
@@ -187,7 +188,7 @@ class Trainer:
         self.optimizers = make_optimizers(objective, config)
         self.model = accelerator.prepare(objective)
         self.carries = [objective.initial_carry(self.rows, accelerator.device) for _ in range(parts)]
-        self.totals = Totals()
+        self.totals = Totals(seconds=spent)
         self.recent = Recent()
         self.skipped = 0
 
@@ -229,11 +230,14 @@ class Trainer:
         saved = newest_checkpoint(self.run.folder, say=say)
         if saved is None:
             return False
-        self._check(saved, say)
+        states = [
+            unflatten_optimizer(saved.tensors.get(f"optimizer-{index}", {}), layout)
+            for index, layout in enumerate(saved.state["optimizers"])
+        ]
+        self._check(saved, states, say)
         self.objective.load_state_dict(saved.tensors["model"])
-        for index, optimizer in enumerate(self.optimizers):
-            flat = saved.tensors[f"optimizer-{index}"]
-            optimizer.load_state_dict(unflatten_optimizer(flat, saved.state["optimizers"][index]))
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
         if self.average is not None:
             self.average.load_state_dict(saved.tensors["average"])
         rank, parts = self.accelerator.process_index, self.config.accumulation
@@ -250,7 +254,7 @@ class Trainer:
         self.totals = Totals(saved.step, saved.state["seconds"], saved.state["characters"])
         return True
 
-    def _check(self, saved: Checkpoint, say: Callable[[str], None]) -> None:
+    def _check(self, saved: Checkpoint, states: list[dict[str, Any]], say: Callable[[str], None]) -> None:
         """Refuse what cannot be continued before anything is changed; mention what may differ."""
         for key, value in self.extras.items():
             if saved.state.get(key) != value:
@@ -260,6 +264,15 @@ class Trainer:
                 )
         if saved.state["seed"] != self.seed:
             raise ConfigError(f"{saved.path} was trained with seed {saved.state['seed']}, got {self.seed}")
+        groups = [
+            [[len(group["params"]) for group in state["param_groups"]] for state in some]
+            for some in (states, [optimizer.state_dict() for optimizer in self.optimizers])
+        ]
+        if groups[0] != groups[1] or ("average" in saved.tensors) != (self.average is not None):
+            raise ConfigError(
+                f"{saved.path} was trained with another optimizer, ema_decay (0 or not) or joint phase: "
+                "resume with what it was trained with, or choose another --name"
+            )
         expected, found = self.objective.state_dict(), saved.tensors["model"]
         for name in expected.keys() | found.keys():
             shapes = [tuple(d[name].shape) if name in d else None for d in (expected, found)]
@@ -296,17 +309,17 @@ class Trainer:
                 accelerator.backward(out.loss * accelerator.num_processes)
             self.carries[part] = out.carry
             for name, value in {**out.nats, "characters": out.characters}.items():
-                sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + value.double().cpu()
+                sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + value.cpu().double()
         names = list(sums)
         total = accelerator.reduce(torch.stack([sums[name] for name in names]).to(accelerator.device))
         norm = accelerator.clip_grad_norm_(self.objective.parameters(), self.config.clip_norm)
         values = dict(zip(names, total.tolist(), strict=True))
         characters = values.pop("characters")
         finite = math.isfinite(sum(values.values())) and math.isfinite(float(norm))
+        self.objective.end_step(skipped=not finite)
         if finite:
             for optimizer in self.optimizers:
                 optimizer.step()
-            self.objective.end_step()
             if self.average is not None:
                 self.average.update_parameters(self.objective)
             self.skipped = 0

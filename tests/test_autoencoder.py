@@ -57,7 +57,7 @@ def logits_of(model: Autoencoder, w: dict[str, torch.Tensor], latent, state=None
         latent,
         events.chunk,
         events.doc_start,
-        events.chunk_start,
+        events.unit_start,
         state.griffin,
         events.length,
     )
@@ -73,7 +73,7 @@ def test_events_spell_the_chunks_each_with_its_end():
     assert targets[-1] == END_OF_DOCUMENT and targets.count(END_OF_CHUNK) == int(w["chunk_start"].sum()) - 1
     # each chunk opens with START and goes on with the byte just written
     for symbol, before, opens in zip(
-        events.symbol[0].tolist(), [None, *targets[:-1]], events.chunk_start[0].tolist(), strict=True
+        events.symbol[0].tolist(), [None, *targets[:-1]], events.unit_start[0].tolist(), strict=True
     ):
         assert symbol == (START if opens else before)
 
@@ -174,7 +174,7 @@ def test_the_normaliser_measures_what_it_saw_however_it_was_split():
     for part in raw.split(300):
         two.observe(part)
     for normaliser in (one, two):
-        normaliser.update(momentum=0)
+        normaliser.update()
         standardised = normaliser(raw)
         torch.testing.assert_close(standardised.mean(0), torch.zeros(5), atol=1e-5, rtol=0)
         torch.testing.assert_close(standardised.std(0, correction=0), torch.ones(5), atol=1e-5, rtol=0)

@@ -127,7 +127,7 @@ def test_the_twin_writes_what_it_scores():
     events = autoencoder.events(symbols, torch.tensor([len(full)]), doc_start, never, start, state)
     with torch.no_grad():
         logits, _ = autoencoder.decode(
-            events.symbol, None, events.chunk, events.doc_start, events.chunk_start, state.griffin
+            events.symbol, None, events.chunk, events.doc_start, events.unit_start, state.griffin
         )
     assert bytes(logits[0, len(prompt) :, :256].argmax(-1).tolist()) == text
 

@@ -113,8 +113,8 @@ def test_an_untrained_prior_of_zero_latents_pays_what_the_formula_says():
     context, _ = prior.contextualiser(latents, mask, mask & False, double_state(prior, 1))
     u = (torch.arange(draws, dtype=torch.float64) + 0.5).expand(1, chunks, draws) / draws
     noise = torch.randn(1, chunks, draws, 3, dtype=torch.float64)
-    terms = prior.latent_terms(latents, mask, context.first(chunks), u, noise)
+    latent = prior.latent_term(latents, mask, context.first(chunks), u, noise)
     # 1/2 integral of e^-gamma alpha^2 sigma^2 = 1/2 integral of sigmoid(-gamma)^2, over 3 dimensions
     gamma = torch.linspace(-2, 5, 10_001, dtype=torch.float64)
     expected = 1.5 * torch.trapezoid(torch.sigmoid(-gamma) ** 2, gamma)
-    torch.testing.assert_close(terms.latent, expected.expand(1, chunks), rtol=0.1, atol=0)
+    torch.testing.assert_close(latent, expected.expand(1, chunks), rtol=0.1, atol=0)
