@@ -163,15 +163,16 @@ def _stage_one(config: Config) -> AutoencoderObjective:
 
 
 def _stage_two(config: Config, windows: Windows) -> PriorObjective:
-    import torch
+    import numpy as np
 
     from hldm.autoencoder import Autoencoder
-    from hldm.objectives import PriorObjective
+    from hldm.objectives import CachedLatents, PriorObjective
 
     autoencoder = Autoencoder.from_settings(config.autoencoder, config.chunking)
     latents = None
     if config.data.cache_latents:
-        latents = torch.randn(windows.chunks, config.autoencoder.latent_dim)
+        shape = (windows.chunks, config.autoencoder.latent_dim)
+        latents = CachedLatents(np.random.default_rng(config.seed).standard_normal(shape, np.float32))
     return PriorObjective(_prior(config), autoencoder, config.training.prior.joint, latents)
 
 

@@ -126,6 +126,7 @@ class AutoencoderConfig:
     carry_state: bool = False  # decoder: keep the recurrent state from chunk to chunk, or start fresh
     byte_dropout: float = 0.0  # share of the decoder's input bytes hidden in training
     latent_dropout: float = 0.0  # share of latents zeroed before the decoder in training
+    clean_latents: float = 0.0  # share of latents the decoder reads without noise in training
     rate: Literal["none", "gaussian", "diffusion"] = "diffusion"  # what the latents pay in stage one
     rate_weight: float = 0.3  # weight of that payment against reconstruction
 
@@ -134,7 +135,7 @@ class AutoencoderConfig:
             0 <= self.latent_dim <= 4096,
             f"autoencoder.latent_dim must lie in 0..4096, got {self.latent_dim}",
         )
-        _require_share("autoencoder", self, "byte_dropout", "latent_dropout")
+        _require_share("autoencoder", self, "byte_dropout", "latent_dropout", "clean_latents")
         _require(
             self.rate_weight >= 0, f"autoencoder.rate_weight must not be negative, got {self.rate_weight}"
         )

@@ -222,6 +222,11 @@ class AutoencoderObjective(nn.Module):
         if encoder is not None:
             encoding, encoder = read_latents(autoencoder, batch, encoder)
             z_0 = noisy_latents(autoencoder, encoding, self.gamma_0, batch, generator)
+            if settings.clean_latents:
+                # Rare words drown in noise; without it encoder and decoder learn to tell them apart, too.
+                clean = draw_uniform(batch, (z_0.shape[1],), generator) < settings.clean_latents
+                alpha, _ = alpha_sigma(torch.as_tensor(self.gamma_0, device=z_0.device))
+                z_0 = torch.where(clean[..., None], alpha * encoding.latents, z_0)
             if settings.latent_dropout:
                 kept = draw_uniform(batch, (z_0.shape[1],), generator) >= settings.latent_dropout
                 z_0 = z_0 * kept[..., None]

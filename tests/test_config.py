@@ -68,11 +68,11 @@ def test_a_base_that_inherits_from_itself_is_refused(tmp_path):
 
 
 def test_a_field_decides_the_type_of_its_text(tmp_path):
-    text = "training:\n  prior: {learning_rate: 1e-3, mixed_precision: no, gradient_checkpointing: true}\ndata:\n"
+    text = "training:\n  autoencoder: {learning_rate: 1e-3, mixed_precision: no, gradient_checkpointing: true}\ndata:\n"
     config = loaded(
         tmp_path, text, "data.path=*.txt", 'data.separator="\\n\\n"', "logging.trackers=[tensorboard]"
     )
-    training = config.training.prior
+    training = config.training.autoencoder
     assert (training.learning_rate, training.mixed_precision, training.gradient_checkpointing) == (
         1e-3,
         "no",

@@ -60,7 +60,7 @@ CHOICES = [
     [],
     ["autoencoder.rate=none"],
     ["autoencoder.rate=gaussian", "autoencoder.carry_state=true"],
-    ["autoencoder.byte_dropout=0.2", "autoencoder.latent_dropout=0.2"],
+    ["autoencoder.byte_dropout=0.2", "autoencoder.latent_dropout=0.2", "autoencoder.clean_latents=0.3"],
     ["prior.contextualiser=griffin"],
     ["prior.self_conditioning=0.99", "prior.context_dropout=0.0"],
     ["diffusion.target=x0", "diffusion.schedule=linear"],
