@@ -242,7 +242,9 @@ class StagesConfig:
     prior: TrainingConfig = field(default_factory=TrainingConfig)
 
     def __post_init__(self) -> None:
-        _require(self.autoencoder.joint == 0, "training.autoencoder.joint must be 0: stage two has a joint phase")
+        _require(
+            self.autoencoder.joint == 0, "training.autoencoder.joint must be 0: stage two has a joint phase"
+        )
         _require(
             not self.prior.gradient_checkpointing,
             "training.prior.gradient_checkpointing must be false: only stage one recomputes activations",

@@ -24,36 +24,43 @@ def reconstruct(
 ) -> dict[str, Any]:
     """Accuracy from latents as the decoder gets them (`noisy`, at gamma_0) and without noise (`clean`).
 
-    Byte accuracy: the decoder writes each chunk freely and greedily, byte k of it is compared with byte k
-    of the true one, and every byte too few or too many is wrong. Chunk accuracy: the share written without
-    a fault. A decoder that carries its state is lost without the text before: it reads the true bytes
-    (teacher forcing), and the symbols counted are bytes and ends; its chunk accuracy means the same, its
-    byte accuracy is higher, as one fault does not lead to the next.
-    Measured on the first windows of all lanes that hold ENOUGH_CHUNKS. The two accuracies beside `noisy` and
+    byte_accuracy:    share of symbols (bytes and ends) that the decoder finds likeliest, given its latent and
+                      the true bytes before in the chunk (and, with a carried state, in the document)
+    chunk_accuracy:   share of chunks written without a fault
+    written_accuracy: the decoder writes each chunk freely and greedily, byte k of it is compared with byte k
+                      of the true one, and every byte too few or too many is wrong: one slip costs the rest.
+                      None for a decoder that carries its state, which is lost without the text before; its
+                      chunk_accuracy is of chunks whose every symbol is likeliest
+    Measured on the first windows of all lanes that hold ENOUGH_CHUNKS. The accuracies beside `noisy` and
     `clean` are the noisy ones.
     """
     device = next(autoencoder.parameters()).device
     alpha_0, _ = alpha_sigma(torch.tensor(gamma_0, device=device))
-    counts = {"noisy": np.zeros(4), "clean": np.zeros(4)}  # symbols right, symbols, chunks right, chunks
-    decoders = {name: autoencoder.decoder_state(windows.lanes, device) for name in counts}
+    read = {"noisy": np.zeros(4), "clean": np.zeros(4)}  # symbols right, symbols, chunks right, chunks
+    written = {"noisy": np.zeros(4), "clean": np.zeros(4)}  # bytes right, bytes, chunks right, chunks
+    decoders = {name: autoencoder.decoder_state(windows.lanes, device) for name in read}
     encoder = autoencoder.encoder_state(windows.lanes, device)
     for step in range(windows.windows_per_epoch):
         batch = windows.batch(step).to(device)
         encoding, encoder = read_latents(autoencoder, batch, encoder)
         noisy = noisy_latents(autoencoder, encoding, gamma_0, batch, generator)
         for name, latent in (("noisy", noisy), ("clean", alpha_0 * encoding.latents)):
-            if autoencoder.settings.carry_state:
-                found, decoders[name] = _read_along(autoencoder, batch, latent, decoders[name])
-            else:
-                found = _write_freely(autoencoder, windows, batch, latent)
-            counts[name] += found
-        if counts["clean"][3] >= ENOUGH_CHUNKS:
+            found, decoders[name] = _read_along(autoencoder, batch, latent, decoders[name])
+            read[name] += found
+            if not autoencoder.settings.carry_state:
+                written[name] += _write_freely(autoencoder, windows, batch, latent)
+        if read["clean"][3] >= ENOUGH_CHUNKS:
             break
-    accuracies = {
-        name: {"byte_accuracy": float(count[0] / count[1]), "chunk_accuracy": float(count[2] / count[3])}
-        for name, count in counts.items()
-    }
-    return {**accuracies["noisy"], **accuracies, "chunks": int(counts["clean"][3])}
+    accuracies = {}
+    for name, (right, symbols, chunks_right, chunks) in read.items():
+        bytes_right, bytes_in_all, whole, _ = written[name]
+        fresh = bytes_in_all > 0
+        accuracies[name] = {
+            "byte_accuracy": float(right / symbols),
+            "chunk_accuracy": float((whole if fresh else chunks_right) / chunks),
+            "written_accuracy": float(bytes_right / bytes_in_all) if fresh else None,
+        }
+    return {**accuracies["noisy"], **accuracies, "chunks": int(read["clean"][3])}
 
 
 def _write_freely(autoencoder: Autoencoder, windows: Windows, batch: Batch, latent: Tensor) -> np.ndarray:

@@ -134,9 +134,7 @@ def train_autoencoder(config: Config, *, resume: bool = False, root: Path = Path
     windows = _windows(config, corpora["train"])
     sample_text = opening(config, corpora["validation"])
     with open_stage(config, "autoencoder", resume, root) as stage:
-        autoencoder = Autoencoder.from_settings(
-            config.autoencoder, config.chunking, config.diffusion.gamma_0
-        )
+        autoencoder = Autoencoder.from_settings(config.autoencoder, config.chunking, config.diffusion.gamma_0)
         if stage.training.gradient_checkpointing:
             autoencoder.enable_gradient_checkpointing()
         parts: dict[str, nn.Module] = {"autoencoder": autoencoder}

@@ -37,8 +37,8 @@ KEYS = {  # of every evaluation: the latent model's and the twin's
     "cost": "parameters train_seconds train_characters",
 }
 RECONSTRUCTION_KEYS = {
-    "reconstruction": "byte_accuracy chunk_accuracy noisy clean chunks",
-    "reconstruction.clean": "byte_accuracy chunk_accuracy",
+    "reconstruction": "byte_accuracy chunk_accuracy written_accuracy noisy clean chunks",
+    "reconstruction.clean": "byte_accuracy chunk_accuracy written_accuracy",
 }
 
 
