@@ -140,16 +140,13 @@ def open_run(
     except OSError as error:
         raise ValueError(f"{folder} cannot be used: {error.strerror}; choose another --name") from error
     try:
-        # a start that was refused before its first step leaves no more than these
-        is_empty = {entry.name for entry in folder.iterdir()} <= {".lock", "config.yaml", "environment.json"}
+        is_empty = all(entry.name == ".lock" for entry in folder.iterdir())
         if not is_empty and not resume:
             saved = checkpoints_in(folder)
             found = f"has a checkpoint at step {max(saved)}" if saved else "is not empty"
             raise ValueError(f"{folder} {found}; pass --resume or choose another --name")
         if is_empty and resume:
             say(f"{folder} has nothing to resume; starting from the beginning")
-        if is_empty:
-            (folder / "config.yaml").unlink(missing_ok=True)
         _write_config(folder, config, may_change)
         _write_environment(folder, say)
     except BaseException:

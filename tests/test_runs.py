@@ -299,9 +299,3 @@ def test_outside_the_main_thread_signals_are_left_alone() -> None:
     thread.start()
     thread.join()
     assert seen == [(before, None)] and signal.getsignal(signal.SIGTERM) is before
-
-
-def test_a_start_that_was_refused_before_its_first_step_does_not_take_the_name(tmp_path: Path) -> None:
-    open_run(tmp_path / "demo" / "prior", config={"lanes": 3}, resume=False).close()
-    open_run(tmp_path / "demo" / "prior", config={"lanes": 4}, resume=False).close()
-    assert "lanes: 4" in (tmp_path / "demo" / "prior" / "config.yaml").read_text()
