@@ -18,6 +18,7 @@ setup: .venv/installed-dev
 	@echo "hldm is ready in .venv ($$($(BIN)/python -V), torch $$($(TORCH_VERSION)))"
 
 demo: .venv/installed
+	@echo "using .venv ($$($(BIN)/python -V), torch $$($(TORCH_VERSION)))"
 	$(BIN)/hldm demo --config $(CONFIG)
 
 test: lint

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from diffusers.utils.logging import disable_progress_bar
@@ -129,13 +130,15 @@ class HLDMPipeline(DiffusionPipeline):
         top_p: float | None = None,
         num_return_sequences: int = 1,
         seed: int = 0,
+        generator: torch.Generator | None = None,
         streamer: Callable[[int, str], None] | None = None,
         return_dict: bool = True,
     ) -> HLDMPipelineOutput | tuple[list[str]]:
         """Continue each prompt.
 
         streamer: called with (row, text) as text is made; only whole UTF-8 characters are passed on.
-        Row i draws from seed + i, so a batch writes what its prompts write one by one.
+        Row i draws from seed + i, so a batch writes what its prompts write one by one; generator: draws
+        the seed instead, as diffusers' users expect.
         """
         prompts = [prompt] if isinstance(prompt, str | bytes) else list(prompt)
         rows = [
@@ -148,6 +151,8 @@ class HLDMPipeline(DiffusionPipeline):
             "decoder_temperature": decoder_temperature,
             "top_p": top_p,
         }
+        if generator is not None:
+            seed = int(torch.randint(2**31, (), generator=generator))
         settings = replace(self.settings, **{k: v for k, v in given.items() if v is not None})
         decoders = [StreamDecoder() for _ in rows]
         written: list[Continuation] = []

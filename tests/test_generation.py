@@ -164,6 +164,11 @@ def test_a_pipeline_saved_and_loaded_writes_the_same_text(tmp_path, latent_dim):
     again = read_pipeline(tmp_path / "pipeline")(["And", "Then"], max_characters=20, num_return_sequences=2)
     assert again.texts == output.texts and len(output.texts) == 4
     assert [streamed[row] for row in range(4)] == output.texts
+    drawn = [
+        pipeline("And", max_characters=9, generator=torch.Generator().manual_seed(seed)).texts
+        for seed in (1, 1, 2)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
     assert output.chunk_spans[0][-1][1] == len(output.sequences[0])
 
 

@@ -73,11 +73,11 @@ def run_killed(folder: Path, config: Config, script: str, *overrides: str) -> No
 def test_an_autoencoder_killed_and_resumed_is_bit_equal_to_an_uninterrupted_one(
     tmp_path, small_config, optimizer
 ):
-    config = stage_training(small_config, "autoencoder", optimizer=optimizer)
+    # 40 steps are two epochs of this corpus, and dropout is on
+    config = stage_training(small_config, "autoencoder", optimizer=optimizer, steps=40)
     straight = train_autoencoder(config, root=tmp_path / "straight")
-    run_killed(
-        tmp_path / "killed", config, "train_autoencoder.py", f"training.autoencoder.optimizer={optimizer}"
-    )
+    overrides = [f"training.autoencoder.optimizer={optimizer}", "training.autoencoder.steps=40"]
+    run_killed(tmp_path / "killed", config, "train_autoencoder.py", *overrides)
     resumed = train_autoencoder(config, resume=True, root=tmp_path / "killed" / "runs")
     assert_same(weights(straight / "autoencoder"), weights(resumed / "autoencoder"))
     names = ("decoder", "latent", "end")
@@ -86,11 +86,14 @@ def test_an_autoencoder_killed_and_resumed_is_bit_equal_to_an_uninterrupted_one(
 
 def test_a_prior_killed_and_resumed_is_bit_equal_to_an_uninterrupted_one(tmp_path, small_config):
     config = replace(small_config, prior=replace(small_config.prior, self_conditioning=0.5))
+    config = stage_training(config, "prior", steps=40)
     runs = tmp_path / "runs"
     train_autoencoder(config, root=runs)
     straight = weights(train_diffusion(config, root=runs) / "prior")
     (runs / config.name / "prior").rename(runs / config.name / "straight")
-    run_killed(tmp_path, config, "train_diffusion.py", "prior.self_conditioning=0.5")
+    run_killed(
+        tmp_path, config, "train_diffusion.py", "prior.self_conditioning=0.5", "training.prior.steps=40"
+    )
     assert_same(straight, weights(train_diffusion(config, resume=True, root=runs) / "prior"))
 
 
