@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from hldm.config import Config, ConfigError, load_config, to_yaml
+from hldm.config import Config, ConfigError, load_config, stage_training, to_yaml
 
 STAGES = {
     "autoencoder": "Stage one: train the autoencoder, or a twin, from a config.",
@@ -110,20 +110,14 @@ def resolve_config(arguments: argparse.Namespace, stage: str) -> Config:
     config = load_config(arguments.config, arguments.overrides)
     changes: dict[str, float] = {}
     if arguments.steps is not None:
-        changes["steps"] = arguments.steps
+        # the one that is given alone lifts the config's other limit
+        changes |= {"steps": arguments.steps, "minutes": 0.0}
     if arguments.minutes is not None:
         if not 0 < arguments.minutes < math.inf:
             raise ConfigError(f"--minutes must be positive and finite, got {arguments.minutes:g}")
-        # with --minutes alone the clock decides
         changes |= {"minutes": arguments.minutes, "steps": changes.get("steps", 10**9)}
-    training = getattr(config.training, stage)
-    if changes:
-        training = replace(training, **changes)
-    return replace(
-        config,
-        name=arguments.name or config.name or Path(arguments.config[-1]).stem,
-        training=replace(config.training, **{stage: training}),
-    )
+    name = arguments.name or config.name or Path(arguments.config[-1]).stem
+    return stage_training(replace(config, name=name), stage, **changes)
 
 
 def _train(stage: str, argv: Sequence[str] | None) -> int:

@@ -330,6 +330,13 @@ class Config:
         return self.autoencoder.latent_dim == 0
 
 
+def stage_training(config: Config, stage: str, **changes: Any) -> Config:
+    """The config with some fields of one stage's training replaced, e.g. by --steps and --minutes."""
+    current: TrainingConfig = getattr(config.training, stage)
+    training = replace(config.training, **{stage: replace(current, **changes)})
+    return replace(config, training=training)
+
+
 def load_config(paths: Sequence[str | Path] | str | Path, overrides: Sequence[str] = ()) -> Config:
     """Defaults, then the YAML files in order, then the command line's `a.b=c`; later wins.
 

@@ -24,7 +24,7 @@ from hldm.config import GenerationConfig
 from hldm.diffusion import sample
 from hldm.griffin import GriffinState
 from hldm.prior import Context, ContextState, Prior
-from hldm.text import END_OF_CHUNK, END_OF_DOCUMENT, START, count_characters, split_incomplete
+from hldm.text import END_OF_CHUNK, END_OF_DOCUMENT, START, count_characters, split_incomplete, to_ids
 
 PROMPT_WINDOW = 4096  # bytes of a prompt read at once: bounds memory whatever its length
 
@@ -95,7 +95,7 @@ def _window(
     chunk_start = np.zeros(text.shape, dtype=bool)
     doc_start = np.zeros(text.shape, dtype=bool)
     for row, (piece, start, opening) in enumerate(zip(pieces, starts, opens, strict=True)):
-        text[row, : len(piece)] = np.frombuffer(piece, dtype=np.uint8)
+        text[row, : len(piece)] = to_ids(piece)
         chunk_start[row, : len(piece)] = start
         if opening and piece:
             doc_start[row, 0] = True

@@ -31,6 +31,7 @@ from hldm.objectives import AutoencoderObjective, CachedLatents, PriorObjective,
 from hldm.pipeline import HLDMPipeline
 from hldm.prior import Prior
 from hldm.runs import Run, check_run_name, open_run
+from hldm.text import to_ids
 from hldm.training import Totals, Trainer, make_accelerator
 
 MAY_CHANGE = ("name", "training.", "checkpoint.", "logging.", "generation.")  # on resume
@@ -325,7 +326,7 @@ def _reconstruct(autoencoder: Autoencoder, text: bytes, config: Config) -> str:
     """A sample of stage one: validation text, read into latents and written back from them."""
     device = next(autoencoder.parameters()).device
     start = torch.from_numpy(make_chunker(config.chunking).chunk_start(text))[None].to(device)
-    symbols = torch.tensor(list(text), device=device)[None]
+    symbols = torch.from_numpy(to_ids(text))[None].to(device)
     doc_start = torch.zeros_like(start)
     doc_start[:, 0] = True
     length = torch.tensor([len(text)], device=device)
@@ -343,10 +344,3 @@ def _reconstruct(autoencoder: Autoencoder, text: bytes, config: Config) -> str:
     )
     written = b"".join(piece.text for piece in pieces)
     return f"{text.decode(errors='replace')}\n{written.decode(errors='replace')}"
-
-
-def stage_training(config: Config, stage: str, **changes: Any) -> Config:
-    """The config with some fields of one stage's training replaced, e.g. by --steps and --minutes."""
-    current: TrainingConfig = getattr(config.training, stage)
-    training = replace(config.training, **{stage: replace(current, **changes)})
-    return replace(config, training=training)

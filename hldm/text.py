@@ -38,14 +38,6 @@ def to_ids(text: bytes) -> np.ndarray:
     return np.frombuffer(text, np.uint8).astype(np.int64)
 
 
-def from_ids(ids: np.ndarray) -> bytes:
-    """The byte string of ids (t,). Raises ValueError for a symbol that is no byte."""
-    ids = np.asarray(ids)
-    if ids.size and (ids.min() < 0 or ids.max() > 255):
-        raise ValueError(f"ids of bytes lie in 0..255, got {ids.min()}..{ids.max()}: remove the symbols")
-    return ids.astype(np.uint8).tobytes()
-
-
 def count_characters(text: bytes) -> int:
     """UTF-8 characters in text, the denominator of bits per character; an invalid byte counts as one."""
     return len(text.decode("utf-8", "surrogateescape"))

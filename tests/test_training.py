@@ -16,8 +16,8 @@ import torch
 from conftest import ROOT, SMALL
 
 from hldm.checkpoints import newest_checkpoint
-from hldm.config import Config, ConfigError, TrainingConfig
-from hldm.stages import stage_training, train_autoencoder, train_diffusion
+from hldm.config import Config, ConfigError, TrainingConfig, stage_training
+from hldm.stages import train_autoencoder, train_diffusion
 from hldm.training import Interrupted, Trainer, learning_rate, step_seed
 
 
