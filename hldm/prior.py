@@ -262,7 +262,7 @@ class DenoiserBlock(nn.Module):
         self.bias = RelativeBias(config.heads, hierarchy)
         self.mlp = nn.Sequential(nn.Linear(d, 3 * d), nn.GELU(), nn.Linear(3 * d, d))
         # Shift and scale of both halves, and their gates. What depends on the context alone is shared by the
-        # draws; gates do not need gamma, which would cost as much again as the MLP (measured, tiny.yaml).
+        # draws; gates depend on it alone, which keeps the part that runs once a draw small.
         self.from_context = nn.Linear(config.width, 6 * d)
         self.from_gamma = nn.Linear(time_width, 4 * d, bias=False)
         self.dropout = nn.Dropout(config.dropout)

@@ -94,7 +94,7 @@ def make_accelerator(config: TrainingConfig, logging: LoggingConfig, folder: str
 
 
 def make_optimizers(model: nn.Module, config: TrainingConfig) -> list[torch.optim.Optimizer]:
-    """AdamW; or Muon (Jordan et al. 2024) for the matrices inside the stacks and AdamW for the rest."""
+    """AdamW; or Muon (Jordan et al. 2024) for 2-D weights but embeddings, 32 wide or more, AdamW for the rest."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     matrices: list[nn.Parameter] = []
@@ -109,7 +109,7 @@ def make_optimizers(model: nn.Module, config: TrainingConfig) -> list[torch.opti
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": kept, "weight_decay": 0.0},
     ]
-    # beta_2 of 0.95 to 0.98 is what short runs with few tokens want; measured in docs/journal.md
+    # beta_2 below torch's 0.999: a run of some hundred steps would hardly warm that average up. Not swept.
     adamw = torch.optim.AdamW(
         [g for g in groups if g["params"]], lr=config.learning_rate, betas=(0.9, 0.97), foreach=True
     )
