@@ -42,12 +42,13 @@ class DecoderState(NamedTuple):
 
 
 class Encoding(NamedTuple):
-    """One latent a chunk, and the features the context of each chunk is known by."""
+    """One latent a chunk, and what the encoder knows of the text before and after each."""
 
     latents: Tensor  # (b n z) mu, normalised
     mask: Tensor  # (b n) bool, real chunks
     doc_start: Tensor  # (b n) bool, first chunk of a document
-    before: Tensor | None  # (b n d) encoder feature at the byte before the chunk; 0 at a document start
+    after: Tensor  # (b n d) encoder feature at the chunk's last byte
+    before: Tensor  # (b n d) at the byte before the chunk; 0 at a document start
 
 
 class Events(NamedTuple):
@@ -93,6 +94,17 @@ def place_in_chunk(chunk_start: Tensor) -> Tensor:
     """How many positions after its chunk's start each one is. (b t) bool -> (b t)."""
     index = torch.arange(chunk_start.shape[1], device=chunk_start.device).expand_as(chunk_start)
     return index - torch.where(chunk_start, index, 0).cummax(dim=1).values
+
+
+def ends_of(chunk_start: Tensor, length: Tensor) -> Tensor:
+    """Last bytes of chunks: where the next one starts, or the window, which holds whole chunks, ends. (b t)."""
+    ends = torch.cat([chunk_start[:, 1:], chunk_start.new_zeros(chunk_start.shape[0], 1)], dim=1)
+    return ends | (torch.arange(ends.shape[1], device=ends.device) == length[:, None] - 1)
+
+
+def positions(flags: Tensor, count: int) -> Tensor:
+    """Where the first `count` flags of each row are set; anywhere beyond them. (b t) bool -> (b count)."""
+    return (~flags).to(torch.int8).argsort(dim=1, stable=True)[:, :count]
 
 
 class LatentNormaliser(nn.Module):
@@ -218,7 +230,8 @@ class Autoencoder(ModelMixin, ConfigMixin):
             self.encoder = Griffin(encoder, window=self.chunking.max_bytes)
             self.to_latent = PlacedReadout(encoder.width, z, self.chunking.max_bytes)
             self.normaliser = LatentNormaliser(z)
-            self.from_latent = PlacedReadout(z, decoder.width, self.chunking.max_bytes + 1)
+            told = z + (encoder.width if self.settings.reads_text else 0)
+            self.from_latent = PlacedReadout(told, decoder.width, self.chunking.max_bytes + 1)
         self.write = nn.Embedding(VOCABULARY, decoder.width)
         # One position more than a chunk's bytes: the event that ends it.
         self.decoder = Griffin(decoder, window=self.chunking.max_bytes + 1)
@@ -279,18 +292,15 @@ class Autoencoder(ModelMixin, ConfigMixin):
         mask = torch.arange(n, device=text.device) < where.count[:, None]
         if self.training:
             self.normaliser.observe(raw[mask])
-        # The byte before chunk c: shift by one, then pick the positions where chunks start.
-        shifted = torch.cat([state.feature[:, None], y[:, :-1]], dim=1) * ~doc_start[..., None]
-        order = (~chunk_start).to(torch.int8).argsort(dim=1, stable=True)[:, :n]
-        before = shifted.gather(1, order[..., None].expand(-1, -1, y.shape[2]))
-        last = y.gather(1, (length - 1).clamp(min=0)[:, None, None].expand(-1, -1, y.shape[2]))[:, 0]
-        feature = torch.where((length > 0)[:, None], last, state.feature)
-        encoding = Encoding(
-            latents=self.normaliser(raw) * mask[..., None],
-            mask=mask,
-            doc_start=doc_start.gather(1, order) & mask,
-            before=before * mask[..., None],
-        )
+        opens = doc_start.gather(1, positions(chunk_start, n)) & mask
+        last = positions(ends_of(chunk_start, length), n)
+        after = y.gather(1, last[..., None].expand(-1, -1, y.shape[2])) * mask[..., None]
+        known = torch.cat(
+            [state.feature[:, None], after], dim=1
+        )  # before chunk 0, 1, ..., and after the last
+        before = known[:, :n] * (mask & ~opens)[..., None]
+        feature = known.gather(1, where.count[:, None, None].expand(-1, 1, y.shape[2]))[:, 0]
+        encoding = Encoding(self.normaliser(raw) * mask[..., None], mask, opens, after, before)
         return encoding, EncoderState(griffin, feature)
 
     def events(
@@ -307,10 +317,7 @@ class Autoencoder(ModelMixin, ConfigMixin):
         The twin's unit is the document, so that its attention is a sliding window, as in Griffin.
         """
         if self.latent_dim:
-            # A chunk ends where the next one starts, and the window holds whole chunks.
-            ends = torch.cat([chunk_start[:, 1:], chunk_start.new_zeros(text.shape[0], 1)], dim=1)
-            ends |= torch.arange(text.shape[1], device=text.device) == length[:, None] - 1
-            unit_start, unit_end = chunk_start, ends
+            unit_start, unit_end = chunk_start, ends_of(chunk_start, length)
         else:
             unit_start, unit_end = doc_start, doc_end
         return decoder_events(
@@ -327,15 +334,21 @@ class Autoencoder(ModelMixin, ConfigMixin):
         griffin: GriffinState,
         length: Tensor | None = None,
         place: Tensor | None = None,
+        before: Tensor | None = None,
     ) -> tuple[Tensor, GriffinState]:
         """Logits of the next symbol at every event, a page or a single one.
 
         symbol, chunk, doc_start, unit_start: (b t'); latent: (b n z) z_0 of each chunk;
+        before: (b n d) encoder feature of the text before each chunk; unused unless the decoder reads text;
         place: (b t') events since the unit's start, worked out from unit_start when None.
         Returns (b t' 258).
         """
         x = self.write(symbol)
         if latent is not None:
+            if self.settings.reads_text:
+                if before is None:
+                    raise ValueError("this decoder reads text: pass the encoder's features before the chunks")
+                latent = torch.cat([latent, before], dim=-1)
             told = self.from_latent.inner(latent)  # (b n 2d)
             told = told.gather(1, chunk[..., None].expand(-1, -1, told.shape[2]))
             place = place_in_chunk(unit_start) if place is None else place

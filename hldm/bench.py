@@ -145,9 +145,7 @@ def _windows(config: Config, corpus: Corpus) -> Windows:
 def _prior(config: Config) -> Prior:
     from hldm.prior import Prior
 
-    return Prior.from_settings(
-        config.autoencoder.latent_dim, config.prior, config.hierarchy, config.diffusion
-    )
+    return Prior.from_settings(config.autoencoder, config.prior, config.hierarchy, config.diffusion)
 
 
 def _stage_one(config: Config) -> AutoencoderObjective:

@@ -108,7 +108,7 @@ def evaluate_bound(
             assert encoder is not None and memory is not None
             encoding, encoder = read_latents(autoencoder, batch, encoder)
             context, memory = prior.contextualiser(
-                encoding.latents, encoding.mask, encoding.doc_start, memory
+                encoding.latents, encoding.mask, encoding.doc_start, memory, encoding.after
             )
             for index, decoder in enumerate(decoders):
                 terms, decoders[index] = _one_pass(
@@ -144,5 +144,5 @@ def _one_pass(
     """One estimate of the terms of a window's chunks: (3 b n) decoder, latent, end."""
     paid = price_latents(prior, encoding, context, batch, generator, draws)
     z_0 = noisy_latents(autoencoder, encoding, prior.diffusion.gamma_0, batch, generator)
-    reading, decoder = read_chunks(autoencoder, batch, z_0, decoder)
+    reading, decoder = read_chunks(autoencoder, batch, z_0, decoder, encoding.before)
     return torch.stack([reading.nats, paid.latent, paid.end]), decoder

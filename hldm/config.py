@@ -124,6 +124,7 @@ class AutoencoderConfig:
     encoder: GriffinConfig = field(default_factory=GriffinConfig)
     decoder: GriffinConfig = field(default_factory=GriffinConfig)
     carry_state: bool = False  # decoder: keep the recurrent state from chunk to chunk, or start fresh
+    reads_text: bool = False  # decoder: sees the encoder's feature at the byte before the chunk, too
     byte_dropout: float = 0.0  # share of the decoder's input bytes hidden in training
     latent_dropout: float = 0.0  # share of latents zeroed before the decoder in training
     clean_latents: float = 0.0  # share of latents the decoder reads without noise in training
@@ -177,6 +178,7 @@ class PriorConfig:
     """Two towers: a causal contextualiser over latents, a denoiser of the next one."""
 
     contextualiser: Literal["transformer", "griffin"] = "transformer"
+    reads_text: bool = False  # the contextualiser sees the encoder's feature after each chunk, too
     width: int = 128  # d of the contextualiser
     layers: int = 3
     heads: int = 4

@@ -160,7 +160,7 @@ class LatentWriter:
         """Take in whole chunks: advance encoder, pyramid and a carried decoder."""
         encoding, self.encoder = self.autoencoder.encode(*window, self.encoder)
         context, self.memory = self.prior.contextualiser(
-            encoding.latents, encoding.mask, encoding.doc_start, self.memory
+            encoding.latents, encoding.mask, encoding.doc_start, self.memory, encoding.after
         )
         self.context = context.of(encoding.mask.sum(dim=1, keepdim=True))
         if self.autoencoder.settings.carry_state:
@@ -178,6 +178,7 @@ class LatentWriter:
                 events.unit_start,
                 self.decoder.griffin,
                 events.length,
+                before=encoding.before,
             )
             self.decoder = DecoderState(griffin, events.last)
 
@@ -215,7 +216,11 @@ class LatentWriter:
     def write(self) -> list[Piece]:
         """Sample and write one chunk a row."""
         z_0 = self.sample_latents()
-        pieces = write_chunks(self.autoencoder, z_0, self.decoder, self.opens, self.settings, self.generators)
+        # a document's first chunk knows of no text before it, as in training
+        before = self.encoder.feature * ~torch.tensor(self.opens, device=self.device)[:, None]
+        pieces = write_chunks(
+            self.autoencoder, z_0, self.decoder, before, self.opens, self.settings, self.generators
+        )
         starts = [np.arange(len(piece.text)) == 0 for piece in pieces]
         self._read(_window([p.text for p in pieces], starts, self.opens, self.device), z_0[:, None])
         self.opens = [piece.ends_document for piece in pieces]
@@ -231,11 +236,15 @@ def write_chunks(
     autoencoder: Autoencoder,
     latent: Tensor,
     state: DecoderState,
+    before: Tensor,
     opens: Sequence[bool],
     settings: GenerationConfig,
     generators: Sequence[torch.Generator],
 ) -> list[Piece]:
-    """Expand one latent a row (b z) into the bytes of a chunk: 1 to max_bytes of them."""
+    """Expand one latent a row (b z) into the bytes of a chunk: 1 to max_bytes of them.
+
+    before: (b d) the encoder's feature of the text so far, 0 where there is none.
+    """
     rows, most = latent.shape[0], autoencoder.chunking.max_bytes
     device = latent.device
     u = torch.stack([torch.rand(most + 1, generator=g) for g in generators]).to(device)
@@ -248,7 +257,14 @@ def write_chunks(
     for index in range(most + 1):
         start = torch.full((rows, 1), index == 0, device=device)
         logits, griffin = autoencoder.decode(
-            symbol[:, None], latent[:, None], first, doc_start & start, start, griffin, place=first + index
+            symbol[:, None],
+            latent[:, None],
+            first,
+            doc_start & start,
+            start,
+            griffin,
+            place=first + index,
+            before=before[:, None],
         )
         logits = logits[:, 0].float()
         if index == 0:  # no chunk is empty

@@ -21,6 +21,7 @@ from hldm.autoencoder import (
     DecoderState,
     EncoderState,
     Encoding,
+    positions,
     sum_by_chunk,
     symbol_nats,
 )
@@ -83,9 +84,13 @@ def read_chunks(
     batch: Batch,
     latent: Tensor | None,
     state: DecoderState,
+    before: Tensor | None = None,
     hidden: Tensor | None = None,
 ) -> tuple[Reading, DecoderState]:
-    """Score a window's bytes given its latents z_0 (b n z). hidden: (b t) uniform, byte dropout below p."""
+    """Score a window's bytes given its latents z_0 (b n z) and the encoder's features before them (b n d).
+
+    hidden: (b t) bool, bytes that the decoder does not see (byte dropout).
+    """
     events = autoencoder.events(
         batch.bytes, batch.length, batch.doc_start, batch.doc_end, batch.chunk_start, state
     )
@@ -93,7 +98,14 @@ def read_chunks(
     if hidden is not None:
         symbol = autoencoder.hide_bytes(symbol, hidden[:, : symbol.shape[1]])
     logits, griffin = autoencoder.decode(
-        symbol, latent, events.chunk, events.doc_start, events.unit_start, state.griffin, events.length
+        symbol,
+        latent,
+        events.chunk,
+        events.doc_start,
+        events.unit_start,
+        state.griffin,
+        events.length,
+        before=before,
     )
     nats = sum_by_chunk(symbol_nats(logits, events), events, batch.chunk_index.shape[1])
     correct = (logits.argmax(dim=-1) == events.target) & events.mask
@@ -175,7 +187,6 @@ class GaussianRate(nn.Module):
 
     def forward(self, encoding: Encoding, gamma_0: float) -> Tensor:
         """Nats per chunk (b n)."""
-        assert encoding.before is not None
         mean, log_scale = self.predict(encoding.before).chunk(2, dim=-1)
         log_scale = 4 * torch.tanh(log_scale / 4)  # e^-4 .. e^4: never so sharp that one miss costs all
         alpha, sigma = alpha_sigma(torch.as_tensor(gamma_0, device=mean.device))
@@ -217,10 +228,11 @@ class AutoencoderObjective(nn.Module):
     def forward(self, batch: Batch, carry: Carry, generator: torch.Generator, progress: float) -> Step:
         """Loss of one window."""
         autoencoder, settings = self.autoencoder, self.settings
-        encoder, context_state, z_0 = carry.encoder, carry.context, None
+        encoder, context_state, z_0, before = carry.encoder, carry.context, None, None
         rates: dict[str, Tensor] = {}
         if encoder is not None:
             encoding, encoder = read_latents(autoencoder, batch, encoder)
+            before = encoding.before
             z_0 = noisy_latents(autoencoder, encoding, self.gamma_0, batch, generator)
             if settings.clean_latents:
                 # Rare words drown in noise; without it encoder and decoder learn to tell them apart, too.
@@ -232,7 +244,7 @@ class AutoencoderObjective(nn.Module):
                 z_0 = z_0 * kept[..., None]
             if self.prior is not None and context_state is not None:
                 context, context_state = self.prior.contextualiser(
-                    encoding.latents, encoding.mask, encoding.doc_start, context_state
+                    encoding.latents, encoding.mask, encoding.doc_start, context_state, encoding.after
                 )
                 paid = price_latents(self.prior, encoding, context, batch, generator, hide=True)
                 rates = {"latent": paid.latent.sum(), "end": paid.end.sum()}
@@ -244,7 +256,7 @@ class AutoencoderObjective(nn.Module):
             width = 2 * batch.bytes.shape[1]
             hidden = draw_uniform(batch, (width,), generator) < settings.byte_dropout
         assert carry.decoder is not None
-        reading, decoder = read_chunks(autoencoder, batch, z_0, carry.decoder, hidden)
+        reading, decoder = read_chunks(autoencoder, batch, z_0, carry.decoder, before, hidden)
         nats = {"decoder": reading.nats.sum(), **rates}
         loss = nats["decoder"] + settings.rate_weight * sum(rates.values())
         return Step(
@@ -256,17 +268,18 @@ class AutoencoderObjective(nn.Module):
 
 
 class CachedLatents:
-    """mu of every chunk of a corpus, on disk; copies of a model share it."""
+    """mu of every chunk of a corpus, and what a prior reads beside it, on disk; copies of a model share it."""
 
     def __init__(self, latents: np.ndarray):
-        self.latents = latents  # (chunks z) float32, memory-mapped
+        self.latents = latents  # (chunks z) or (chunks z+d) float32, memory-mapped
 
     def __deepcopy__(self, memo: dict) -> CachedLatents:
         return self
 
-    def of(self, chunk: Tensor) -> Tensor:
-        """Latents of chunks by their number in the corpus. (b n) -> (b n z), on the numbers' device."""
-        return torch.from_numpy(self.latents[chunk.cpu().numpy()]).to(chunk.device)
+    def of(self, chunk: Tensor, latent_dim: int) -> tuple[Tensor, Tensor]:
+        """mu (b n z) and features (b n d) of chunks by their number in the corpus (b n), on its device."""
+        row = torch.from_numpy(self.latents[chunk.cpu().numpy()]).to(chunk.device)
+        return row[..., :latent_dim], row[..., latent_dim:]
 
 
 class PriorObjective(nn.Module):
@@ -309,10 +322,10 @@ class PriorObjective(nn.Module):
         if encoder is None:
             assert self.latents is not None
             mask = batch.chunk_index >= 0
-            latents = self.latents.of(batch.chunk_index.clamp(min=0)) * mask[..., None]
-            order = (~batch.chunk_start).to(torch.int8).argsort(dim=1, stable=True)[:, : mask.shape[1]]
-            doc_start = batch.doc_start.gather(1, order) & mask
-            return Encoding(latents, mask, doc_start, None), None
+            latents, after = self.latents.of(batch.chunk_index.clamp(min=0), self.prior.latent_dim)
+            doc_start = batch.doc_start.gather(1, positions(batch.chunk_start, mask.shape[1])) & mask
+            # no decoder reads along with a cache, so nobody asks for what comes before the chunks
+            return Encoding(latents * mask[..., None], mask, doc_start, after, after[..., :0]), None
         with torch.set_grad_enabled(learn):
             return read_latents(self.autoencoder, batch, encoder)
 
@@ -321,7 +334,7 @@ class PriorObjective(nn.Module):
         jointly = self.joint > 0 and progress >= 1 - self.joint
         encoding, encoder = self._latents(batch, carry.encoder, jointly)
         context, context_state = self.prior.contextualiser(
-            encoding.latents, encoding.mask, encoding.doc_start, carry.context
+            encoding.latents, encoding.mask, encoding.doc_start, carry.context, encoding.after
         )
         paid = price_latents(self.prior, encoding, context, batch, generator, hide=True)
         nats = {"latent": paid.latent.sum(), "end": paid.end.sum()}
@@ -332,7 +345,7 @@ class PriorObjective(nn.Module):
                 z_0 = noisy_latents(
                     self.autoencoder, encoding, self.prior.diffusion.gamma_0, batch, generator
                 )
-                reading, decoder = read_chunks(self.autoencoder, batch, z_0, decoder)
+                reading, decoder = read_chunks(self.autoencoder, batch, z_0, decoder, encoding.before)
             if jointly:
                 nats["decoder"] = reading.nats.sum()
         loss = sum(nats.values())

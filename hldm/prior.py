@@ -3,7 +3,8 @@
 The contextualiser reads the pyramid of `hldm.hierarchy` once per chunk; the denoiser, an MLP with
 adaptive layer norm (DiT, arXiv 2212.09748) and cross-attention into the context, runs once per noise
 draw, so several draws share the expensive part (MAR, arXiv 2406.11838). Two-tower diffusion over
-latents of text follows the Large Concept Model (arXiv 2412.08821). Knows latents only, never bytes.
+latents of text follows the Large Concept Model (arXiv 2412.08821). Knows latents, and if `reads_text` the
+encoder's features beside them, never bytes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from diffusers.configuration_utils import register_to_config
 from einops import rearrange
 from torch import Tensor, nn
 
-from hldm.config import DiffusionConfig, GriffinConfig, HierarchyConfig, PriorConfig
+from hldm.config import AutoencoderConfig, DiffusionConfig, GriffinConfig, HierarchyConfig, PriorConfig
 from hldm.diffusion import Schedule, bound_integrand, diffuse, x0_from
 from hldm.griffin import Griffin, GriffinState
 from hldm.hierarchy import (
@@ -123,11 +124,15 @@ class ContextLayer(nn.Module):
 class Contextualiser(nn.Module):
     """Latents and their summaries -> one context per chunk, causal, state in and state out."""
 
-    def __init__(self, config: PriorConfig, hierarchy: HierarchyConfig, latent_dim: int):
+    def __init__(
+        self, config: PriorConfig, hierarchy: HierarchyConfig, latent_dim: int, feature_dim: int = 0
+    ):
+        """feature_dim: of what the encoder knows after each chunk; 0: latents alone are read."""
         super().__init__()
         self.config, self.hierarchy = config, hierarchy
         d = config.width
         self.embed = nn.Linear(latent_dim, d)
+        self.embed_feature = nn.Linear(feature_dim, d, bias=False) if feature_dim else None
         self.level = nn.Embedding(hierarchy.levels + 1, d)
         self.start = nn.Parameter(torch.randn(d) * 0.02)  # what every document begins with
         recurrent = config.contextualiser == "griffin"
@@ -157,11 +162,17 @@ class Contextualiser(nn.Module):
         )
 
     def forward(
-        self, latents: Tensor, mask: Tensor, doc_start: Tensor, state: ContextState
+        self,
+        latents: Tensor,
+        mask: Tensor,
+        doc_start: Tensor,
+        state: ContextState,
+        features: Tensor | None = None,
     ) -> tuple[Context, ContextState]:
         """Context of each chunk of a window, and of the one that follows it.
 
-        latents: (b n z) clean and normalised; mask, doc_start: (b n).
+        latents: (b n z) clean and normalised; mask, doc_start: (b n);
+        features: (b n f) of the text up to the end of each chunk; unused by one that reads latents alone.
         Context i is a function of latents before i alone; there are n + 1 of them, the last for the
         chunk after the window. Padded chunks get a finite context that means nothing.
         """
@@ -175,6 +186,10 @@ class Contextualiser(nn.Module):
 
         # New entries, in the order [document start, latents, summaries]; each is born when complete.
         x = self.embed(latents) + self.level.weight[0]
+        if self.embed_feature is not None and n:
+            if features is None:
+                raise ValueError("this prior reads text: pass the encoder's features")
+            x = x + self.embed_feature(features)
         griffin = state.griffin
         if self.griffin is not None and n:
             chunk_start = torch.ones_like(mask)
@@ -326,24 +341,40 @@ class Prior(ModelMixin, ConfigMixin):
     config_name = "config.json"
 
     @register_to_config
-    def __init__(self, latent_dim: int, prior: dict, hierarchy: dict, diffusion: dict, autoencoder: str = ""):
-        """autoencoder: fingerprint of the weights whose latents these are; '' while both train."""
+    def __init__(
+        self,
+        latent_dim: int,
+        prior: dict,
+        hierarchy: dict,
+        diffusion: dict,
+        feature_dim: int = 0,
+        autoencoder: str = "",
+    ):
+        """feature_dim: width of the encoder, if the prior reads text;
+
+        autoencoder: fingerprint of the weights whose latents these are; '' while both train.
+        """
         super().__init__()
         self.settings = PriorConfig(**prior)
         self.hierarchy = HierarchyConfig(**hierarchy)
         self.diffusion = DiffusionConfig(**diffusion)
         self.latent_dim = latent_dim
-        self.contextualiser = Contextualiser(self.settings, self.hierarchy, latent_dim)
+        self.contextualiser = Contextualiser(self.settings, self.hierarchy, latent_dim, feature_dim)
         self.denoiser = Denoiser(self.settings, self.hierarchy, latent_dim)
         self.schedule = Schedule(self.diffusion)
         self.nothing = nn.Parameter(torch.zeros(self.settings.width))  # the context, when it is hidden
 
     @classmethod
     def from_settings(
-        cls, latent_dim: int, prior: PriorConfig, hierarchy: HierarchyConfig, diffusion: DiffusionConfig
+        cls,
+        autoencoder: AutoencoderConfig,
+        prior: PriorConfig,
+        hierarchy: HierarchyConfig,
+        diffusion: DiffusionConfig,
     ) -> Prior:
         """Build from config sections."""
-        return cls(latent_dim, asdict(prior), asdict(hierarchy), asdict(diffusion))
+        sections = (asdict(prior), asdict(hierarchy), asdict(diffusion))
+        return cls(autoencoder.latent_dim, *sections, autoencoder.encoder.width if prior.reads_text else 0)
 
     def initial_state(self, batch: int, device: torch.device | None = None) -> ContextState:
         """State at the start of a document."""

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hldm.autoencoder import Autoencoder, DecoderState
+from hldm.autoencoder import Autoencoder, DecoderState, Encoding
 from hldm.config import GenerationConfig
 from hldm.data import Batch, Windows
 from hldm.diffusion import alpha_sigma
@@ -45,10 +45,10 @@ def reconstruct(
         encoding, encoder = read_latents(autoencoder, batch, encoder)
         noisy = noisy_latents(autoencoder, encoding, gamma_0, batch, generator)
         for name, latent in (("noisy", noisy), ("clean", alpha_0 * encoding.latents)):
-            found, decoders[name] = _read_along(autoencoder, batch, latent, decoders[name])
+            found, decoders[name] = _read_along(autoencoder, batch, encoding, latent, decoders[name])
             read[name] += found
             if not autoencoder.settings.carry_state:
-                written[name] += _write_freely(autoencoder, windows, batch, latent)
+                written[name] += _write_freely(autoencoder, windows, batch, encoding, latent)
         if read["clean"][3] >= ENOUGH_CHUNKS:
             break
     accuracies = {}
@@ -63,7 +63,9 @@ def reconstruct(
     return {**accuracies["noisy"], **accuracies, "chunks": int(read["clean"][3])}
 
 
-def _write_freely(autoencoder: Autoencoder, windows: Windows, batch: Batch, latent: Tensor) -> np.ndarray:
+def _write_freely(
+    autoencoder: Autoencoder, windows: Windows, batch: Batch, encoding: Encoding, latent: Tensor
+) -> np.ndarray:
     """Bytes right, bytes, chunks right, chunks of a window, every chunk written on its own."""
     is_chunk = batch.chunk_index >= 0
     chunks = batch.chunk_index[is_chunk].cpu().numpy()
@@ -73,6 +75,7 @@ def _write_freely(autoencoder: Autoencoder, windows: Windows, batch: Batch, late
         autoencoder,
         latent[is_chunk],
         autoencoder.decoder_state(len(chunks), latent.device),
+        encoding.before[is_chunk],
         [True] * len(chunks),
         GenerationConfig(decoder_temperature=0.0),
         row_generators(0, len(chunks)),  # the likeliest byte is no matter of chance
@@ -90,10 +93,10 @@ def _write_freely(autoencoder: Autoencoder, windows: Windows, batch: Batch, late
 
 
 def _read_along(
-    autoencoder: Autoencoder, batch: Batch, latent: Tensor, state: DecoderState
+    autoencoder: Autoencoder, batch: Batch, encoding: Encoding, latent: Tensor, state: DecoderState
 ) -> tuple[np.ndarray, DecoderState]:
     """Symbols right, symbols, chunks right, chunks of a window, the true bytes as input."""
-    reading, state = read_chunks(autoencoder, batch, latent, state)
+    reading, state = read_chunks(autoencoder, batch, latent, state, encoding.before)
     is_wrong = (reading.mask & ~reading.correct).long()
     wrong = torch.zeros_like(batch.chunk_index).scatter_add(1, reading.chunk, is_wrong)  # (b n)
     is_chunk = batch.chunk_index >= 0

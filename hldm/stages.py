@@ -141,9 +141,7 @@ def train_autoencoder(config: Config, *, resume: bool = False, root: Path = Path
         parts: dict[str, nn.Module] = {"autoencoder": autoencoder}
         prior = None
         if config.autoencoder.rate == "diffusion" and not config.is_twin:
-            prior = Prior.from_settings(
-                config.autoencoder.latent_dim, config.prior, config.hierarchy, config.diffusion
-            )
+            prior = Prior.from_settings(config.autoencoder, config.prior, config.hierarchy, config.diffusion)
             parts["rate prior"] = prior
         objective = AutoencoderObjective(autoencoder, config.autoencoder, config.diffusion.gamma_0, prior)
 
@@ -255,9 +253,7 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _first_prior(folder: Path, config: Config, say: Callable[[str], None]) -> Prior:
     """Stage two starts from stage one's light prior when that has the same shape."""
-    prior = Prior.from_settings(
-        config.autoencoder.latent_dim, config.prior, config.hierarchy, config.diffusion
-    )
+    prior = Prior.from_settings(config.autoencoder, config.prior, config.hierarchy, config.diffusion)
     path = folder / "autoencoder" / "rate"
     if path.is_dir():
         light = Prior.from_pretrained(str(path), local_files_only=True)
@@ -281,6 +277,7 @@ def _cached_latents(
         "autoencoder": binding,
         "corpus": corpus.fingerprint,
         "chunking": to_dict(stage.config)["chunking"],
+        "reads_text": stage.config.prior.reads_text,
     }
     if not path.exists() and stage.accelerator.is_main_process:
         stage.say(f"caching latents in {path}")
@@ -292,7 +289,10 @@ def _cached_latents(
         def encode(batch: Batch) -> Tensor:
             nonlocal state
             encoding, state = read_latents(autoencoder, batch.to(device), state)
-            return encoding.latents.cpu()
+            parts = (
+                [encoding.latents, encoding.after] if stage.config.prior.reads_text else [encoding.latents]
+            )
+            return torch.cat(parts, dim=-1).cpu()
 
         cache_latents(encode, windows, path, bound)
     stage.accelerator.wait_for_everyone()
@@ -338,6 +338,7 @@ def _reconstruct(autoencoder: Autoencoder, text: bytes, config: Config) -> str:
         autoencoder,
         alpha * encoding.latents[0],
         autoencoder.decoder_state(n, device),
+        encoding.before[0],
         [True] * n,
         replace(config.generation, decoder_temperature=0.0),
         row_generators(config.seed, n),

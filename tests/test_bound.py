@@ -29,17 +29,23 @@ GRIFFIN = GriffinConfig(width=32, blocks=("recurrent", "attention"), heads=2)
 DIFFUSION = DiffusionConfig()
 
 
-def make_model(latent_dim: int = 4, carry_state: bool = False, target: str = "v"):
+def make_model(latent_dim: int = 4, carry_state: bool = False, reads_text: bool = False, target: str = "v"):
     torch.manual_seed(0)
     settings = AutoencoderConfig(
-        latent_dim=latent_dim, encoder=GRIFFIN, decoder=GRIFFIN, carry_state=carry_state
+        latent_dim=latent_dim,
+        encoder=GRIFFIN,
+        decoder=GRIFFIN,
+        carry_state=carry_state,
+        reads_text=reads_text,
     )
     autoencoder = Autoencoder.from_settings(settings, ChunkingConfig()).eval()
     if not latent_dim:
         return autoencoder, None
-    small = PriorConfig(width=32, layers=1, heads=2, denoiser_width=32, denoiser_layers=1)
+    small = PriorConfig(
+        reads_text=reads_text, width=32, layers=1, heads=2, denoiser_width=32, denoiser_layers=1
+    )
     prior = Prior.from_settings(
-        latent_dim, small, HierarchyConfig(levels=1), DiffusionConfig(target=target)
+        settings, small, HierarchyConfig(levels=1), DiffusionConfig(target=target)
     ).eval()
     return autoencoder, prior
 
@@ -81,9 +87,9 @@ def test_the_twin_costs_the_same_however_the_text_is_laid_out(lanes, window_byte
     assert bits["bound"] == bits["decoder"]
 
 
-@pytest.mark.parametrize("carry_state", [False, True])
-def test_the_latent_model_costs_the_same_however_the_text_is_laid_out_but_for_its_noise(carry_state):
-    model = make_model(carry_state=carry_state)
+@pytest.mark.parametrize("kind", [dict(), dict(carry_state=True), dict(reads_text=True)])
+def test_the_latent_model_costs_the_same_however_the_text_is_laid_out_but_for_its_noise(kind):
+    model = make_model(**kind)
     one, other = (bound_of(model, lay_out(make_text(), *layout)) for layout in [(1, 64), (4, 256)])
     np.testing.assert_allclose(one.end, other.end, rtol=1e-5)  # a function of mu alone
     noise = math.sqrt(one.variance + other.variance)

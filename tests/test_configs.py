@@ -18,8 +18,9 @@ def parameters(config: Config) -> int:
     with torch.device("meta"):
         parts: list[torch.nn.Module] = [Autoencoder.from_settings(config.autoencoder, config.chunking)]
         if not config.is_twin:
-            z = config.autoencoder.latent_dim
-            parts.append(Prior.from_settings(z, config.prior, config.hierarchy, config.diffusion))
+            parts.append(
+                Prior.from_settings(config.autoencoder, config.prior, config.hierarchy, config.diffusion)
+            )
     return sum(p.numel() for part in parts for p in part.parameters())
 
 

@@ -64,7 +64,7 @@ def runs(tmp_path_factory):
         torch.nn.init.zeros_(autoencoder.outputs.weight)
         prior = None
         if latent_dim:
-            prior = Prior.from_settings(latent_dim, config.prior, config.hierarchy, config.diffusion)
+            prior = Prior.from_settings(config.autoencoder, config.prior, config.hierarchy, config.diffusion)
             prior.register_to_config(autoencoder=fingerprint(autoencoder.state_dict()))
         whole = HLDMPipeline.assemble(autoencoder, prior, config.generation)
         whole.save_pretrained(str(root / name / "pipeline"))

@@ -30,10 +30,16 @@ SETTINGS = GenerationConfig(steps=3)
 PROMPTS = [b"And the king said", b"", b"caf\xc3\xa9 \xf0\x9f\x91\x91 \xff\xfe", b"a" * 300]
 
 
-def make_model(latent_dim: int = 4, carry_state: bool = False) -> tuple[Autoencoder, Prior | None]:
+def make_model(
+    latent_dim: int = 4, carry_state: bool = False, reads_text: bool = False
+) -> tuple[Autoencoder, Prior | None]:
     torch.manual_seed(0)
     settings = AutoencoderConfig(
-        latent_dim=latent_dim, encoder=GRIFFIN, decoder=GRIFFIN, carry_state=carry_state
+        latent_dim=latent_dim,
+        encoder=GRIFFIN,
+        decoder=GRIFFIN,
+        carry_state=carry_state,
+        reads_text=reads_text,
     )
     strategy = "words" if latent_dim else "fixed"
     chunking = ChunkingConfig(strategy=strategy, min_bytes=2, max_bytes=6)
@@ -41,8 +47,8 @@ def make_model(latent_dim: int = 4, carry_state: bool = False) -> tuple[Autoenco
     if not latent_dim:
         return autoencoder, None
     prior = Prior.from_settings(
-        latent_dim,
-        PriorConfig(width=16, layers=1, heads=2, denoiser_width=16, denoiser_layers=1),
+        settings,
+        PriorConfig(reads_text=reads_text, width=16, layers=1, heads=2, denoiser_width=16, denoiser_layers=1),
         HierarchyConfig(levels=2, ratio=2, window=2),
         DiffusionConfig(),
     )
@@ -57,7 +63,8 @@ def write(model, prompts, settings=SETTINGS, characters=30, **options) -> list[b
     return [row.text for row in rows]
 
 
-MODELS = [dict(latent_dim=4), dict(latent_dim=4, carry_state=True), dict(latent_dim=0, carry_state=True)]
+LATENT = [dict(), dict(carry_state=True), dict(reads_text=True)]
+MODELS = [*LATENT, dict(latent_dim=0, carry_state=True)]
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -75,9 +82,9 @@ def test_a_batch_of_prompts_writes_what_each_writes_alone(kind, scheduler):
     assert all(count_characters(text) == 30 for text in together)
 
 
-@pytest.mark.parametrize("carry_state", [False, True])
-def test_going_on_from_carried_state_equals_reading_everything_again(carry_state):
-    autoencoder, prior = make_model(carry_state=carry_state)
+@pytest.mark.parametrize("kind", LATENT)
+def test_going_on_from_carried_state_equals_reading_everything_again(kind):
+    autoencoder, prior = make_model(**kind)
     autoencoder.outputs.bias.data[END_OF_DOCUMENT] = -100.0  # one document throughout
     writer = LatentWriter(autoencoder, prior, [b"In the beginning"], SETTINGS, row_generators(3, 1))
     with torch.no_grad():

@@ -24,7 +24,11 @@ def make_objective(config: Config, stage: str) -> AutoencoderObjective | PriorOb
     torch.manual_seed(0)
     autoencoder = Autoencoder.from_settings(config.autoencoder, config.chunking)
     z = config.autoencoder.latent_dim
-    prior = Prior.from_settings(z, config.prior, config.hierarchy, config.diffusion) if z else None
+    prior = (
+        Prior.from_settings(config.autoencoder, config.prior, config.hierarchy, config.diffusion)
+        if z
+        else None
+    )
     for parameter in prior.parameters() if prior is not None else ():
         if not parameter.any():  # what starts at zero lets no gradient through
             torch.nn.init.normal_(parameter, std=0.1)
@@ -62,6 +66,7 @@ CHOICES = [
     ["autoencoder.rate=gaussian", "autoencoder.carry_state=true"],
     ["autoencoder.byte_dropout=0.2", "autoencoder.latent_dropout=0.2", "autoencoder.clean_latents=0.3"],
     ["prior.contextualiser=griffin"],
+    ["prior.reads_text=true", "autoencoder.reads_text=true"],
     ["prior.self_conditioning=0.99", "prior.context_dropout=0.0"],
     ["diffusion.target=x0", "diffusion.schedule=linear"],
     ["diffusion.target=eps", "diffusion.schedule=cosine"],

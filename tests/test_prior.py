@@ -1,4 +1,4 @@
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ HIERARCHY = HierarchyConfig(levels=2, ratio=2, window=3)
 def make_prior(contextualiser: str = "transformer", latent_dim: int = 3) -> Prior:
     torch.manual_seed(0)
     settings = replace(SETTINGS, contextualiser=contextualiser)
-    prior = Prior.from_settings(latent_dim, settings, HIERARCHY, DiffusionConfig()).double().eval()
+    prior = Prior(latent_dim, asdict(settings), asdict(HIERARCHY), asdict(DiffusionConfig())).double().eval()
     for parameter in prior.parameters():  # nothing may hide behind a zero initialisation
         parameter.data.add_(0.1 * torch.randn_like(parameter))
     return prior
@@ -106,7 +106,11 @@ def test_draws_that_share_a_context_do_not_see_each_other():
 def test_an_untrained_prior_of_zero_latents_pays_what_the_formula_says():
     # F starts at 0 and v = alpha eps - sigma x0: x0_hat = alpha z, so with x0 = 0 the error is alpha sigma eps
     torch.manual_seed(0)
-    prior = Prior.from_settings(3, SETTINGS, HIERARCHY, DiffusionConfig(schedule="linear")).double().eval()
+    prior = (
+        Prior(3, asdict(SETTINGS), asdict(HIERARCHY), asdict(DiffusionConfig(schedule="linear")))
+        .double()
+        .eval()
+    )
     chunks, draws = 4, 2_000
     latents = torch.zeros(1, chunks, 3, dtype=torch.float64)
     mask = torch.ones(1, chunks, dtype=torch.bool)

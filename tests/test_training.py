@@ -150,7 +150,9 @@ def test_a_run_is_never_overwritten_and_a_prior_never_gets_another_autoencoder(t
         train_diffusion(small_config, resume=True, root=tmp_path)
 
 
-def test_joint_training_and_cached_latents_run(tmp_path, small_config):
+@pytest.mark.parametrize("reads_text", [False, True])
+def test_joint_training_and_cached_latents_run(tmp_path, small_config, reads_text):
+    small_config = replace(small_config, prior=replace(small_config.prior, reads_text=reads_text))
     train_autoencoder(small_config, root=tmp_path)
     before = (tmp_path / "small/autoencoder/model/diffusion_pytorch_model.safetensors").read_bytes()
     cached = replace(small_config, data=replace(small_config.data, cache_latents=True))
