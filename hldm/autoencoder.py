@@ -49,6 +49,7 @@ class Encoding(NamedTuple):
     doc_start: Tensor  # (b n) bool, first chunk of a document
     after: Tensor  # (b n d) encoder feature at the chunk's last byte
     before: Tensor  # (b n d) at the byte before the chunk; 0 at a document start
+    features: Tensor  # (b t+1 d) at the byte before the window, then at each of its bytes
 
 
 class Events(NamedTuple):
@@ -63,6 +64,7 @@ class Events(NamedTuple):
     length: Tensor  # (b) events of each row
     doc_start: Tensor  # (b t') first event of a document
     unit_start: Tensor  # (b t') first event of a unit: attention sees no further back
+    bytes_before: Tensor  # (b t') how many bytes of the window come before the event
     last: Tensor  # (b) the symbol that the next window continues from
 
     @property
@@ -206,8 +208,15 @@ def decoder_events(
         length=total,
         doc_start=lay(doc_start & real, none),
         unit_start=lay(unit_start & real, none),
+        bytes_before=lay(*(torch.arange(t, device=text.device).expand(b, t) + k for k in (0, 1))),
         last=torch.where(length > 0, last, previous),
     )
+
+
+def text_before(events: Events, encoding: Encoding) -> Tensor:
+    """The encoder's feature at the byte before each event. (b t' d)."""
+    wide = encoding.features.shape[-1]
+    return encoding.features.gather(1, events.bytes_before[..., None].expand(-1, -1, wide))
 
 
 class Autoencoder(ModelMixin, ConfigMixin):
@@ -230,8 +239,9 @@ class Autoencoder(ModelMixin, ConfigMixin):
             self.encoder = Griffin(encoder, window=self.chunking.max_bytes)
             self.to_latent = PlacedReadout(encoder.width, z, self.chunking.max_bytes)
             self.normaliser = LatentNormaliser(z)
-            told = z + (encoder.width if self.settings.reads_text else 0)
-            self.from_latent = PlacedReadout(told, decoder.width, self.chunking.max_bytes + 1)
+            self.from_latent = PlacedReadout(z, decoder.width, self.chunking.max_bytes + 1)
+            if self.settings.reads_text:
+                self.from_text = nn.Linear(encoder.width, decoder.width)
         self.write = nn.Embedding(VOCABULARY, decoder.width)
         # One position more than a chunk's bytes: the event that ends it.
         self.decoder = Griffin(decoder, window=self.chunking.max_bytes + 1)
@@ -300,8 +310,16 @@ class Autoencoder(ModelMixin, ConfigMixin):
         )  # before chunk 0, 1, ..., and after the last
         before = known[:, :n] * (mask & ~opens)[..., None]
         feature = known.gather(1, where.count[:, None, None].expand(-1, 1, y.shape[2]))[:, 0]
-        encoding = Encoding(self.normaliser(raw) * mask[..., None], mask, opens, after, before)
+        features = torch.cat([state.feature[:, None], y], dim=1)
+        encoding = Encoding(self.normaliser(raw) * mask[..., None], mask, opens, after, before, features)
         return encoding, EncoderState(griffin, feature)
+
+    def read_byte(
+        self, symbol: Tensor, doc_start: Tensor, chunk_start: Tensor, state: EncoderState
+    ) -> EncoderState:
+        """The encoder's state after one more byte a row. symbol, doc_start, chunk_start: (b 1)."""
+        y, griffin = self.encoder(self.read(symbol), state.griffin, doc_start, chunk_start)
+        return EncoderState(griffin, y[:, 0])
 
     def events(
         self,
@@ -334,25 +352,25 @@ class Autoencoder(ModelMixin, ConfigMixin):
         griffin: GriffinState,
         length: Tensor | None = None,
         place: Tensor | None = None,
-        before: Tensor | None = None,
+        text: Tensor | None = None,
     ) -> tuple[Tensor, GriffinState]:
         """Logits of the next symbol at every event, a page or a single one.
 
         symbol, chunk, doc_start, unit_start: (b t'); latent: (b n z) z_0 of each chunk;
-        before: (b n d) encoder feature of the text before each chunk; unused unless the decoder reads text;
+        text: (b t' d) encoder feature at the byte before each event; unused unless the decoder reads text;
         place: (b t') events since the unit's start, worked out from unit_start when None.
         Returns (b t' 258).
         """
         x = self.write(symbol)
         if latent is not None:
-            if self.settings.reads_text:
-                if before is None:
-                    raise ValueError("this decoder reads text: pass the encoder's features before the chunks")
-                latent = torch.cat([latent, before], dim=-1)
             told = self.from_latent.inner(latent)  # (b n 2d)
             told = told.gather(1, chunk[..., None].expand(-1, -1, told.shape[2]))
             place = place_in_chunk(unit_start) if place is None else place
             x = x + self.from_latent.outer(self.from_latent.features(told, place))
+        if self.latent_dim and self.settings.reads_text:
+            if text is None:
+                raise ValueError("this decoder reads text: pass the encoder's features before the events")
+            x = x + self.from_text(text * ~doc_start[..., None])  # a document knows of no text before it
         # A fresh decoder knows nothing but the latent: the state is reset at every chunk.
         reset = doc_start if self.settings.carry_state else unit_start
         y, griffin = self.decoder(x, griffin, reset, unit_start, length)

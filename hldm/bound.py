@@ -16,12 +16,26 @@ import torch
 from torch import Tensor
 
 from hldm.autoencoder import Autoencoder, DecoderState, Encoding
+from hldm.chunking import make_chunker
+from hldm.corpus import Corpus
 from hldm.data import Batch, Windows
 from hldm.objectives import noisy_latents, price_latents, read_chunks, read_latents
 from hldm.prior import Context, Prior
 from hldm.text import count_characters
 
+LANES, WINDOW_BYTES = 16, 512  # measured, configs/tiny.yaml on a CPU: 256 and 1024 bytes take longer
 PASSES = 2  # independent estimates of the latent model's terms: the least that shows how far they differ
+
+
+def held_out_windows(autoencoder: Autoencoder, corpus: Corpus) -> Windows:
+    """A corpus laid out for reading whole documents in order, a few at a time."""
+    return Windows(
+        corpus,
+        make_chunker(autoencoder.chunking),
+        lanes=LANES,
+        window_bytes=max(WINDOW_BYTES, 2 * autoencoder.chunking.max_bytes),
+        shuffle=False,
+    )
 
 
 class Bound(NamedTuple):
@@ -144,5 +158,5 @@ def _one_pass(
     """One estimate of the terms of a window's chunks: (3 b n) decoder, latent, end."""
     paid = price_latents(prior, encoding, context, batch, generator, draws)
     z_0 = noisy_latents(autoencoder, encoding, prior.diffusion.gamma_0, batch, generator)
-    reading, decoder = read_chunks(autoencoder, batch, z_0, decoder, encoding.before)
+    reading, decoder = read_chunks(autoencoder, batch, z_0, decoder, encoding)
     return torch.stack([reading.nats, paid.latent, paid.end]), decoder

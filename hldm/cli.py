@@ -32,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "train-diffusion": (train_diffusion, "stage two"),
         "generate": (generate, "write on from prompts"),
         "evaluate": (evaluate, "bits per character, reconstruction, ROUGE"),
+        "diagnose": (diagnose, "what a run's latents hold, and what the decoder does with them"),
+        "rate-curve": (rate_curve, "what latents carry against what they cost, a run a point"),
         "bench": (bench, "speed of training and generation, and where the time goes"),
         "doctor": (doctor, "check this machine and installation"),
     }
@@ -278,6 +280,69 @@ def evaluate(argv: Sequence[str] | None = None) -> int:
     from hldm import evaluation
 
     return guarded(lambda: evaluation.main(argv))
+
+
+def diagnose(argv: Sequence[str] | None = None) -> int:
+    """`hldm diagnose`."""
+    parser = argparse.ArgumentParser(
+        prog="hldm diagnose",
+        description="What a trained run's latents hold, what the prior pays for them, what the decoder does with them.",
+    )
+    parser.add_argument("--run", type=Path, required=True, help="folder of the run, e.g. runs/demo")
+    parser.add_argument("--split", choices=("validation", "test"), default="validation")
+    parser.add_argument("--draws", type=int, default=8, metavar="M", help="noise levels a chunk (default 8)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of all noise (default 0)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there, too")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="draw them there")
+    arguments = parser.parse_args(argv)
+
+    def work() -> int:
+        from hldm.diagnosis import diagnose_run, summary
+
+        for target in (arguments.json, arguments.png):
+            if target is not None and not target.absolute().parent.is_dir():
+                raise FileNotFoundError(f"{target}: no folder {target.absolute().parent} to write it to")
+        diagnosis = diagnose_run(
+            arguments.run, split=arguments.split, draws=arguments.draws, seed=arguments.seed
+        )
+        print(summary(diagnosis))
+        if arguments.json is not None:
+            from hldm.checkpoints import atomic_write
+
+            atomic_write(arguments.json, json.dumps(diagnosis, indent=1, allow_nan=False) + "\n")
+        if arguments.png is not None:
+            from hldm.plots import plot_diagnosis
+
+            plot_diagnosis(diagnosis, arguments.png)
+        return 0
+
+    return guarded(work)
+
+
+def rate_curve(argv: Sequence[str] | None = None) -> int:
+    """`hldm rate-curve`."""
+    parser = argparse.ArgumentParser(
+        prog="hldm rate-curve",
+        description="Turn one dial at a time, train each point and the twin for the same minutes, measure.",
+    )
+    parser.add_argument("--config", type=Path, required=True, help="its twin is <name>-twin.yaml beside it")
+    parser.add_argument("--minutes", type=float, required=True, metavar="M", help="of training, a point")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="DIAL", help="may repeat; default: all"
+    )
+    arguments = parser.parse_args(argv)
+
+    def work() -> int:
+        from hldm.plots import plot_rate_curve
+        from hldm.rate_curve import run_curve, table
+
+        curve = run_curve(arguments.config, arguments.minutes, only=arguments.only)
+        target = Path("runs") / f"{arguments.config.stem}-curve" / "rate-curve.png"
+        plot_rate_curve(curve, target)
+        print(f"{table(curve)}\n\nrate-curve.json and rate-curve.png are in {target.parent}")
+        return 0
+
+    return guarded(work)
 
 
 def bench(argv: Sequence[str] | None = None) -> int:

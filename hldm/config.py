@@ -124,11 +124,12 @@ class AutoencoderConfig:
     encoder: GriffinConfig = field(default_factory=GriffinConfig)
     decoder: GriffinConfig = field(default_factory=GriffinConfig)
     carry_state: bool = False  # decoder: keep the recurrent state from chunk to chunk, or start fresh
-    reads_text: bool = False  # decoder: sees the encoder's feature at the byte before the chunk, too
+    reads_text: bool = False  # decoder: sees the encoder's feature at the byte before each, too
     byte_dropout: float = 0.0  # share of the decoder's input bytes hidden in training
     latent_dropout: float = 0.0  # share of latents zeroed before the decoder in training
     clean_latents: float = 0.0  # share of latents the decoder reads without noise in training
-    rate: Literal["none", "gaussian", "diffusion"] = "diffusion"  # what the latents pay in stage one
+    rate: Literal["none", "gaussian", "mixture", "diffusion"] = "diffusion"  # what latents pay in stage one
+    components: int = 512  # of rate 'mixture', whose denoiser the prior then corrects
     rate_weight: float = 0.3  # weight of that payment against reconstruction
 
     def __post_init__(self) -> None:
@@ -138,8 +139,17 @@ class AutoencoderConfig:
         )
         _require_share("autoencoder", self, "byte_dropout", "latent_dropout", "clean_latents")
         _require(
+            1 <= self.components <= 65_536,
+            f"autoencoder.components must lie in 1..65536, got {self.components}",
+        )
+        _require(
             self.rate_weight >= 0, f"autoencoder.rate_weight must not be negative, got {self.rate_weight}"
         )
+
+    @property
+    def decoder_is_fresh(self) -> bool:
+        """Whether the decoder knows nothing but the latent, so that a chunk can be written on its own."""
+        return not self.carry_state and not self.reads_text
 
 
 @dataclass(frozen=True, kw_only=True)

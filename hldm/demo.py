@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,11 +18,10 @@ def run_demo(path: Path, name: str | None = None, root: Path = Path("runs")) -> 
     config = replace(load_config([path]), name=name)
     twin = replace(load_config([path.with_name(f"{path.stem}-twin.yaml")]), name=f"{name}-twin")
 
-    from hldm.stages import train_autoencoder, train_diffusion
+    from hldm.stages import train_run
 
-    _train(root / name / "autoencoder", lambda resume: train_autoencoder(config, resume=resume, root=root))
-    _train(root / name / "prior", lambda resume: train_diffusion(config, resume=resume, root=root))
-    _train(root / twin.name / "autoencoder", lambda resume: train_autoencoder(twin, resume=resume, root=root))
+    train_run(config, root=root)
+    train_run(twin, root=root)
 
     from hldm.evaluation import compare, evaluate_run, save_evaluation
 
@@ -38,18 +35,6 @@ def run_demo(path: Path, name: str | None = None, root: Path = Path("runs")) -> 
     minutes = (time.monotonic() - began) / 60
     print(f"\n{minutes:.1f} minutes. Everything is in {root / name} and {root / twin.name}.")
     print(f'Next: python generate.py --run {root / name} --prompt "And the king said"')
-
-
-def _train(folder: Path, train: Callable[[bool], object]) -> None:
-    """Run one training, or say that it is there already, or go on with what was begun."""
-    totals = folder / "totals.json"
-    if totals.is_file():
-        seconds = json.loads(totals.read_text(encoding="utf-8"))["seconds"]
-        print(
-            f"reusing {folder}, trained in {seconds / 60:.1f} minutes (remove it to train again)", flush=True
-        )
-        return
-    train((folder / "checkpoints").is_dir())
 
 
 def _write(config: Config, folder: Path) -> None:

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from hldm.prior import Prior
     from hldm.prompts import Prompt
 
-LANES, WINDOW_BYTES = 16, 512  # measured, configs/tiny.yaml on a CPU: 256 and 1024 bytes take longer
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code, 2 after an error told in one line."""
@@ -155,9 +153,7 @@ def evaluate_model(
     """
     import torch
 
-    from hldm.bound import evaluate_bound
-    from hldm.chunking import make_chunker
-    from hldm.data import Windows
+    from hldm.bound import evaluate_bound, held_out_windows
     from hldm.prompts import choose_prompts, prompt_chunker
     from hldm.reconstruction import reconstruct
 
@@ -166,13 +162,7 @@ def evaluate_model(
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
     generator = torch.Generator().manual_seed(seed)
-    windows = Windows(
-        corpus,
-        make_chunker(autoencoder.chunking),
-        lanes=LANES,
-        window_bytes=max(WINDOW_BYTES, 2 * autoencoder.chunking.max_bytes),
-        shuffle=False,
-    )
+    windows = held_out_windows(autoencoder, corpus)
     chunker = prompt_chunker(autoencoder.chunking, is_twin=prior is None)
     bound = evaluate_bound(autoencoder, prior, windows, draws=draws, generator=generator)
     return {

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hldm.autoencoder import Autoencoder, DecoderState, EncoderState
+from hldm.autoencoder import Autoencoder, DecoderState, EncoderState, text_before
 from hldm.carry import select_rows
 from hldm.chunking import make_chunker
 from hldm.config import GenerationConfig
@@ -178,7 +178,7 @@ class LatentWriter:
                 events.unit_start,
                 self.decoder.griffin,
                 events.length,
-                before=encoding.before,
+                text=text_before(events, encoding),
             )
             self.decoder = DecoderState(griffin, events.last)
 
@@ -216,10 +216,8 @@ class LatentWriter:
     def write(self) -> list[Piece]:
         """Sample and write one chunk a row."""
         z_0 = self.sample_latents()
-        # a document's first chunk knows of no text before it, as in training
-        before = self.encoder.feature * ~torch.tensor(self.opens, device=self.device)[:, None]
         pieces = write_chunks(
-            self.autoencoder, z_0, self.decoder, before, self.opens, self.settings, self.generators
+            self.autoencoder, z_0, self.encoder, self.decoder, self.opens, self.settings, self.generators
         )
         starts = [np.arange(len(piece.text)) == 0 for piece in pieces]
         self._read(_window([p.text for p in pieces], starts, self.opens, self.device), z_0[:, None])
@@ -235,15 +233,15 @@ class LatentWriter:
 def write_chunks(
     autoencoder: Autoencoder,
     latent: Tensor,
-    state: DecoderState,
-    before: Tensor,
+    encoder: EncoderState,
+    decoder: DecoderState,
     opens: Sequence[bool],
     settings: GenerationConfig,
     generators: Sequence[torch.Generator],
 ) -> list[Piece]:
     """Expand one latent a row (b z) into the bytes of a chunk: 1 to max_bytes of them.
 
-    before: (b d) the encoder's feature of the text so far, 0 where there is none.
+    encoder, decoder: states after the text so far, left as they are;  opens: whether a row opens a document.
     """
     rows, most = latent.shape[0], autoencoder.chunking.max_bytes
     device = latent.device
@@ -251,7 +249,7 @@ def write_chunks(
     symbol = torch.full((rows,), START, device=device)
     first = torch.zeros(rows, 1, dtype=torch.long, device=device)
     doc_start = torch.tensor(opens, device=device)[:, None]
-    griffin: GriffinState = state.griffin
+    griffin: GriffinState = decoder.griffin
     written = []
     ended = torch.zeros(rows, dtype=torch.bool, device=device)
     for index in range(most + 1):
@@ -264,7 +262,7 @@ def write_chunks(
             start,
             griffin,
             place=first + index,
-            before=before[:, None],
+            text=encoder.feature[:, None],
         )
         logits = logits[:, 0].float()
         if index == 0:  # no chunk is empty
@@ -276,6 +274,8 @@ def write_chunks(
         ended = ended | (symbol >= END_OF_CHUNK)
         if bool(ended.all()):
             break
+        if autoencoder.settings.reads_text:
+            encoder = autoencoder.read_byte(symbol[:, None], doc_start & start, start, encoder)
     table = torch.stack(written, dim=1).tolist()
     return [
         Piece(bytes(s for s in row if s < END_OF_CHUNK), any(s == END_OF_DOCUMENT for s in row))

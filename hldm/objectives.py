@@ -24,11 +24,13 @@ from hldm.autoencoder import (
     positions,
     sum_by_chunk,
     symbol_nats,
+    text_before,
 )
 from hldm.carry import map_carry
 from hldm.config import AutoencoderConfig
 from hldm.data import Batch
 from hldm.diffusion import alpha_sigma, diffuse, end_term, stratified
+from hldm.mixture import MixturePredictor
 from hldm.prior import Context, ContextState, Prior
 
 
@@ -74,6 +76,7 @@ class Reading(NamedTuple):
     """What the decoder made of a window."""
 
     nats: Tensor  # (b n) -log p of each chunk's bytes and end
+    symbol_nats: Tensor  # (b t') of each event
     correct: Tensor  # (b t') bool: the likeliest symbol is the right one
     mask: Tensor  # (b t') bool: real events
     chunk: Tensor  # (b t') chunk of each event
@@ -84,10 +87,10 @@ def read_chunks(
     batch: Batch,
     latent: Tensor | None,
     state: DecoderState,
-    before: Tensor | None = None,
+    encoding: Encoding | None = None,
     hidden: Tensor | None = None,
 ) -> tuple[Reading, DecoderState]:
-    """Score a window's bytes given its latents z_0 (b n z) and the encoder's features before them (b n d).
+    """Score a window's bytes given its latents z_0 (b n z), and what the encoder made of them.
 
     hidden: (b t) bool, bytes that the decoder does not see (byte dropout).
     """
@@ -105,11 +108,13 @@ def read_chunks(
         events.unit_start,
         state.griffin,
         events.length,
-        before=before,
+        text=None if encoding is None else text_before(events, encoding),
     )
-    nats = sum_by_chunk(symbol_nats(logits, events), events, batch.chunk_index.shape[1])
+    nats = symbol_nats(logits, events)
+    by_chunk = sum_by_chunk(nats, events, batch.chunk_index.shape[1])
     correct = (logits.argmax(dim=-1) == events.target) & events.mask
-    return Reading(nats, correct, events.mask, events.chunk), DecoderState(griffin, events.last)
+    reading = Reading(by_chunk, nats, correct, events.mask, events.chunk)
+    return reading, DecoderState(griffin, events.last)
 
 
 def read_latents(
@@ -208,6 +213,10 @@ class AutoencoderObjective(nn.Module):
         gaussian = settings.rate == "gaussian" and autoencoder.latent_dim > 0
         width = settings.encoder.width
         self.gaussian = GaussianRate(width, autoencoder.latent_dim) if gaussian else None
+        mixture = settings.rate == "mixture" and autoencoder.latent_dim > 0
+        self.mixture = (
+            MixturePredictor(width, autoencoder.latent_dim, settings.components) if mixture else None
+        )
 
     def initial_carry(self, rows: int, device: torch.device) -> Carry:
         """State before the first window."""
@@ -228,11 +237,10 @@ class AutoencoderObjective(nn.Module):
     def forward(self, batch: Batch, carry: Carry, generator: torch.Generator, progress: float) -> Step:
         """Loss of one window."""
         autoencoder, settings = self.autoencoder, self.settings
-        encoder, context_state, z_0, before = carry.encoder, carry.context, None, None
+        encoder, context_state, z_0, encoding = carry.encoder, carry.context, None, None
         rates: dict[str, Tensor] = {}
         if encoder is not None:
             encoding, encoder = read_latents(autoencoder, batch, encoder)
-            before = encoding.before
             z_0 = noisy_latents(autoencoder, encoding, self.gamma_0, batch, generator)
             if settings.clean_latents:
                 # Rare words drown in noise; without it encoder and decoder learn to tell them apart, too.
@@ -250,18 +258,23 @@ class AutoencoderObjective(nn.Module):
                 rates = {"latent": paid.latent.sum(), "end": paid.end.sum()}
             elif self.gaussian is not None:
                 rates = {"latent": self.gaussian(encoding, self.gamma_0).sum()}
+            elif self.mixture is not None:
+                noise = draw_normal(batch, encoding.latents.shape[1:], generator)
+                weights = self.mixture.log_weights(encoding.before)
+                nats = self.mixture.rate(encoding.latents, noise, self.gamma_0, weights)
+                rates = {"latent": (nats * encoding.mask).sum()}
         hidden = None
         if settings.byte_dropout:
             # as many as events there may be: every byte and an end for each
             width = 2 * batch.bytes.shape[1]
             hidden = draw_uniform(batch, (width,), generator) < settings.byte_dropout
         assert carry.decoder is not None
-        reading, decoder = read_chunks(autoencoder, batch, z_0, carry.decoder, before, hidden)
-        nats = {"decoder": reading.nats.sum(), **rates}
-        loss = nats["decoder"] + settings.rate_weight * sum(rates.values())
+        reading, decoder = read_chunks(autoencoder, batch, z_0, carry.decoder, encoding, hidden)
+        paid_for = {"decoder": reading.nats.sum(), **rates}
+        loss = paid_for["decoder"] + settings.rate_weight * sum(rates.values())
         return Step(
             loss / batch.total_bytes,
-            {name: value.detach() for name, value in nats.items()},
+            {name: value.detach() for name, value in paid_for.items()},
             count_characters(batch),
             map_carry(torch.detach, Carry(encoder, decoder, context_state)),
         )
@@ -325,7 +338,8 @@ class PriorObjective(nn.Module):
             latents, after = self.latents.of(batch.chunk_index.clamp(min=0), self.prior.latent_dim)
             doc_start = batch.doc_start.gather(1, positions(batch.chunk_start, mask.shape[1])) & mask
             # no decoder reads along with a cache, so nobody asks for what comes before the chunks
-            return Encoding(latents * mask[..., None], mask, doc_start, after, after[..., :0]), None
+            none = after[..., :0]
+            return Encoding(latents * mask[..., None], mask, doc_start, after, none, none), None
         with torch.set_grad_enabled(learn):
             return read_latents(self.autoencoder, batch, encoder)
 
@@ -345,7 +359,7 @@ class PriorObjective(nn.Module):
                 z_0 = noisy_latents(
                     self.autoencoder, encoding, self.prior.diffusion.gamma_0, batch, generator
                 )
-                reading, decoder = read_chunks(self.autoencoder, batch, z_0, decoder, encoding.before)
+                reading, decoder = read_chunks(self.autoencoder, batch, z_0, decoder, encoding)
             if jointly:
                 nats["decoder"] = reading.nats.sum()
         loss = sum(nats.values())

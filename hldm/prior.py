@@ -21,7 +21,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from hldm.config import AutoencoderConfig, DiffusionConfig, GriffinConfig, HierarchyConfig, PriorConfig
-from hldm.diffusion import Schedule, bound_integrand, diffuse, x0_from
+from hldm.diffusion import Schedule, alpha_sigma, bound_integrand, diffuse, x0_from
 from hldm.griffin import Griffin, GriffinState
 from hldm.hierarchy import (
     Entries,
@@ -32,6 +32,7 @@ from hldm.hierarchy import (
     visible,
     walk,
 )
+from hldm.mixture import MixturePredictor
 
 
 class ContextState(NamedTuple):
@@ -43,6 +44,7 @@ class ContextState(NamedTuple):
     partial: Tensor  # (b levels z) sums of the blocks still open
     latest: Tensor  # (b d) output at the newest chunk
     griffin: GriffinState  # state of the recurrent contextualiser; () for a transformer
+    feature: Tensor  # (b f) of the text so far, if it is read
 
 
 class Context(NamedTuple):
@@ -53,6 +55,7 @@ class Context(NamedTuple):
     visible: Tensor  # (b n c) bool
     level: Tensor  # (b c) of each entry
     distance: Tensor  # (b n c) in blocks of the entry's own size
+    feature: Tensor  # (b n f) of the text before the chunk, if it is read
 
     def of(self, chunk: Tensor) -> Context:
         """The context of some chunks only. chunk: (b k) positions in the window."""
@@ -61,6 +64,7 @@ class Context(NamedTuple):
             summary=self.summary.gather(1, chunk[..., None].expand(-1, -1, self.summary.shape[2])),
             visible=self.visible.gather(1, wide),
             distance=self.distance.gather(1, wide),
+            feature=self.feature.gather(1, chunk[..., None].expand(-1, -1, self.feature.shape[2])),
         )
 
     def first(self, chunks: int) -> Context:
@@ -69,6 +73,7 @@ class Context(NamedTuple):
             summary=self.summary[:, :chunks],
             visible=self.visible[:, :chunks],
             distance=self.distance[:, :chunks],
+            feature=self.feature[:, :chunks],
         )
 
 
@@ -127,12 +132,12 @@ class Contextualiser(nn.Module):
     def __init__(
         self, config: PriorConfig, hierarchy: HierarchyConfig, latent_dim: int, feature_dim: int = 0
     ):
-        """feature_dim: of what the encoder knows after each chunk; 0: latents alone are read."""
+        """feature_dim: of what the encoder knows after each chunk; 0: latents are all there is."""
         super().__init__()
-        self.config, self.hierarchy = config, hierarchy
+        self.config, self.hierarchy, self.feature_dim = config, hierarchy, feature_dim
         d = config.width
         self.embed = nn.Linear(latent_dim, d)
-        self.embed_feature = nn.Linear(feature_dim, d, bias=False) if feature_dim else None
+        self.embed_feature = nn.Linear(feature_dim, d, bias=False) if config.reads_text else None
         self.level = nn.Embedding(hierarchy.levels + 1, d)
         self.start = nn.Parameter(torch.randn(d) * 0.02)  # what every document begins with
         recurrent = config.contextualiser == "griffin"
@@ -159,6 +164,7 @@ class Contextualiser(nn.Module):
             partial=torch.zeros(batch, levels, z, device=device),
             latest=torch.zeros(batch, d, device=device),
             griffin=() if self.griffin is None else self.griffin.initial_state(batch, device=device),
+            feature=torch.zeros(batch, self.feature_dim, device=device),
         )
 
     def forward(
@@ -172,7 +178,7 @@ class Contextualiser(nn.Module):
         """Context of each chunk of a window, and of the one that follows it.
 
         latents: (b n z) clean and normalised; mask, doc_start: (b n);
-        features: (b n f) of the text up to the end of each chunk; unused by one that reads latents alone.
+        features: (b n f) of the text up to the end of each chunk, where feature_dim is not 0.
         Context i is a function of latents before i alone; there are n + 1 of them, the last for the
         chunk after the window. Padded chunks get a finite context that means nothing.
         """
@@ -186,9 +192,9 @@ class Contextualiser(nn.Module):
 
         # New entries, in the order [document start, latents, summaries]; each is born when complete.
         x = self.embed(latents) + self.level.weight[0]
-        if self.embed_feature is not None and n:
-            if features is None:
-                raise ValueError("this prior reads text: pass the encoder's features")
+        if features is None or not self.feature_dim:
+            features = latents.new_zeros(b, n, self.feature_dim)
+        if self.embed_feature is not None:
             x = x + self.embed_feature(features)
         griffin = state.griffin
         if self.griffin is not None and n:
@@ -225,6 +231,7 @@ class Contextualiser(nn.Module):
         before = torch.cat([carried[:, None], outputs[:, 1 : n + 1]], dim=1)
         fresh = torch.cat([doc_start & mask, doc_start.new_zeros(b, 1)], dim=1)
         summary = torch.where(fresh[..., None], opening, before)
+        text = torch.cat([state.feature[:, None], features], dim=1)
         # Slot `count` speaks of the chunk that follows the window; beyond it is padding.
         count = mask.sum(dim=1, keepdim=True)
         follows = torch.arange(n + 1, device=x.device) == count
@@ -240,6 +247,7 @@ class Contextualiser(nn.Module):
             visible=known,
             level=keys.level,
             distance=distance_in_blocks(written, keys, self.hierarchy),
+            feature=text * ~fresh[..., None],
         )
 
         # Keep what may still be looked at; the open document becomes document 0 of the next window.
@@ -260,6 +268,7 @@ class Contextualiser(nn.Module):
             partial=partial,
             latest=before.gather(1, count[..., None].expand(-1, -1, before.shape[2]))[:, 0],
             griffin=griffin,
+            feature=text.gather(1, count[..., None].expand(-1, -1, self.feature_dim))[:, 0],
         )
         return context, next_state
 
@@ -348,10 +357,12 @@ class Prior(ModelMixin, ConfigMixin):
         hierarchy: dict,
         diffusion: dict,
         feature_dim: int = 0,
+        components: int = 0,
         autoencoder: str = "",
     ):
-        """feature_dim: width of the encoder, if the prior reads text;
+        """feature_dim: width of the encoder, if anything here reads text;
 
+        components: of the mixture that the denoiser corrects, 0 for none;
         autoencoder: fingerprint of the weights whose latents these are; '' while both train.
         """
         super().__init__()
@@ -361,6 +372,7 @@ class Prior(ModelMixin, ConfigMixin):
         self.latent_dim = latent_dim
         self.contextualiser = Contextualiser(self.settings, self.hierarchy, latent_dim, feature_dim)
         self.denoiser = Denoiser(self.settings, self.hierarchy, latent_dim)
+        self.mixture = MixturePredictor(feature_dim, latent_dim, components) if components else None
         self.schedule = Schedule(self.diffusion)
         self.nothing = nn.Parameter(torch.zeros(self.settings.width))  # the context, when it is hidden
 
@@ -373,8 +385,10 @@ class Prior(ModelMixin, ConfigMixin):
         diffusion: DiffusionConfig,
     ) -> Prior:
         """Build from config sections."""
+        components = autoencoder.components if autoencoder.rate == "mixture" else 0
+        feature_dim = autoencoder.encoder.width if prior.reads_text or components else 0
         sections = (asdict(prior), asdict(hierarchy), asdict(diffusion))
-        return cls(autoencoder.latent_dim, *sections, autoencoder.encoder.width if prior.reads_text else 0)
+        return cls(autoencoder.latent_dim, *sections, feature_dim, components)
 
     def initial_state(self, batch: int, device: torch.device | None = None) -> ContextState:
         """State at the start of a document."""
@@ -388,13 +402,33 @@ class Prior(ModelMixin, ConfigMixin):
         summary = torch.where(hidden[..., None], self.nothing, context.summary)
         shown = context.visible & ~hidden[..., None]
         shown[:, :, 0] = True
-        return context._replace(summary=summary, visible=shown)
+        feature = context.feature * ~hidden[..., None]
+        return context._replace(summary=summary, visible=shown, feature=feature)
 
     def denoise(self, z: Tensor, gamma: Tensor, context: Context, estimate: Tensor | None = None) -> Tensor:
-        """x0_hat(z_gamma, gamma, context). z: (b n m z); gamma: (b n m); estimate: an earlier x0_hat."""
+        """x0_hat(z_gamma, gamma, context). z: (b n m z); gamma: (b n m); estimate: an earlier x0_hat.
+
+        With a mixture: its own estimate, corrected by sigma times what the network says.
+        """
+        if self.mixture is not None:
+            log_weights = self.mixture.log_weights(context.feature)[:, :, None]  # (b n 1 k)
+            estimate = self.mixture.denoise(z, gamma, log_weights)
+            _, sigma = alpha_sigma(gamma.unsqueeze(-1))
+            return estimate + sigma * self.denoiser(z, gamma, context, estimate)
         estimate = torch.zeros_like(z) if estimate is None else estimate
         prediction = self.denoiser(z, gamma, context, estimate)
         return x0_from(prediction, z, gamma, self.diffusion.target)
+
+    def estimate(
+        self, x0: Tensor, gamma: Tensor, noise: Tensor, context: Context, self_condition: bool = False
+    ) -> Tensor:
+        """x0_hat from x0 made noisy. x0, noise and result: (b n m z); gamma: (b n m)."""
+        z = diffuse(x0, gamma, noise)
+        earlier = None
+        if self_condition:
+            with torch.no_grad():
+                earlier = self.denoise(z, gamma, context)
+        return self.denoise(z, gamma, context, earlier)
 
     def latent_term(
         self,
@@ -413,12 +447,7 @@ class Prior(ModelMixin, ConfigMixin):
         """
         gamma = self.schedule.gamma(u)
         x0 = latents[:, :, None].expand_as(noise)
-        z = diffuse(x0, gamma, noise)
-        estimate = None
-        if self_condition:
-            with torch.no_grad():
-                estimate = self.denoise(z, gamma, context)
-        x0_hat = self.denoise(z, gamma, context, estimate)
+        x0_hat = self.estimate(x0, gamma, noise, context, self_condition)
         terms = bound_integrand(x0, x0_hat, gamma) / self.schedule.density(gamma)  # (b n m)
         if self.training:
             squared_error = (x0 - x0_hat).detach().square().sum(dim=-1)

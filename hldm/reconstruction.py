@@ -29,7 +29,7 @@ def reconstruct(
     chunk_accuracy:   share of chunks written without a fault
     written_accuracy: the decoder writes each chunk freely and greedily, byte k of it is compared with byte k
                       of the true one, and every byte too few or too many is wrong: one slip costs the rest.
-                      None for a decoder that carries its state, which is lost without the text before; its
+                      None for a decoder that leans on the text before, and is lost without it; its
                       chunk_accuracy is of chunks whose every symbol is likeliest
     Measured on the first windows of all lanes that hold ENOUGH_CHUNKS. The accuracies beside `noisy` and
     `clean` are the noisy ones.
@@ -47,8 +47,8 @@ def reconstruct(
         for name, latent in (("noisy", noisy), ("clean", alpha_0 * encoding.latents)):
             found, decoders[name] = _read_along(autoencoder, batch, encoding, latent, decoders[name])
             read[name] += found
-            if not autoencoder.settings.carry_state:
-                written[name] += _write_freely(autoencoder, windows, batch, encoding, latent)
+            if autoencoder.settings.decoder_is_fresh:
+                written[name] += _write_freely(autoencoder, windows, batch, latent)
         if read["clean"][3] >= ENOUGH_CHUNKS:
             break
     accuracies = {}
@@ -63,9 +63,7 @@ def reconstruct(
     return {**accuracies["noisy"], **accuracies, "chunks": int(read["clean"][3])}
 
 
-def _write_freely(
-    autoencoder: Autoencoder, windows: Windows, batch: Batch, encoding: Encoding, latent: Tensor
-) -> np.ndarray:
+def _write_freely(autoencoder: Autoencoder, windows: Windows, batch: Batch, latent: Tensor) -> np.ndarray:
     """Bytes right, bytes, chunks right, chunks of a window, every chunk written on its own."""
     is_chunk = batch.chunk_index >= 0
     chunks = batch.chunk_index[is_chunk].cpu().numpy()
@@ -74,8 +72,8 @@ def _write_freely(
     pieces = write_chunks(
         autoencoder,
         latent[is_chunk],
+        autoencoder.encoder_state(len(chunks), latent.device),
         autoencoder.decoder_state(len(chunks), latent.device),
-        encoding.before[is_chunk],
         [True] * len(chunks),
         GenerationConfig(decoder_temperature=0.0),
         row_generators(0, len(chunks)),  # the likeliest byte is no matter of chance
@@ -96,7 +94,7 @@ def _read_along(
     autoencoder: Autoencoder, batch: Batch, encoding: Encoding, latent: Tensor, state: DecoderState
 ) -> tuple[np.ndarray, DecoderState]:
     """Symbols right, symbols, chunks right, chunks of a window, the true bytes as input."""
-    reading, state = read_chunks(autoencoder, batch, latent, state, encoding.before)
+    reading, state = read_chunks(autoencoder, batch, latent, state, encoding)
     is_wrong = (reading.mask & ~reading.correct).long()
     wrong = torch.zeros_like(batch.chunk_index).scatter_add(1, reading.chunk, is_wrong)  # (b n)
     is_chunk = batch.chunk_index >= 0

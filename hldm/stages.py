@@ -1,6 +1,6 @@
 """The two stages as tables of contents: read the config, build the parts, fit, save.
 
-runs/<name>/autoencoder/  stage one: checkpoints/, model/, rate/ (the light prior, if there is one)
+runs/<name>/autoencoder/  stage one: checkpoints/, model/, rate/ (mixture or light prior, if there is one)
 runs/<name>/prior/        stage two: checkpoints/, model/
 runs/<name>/pipeline/     both, as a diffusers pipeline
 """
@@ -27,6 +27,7 @@ from hldm.config import Config, ConfigError, TrainingConfig, to_dict
 from hldm.corpus import Corpus, load_corpora
 from hldm.data import Batch, Windows, cache_latents, load_latents
 from hldm.generation import Continuation, row_generators, write_chunks, write_on
+from hldm.mixture import MixturePredictor
 from hldm.objectives import AutoencoderObjective, CachedLatents, PriorObjective, read_latents
 from hldm.pipeline import HLDMPipeline
 from hldm.prior import Prior
@@ -153,8 +154,9 @@ def train_autoencoder(config: Config, *, resume: bool = False, root: Path = Path
 
         totals = stage.fit(objective, windows, parts, on_sample)
         stage.export(autoencoder, stage.run.folder / "model")
-        if prior is not None:
-            stage.export(prior, stage.run.folder / "rate")
+        rate = prior if prior is not None else objective.mixture
+        if rate is not None:
+            stage.export(rate, stage.run.folder / "rate")
         if config.is_twin:
             pipeline = HLDMPipeline.assemble(autoencoder, None, config.generation)
             stage.export(pipeline, folder / "pipeline")
@@ -190,6 +192,22 @@ def train_diffusion(config: Config, *, resume: bool = False, root: Path = Path("
         stage.export(HLDMPipeline.assemble(autoencoder, prior, config.generation), folder / "pipeline")
         stage.finish(totals)
     return folder
+
+
+def train_run(config: Config, *, root: Path = Path("runs")) -> Path:
+    """Both stages of a run, or the twin's one: each trained, gone on with, or said to be there already."""
+    for stage, train in (("autoencoder", train_autoencoder), ("prior", train_diffusion)):
+        folder = root / config.name / stage
+        if stage == "prior" and config.is_twin:
+            continue
+        if (folder / "totals.json").is_file():
+            minutes = read_totals(folder).seconds / 60
+            print(
+                f"reusing {folder}, trained in {minutes:.1f} minutes (remove it to train again)", flush=True
+            )
+        else:
+            train(config, resume=(folder / "checkpoints").is_dir(), root=root)
+    return root / config.name
 
 
 def read_autoencoder(folder: Path, config: Config) -> Autoencoder:
@@ -252,10 +270,13 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _first_prior(folder: Path, config: Config, say: Callable[[str], None]) -> Prior:
-    """Stage two starts from stage one's light prior when that has the same shape."""
+    """Stage two starts from stage one's mixture, or from its light prior when that has the same shape."""
     prior = Prior.from_settings(config.autoencoder, config.prior, config.hierarchy, config.diffusion)
     path = folder / "autoencoder" / "rate"
-    if path.is_dir():
+    if prior.mixture is not None:
+        mixture = MixturePredictor.from_pretrained(str(path), local_files_only=True)
+        prior.mixture.load_state_dict(mixture.state_dict())
+    elif path.is_dir():
         light = Prior.from_pretrained(str(path), local_files_only=True)
         shapes = {name: tensor.shape for name, tensor in prior.state_dict().items()}
         if (light.diffusion, {k: v.shape for k, v in light.state_dict().items()}) == (
@@ -272,12 +293,13 @@ def _cached_latents(
 ) -> CachedLatents:
     """mu of every chunk of the training text, from runs/<name>/latents.safetensors, made when missing."""
     path = folder / "latents.safetensors"
+    with_features = stage.config.prior.reads_text or stage.config.autoencoder.rate == "mixture"
     windows = _windows(stage.config, corpus, shuffle=False)
     bound: dict[str, object] = {
         "autoencoder": binding,
         "corpus": corpus.fingerprint,
         "chunking": to_dict(stage.config)["chunking"],
-        "reads_text": stage.config.prior.reads_text,
+        "features": with_features,
     }
     if not path.exists() and stage.accelerator.is_main_process:
         stage.say(f"caching latents in {path}")
@@ -289,9 +311,7 @@ def _cached_latents(
         def encode(batch: Batch) -> Tensor:
             nonlocal state
             encoding, state = read_latents(autoencoder, batch.to(device), state)
-            parts = (
-                [encoding.latents, encoding.after] if stage.config.prior.reads_text else [encoding.latents]
-            )
+            parts = [encoding.latents, encoding.after] if with_features else [encoding.latents]
             return torch.cat(parts, dim=-1).cpu()
 
         cache_latents(encode, windows, path, bound)
@@ -337,8 +357,8 @@ def _reconstruct(autoencoder: Autoencoder, text: bytes, config: Config) -> str:
     pieces = write_chunks(
         autoencoder,
         alpha * encoding.latents[0],
+        autoencoder.encoder_state(n, device),
         autoencoder.decoder_state(n, device),
-        encoding.before[0],
         [True] * n,
         replace(config.generation, decoder_temperature=0.0),
         row_generators(config.seed, n),

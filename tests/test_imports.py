@@ -16,15 +16,15 @@ SOURCES = sorted([*ROOT.glob("hldm/*.py"), *ROOT.glob("*.py")])
 # A file imports only from floors below its own. A new file takes its place here.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("strict_yaml", "text", "scan", "derivatives", "carry", "checkpoints", "progress"),
-    ("config", "runs"),
+    ("config", "runs", "plots"),
     ("griffin", "chunking", "hierarchy", "diffusion", "corpus", "metrics"),
-    ("samplers", "data", "doctor"),
+    ("samplers", "mixture", "data", "doctor"),
     ("autoencoder", "prior", "prompts"),
     ("objectives", "generation", "training"),
     ("pipeline", "bound", "reconstruction"),
     ("stages",),
-    ("evaluation", "bench"),
-    ("demo",),
+    ("evaluation", "bench", "diagnosis"),
+    ("demo", "rate_curve"),
     ("cli",),
     ("__init__", "__main__", "train_autoencoder", "train_diffusion", "generate"),
 )
@@ -32,13 +32,14 @@ FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 # A package that is slow to import or that everything could come to depend on, and who may use it.
 ALLOWED_IN = {
-    "diffusers": {"diffusion", "samplers", "autoencoder", "prior", "pipeline"},
+    "diffusers": {"diffusion", "samplers", "mixture", "autoencoder", "prior", "pipeline"},
     "accelerate": {"training", "stages"},
     "datasets": {"corpus", "metrics"},
     "evaluate": {"metrics"},
     "rouge_score": {"metrics"},
     "transformers": {"pipeline"},
     "omegaconf": {"strict_yaml"},
+    "matplotlib": {"plots"},
     "yaml": {"strict_yaml", "config", "runs"},
 }
 

@@ -1,0 +1,73 @@
+"""A mixture that predicts the next latent from the text before it: light enough to train beside an encoder.
+
+    p(mu | h) = sum_k w_k(h) N(mu; m_k, diag s^2),   z_gamma = alpha mu + sigma eps
+
+Only the weights depend on the text, as a softmax over words would: K prototypes m_k are shared. Its
+likelihood and its denoiser are both in closed form, and belong together: the diffusion bound under the
+exact denoiser of p is KL(q(z_0 | x) || p(z_0 | h)) (both walk the same noising backwards). So what stage
+one pays under the mixture is where a prior that is built on this denoiser begins.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+from hldm.diffusion import alpha_sigma
+
+
+class MixturePredictor(ModelMixin, ConfigMixin):
+    """Weights from a feature of the text (... d), prototypes (k z), one variance a dimension."""
+
+    config_name = "config.json"
+
+    @register_to_config
+    def __init__(self, feature_dim: int, latent_dim: int, components: int):
+        super().__init__()
+        self.weigh = nn.Sequential(
+            nn.LayerNorm(feature_dim),
+            nn.Linear(feature_dim, 2 * feature_dim),
+            nn.GELU(),
+            nn.Linear(2 * feature_dim, components),
+        )
+        self.prototypes = nn.Parameter(torch.randn(components, latent_dim))  # mu has unit scale
+        self.log_deviation = nn.Parameter(torch.full((latent_dim,), math.log(0.5)))
+
+    def log_weights(self, feature: Tensor) -> Tensor:
+        """log w_k(h). (... d) -> (... k)."""
+        return F.log_softmax(self.weigh(feature).float(), dim=-1)
+
+    def joint(self, z: Tensor, gamma: Tensor, log_weights: Tensor) -> Tensor:
+        """log w_k + log N(z_gamma; alpha m_k, alpha^2 s^2 + sigma^2). (... z), (...), (... k) -> (... k)."""
+        alpha, sigma = (x.unsqueeze(-1) for x in alpha_sigma(gamma))
+        variance = alpha.square() * (2 * self.log_deviation).exp() + sigma.square()  # (... z)
+        precision = 1 / variance
+        # |z - alpha m|^2 / variance, multiplied out: two products with the prototypes, nothing (... k z)
+        cross = (alpha * z * precision) @ self.prototypes.T
+        square = (alpha.square() * precision) @ self.prototypes.square().T
+        own = (z.square() * precision + variance.log() + math.log(2 * math.pi)).sum(-1, keepdim=True)
+        return log_weights + cross - 0.5 * (square + own)
+
+    def rate(self, mu: Tensor, noise: Tensor, gamma_0: float, log_weights: Tensor) -> Tensor:
+        """KL(q(z_0 | x) || p(z_0 | h)) in nats, an unbiased estimate from one draw. (... z) -> (...)."""
+        gamma = torch.full(mu.shape[:-1], gamma_0, device=mu.device)
+        alpha, sigma = (x.unsqueeze(-1) for x in alpha_sigma(gamma))
+        log_p = self.joint(alpha * mu + sigma * noise, gamma, log_weights).logsumexp(dim=-1)
+        # the entropy of q is known: no need to draw it
+        entropy = 0.5 * mu.shape[-1] * (1 + math.log(2 * math.pi) - F.softplus(torch.tensor(-gamma_0)))
+        return -entropy - log_p
+
+    def denoise(self, z: Tensor, gamma: Tensor, log_weights: Tensor) -> Tensor:
+        """E[mu | z_gamma] under the mixture. z: (... z); gamma: (...); log_weights: (... k)."""
+        alpha, sigma = (x.unsqueeze(-1) for x in alpha_sigma(gamma))
+        share = self.joint(z, gamma, log_weights).softmax(dim=-1)
+        mean = share @ self.prototypes
+        square = (2 * self.log_deviation).exp()
+        # each component corrects its prototype by the same share of what it misses
+        gain = alpha * square / (alpha.square() * square + sigma.square())
+        return mean + gain * (z - alpha * mean)
