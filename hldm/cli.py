@@ -78,7 +78,11 @@ def _guarded(work: Callable[[], int]) -> int:
         if isinstance(error, TrainingDiverged):
             return _fail(str(error), 3, agreed=True)
         if isinstance(error, RankLost):
-            return _fail(str(error), 5)
+            code = _fail(str(error), 5)
+            if "RANK" in os.environ:
+                # The process group's destructor would wait for what is still queued, a timeout for each.
+                os._exit(code)
+            return code
         if "can't allocate memory" in str(error) or "out of memory" in str(error).lower():
             return _fail(f"out of memory ({_one_line(error)}): lower data.lanes or the widths", 4)
         raise

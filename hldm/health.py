@@ -25,7 +25,7 @@ class Spikes:
 
     STEPS = 100  # remembered
     LEAST = 20  # before that many there is no telling what is ordinary
-    K = 20.0
+    K = 20.0  # ordinary steps stay below 4: measured, 85 first steps of configs/tiny.yaml, at most 3.1
 
     def __init__(self) -> None:
         self.norms: deque[float] = deque(maxlen=self.STEPS)
