@@ -17,7 +17,8 @@ class RankLost(RuntimeError):
 
 def is_rank_failure(error: RuntimeError) -> bool:
     """Whether an error comes from a collective operation. Gloo's have no class of their own."""
-    return isinstance(error, dist.DistError) or re.search("gloo|NCCL", str(error)) is not None
+    is_gloo = type(error) is RuntimeError and "gloo" in str(error)
+    return is_gloo or isinstance(error, dist.DistError)
 
 
 def make_roll_call() -> dist.ProcessGroup | None:

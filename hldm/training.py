@@ -263,7 +263,7 @@ class Trainer:
                 return stored.to(device=tensor.device, dtype=tensor.dtype)
 
             self.carries[part] = map_carry(own, self.carries[part])
-        self.spikes.norms.extend(saved.state["gradient_norms"])
+        self.spikes.norms.extend(saved.state.get("gradient_norms", []))  # only what is said depends on it
         self.totals = Totals(saved.step, saved.state["seconds"], saved.state["characters"])
         return True
 
