@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hldm.config import Config, ConfigError, load_config, stage_training, to_yaml
+from hldm.signals import Interrupted, Stopped, is_first_rank, leave_in_one_line
 
 STAGES = {
     "autoencoder": "Stage one: train the autoencoder, or a twin, from a config.",
@@ -50,7 +51,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def guarded(work: Callable[[], int]) -> int:
-    """Run, turning what users can mend into one line: 2 for bad input, 3 diverged, 4 memory, 128+n signals."""
+    """Run, turning what users can mend, and signals, into one line and an exit code.
+
+    2: bad input;  3: numbers went wrong for good;  4: out of memory;  5: another process of the run hangs or has
+    died;  128 + n: signal n.
+    """
+    return leave_in_one_line(lambda: _guarded(work))
+
+
+def _guarded(work: Callable[[], int]) -> int:
     try:
         return work()
     except BrokenPipeError:  # the reader, such as `head`, has had enough
@@ -63,12 +72,19 @@ def guarded(work: Callable[[], int]) -> int:
     except MemoryError as error:
         return _fail(f"out of memory ({_one_line(error)}): lower data.lanes or the widths", 4)
     except RuntimeError as error:
-        from hldm.training import Interrupted, TrainingDiverged
+        if isinstance(error, Interrupted):
+            return _fail(str(error), 128 + error.signum, agreed=True)
+        from hldm.ranks import RankLost
+        from hldm.training import TrainingDiverged
 
         if isinstance(error, TrainingDiverged):
-            return _fail(str(error), 3)
-        if isinstance(error, Interrupted):
-            return _fail(str(error), 128 + error.signum)
+            return _fail(str(error), 3, agreed=True)
+        if isinstance(error, RankLost):
+            code = _fail(str(error), 5)
+            if "RANK" in os.environ:
+                # The process group's destructor would wait for what is still queued, a timeout for each.
+                os._exit(code)
+            return code
         if "can't allocate memory" in str(error) or "out of memory" in str(error).lower():
             return _fail(f"out of memory ({_one_line(error)}): lower data.lanes or the widths", 4)
         raise
@@ -80,8 +96,10 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _fail(message: str, code: int) -> int:
-    print(f"hldm: {message}", file=sys.stderr, flush=True)
+def _fail(message: str, code: int, agreed: bool = False) -> int:
+    """Say why, and return the code. agreed: every rank ends in the same way, so that one of them says it."""
+    if not agreed or is_first_rank():
+        print(f"hldm: {message}", file=sys.stderr, flush=True)
     return code
 
 
@@ -234,22 +252,25 @@ def _write(pipeline: object, prompts: list[bytes], arguments: argparse.Namespace
     began = time.monotonic()
     rows: list[Continuation] = []
     calls = 0
-    for rows, news, calls in write_on(  # noqa: B007 - the last yield is the finished text
-        pipeline.autoencoder,
-        pipeline.prior,
-        prompts,
-        settings,
-        max_characters=arguments.max_chars,
-        seed=arguments.seed,
-    ):
-        if streams and news[0]:
-            send(("|" if arguments.show_chunks else "") + decoder.push(news[0]))
+    stopped: Stopped | None = None
+    try:
+        for rows, news, calls in write_on(  # noqa: B007 - the last yield is the finished text
+            pipeline.autoencoder,
+            pipeline.prior,
+            prompts,
+            settings,
+            max_characters=arguments.max_chars,
+            seed=arguments.seed,
+        ):
+            if streams and news[0]:
+                send(("|" if arguments.show_chunks else "") + decoder.push(news[0]))
+    except Stopped as signal:  # what is written so far is worth showing
+        stopped = signal
     seconds = time.monotonic() - began
     if streams:
         send(decoder.finish() + "\n")
-        return
     total = sum(count_characters(row.text) for row in rows)
-    for index, row in enumerate(rows):
+    for index, row in enumerate([] if streams else rows):
         chunks = [chunk.decode("utf-8", "replace") for chunk in row.chunks]
         if arguments.json:
             spans, at = [], 0
@@ -270,6 +291,8 @@ def _write(pipeline: object, prompts: list[bytes], arguments: argparse.Namespace
         else:
             text = "|" + "|".join(chunks) if arguments.show_chunks else row.text.decode("utf-8", "replace")
             send(f"[{index + 1}] {row.prompt.decode('utf-8', 'replace')}{text}\n")
+    if stopped is not None:
+        raise stopped
 
 
 # --- the rest ----------------------------------------------------------------------------------
@@ -277,9 +300,13 @@ def _write(pipeline: object, prompts: list[bytes], arguments: argparse.Namespace
 
 def evaluate(argv: Sequence[str] | None = None) -> int:
     """`hldm evaluate`, the same as `python -m hldm.evaluation`."""
-    from hldm import evaluation
 
-    return guarded(lambda: evaluation.main(argv))
+    def work() -> int:
+        from hldm import evaluation
+
+        return evaluation.main(argv)
+
+    return guarded(work)
 
 
 def diagnose(argv: Sequence[str] | None = None) -> int:
@@ -347,16 +374,24 @@ def rate_curve(argv: Sequence[str] | None = None) -> int:
 
 def bench(argv: Sequence[str] | None = None) -> int:
     """`hldm bench`."""
-    from hldm import bench as benchmark
 
-    return guarded(lambda: benchmark.main(argv))
+    def work() -> int:
+        from hldm import bench as benchmark
+
+        return benchmark.main(argv)
+
+    return guarded(work)
 
 
 def doctor(argv: Sequence[str] | None = None) -> int:
     """`hldm doctor`."""
-    from hldm import doctor as checks
 
-    return checks.main(argv)
+    def work() -> int:
+        from hldm import doctor as checks
+
+        return checks.main(argv)
+
+    return guarded(work)
 
 
 def demo(argv: Sequence[str] | None = None) -> int:

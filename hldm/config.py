@@ -232,9 +232,14 @@ class TrainingConfig:
     mixed_precision: Literal["no", "bf16"] = "no"
     gradient_checkpointing: bool = False
     joint: float = 0.0  # stage two: last share of the progress that trains both stages together
+    # How long ranks wait for one that hangs. What rank 0 does alone, saving and sampling, must take less: seconds
+    # for configs/*.yaml. accelerate's default is 30 minutes (10 on CUDA), which a cluster would be paid for.
+    timeout_s: float = 300.0
 
     def __post_init__(self) -> None:
-        _require_positive("training", self, "steps", "learning_rate", "clip_norm", "accumulation")
+        _require_positive(
+            "training", self, "steps", "learning_rate", "clip_norm", "accumulation", "timeout_s"
+        )
         _require_share("training", self, "warmup", "ema_decay", "joint")
         _require(self.minutes >= 0, f"training.minutes must not be negative, got {self.minutes}")
         _require(

@@ -149,6 +149,16 @@ class Windows:
             total_bytes=int(length.sum()),
         )
 
+    def places(self, step: int) -> list[tuple[int, int] | None]:
+        """Where each row of a step's batch begins: (document, byte of it); None for a row without text."""
+        epoch, window = divmod(step, self.windows_per_epoch)
+        stream = self._stream(epoch)
+        begin, end = (self._first_chunk_from(edge, stream) for edge in self._edges(window))  # (lanes,)
+        turn = np.minimum(np.searchsorted(stream.start, begin, side="right"), len(stream.order)) - 1
+        document, byte = stream.order[turn].tolist(), (begin - stream.start[turn]).tolist()
+        rows = zip(document, byte, (end > begin).tolist(), strict=True)
+        return [(at, first) if has_text else None for at, first, has_text in rows]
+
     def _make_stream(self, epoch: int) -> _Stream:
         if not self.shuffle:
             return _Stream(np.arange(len(self.corpus)), self.corpus.offsets)

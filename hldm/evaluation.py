@@ -18,6 +18,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from hldm.signals import leave_in_one_line
+
 if TYPE_CHECKING:
     from hldm.autoencoder import Autoencoder
     from hldm.config import GenerationConfig
@@ -364,4 +366,4 @@ def _look_up(evaluation: Mapping[str, Any], key: str) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(leave_in_one_line(main))

@@ -2,7 +2,7 @@
 
     runs/demo/autoencoder/  config.yaml  environment.json  metrics.jsonl  samples.txt  checkpoints/  .lock
 
-`Interrupt` turns signals into a flag that the training loop reads between steps. Knows no model.
+Knows no model.
 """
 
 from __future__ import annotations
@@ -14,16 +14,13 @@ import math
 import os
 import platform
 import re
-import signal
 import socket
 import subprocess
 import sys
-import threading
 import warnings
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import yaml
@@ -33,7 +30,6 @@ from hldm.checkpoints import atomic_write, checkpoints_in
 NAME = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,64}")
 LIBRARIES = ("torch", "numpy", "safetensors", "diffusers", "accelerate", "transformers", "datasets")
 BITWISE = ("cpu", "threads", "accelerators", "torch")  # a resumed run repeats bit for bit only if these agree
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # SIGUSR1: what a cluster sends before time is up
 SAMPLE_HEADER = re.compile(rb"^=== step (-?[0-9]+) ===$", re.MULTILINE)
 
 
@@ -183,34 +179,6 @@ def describe_environment() -> dict[str, Any]:
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "accelerators": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
-
-
-class Interrupt:
-    """Within this context SIGINT, SIGTERM and SIGUSR1 only set `requested`, for the loop to save and leave.
-
-    A second signal ends the process at once, with exit code 128 + its number. Outside the main thread, where
-    Python allows no handlers, it does nothing.
-    """
-
-    def __init__(self) -> None:
-        self.requested: int | None = None  # number of the signal that came
-        self._previous: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> Interrupt:
-        if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
-                self._previous[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        self._previous.clear()
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.requested is not None:
-            os._exit(128 + number)
-        self.requested = number
 
 
 def _write_config(folder: Path, config: dict[str, Any], may_change: tuple[str, ...]) -> None:

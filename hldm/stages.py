@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from hldm.autoencoder import Autoencoder
-from hldm.checkpoints import atomic_write, fingerprint
+from hldm.checkpoints import atomic_write, checkpoints_in, fingerprint
 from hldm.chunking import make_chunker
 from hldm.config import Config, ConfigError, TrainingConfig, to_dict
 from hldm.corpus import Corpus, load_corpora
@@ -31,7 +31,9 @@ from hldm.mixture import MixturePredictor
 from hldm.objectives import AutoencoderObjective, CachedLatents, PriorObjective, read_latents
 from hldm.pipeline import HLDMPipeline
 from hldm.prior import Prior
+from hldm.ranks import RankLost, is_rank_failure, make_roll_call, missing_ranks
 from hldm.runs import Run, check_run_name, open_run
+from hldm.signals import Interrupted, Stopped
 from hldm.text import to_ids
 from hldm.training import Totals, Trainer, make_accelerator
 
@@ -96,6 +98,11 @@ class Stage:
         objective.eval()
         return totals
 
+    def main_says(self, fact: bool) -> bool:
+        """Rank 0's opinion, on every rank."""
+        own = torch.tensor(int(fact and self.accelerator.is_main_process), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(own))
+
     def export(self, model: Any, path: Path) -> None:
         """Save a model from the main process."""
         if self.accelerator.is_main_process:
@@ -120,11 +127,25 @@ def open_stage(config: Config, name: str, resume: bool, root: Path) -> Iterator[
     run = open_run(
         folder, config=to_dict(config), resume=resume, is_main=is_main, may_change=MAY_CHANGE, say=say
     )
+    roll_call = make_roll_call()
     try:
         torch.manual_seed(config.seed)
         yield Stage(config, training, run, accelerator, say, resume, time.monotonic())
         accelerator.wait_for_everyone()
         accelerator.end_training()
+    except Stopped as stopped:  # outside the training loop; what that has saved stands
+        if saved := list(checkpoints_in(folder).values()):
+            raise Interrupted(stopped.signum, str(saved[-1])) from None
+        raise
+    except RuntimeError as error:
+        if roll_call is None or not is_rank_failure(error):
+            raise
+        steps = list(checkpoints_in(folder).values())
+        raise RankLost(
+            f"{missing_ranks(roll_call)} of {accelerator.num_processes} has died or hangs "
+            f"(training.{name}.timeout_s is {training.timeout_s:g}): "
+            f"{f'go on from {steps[-1]} with --resume' if steps else 'nothing is saved yet'} ({error})"
+        ) from error
     finally:
         run.close()
 
@@ -301,7 +322,10 @@ def _cached_latents(
         "chunking": to_dict(stage.config)["chunking"],
         "features": with_features,
     }
-    if not path.exists() and stage.accelerator.is_main_process:
+    if stage.main_says(not path.exists()) and not stage.accelerator.is_main_process:
+        for _ in range(windows.windows_per_epoch):
+            stage.main_says(True)
+    elif not path.exists():
         stage.say(f"caching latents in {path}")
         device = stage.accelerator.device
         autoencoder.to(device)
@@ -310,6 +334,7 @@ def _cached_latents(
         @torch.no_grad()
         def encode(batch: Batch) -> Tensor:
             nonlocal state
+            stage.main_says(True)  # that it is at work: the others would take a long silence for a hang
             encoding, state = read_latents(autoencoder, batch.to(device), state)
             parts = [encoding.latents, encoding.after] if with_features else [encoding.latents]
             return torch.cat(parts, dim=-1).cpu()

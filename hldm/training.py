@@ -8,23 +8,28 @@ nothing but rounding. Checkpoints are ours (hldm.checkpoints), processes and dev
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.swa_utils import AveragedModel
 
 from hldm.carry import map_carry, named_tensors
 from hldm.checkpoints import (
     Checkpoint,
+    atomic_write,
+    checkpoints_in,
     flatten_optimizer,
     newest_checkpoint,
     save_checkpoint,
@@ -32,23 +37,17 @@ from hldm.checkpoints import (
 )
 from hldm.config import CheckpointConfig, ConfigError, LoggingConfig, TrainingConfig
 from hldm.data import Batch, Windows
+from hldm.health import Spikes, gradients, nonfinite_names
 from hldm.progress import Progress
-from hldm.runs import Interrupt, Run
+from hldm.runs import Run
+from hldm.signals import Interrupt, Interrupted, Stopped
 
 Tensors: TypeAlias = tuple[Tensor, ...] | list[Tensor]
 MAX_SKIPPED_STEPS = 3  # non-finite steps in a row before a run gives up
 
 
 class TrainingDiverged(RuntimeError):
-    """Loss or gradient stayed non-finite; nothing bad was saved."""
-
-
-class Interrupted(RuntimeError):
-    """A signal asked the run to stop; it saved itself first."""
-
-    def __init__(self, signum: int, path: str):
-        super().__init__(f"stopped by signal {signum}; saved {path}: go on with --resume")
-        self.signum = signum
+    """Loss, gradient or weights are not finite, for good; nothing bad was saved."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,10 @@ def make_accelerator(config: TrainingConfig, logging: LoggingConfig, folder: str
         log_with=list(logging.trackers) or None,
         project_dir=folder,
         # Buffers hold sums of each rank's own rows; the objectives add them up in end_step.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_s)),
+        ],
     )
 
 
@@ -190,12 +192,21 @@ class Trainer:
         self.carries = [objective.initial_carry(self.rows, accelerator.device) for _ in range(parts)]
         self.totals = Totals(seconds=spent)
         self.recent = Recent()
-        self.skipped = 0
+        self.spikes = Spikes()
+        self.quiet_until = 0  # step before which no more spikes are said
+        self.failures: list[dict[str, Any]] = []  # what is known of the steps skipped in a row
 
     # --- state on disk -------------------------------------------------------------------------
 
     def save(self, say: Callable[[str], None]) -> str:
-        """Write a checkpoint of everything that the next step depends on; returns its path."""
+        """Write a checkpoint of everything that the next step depends on; returns its path.
+
+        Raises TrainingDiverged rather than save weights, or their average, that are not finite.
+        """
+        models = [self.objective] if self.average is None else [self.objective, self.average.module]
+        bad = [name for model in models for name in nonfinite_names(model.state_dict().items())]
+        if self._agreed(len(bad)):
+            raise self._diverged(f"weights are not finite after step {self.totals.steps}", bad)
         parts = [dict(named_tensors(carry)) for carry in self.carries]
         carry = {}
         for name in parts[0]:
@@ -218,6 +229,7 @@ class Trainer:
                 "threads": torch.get_num_threads(),
                 "processes": self.accelerator.num_processes,
                 "seed": self.seed,
+                "gradient_norms": list(self.spikes.norms),
                 **self.extras,
             }
             folder, keep = self.run.folder, self.checkpoint.keep
@@ -251,6 +263,7 @@ class Trainer:
                 return stored.to(device=tensor.device, dtype=tensor.dtype)
 
             self.carries[part] = map_carry(own, self.carries[part])
+        self.spikes.norms.extend(saved.state.get("gradient_norms", []))  # only what is said depends on it
         self.totals = Totals(saved.step, saved.state["seconds"], saved.state["characters"])
         return True
 
@@ -312,19 +325,30 @@ class Trainer:
                 sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + value.cpu().double()
         names = list(sums)
         total = accelerator.reduce(torch.stack([sums[name] for name in names]).to(accelerator.device))
-        norm = accelerator.clip_grad_norm_(self.objective.parameters(), self.config.clip_norm)
+        given = [p for p in self.objective.parameters() if p.grad is not None]
+        norm = get_total_norm([p.grad for p in given if p.grad is not None])
         values = dict(zip(names, total.tolist(), strict=True))
         characters = values.pop("characters")
         finite = math.isfinite(sum(values.values())) and math.isfinite(float(norm))
         self.objective.end_step(skipped=not finite)
         if finite:
+            clip_grads_with_norm_(given, self.config.clip_norm, norm)
             for optimizer in self.optimizers:
                 optimizer.step()
             if self.average is not None:
                 self.average.update_parameters(self.objective)
-            self.skipped = 0
+            self.failures = []
         else:
-            self.skipped += 1
+            self.failures.append(
+                {
+                    "step": step + 1,
+                    "rows": self.windows.places(step),
+                    "nats": {name: _or_text(value) for name, value in values.items()},
+                    "gradient_norm": _or_text(float(norm)),
+                    "learning_rate": rate,
+                    "gradients_not_finite": nonfinite_names(gradients(self.objective)),
+                }
+            )
             self.carries = [self.objective.initial_carry(self.rows, accelerator.device) for _ in range(parts)]
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
@@ -366,12 +390,14 @@ class Trainer:
                 step = self.totals.steps
                 if metrics is None:
                     say(f"step {step}: loss or gradient is not finite; step skipped")
-                    if self.skipped > MAX_SKIPPED_STEPS:
-                        raise TrainingDiverged(
-                            f"{self.skipped} steps in a row were not finite (the last is {step}): "
-                            f"lower training's learning_rate; {self.run.folder} keeps its last good checkpoint"
+                    self.run.log(step, event="skipped: not finite")
+                    if len(self.failures) > MAX_SKIPPED_STEPS:
+                        raise self._diverged(
+                            f"{len(self.failures)} steps in a row were not finite (the last is {step})",
+                            nonfinite_names(self.objective.state_dict().items()),
                         )
                 else:
+                    self._report_spike(step, metrics["gradient_norm"], say)
                     rate = self.totals.characters / max(seconds, 1e-9)
                     metrics |= {"characters_per_second": rate, "seconds": seconds}
                     if step % self.logging.every == 0 and self.accelerator.is_main_process:
@@ -380,34 +406,70 @@ class Trainer:
                     bar.advance(step, self.progress(), metrics, every=self.logging.every)
                     if step % self.logging.every == 0:
                         self.recent = Recent()
-                signum = self._agreed(interrupt.requested)
-                if signum:
-                    raise Interrupted(signum, self.save(say))
-                if step % self.checkpoint.every == 0 and not self.skipped:
+                if step % self.checkpoint.every == 0 and not self.failures:
                     self.save(say)
                 if on_sample and self.logging.sample_every and step % self.logging.sample_every == 0:
-                    self._sample(on_sample)
-        if not self.skipped:
-            self.save(say)
-        if self.average is not None:
-            self.objective.load_state_dict(self.average.module.state_dict())
-        if on_sample:
-            self._sample(on_sample, averaged=False)
+                    self._sample(on_sample, interrupt)
+                if signum := self._agreed(interrupt.requested or 0):
+                    raise Interrupted(signum, self.save(say))
+            path = self.save(say)
+            if self.average is not None:
+                self.objective.load_state_dict(self.average.module.state_dict())
+            if on_sample:
+                self._sample(on_sample, interrupt, averaged=False)
+            if signum := self._agreed(interrupt.requested or 0):
+                raise Interrupted(signum, path)
         return self.totals
 
-    def _sample(self, on_sample: Callable[[nn.Module], str], averaged: bool = True) -> None:
-        if self.accelerator.is_main_process:
+    def _sample(
+        self, on_sample: Callable[[nn.Module], str], interrupt: Interrupt, averaged: bool = True
+    ) -> None:
+        if self.accelerator.is_main_process and not interrupt.requested:
             model = self.average.module if averaged and self.average is not None else self.objective
             model.eval()
-            with torch.no_grad():
+            # A signal ends the sample, which is not worth waiting for; the step's end then sees to it.
+            with suppress(Stopped), Interrupt(raises=True), torch.no_grad():
                 self.run.sample(self.totals.steps, on_sample(model))
             self.objective.train()
         self.accelerator.wait_for_everyone()
 
-    def _agreed(self, signum: int | None) -> int:
-        """A signal to any rank stops all of them after the same step."""
+    def _report_spike(self, step: int, norm: float, say: Callable[[str], None]) -> None:
+        """Log a gradient norm far above those before; it was clipped like any other."""
+        threshold = self.spikes.add(norm)
+        if threshold is not None:
+            self.run.log(step, event="gradient spike", gradient_norm=norm, threshold=threshold)
+            if step >= self.quiet_until:  # one line every so often, however many there are
+                self.quiet_until = step + self.logging.every
+                say(f"step {step}: gradient norm {norm:.3g} is above the usual {threshold:.3g}; clipped")
+
+    def _diverged(self, reason: str, weights: list[str]) -> TrainingDiverged:
+        """The error to raise, after writing post-mortem.json. weights: names of those that are not finite."""
+        saved = list(checkpoints_in(self.run.folder).values())
+        last = str(saved[-1]) if saved else None
+        path = self.run.folder / "post-mortem.json"
+        record = {
+            "reason": reason,
+            "step": self.totals.steps,
+            "seed": self.seed,
+            "weights_not_finite": weights,
+            "skipped_steps": self.failures,  # rows: [document of the training text, byte of it] or null
+            "last_checkpoint": last,
+        }
+        if self.accelerator.is_main_process:
+            atomic_write(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
+        return TrainingDiverged(
+            f"{reason}: lower training's learning_rate; see {path}; the last checkpoint is {last or 'none'}"
+        )
+
+    def _agreed(self, value: int) -> int:
+        """The largest of the ranks' values."""
         if self.accelerator.num_processes == 1:
-            return signum or 0
-        flag = torch.tensor(signum or 0, device=self.accelerator.device)
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-        return int(flag)
+            return value
+        largest = torch.tensor(value, device=self.accelerator.device)
+        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+        return int(largest)
+
+
+def _or_text(value: float) -> float | str:
+    """JSON has neither nan nor infinity."""
+    return value if math.isfinite(value) else str(value)

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from hldm import cli, stages
 from hldm.checkpoints import newest_checkpoint
 from hldm.config import to_yaml
-from hldm.training import Interrupted
+from hldm.ranks import RankLost
+from hldm.training import Interrupted, TrainingDiverged
 
 SCRIPTS = ("train_autoencoder.py", "train_diffusion.py", "generate.py")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -226,6 +227,8 @@ def test_stage_two_refuses_a_damaged_autoencoder(run_copy, config_file, refused)
         (PermissionError(13, "Permission denied", "runs"), 2, "runs: Permission denied"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 4, "lower data.lanes"),
         (MemoryError(), 4, "out of memory"),
+        (TrainingDiverged("4 steps in a row"), 3, "4 steps in a row"),
+        (RankLost("rank 1 of 2 has died or hangs"), 5, "rank 1 of 2"),
     ],
 )
 def test_what_users_can_mend_is_one_line(error, code, says, capsys):

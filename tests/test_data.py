@@ -96,6 +96,22 @@ def test_rows_of_a_batch_equal_the_whole_batch(corpus, layout, data):
         assert torch.equal(getattr(part, name), getattr(whole, name)[first : first + rows])
 
 
+@settings(max_examples=30, deadline=None)
+@given(corpus=corpora, layout=layouts, step=st.integers(0, 40))
+def test_where_a_row_begins_is_told_by_document_and_byte(corpus, layout, step):
+    windows = windows_of(corpus, **layout)
+    batch, places = windows.batch(step), windows.places(step)
+    assert len(places) == windows.lanes
+    for row, place in enumerate(places):
+        if place is None:
+            assert batch.length[row] == 0
+            continue
+        document, byte = place
+        length = min(int(batch.length[row]), len(corpus.document(document)) - byte)
+        expected = corpus.document(document)[byte : byte + length]
+        assert length > 0 and (batch.bytes[row, :length].numpy() == expected).all()
+
+
 def test_the_order_is_a_function_of_seed_and_step_alone():
     corpus = random_corpus(documents=20)
     windows, again = windows_of(corpus, seed=1), windows_of(corpus, seed=1)

@@ -15,7 +15,18 @@ SOURCES = sorted([*ROOT.glob("hldm/*.py"), *ROOT.glob("*.py")])
 
 # A file imports only from floors below its own. A new file takes its place here.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("strict_yaml", "text", "scan", "derivatives", "carry", "checkpoints", "progress"),
+    (
+        "strict_yaml",
+        "text",
+        "scan",
+        "derivatives",
+        "carry",
+        "checkpoints",
+        "health",
+        "progress",
+        "ranks",
+        "signals",
+    ),
     ("config", "runs", "plots"),
     ("griffin", "chunking", "hierarchy", "diffusion", "corpus", "metrics"),
     ("samplers", "mixture", "data", "doctor"),

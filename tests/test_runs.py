@@ -6,10 +6,8 @@ import errno
 import fcntl
 import json
 import os
-import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ import pytest
 import yaml
 
 from hldm.checkpoints import save_checkpoint
-from hldm.runs import Interrupt, Run, check_run_name, open_run
+from hldm.runs import Run, check_run_name, open_run
 
 CONFIG: dict[str, Any] = {
     "seed": 0,
@@ -256,46 +254,3 @@ def test_rewinding_a_run_that_wrote_nothing_is_fine(folder: Path) -> None:
     run.rewind(0)
     run.close()
     assert not (folder / "metrics.jsonl").exists()
-
-
-# Signals
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_only_sets_the_flag(number: signal.Signals) -> None:
-    before = signal.getsignal(number)
-    with Interrupt() as interrupt:
-        assert interrupt.requested is None
-        os.kill(os.getpid(), number)
-        assert interrupt.requested == number
-    assert signal.getsignal(number) is before
-
-
-def test_a_second_signal_ends_the_process_at_once() -> None:
-    program = """
-import os, signal
-from hldm.runs import Interrupt
-with Interrupt() as interrupt:
-    os.kill(os.getpid(), signal.SIGINT)
-    print(interrupt.requested, flush=True)
-    os.kill(os.getpid(), signal.SIGTERM)
-    print("never")
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).parent.parent
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (128 + signal.SIGTERM, f"{signal.SIGINT:d}\n", "")
-
-
-def test_outside_the_main_thread_signals_are_left_alone() -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    seen = []
-
-    def work() -> None:
-        with Interrupt() as interrupt:
-            seen.append((signal.getsignal(signal.SIGTERM), interrupt.requested))
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert seen == [(before, None)] and signal.getsignal(signal.SIGTERM) is before

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,10 +16,15 @@ import pytest
 import torch
 from conftest import ROOT, SMALL
 
+from hldm.autoencoder import Autoencoder
 from hldm.checkpoints import newest_checkpoint
+from hldm.chunking import make_chunker
 from hldm.config import Config, ConfigError, TrainingConfig, stage_training
+from hldm.corpus import load_corpora
+from hldm.data import Batch, Windows
+from hldm.objectives import AutoencoderObjective
 from hldm.stages import train_autoencoder, train_diffusion
-from hldm.training import Interrupted, Trainer, learning_rate, step_seed
+from hldm.training import Interrupted, Trainer, TrainingDiverged, learning_rate, step_seed
 
 
 def weights(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
@@ -36,7 +42,7 @@ def assert_same(a: dict[str, dict[str, torch.Tensor]], b: dict[str, dict[str, to
 
 def losses(folder: Path, *names: str) -> list[float]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [sum(line[name] for name in names) for line in lines]
+    return [sum(line[name] for name in names) for line in lines if "event" not in line]
 
 
 def test_the_learning_rate_warms_up_then_follows_a_cosine():
@@ -115,6 +121,170 @@ def test_a_signal_saves_the_step_and_the_run_goes_on_from_it(tmp_path, small_con
     assert saved is not None and saved.step == 5
     resumed = train_autoencoder(small_config, resume=True, root=tmp_path / "b")
     assert_same(straight, weights(resumed / "autoencoder"))
+
+
+@pytest.fixture
+def samples_read(monkeypatch) -> list[tuple[int, int, list[list[int]]]]:
+    """The (step, first row, chunk numbers) of every batch read from here on."""
+    read = []
+    original = Windows.batch
+
+    def logged(self: Windows, step: int, first_row: int = 0, rows: int | None = None) -> Batch:
+        batch = original(self, step, first_row, rows)
+        read.append((step, first_row, batch.chunk_index.tolist()))
+        return batch
+
+    monkeypatch.setattr(Windows, "batch", logged)
+    return read
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "prior"])
+def test_however_often_it_is_interrupted_a_run_reads_and_learns_the_same(
+    stage, tmp_path, small_config, monkeypatch, samples_read
+):
+    # dropout is on; an epoch has 19 windows: three stops in the first, one at its end, one in the second
+    config = stage_training(small_config, stage, steps=50, accumulation=2)
+    train = train_autoencoder if stage == "autoencoder" else train_diffusion
+    if stage == "prior":
+        for name in ("straight", "stopped"):
+            train_autoencoder(small_config, root=tmp_path / name)
+    samples_read.clear()
+    straight = train(config, root=tmp_path / "straight") / stage
+    expected = list(samples_read)
+    assert len({step for step, _, _ in expected}) == 50
+    samples_read.clear()
+
+    stops = [4, 9, 14, 19, 30]
+    original = Trainer.step
+
+    def step_then_signal(self: Trainer, progress: float) -> dict[str, float] | None:
+        if self.totals.steps + 1 in stops:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return original(self, progress)
+
+    monkeypatch.setattr(Trainer, "step", step_then_signal)
+    for stop in stops:
+        with pytest.raises(Interrupted, match=f"step-{stop:09d}"):
+            train(config, resume=stop != stops[0], root=tmp_path / "stopped")
+    monkeypatch.setattr(Trainer, "step", original)
+    stopped = train(config, resume=True, root=tmp_path / "stopped") / stage
+
+    assert samples_read == expected  # nothing twice, nothing left out
+    assert_same(weights(straight), weights(stopped))
+    for names in (("learning_rate",), ("gradient_norm",), ("latent", "end")):
+        assert losses(straight, *names) == losses(stopped, *names)
+    table = [learning_rate(getattr(config.training, stage), step / 50) for step in range(50)]
+    assert losses(stopped, "learning_rate") == table
+
+
+# --- numbers going wrong
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, change: Callable[[Trainer], None], *steps: int) -> None:
+    """Call `change` before these steps, counted from 1."""
+    original = Trainer.step
+
+    def spoiled(self: Trainer, progress: float) -> dict[str, float] | None:
+        if self.totals.steps + 1 in steps:
+            change(self)
+        return original(self, progress)
+
+    monkeypatch.setattr(Trainer, "step", spoiled)
+
+
+def scale_one_gradient(factor: float) -> Callable[[Trainer], None]:
+    """Multiply the gradient of one parameter, once."""
+
+    def change(trainer: Trainer) -> None:
+        name, parameter = list(trainer.objective.named_parameters())[3]
+        handle = parameter.register_hook(lambda gradient: (handle.remove(), gradient * factor)[1])
+
+    return change
+
+
+def events(folder: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "event" in line]
+
+
+def test_a_few_steps_that_are_not_finite_are_skipped(tmp_path, small_config, monkeypatch):
+    spoil(monkeypatch, scale_one_gradient(float("inf")), 2, 5, 6, 7)
+    folder = train_autoencoder(small_config, root=tmp_path) / "autoencoder"
+    assert [event["step"] for event in events(folder)] == [2, 5, 6, 7]
+    assert len(losses(folder, "decoder")) == 8 and not (folder / "post-mortem.json").exists()
+    for tensor in weights(folder)["model"].values():
+        assert torch.isfinite(tensor).all()
+
+
+def test_a_run_that_stays_not_finite_ends_with_a_post_mortem(tmp_path, small_config, monkeypatch):
+    names = [name for name, _ in objective_of(small_config).named_parameters()]
+    spoil(monkeypatch, scale_one_gradient(float("nan")), 5, 6, 7, 8)
+    with pytest.raises(
+        TrainingDiverged, match="4 steps in a row were not finite .* last checkpoint is .*-000000003"
+    ):
+        train_autoencoder(small_config, root=tmp_path)
+    folder = tmp_path / "small" / "autoencoder"
+    saved = newest_checkpoint(folder)
+    assert saved is not None and saved.step == 3
+    record = json.loads((folder / "post-mortem.json").read_text())
+    assert (record["step"], record["last_checkpoint"]) == (8, str(saved.path))
+    assert record["weights_not_finite"] == []
+    windows = windows_of(small_config)
+    for step, skipped in enumerate(record["skipped_steps"], start=5):
+        assert skipped["step"] == step and skipped["gradient_norm"] == "nan"
+        assert skipped["gradients_not_finite"] == [names[3]]
+        assert skipped["rows"] == [list(place) for place in windows.places(step - 1)]
+        assert set(skipped["nats"]) == {"decoder", "latent", "end"} and skipped["learning_rate"] > 0
+    # what is left can be gone on from, with a lower learning rate, say
+    monkeypatch.undo()
+    train_autoencoder(small_config, resume=True, root=tmp_path)
+
+
+def objective_of(config: Config) -> AutoencoderObjective:
+    autoencoder = Autoencoder.from_settings(config.autoencoder, config.chunking, config.diffusion.gamma_0)
+    return AutoencoderObjective(autoencoder, config.autoencoder, config.diffusion.gamma_0, None)
+
+
+def windows_of(config: Config) -> Windows:
+    return Windows(
+        load_corpora(config.data)["train"],
+        make_chunker(config.chunking),
+        lanes=config.data.lanes,
+        window_bytes=config.data.window_bytes,
+        seed=config.seed,
+    )
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, small_config, monkeypatch):
+    def spoil_weight(trainer: Trainer) -> None:
+        original = trainer.optimizers[0].step
+
+        def step() -> None:
+            original()
+            with torch.no_grad():
+                list(trainer.objective.parameters())[3].flatten()[0] = float("nan")
+
+        trainer.optimizers[0].step = step
+
+    spoil(monkeypatch, spoil_weight, 6)
+    with pytest.raises(TrainingDiverged, match="weights are not finite after step 6"):
+        train_autoencoder(small_config, root=tmp_path)
+    folder = tmp_path / "small" / "autoencoder"
+    assert newest_checkpoint(folder).step == 3
+    assert len(json.loads((folder / "post-mortem.json").read_text())["weights_not_finite"]) >= 1
+
+
+def test_a_gradient_a_million_times_too_large_is_clipped_and_said(
+    tmp_path, small_config, monkeypatch, capsys
+):
+    config = stage_training(small_config, "autoencoder", steps=40)
+    spoil(monkeypatch, scale_one_gradient(1e6), 30)
+    folder = train_autoencoder(config, root=tmp_path) / "autoencoder"
+    (event,) = [event for event in events(folder) if event["step"] == 30]
+    assert event["event"] == "gradient spike" and event["gradient_norm"] > 100 * event["threshold"]
+    assert "step 30: gradient norm" in capsys.readouterr().out
+    nats = losses(folder, "decoder")
+    assert len(nats) == 40 and nats[-1] < nats[0]
 
 
 def test_micro_batches_add_up_to_the_whole_batch(tmp_path, small_config):

@@ -1,0 +1,40 @@
+"""When another process of a run hangs or dies: told apart from other errors, and by its number."""
+
+from __future__ import annotations
+
+import re
+from datetime import timedelta
+
+import torch.distributed as dist
+
+# Those that time out together do so within the difference of their steps.
+ROLL_CALL = timedelta(seconds=2)
+
+
+class RankLost(RuntimeError):
+    """Another process of the run does not answer; this one cannot go on without it."""
+
+
+def is_rank_failure(error: RuntimeError) -> bool:
+    """Whether an error comes from a collective operation. Gloo's have no class of their own."""
+    is_gloo = type(error) is RuntimeError and "gloo" in str(error)
+    return is_gloo or isinstance(error, dist.DistError)
+
+
+def make_roll_call() -> dist.ProcessGroup | None:
+    """A group of all ranks beside the one that trains, whose connections survive that one's failure."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    return dist.new_group(backend="gloo")
+
+
+def missing_ranks(group: dist.ProcessGroup) -> str:
+    """Who does not answer, e.g. "rank 1": rank 0 sees them all; the others see rank 0 or "another rank"."""
+    try:
+        dist.monitored_barrier(group, ROLL_CALL, wait_all_ranks=True)
+    except RuntimeError as error:
+        if found := re.search(r"Ranks? ([0-9][0-9, ]*) failed", str(error)):
+            return f"rank {found[1].strip(' ,')}"
+        if dist.get_rank() != 0 and "rank 0" in str(error):
+            return "rank 0"
+    return "another rank"
