@@ -29,7 +29,7 @@ test-slow: .venv/installed-dev
 	$(PYTEST) -m slow
 
 torture: .venv/installed-dev
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.torture
+	$(BIN)/python -m tests.torture
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check

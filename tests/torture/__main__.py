@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -29,9 +30,11 @@ def main() -> int:
     if not 0 < chosen.scale <= 1:
         parser.error(f"--scale must lie in (0, 1], got {chosen.scale:g}")
 
+    # Before torch is imported: a fork of a process with threads may hang, and all runs must have as many.
+    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
     import torch
 
-    torch.set_num_threads(1)  # before any tensor: a fork of a process with threads may hang
+    torch.set_num_threads(1)
     figures = {}
     print(f"{'fault':<12} {'tried':>7} {'survived':>8} {'bad':>5} {'seconds':>8}", flush=True)
     for name in names:

@@ -30,11 +30,15 @@ NAMES = (
     "set_robust_list "
 )
 READING = set(NAMES.split())  # change nothing on a disk
+# a call and the last component of its last path: of a descriptor, by strace -y, or in quotes
+ORDERED = re.compile(r".* (fsync|rename|rmdir)\(.*/([^/]+)[>\"]\) += 0$")
 CALL = re.compile(r"^\d+ +(\w+)\(", re.M)
 
 
 def torture(trial: Trial) -> None:
     points = crash_points(trial.folder)
+    if has_strace():
+        trial.record("order on disk", order_faults((trial.folder / "strace.log").read_text()))
     for call, number in trial.sample(points):
         folder = trial.folder / f"{call}-{number}"
         status, said = save_under(folder, call, number, "signal=KILL")
@@ -65,6 +69,23 @@ def crash_points(folder: Path) -> list[tuple[str, int]]:
         raise RuntimeError(f"a save that nothing disturbed ended with {status}: {said}")
     counts = Counter(CALL.findall(log.read_text()))
     return [(call, k) for call in sorted(counts) if call not in READING for k in range(1, counts[call] + 1)]
+
+
+def order_faults(log: str) -> list[str]:
+    """What a power cut could lose: something not synced before the rename, or a rename not before a delete.
+
+    log: of one undisturbed save, by strace -y, which names the file behind every descriptor.
+    """
+    calls = [(found[1], found[2]) for found in map(ORDERED.match, log.splitlines()) if found]
+    placed = calls.index(("rename", "step-000000002")) if ("rename", "step-000000002") in calls else 0
+    before = [name for call, name in calls[:placed] if call == "fsync"]
+    expected = {*(f"{stem}.safetensors" for stem in some_tensors(2)), "state.json", "MANIFEST.json"}
+    wrong = [f"{name} is not synced before the rename" for name in sorted(expected - set(before))]
+    if not before or not before[-1].startswith(".tmp-step-2-"):
+        wrong.append("the folder is not synced, last, before the rename")
+    if calls[placed + 1] != ("fsync", "checkpoints"):
+        wrong.append("the folder above is not synced right after the rename")
+    return wrong
 
 
 def some_tensors(step: int) -> dict[str, dict[str, torch.Tensor]]:
@@ -107,7 +128,7 @@ def save_under(
     os.waitpid(child, os.WUNTRACED)
     what = [f"trace={call}", "-e", f"inject={call}:{injected}:when={number}"] if call else ["trace=all"]
     tracer = subprocess.Popen(
-        ["strace", "-f", "-p", str(child), "-o", str(log or os.devnull), "-e", *what],
+        ["strace", "-y", "-f", "-p", str(child), "-o", str(log or os.devnull), "-e", *what],
         stderr=subprocess.PIPE,
         text=True,
     )
