@@ -41,7 +41,7 @@ def fork(work: Callable[[], int | None], log: Path, environment: dict[str, str] 
         os._exit(code or 0)
 
 
-def wait(child: int, seconds: float = 300) -> int:
+def wait(child: int, seconds: float = 900) -> int:
     """The child's status as a shell reports it, 128 + signal included; HUNG after so many seconds."""
     descriptor = os.pidfd_open(child)
     try:
@@ -65,7 +65,7 @@ def kill(child: int) -> int:
     return shell_status(os.waitpid(child, 0)[1])
 
 
-def run(work: Callable[[], int | None], log: Path, seconds: float = 300) -> int:
+def run(work: Callable[[], int | None], log: Path, seconds: float = 900) -> int:
     """Fork and wait."""
     return wait(fork(work, log), seconds)
 

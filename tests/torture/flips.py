@@ -37,7 +37,7 @@ def torture(trial: Trial) -> None:
     trial.note = f"over {len(files)} files; {resumes} resumed to the end"
 
 
-def stop_early(folder: Path, text: Path, at: int = 30) -> Path:
+def stop_early(folder: Path, text: Path, at: int = 20) -> Path:
     """A run stopped by its own kill before step `at` + 1; it keeps that step and the one half way."""
     from hldm.training import Trainer
     from tests.torture.disk import die

@@ -79,7 +79,7 @@ def live(trial: Trial, log: Path, *, is_process: bool) -> None:
     if trial.draw.random() < EARLY:
         time.sleep(trial.draw.uniform(0, EARLY_SECONDS[is_process]))
         return
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline and not (log.exists() and b" lanes x " in log.read_bytes()):
         time.sleep(0.002)
     time.sleep(trial.draw.uniform(0, TRAINING_SECONDS))

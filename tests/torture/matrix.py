@@ -57,7 +57,7 @@ def torture(trial: Trial) -> None:
         "mid-epoch": ((epoch // 2, 0),),
         "epoch end": ((epoch, 0),),
         "epoch two": ((epoch + epoch // 2, 0),),
-        "three times in an epoch": ((epoch + 3, 0), (epoch + 8, 0), (epoch + 15, 0)),
+        "three times in an epoch": ((epoch + 2, 0), (epoch + 5, 0), (epoch + 8, 0)),
     }
     cases = [
         Case(*options, *place)
@@ -123,7 +123,7 @@ def train_ranks(
         own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)} if case.ranks > 1 else {}
         noting = noting_samples(work, folder / f"samples-{rank}", case.accumulation, kill_at)
         ranks.append(children.fork(noting, folder / f"{rank}.log", own))
-    return [children.wait(rank, 120) for rank in ranks]
+    return [children.wait(rank, 600) for rank in ranks]
 
 
 def finish(folder: Path, text: Path, case: Case, *overrides: str, resume: bool) -> list[str]:
@@ -222,10 +222,10 @@ def launch(trial: Trial, text: Path, trained: Path, stage: str) -> list[str]:
                 cwd=folder, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
         if resume:
-            if code := process.wait(240):
+            if code := process.wait(900):
                 wrong.append(f"ended with {code}: {(folder / 'log').read_text()[-500:]}")
             break
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while process.poll() is None and time.monotonic() < deadline and not any(saved.glob("step-*[5-9]")):
             time.sleep(0.005)
         os.killpg(process.pid, signal.SIGKILL)

@@ -46,7 +46,7 @@ def judge(
         with open(notes, "wb", buffering=0) as file:
             return work(lambda: file.write(b"%d\n" % resident_bytes()) and None)
 
-    status = children.run(noting, folder / "log", 600)
+    status = children.run(noting, folder / "log")
     resident = [int(line) for line in notes.read_bytes().split()]
     if status or len(resident) < count:
         said = (folder / "log").read_text()[-300:]

@@ -114,7 +114,7 @@ def terminate_in(folder: Path, target: str, call: int, work: Callable[[], int | 
     child = children.fork(announced, log)
     os.close(writer)
     try:
-        said = children.read_until(reader, HERE, 60)
+        said = children.read_until(reader, HERE, 300)
         time.sleep(delay)
         began = time.monotonic()
         os.kill(child, signal.SIGTERM)

@@ -124,7 +124,7 @@ def save_under(
 
     child = children.fork(work, folder / "log")
     if call == "any":
-        return children.wait(child, 60), (folder / "log").read_text()
+        return children.wait(child, 300), (folder / "log").read_text()
     os.waitpid(child, os.WUNTRACED)
     what = [f"trace={call}", "-e", f"inject={call}:{injected}:when={number}"] if call else ["trace=all"]
     tracer = subprocess.Popen(
@@ -135,8 +135,8 @@ def save_under(
     assert tracer.stderr
     attached = tracer.stderr.readline()
     os.kill(child, signal.SIGCONT)
-    status = children.wait(child, 60)
-    tracer.wait(timeout=60)
+    status = children.wait(child, 300)
+    tracer.wait(timeout=300)
     tracer.stderr.close()
     if "attached" not in attached:
         raise RuntimeError(f"strace did not attach: {attached.strip()}")
