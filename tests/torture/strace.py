@@ -97,7 +97,7 @@ def some_tensors(step: int) -> dict[str, dict[str, torch.Tensor]]:
 def save(folder: Path, step: int) -> int:
     """Save and acknowledge."""
     save_checkpoint(folder, step, some_tensors(step), {"notes": f"{step}" * 5000}, keep=1)
-    print(f"saved {step}", flush=True)
+    os.write(1, b"saved %d\n" % step)  # one call: acknowledged or not
     return 0
 
 
