@@ -1,4 +1,4 @@
-"""An extract of `make torture`: each fault a few times, in processes of their own; the whole takes an hour."""
+"""An extract of `make torture`: each fault a few times, in processes of their own; docs/reliability.md has the figures of a whole run."""
 
 from __future__ import annotations
 
