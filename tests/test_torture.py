@@ -1,4 +1,4 @@
-"""An extract of `make torture`: each fault a few times, in processes of their own; docs/reliability.md has the figures of a whole run."""
+"""An extract of `make torture`: each fault a few times, in processes of their own; docs/reliability.md."""
 
 from __future__ import annotations
 
