@@ -1,5 +1,6 @@
 # make setup   everything to work on hldm, in .venv        make demo   both stages and a sample, in minutes
 # make test    style, types and the quick tests            make test-slow   the rest
+# make torture kills, full disks, flipped bits, at full scale
 #
 # The versions installed are those of constraints.txt. A torch that is already in .venv is kept, whichever
 # it is (pyproject.toml asks for 2.10 or newer). For CUDA, so: python3 -m venv .venv, install the torch
@@ -12,7 +13,7 @@ BIN := .venv/bin
 # torch's own threads and pytest's two processes would fight over the cores
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
-.PHONY: setup demo test test-slow lint clean
+.PHONY: setup demo test test-slow torture lint clean
 
 setup: .venv/installed-dev
 	@echo "hldm is ready in .venv ($$($(BIN)/python -V), torch $$($(TORCH_VERSION)))"
@@ -26,6 +27,9 @@ test: lint
 
 test-slow: .venv/installed-dev
 	$(PYTEST) -m slow
+
+torture: .venv/installed-dev
+	$(BIN)/python -m tests.torture
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check

@@ -21,7 +21,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from hldm import checkpoints
 from hldm.checkpoints import (
     CheckpointError,
     atomic_write,
@@ -34,6 +33,7 @@ from hldm.checkpoints import (
     sha256_of,
     unflatten_optimizer,
 )
+from tests.torture.disk import Disk
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn]
 DTYPES += [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool]
@@ -327,50 +327,27 @@ def test_an_evil_pickle_is_never_run(folder: Path, tmp_path: Path, name: str, du
 # A full disk
 
 
-class FillingDisk:
-    """Counts the calls that change the disk, and refuses one of them."""
-
-    def __init__(self) -> None:
-        self.calls: list[str] = []
-        self.refused = -1
-
-    def watch(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **options: Any) -> Any:
-            self.calls.append(name)
-            if len(self.calls) - 1 == self.refused:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            return real(*arguments, **options)
-
-        return call
-
-
-def test_whatever_call_the_disk_refuses_the_old_checkpoint_stands(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import safetensors.torch
-
-    disk = FillingDisk()
-    for owner, name in [(os, "fsync"), (os, "rename"), (os, "mkdir"), (safetensors.torch, "save_file")]:
-        monkeypatch.setattr(owner, name, disk.watch(name, getattr(owner, name)))
-    monkeypatch.setattr(checkpoints, "open", disk.watch("open", open), raising=False)
-
-    save(tmp_path, 1)
-    disk.calls.clear()
-    save(tmp_path, 2)
-    sequence = disk.calls.copy()
-    assert set(sequence) == {"fsync", "rename", "mkdir", "save_file", "open"}
-    assert sequence.count("fsync") == len(FILES) + 2  # both folders, the outer one after the rename
-    assert sequence[-3:] == ["fsync", "rename", "fsync"]
-    for refused, call in enumerate(sequence):
-        shutil.rmtree(checkpoints_in(tmp_path)[2])
+def test_whatever_call_the_disk_refuses_the_old_checkpoint_stands(tmp_path: Path) -> None:
+    with Disk().watching() as disk:
+        save(tmp_path, 1)
         disk.calls.clear()
-        disk.refused = refused
-        with pytest.raises(CheckpointError, match=r"step-000000002 could not be saved: No space left .*free"):
-            save(tmp_path, 2, keep=1)
-        disk.refused = -1
-        assert hidden(tmp_path) == [], call
-        assert_holds(checkpoints_in(tmp_path)[1], 1)
         save(tmp_path, 2)
+        sequence = disk.calls.copy()
+        assert set(sequence) == {"fsync", "rename", "mkdir", "save_file", "open"}
+        assert sequence.count("fsync") == len(FILES) + 2  # both folders, the outer one after the rename
+        assert sequence[-3:] == ["fsync", "rename", "fsync"]
+        for refused, call in enumerate(sequence, start=1):
+            shutil.rmtree(checkpoints_in(tmp_path)[2])
+            disk.calls.clear()
+            disk.fatal = refused
+            with pytest.raises(
+                CheckpointError, match=r"step-000000002 could not be saved: No space left .*free"
+            ):
+                save(tmp_path, 2, keep=1)
+            disk.fatal = 0
+            assert hidden(tmp_path) == [], call
+            assert_holds(checkpoints_in(tmp_path)[1], 1)
+            save(tmp_path, 2)
 
 
 @pytest.mark.parametrize("too_long", ["model.safetensors", "state.json", "MANIFEST.json"])
