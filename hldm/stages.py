@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from hldm.autoencoder import Autoencoder
-from hldm.checkpoints import atomic_write, fingerprint
+from hldm.checkpoints import atomic_write, fingerprint, naming
 from hldm.chunking import make_chunker
 from hldm.config import Config, ConfigError, TrainingConfig, to_dict
 from hldm.corpus import Corpus, load_corpora
@@ -31,6 +31,7 @@ from hldm.objectives import AutoencoderObjective, CachedLatents, PriorObjective,
 from hldm.pipeline import HLDMPipeline
 from hldm.prior import Prior
 from hldm.runs import Run, check_run_name, open_run
+from hldm.sizes import require_room
 from hldm.text import to_ids
 from hldm.training import Totals, Trainer, make_accelerator
 
@@ -125,12 +126,14 @@ def open_stage(config: Config, name: str, resume: bool, root: Path) -> Iterator[
         accelerator.wait_for_everyone()
         accelerator.end_training()
     finally:
+        run.discard_if_unused()  # it failed before its first line: a mistake does not use up the name
         run.close()
 
 
 def train_autoencoder(config: Config, *, resume: bool = False, root: Path = Path("runs")) -> Path:
     """Stage one, or the twin. Returns the run's folder."""
     folder = root / config.name
+    require_room(config, "autoencoder", root)
     corpora = load_corpora(config.data)  # before the folder is opened: a mistake leaves none
     windows = _windows(config, corpora["train"])
     sample_text = opening(config, corpora["validation"])
@@ -169,6 +172,7 @@ def train_diffusion(config: Config, *, resume: bool = False, root: Path = Path("
     if config.is_twin:
         raise ConfigError("autoencoder.latent_dim is 0: the twin has no latents and so no second stage")
     folder = root / config.name
+    require_room(config, "prior", root)
     autoencoder = read_autoencoder(folder, config)
     binding = fingerprint(autoencoder.state_dict())
     corpora = load_corpora(config.data)
@@ -304,10 +308,15 @@ def _export(model: Any, path: Path) -> None:
     fresh, old = path.with_name(path.name + ".new"), path.with_name(path.name + ".old")
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    model.save_pretrained(str(fresh))
-    if path.exists():
-        path.rename(old)
-    fresh.rename(path)
+    with naming(path):
+        try:
+            model.save_pretrained(str(fresh))
+        except BaseException:
+            shutil.rmtree(fresh, ignore_errors=True)
+            raise
+        if path.exists():
+            path.rename(old)
+        fresh.rename(path)
     shutil.rmtree(old, ignore_errors=True)
 
 

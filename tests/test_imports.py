@@ -17,7 +17,7 @@ SOURCES = sorted([*ROOT.glob("hldm/*.py"), *ROOT.glob("*.py")])
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("strict_yaml", "text", "scan", "derivatives", "carry", "checkpoints", "progress"),
     ("config", "runs"),
-    ("griffin", "chunking", "hierarchy", "diffusion", "corpus", "metrics"),
+    ("griffin", "chunking", "hierarchy", "diffusion", "corpus", "metrics", "sizes"),
     ("samplers", "data", "doctor"),
     ("autoencoder", "prior", "prompts"),
     ("objectives", "generation", "training"),
