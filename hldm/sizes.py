@@ -309,7 +309,7 @@ class Need(NamedTuple):
 WAY_OUT = {
     "python and torch": "close other programs",
     "corpus": "lower data.max_bytes",
-    "activations": "lower data.lanes or data.window_bytes, or raise training.{stage}.accumulation",
+    "activations": "lower data.lanes, data.window_bytes or the widths, or raise training.{stage}.accumulation",
     "carried states": "lower data.lanes",
     "cached latents": "set data.cache_latents=false",
     "checkpoints": "lower checkpoint.keep or the widths, or free some",
