@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from hldm.config import Config, ConfigError, LoggingConfig, load_config
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 GEMM_SIZE, GEMM_REPEATS = 1024, 20  # the peak: n^3 products in float32, the best of so many
 WARM_UP_STEPS = 2  # before the clock starts: allocator, caches, optimizer state
 PROFILED_STEPS = 3
+SAVES = 3  # timed, of each
 WRITTEN_CHARACTERS = 400  # of each continuation, at least
 WRITING = {  # continuations at once, bytes of the prompt that each goes on from
     "batch_1": (1, 200),
@@ -101,6 +103,8 @@ def measure(config: Config, twin: Config, *, steps: int = 10) -> dict[str, Any]:
     device = stages["twin"].accelerator.device
     peak = gemm_peak(device)
     training = time_steps(stages, steps)
+    for name, trainer in stages.items():
+        training[name] |= time_saving(trainer, training[name]["seconds_per_step"])
     profiles = {name: profile_steps(trainer) for name, trainer in stages.items()}
     peak = max(peak, gemm_peak(device))  # before or after: whichever was disturbed less
     for name, found in training.items():
@@ -253,6 +257,24 @@ def time_steps(stages: Mapping[str, Trainer], steps: int) -> dict[str, dict[str,
             "seconds_per_step": statistics.median(seconds[name]),
         }
         for name, trainer in stages.items()
+    }
+
+
+def time_saving(trainer: Trainer, seconds_per_step: float) -> dict[str, float]:
+    """Seconds of a checkpoint, the median of SAVES on the disk of the current folder, and their share of training."""
+    from hldm.runs import Run
+
+    run, seconds = trainer.run, []
+    for _ in range(SAVES):
+        # each in a folder of its own: a step that is saved already is not saved again
+        with TemporaryDirectory(dir=".", prefix=".bench-") as folder:
+            trainer.run = Run(Path(folder), is_main=True, say=print)
+            seconds.append(_seconds(lambda: trainer.save(print)))
+    trainer.run = run
+    save = statistics.median(seconds)
+    return {
+        "seconds_per_save": save,
+        "saving_share": save / (save + trainer.checkpoint.every * seconds_per_step),
     }
 
 
@@ -462,6 +484,8 @@ def report(found: Mapping[str, Any]) -> str:
         _row("  over the twin's", ".2f", training, "ratio_to_twin"),
         _row("parameters trained", ",.0f", training, "parameters"),
         _row("milliseconds a step", ",.1f", training, "seconds_per_step", scale=1e3),
+        _row("milliseconds a save", ",.1f", training, "seconds_per_save", scale=1e3),
+        _row("  share of training, at checkpoint.every", ".2%", training, "saving_share"),
         _row("matrix products, GFLOP a step", ",.2f", training, "profile", "matrix_gflop"),
         _row("  share of the profiled step", ".1%", training, "profile", "matrix_share"),
         _row("  of the peak, while they run", ".1%", training, "profile", "peak_share_inside"),

@@ -8,13 +8,15 @@ and renamed into place; only then are older ones deleted. So whatever stands und
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,6 +30,7 @@ MANIFEST = "MANIFEST.json"
 STATE = "state.json"
 MAX_RECORD_BYTES = 100_000_000  # a state.json is small; the same cap as safetensors' own header
 STEM = re.compile(r"[A-Za-z0-9_-]{1,64}")
+FULL = (errno.ENOSPC, errno.EDQUOT)  # of the disk, of what a user may have of it
 LEFTOVER = re.compile(r"\.(?:tmp|del)-step-[0-9]+-([0-9]+)")  # ends with the process that made it
 
 
@@ -234,14 +237,31 @@ def atomic_write(path: Path, data: bytes | str) -> None:
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with naming(path):
+        try:
+            _write_synced(temporary, data.encode() if isinstance(data, str) else data)
+            os.replace(temporary, path)
+            _sync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Have an error of the disk name the file that was being written, and what is free where the disk is full.
+
+    Raises OSError, in place of safetensors' own error, too.
+    """
     try:
-        _write_synced(temporary, data.encode() if isinstance(data, str) else data)
-        os.replace(temporary, path)
-        _sync(path.parent)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except (OSError, SafetensorError) as error:
+        number, reason = getattr(error, "errno", None), getattr(error, "strerror", None) or str(error)
+        if number is None and (inner := re.search(r"\(os error ([0-9]+)\)", reason)):
+            number = int(inner[1])
+            reason = os.strerror(number)
+        if number in FULL and "bytes free" not in reason:
+            reason += f" ({_free_bytes(Path(path)):,} bytes free): free some and try again"
+        raise OSError(number or errno.EIO, reason, str(path)) from error
 
 
 def _write_files(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], record: bytes) -> None:

@@ -6,6 +6,7 @@ Bad input ends in one line on standard error and exit code 2, never in a traceba
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import math
 import os
@@ -14,10 +15,20 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from hldm.config import Config, ConfigError, load_config, stage_training, to_yaml
+from hldm.config import Config, ConfigError, GenerationConfig, load_config, stage_training, to_yaml
 from hldm.signals import Interrupted, Stopped, is_first_rank, leave_in_one_line
+from hldm.sizes import read_model_settings, report, require_room, require_room_to_write, survey
 
+# what torch says, lower case: its CPU allocator, its own exceptions, mmap, C++, and a thread that finds no stack
+OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "out of memory",
+    "cannot allocate memory",
+    "bad_alloc",
+    "can't start new thread",
+)
 STAGES = {
     "autoencoder": "Stage one: train the autoencoder, or a twin, from a config.",
     "prior": "Stage two: train the diffusion prior on the latents of the same run's autoencoder.",
@@ -36,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "diagnose": (diagnose, "what a run's latents hold, and what the decoder does with them"),
         "rate-curve": (rate_curve, "what latents carry against what they cost, a run a point"),
         "bench": (bench, "speed of training and generation, and where the time goes"),
+        "sizes": (sizes, "what a config needs in memory and on disk, and whether it fits here"),
         "doctor": (doctor, "check this machine and installation"),
     }
     parser = argparse.ArgumentParser(
@@ -53,8 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def guarded(work: Callable[[], int]) -> int:
     """Run, turning what users can mend, and signals, into one line and an exit code.
 
-    2: bad input;  3: numbers went wrong for good;  4: out of memory;  5: another process of the run hangs or has
-    died;  128 + n: signal n.
+    2: bad input, or a file or disk that refuses (a full one, too);  3: numbers went wrong for good;
+    4: out of memory;  5: another process of the run hangs or has died;  128 + n: signal n.
     """
     return leave_in_one_line(lambda: _guarded(work))
 
@@ -68,9 +80,11 @@ def _guarded(work: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except (ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+            return _out_of_memory(error)
         return _fail(_one_line(error), 2)
     except MemoryError as error:
-        return _fail(f"out of memory ({_one_line(error)}): lower data.lanes or the widths", 4)
+        return _out_of_memory(error)
     except RuntimeError as error:
         if isinstance(error, Interrupted):
             return _fail(str(error), 128 + error.signum, agreed=True)
@@ -85,9 +99,17 @@ def _guarded(work: Callable[[], int]) -> int:
                 # The process group's destructor would wait for what is still queued, a timeout for each.
                 os._exit(code)
             return code
-        if "can't allocate memory" in str(error) or "out of memory" in str(error).lower():
-            return _fail(f"out of memory ({_one_line(error)}): lower data.lanes or the widths", 4)
+        if any(sign in str(error).lower() for sign in OUT_OF_MEMORY):
+            return _out_of_memory(error)
         raise
+
+
+def _out_of_memory(error: BaseException) -> int:
+    return _fail(
+        f"out of memory ({_one_line(error)}): raise training's accumulation and go on with --resume, or lower "
+        "data.lanes or the widths; checkpoints are intact",
+        4,
+    )
 
 
 def _one_line(error: BaseException) -> str:
@@ -148,6 +170,7 @@ def _train(stage: str, argv: Sequence[str] | None) -> int:
         if arguments.print_config:
             print(to_yaml(config), end="")
             return 0
+        require_room(config, stage)  # here, too: before torch is imported
         from hldm import stages
 
         train = stages.train_autoencoder if stage == "autoencoder" else stages.train_diffusion
@@ -217,15 +240,35 @@ def generate(argv: Sequence[str] | None = None) -> int:
                 )
         if not 0 <= arguments.seed < 2**63 - arguments.num_samples:
             raise ValueError(f"--seed must lie in 0..2^63-1, got {arguments.seed}")
+        folder = Path(arguments.run)
+        folder = folder if (folder / "model_index.json").exists() else folder / "pipeline"
+        replace(GenerationConfig(), **_given(arguments))  # refuses what is out of range
+        _require_room_to_write(folder, arguments)
         prompts = _prompts(arguments)
         from hldm.pipeline import read_pipeline
 
-        folder = Path(arguments.run)
-        pipeline = read_pipeline(folder if (folder / "model_index.json").exists() else folder / "pipeline")
+        pipeline = read_pipeline(folder)
         _write(pipeline, prompts, arguments)
         return 0
 
     return guarded(work)
+
+
+def _given(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The generation settings that the command line names."""
+    names = ("steps", "scheduler", "guidance", "temperature", "decoder_temperature", "top_p")
+    return {name: value for name in names if (value := getattr(arguments, name)) is not None}
+
+
+def _require_room_to_write(pipeline: Path, arguments: argparse.Namespace) -> None:
+    """Refuse what cannot fit into memory, before a prompt is read or torch imported."""
+    config = read_model_settings(pipeline)
+    if config is not None:
+        files = [Path(name) for name in arguments.prompt_file if name != "-"]
+        prompts = [len(os.fsencode(prompt)) for prompt in arguments.prompt]
+        prompts += [file.stat().st_size if file.is_file() else 0 for file in files]
+        rows = (len(arguments.prompt) + len(arguments.prompt_file)) * arguments.num_samples
+        require_room_to_write(config, rows, arguments.max_chars, max(prompts, default=0))
 
 
 def _write(pipeline: object, prompts: list[bytes], arguments: argparse.Namespace) -> None:
@@ -235,9 +278,7 @@ def _write(pipeline: object, prompts: list[bytes], arguments: argparse.Namespace
     from hldm.text import StreamDecoder, count_characters, printable
 
     assert isinstance(pipeline, HLDMPipeline)
-    names = ("steps", "scheduler", "guidance", "temperature", "decoder_temperature", "top_p")
-    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    settings = replace(pipeline.settings, **given)
+    settings = replace(pipeline.settings, **_given(arguments))
     safe = sys.stdout.isatty() and not arguments.raw
 
     def send(text: str) -> None:
@@ -379,6 +420,25 @@ def bench(argv: Sequence[str] | None = None) -> int:
         from hldm import bench as benchmark
 
         return benchmark.main(argv)
+
+    return guarded(work)
+
+
+def sizes(argv: Sequence[str] | None = None) -> int:
+    """`hldm sizes`."""
+    parser = argparse.ArgumentParser(
+        prog="hldm sizes",
+        description="What a config needs in memory and on disk, stage by stage; exit code 2 when it does not fit.",
+    )
+    parser.add_argument("--config", action="append", required=True, metavar="FILE", help="YAML; may repeat")
+    parser.add_argument("--json", action="store_true", help="the same as one JSON object, in bytes")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="any setting, e.g. data.lanes=64")
+    arguments = parser.parse_intermixed_args(argv)
+
+    def work() -> int:
+        found = survey(load_config(arguments.config, arguments.overrides))
+        print(json.dumps(found, indent=1) if arguments.json else report(found))
+        return 0 if found["fits"] else 2
 
     return guarded(work)
 

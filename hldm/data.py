@@ -21,8 +21,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hldm.checkpoints import naming
 from hldm.chunking import Chunker
 from hldm.corpus import Corpus
+from hldm.sizes import require_disk
 from hldm.text import count_characters
 
 
@@ -209,7 +211,8 @@ def cache_latents(
     encode: batch -> (b n z), called with the batches of one epoch in order, so it may carry state
     windows: of whole documents (shuffle=False);  path: replaced when complete, never before
     binding: what the latents depend on (autoencoder checksum, corpus fingerprint, chunking), as JSON values
-    Raises ValueError for shuffled windows, a latent that is not finite, or one of another shape.
+    Raises ValueError for shuffled windows, a latent that is not finite or one of another shape, ConfigError
+    when the disk has less room than the file will need.
     """
     if windows.shuffle:
         raise ValueError("cache_latents reads documents whole and in order: pass Windows(..., shuffle=False)")
@@ -217,8 +220,8 @@ def cache_latents(
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
-        with partial.open("w+b") as file:
-            _write_latents(file, encode, windows, binding)
+        with naming(path), partial.open("w+b") as file:
+            _write_latents(file, encode, windows, binding, path)
             os.fsync(file.fileno())
         partial.replace(path)
     finally:
@@ -226,7 +229,11 @@ def cache_latents(
 
 
 def _write_latents(
-    file: BinaryIO, encode: Callable[[Batch], Tensor], windows: Windows, binding: dict[str, object]
+    file: BinaryIO,
+    encode: Callable[[Batch], Tensor],
+    windows: Windows,
+    binding: dict[str, object],
+    path: Path,
 ) -> None:
     width = offset = 0
     for step in range(windows.windows_per_epoch):
@@ -235,6 +242,7 @@ def _write_latents(
         if step == 0:
             width = latents.shape[-1]
             offset = len(_header(windows.chunks, width, binding))
+            require_disk(path, offset + 4 * windows.chunks * width, "set data.cache_latents=false")
         expected = (*batch.chunk_index.shape, width)
         if latents.shape != expected:
             raise ValueError(f"encode must return latents (b n z) = {expected}, got {latents.shape}")

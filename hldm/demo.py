@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hldm.config import Config, load_config
+from hldm.sizes import require_room
 
 PROMPTS = 3
 
@@ -17,6 +18,9 @@ def run_demo(path: Path, name: str | None = None, root: Path = Path("runs")) -> 
     name = name or ("demo" if path.stem == "tiny" else f"demo-{path.stem}")
     config = replace(load_config([path]), name=name)
     twin = replace(load_config([path.with_name(f"{path.stem}-twin.yaml")]), name=f"{name}-twin")
+
+    for planned, stage in ((config, "autoencoder"), (config, "prior"), (twin, "autoencoder")):
+        require_room(planned, stage, root)  # before the first of them takes an hour
 
     from hldm.stages import train_run
 

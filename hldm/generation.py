@@ -10,7 +10,7 @@ The twin writes byte by byte behind the same interface.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -20,10 +20,11 @@ from torch import Tensor
 from hldm.autoencoder import Autoencoder, DecoderState, EncoderState, text_before
 from hldm.carry import select_rows
 from hldm.chunking import make_chunker
-from hldm.config import GenerationConfig
+from hldm.config import Config, GenerationConfig
 from hldm.diffusion import sample
 from hldm.griffin import GriffinState
 from hldm.prior import Context, ContextState, Prior
+from hldm.sizes import require_room_to_write
 from hldm.text import END_OF_CHUNK, END_OF_DOCUMENT, START, count_characters, split_incomplete, to_ids
 
 PROMPT_WINDOW = 4096  # bytes of a prompt read at once: bounds memory whatever its length
@@ -381,6 +382,10 @@ def write_on(
         raise ValueError("no prompt given: pass at least one, '' starts a document")
     if max_characters < 1:
         raise ValueError(f"max_characters must be at least 1, got {max_characters}")
+    config = Config(autoencoder=autoencoder.settings, chunking=autoencoder.chunking)
+    if prior is not None:
+        config = replace(config, prior=prior.settings, hierarchy=prior.hierarchy)
+    require_room_to_write(config, len(prompts), max_characters, max(map(len, prompts)))
     rows = [Continuation(prompt) for prompt in prompts]
     writer = make_writer(autoencoder, prior, prompts, settings, row_generators(seed, len(prompts)))
     left = [_Budget(max_characters) for _ in rows]

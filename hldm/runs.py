@@ -19,17 +19,19 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from hldm.checkpoints import atomic_write, checkpoints_in
+from hldm.checkpoints import atomic_write, checkpoints_in, naming
 
 NAME = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,64}")
 LIBRARIES = ("torch", "numpy", "safetensors", "diffusers", "accelerate", "transformers", "datasets")
 BITWISE = ("cpu", "threads", "accelerators", "torch")  # a resumed run repeats bit for bit only if these agree
+OPENING = frozenset({"config.yaml", "environment.json", ".lock"})  # what a run that did nothing holds
 SAMPLE_HEADER = re.compile(rb"^=== step (-?[0-9]+) ===$", re.MULTILINE)
 
 
@@ -46,14 +48,16 @@ class Run:
         """Append one line to metrics.jsonl; "nan" and "inf", which JSON has not, are written as strings."""
         if self.is_main:
             line = {"step": step} | {name: _finite_or_text(value) for name, value in metrics.items()}
-            with open(self.folder / "metrics.jsonl", "a", encoding="ascii") as file:
+            path = self.folder / "metrics.jsonl"
+            with naming(path), open(path, "a", encoding="ascii") as file:
                 file.write(json.dumps(line, allow_nan=False) + "\n")
 
     def sample(self, step: int, text: str) -> None:
         """Append a text to samples.txt, indented below its step."""
         if self.is_main:
             indented = text.replace("\n", "\n    ").encode("utf-8", "backslashreplace")
-            with open(self.folder / "samples.txt", "ab") as file:
+            path = self.folder / "samples.txt"
+            with naming(path), open(path, "ab") as file:
                 file.write(b"=== step %d ===\n    %s\n" % (step, indented))
 
     def rewind(self, step: int) -> None:
@@ -78,6 +82,15 @@ class Run:
             text = path.read_bytes()
             later = (match.start() for match in SAMPLE_HEADER.finditer(text) if int(match[1]) > step)
             atomic_write(path, text[: next(later, len(text))])
+
+    def discard_if_unused(self) -> None:
+        """Remove a folder that holds nothing but what `open_run` wrote, so that its name can be used again."""
+        if self.is_main and {entry.name for entry in self.folder.iterdir()} <= OPENING:
+            for name in OPENING:
+                (self.folder / name).unlink(missing_ok=True)
+            for folder in (self.folder, self.folder.parent):
+                with suppress(OSError):  # not empty: it holds another stage
+                    folder.rmdir()
 
     def close(self) -> None:
         """Let go of the folder before the process ends."""
@@ -135,8 +148,8 @@ def open_run(
         run._acquire()
     except OSError as error:
         raise ValueError(f"{folder} cannot be used: {error.strerror}; choose another --name") from error
+    is_empty = all(entry.name == ".lock" for entry in folder.iterdir())
     try:
-        is_empty = all(entry.name == ".lock" for entry in folder.iterdir())
         if not is_empty and not resume:
             saved = checkpoints_in(folder)
             found = f"has a checkpoint at step {max(saved)}" if saved else "is not empty"
@@ -146,6 +159,8 @@ def open_run(
         _write_config(folder, config, may_change)
         _write_environment(folder, say)
     except BaseException:
+        if is_empty:
+            run.discard_if_unused()
         run.close()
         raise
     return run

@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from hldm.autoencoder import Autoencoder
-from hldm.checkpoints import atomic_write, checkpoints_in, fingerprint
+from hldm.checkpoints import atomic_write, checkpoints_in, fingerprint, naming
 from hldm.chunking import make_chunker
 from hldm.config import Config, ConfigError, TrainingConfig, to_dict
 from hldm.corpus import Corpus, load_corpora
@@ -34,6 +34,7 @@ from hldm.prior import Prior
 from hldm.ranks import RankLost, is_rank_failure, make_roll_call, missing_ranks
 from hldm.runs import Run, check_run_name, open_run
 from hldm.signals import Interrupted, Stopped
+from hldm.sizes import require_room
 from hldm.text import to_ids
 from hldm.training import Totals, Trainer, make_accelerator
 
@@ -147,12 +148,14 @@ def open_stage(config: Config, name: str, resume: bool, root: Path) -> Iterator[
             f"{f'go on from {steps[-1]} with --resume' if steps else 'nothing is saved yet'} ({error})"
         ) from error
     finally:
+        run.discard_if_unused()  # it failed before its first line: a mistake does not use up the name
         run.close()
 
 
 def train_autoencoder(config: Config, *, resume: bool = False, root: Path = Path("runs")) -> Path:
     """Stage one, or the twin. Returns the run's folder."""
     folder = root / config.name
+    require_room(config, "autoencoder", root)
     corpora = load_corpora(config.data)  # before the folder is opened: a mistake leaves none
     windows = _windows(config, corpora["train"])
     sample_text = opening(config, corpora["validation"])
@@ -190,6 +193,7 @@ def train_diffusion(config: Config, *, resume: bool = False, root: Path = Path("
     if config.is_twin:
         raise ConfigError("autoencoder.latent_dim is 0: the twin has no latents and so no second stage")
     folder = root / config.name
+    require_room(config, "prior", root)
     autoencoder = read_autoencoder(folder, config)
     binding = fingerprint(autoencoder.state_dict())
     corpora = load_corpora(config.data)
@@ -349,10 +353,15 @@ def _export(model: Any, path: Path) -> None:
     fresh, old = path.with_name(path.name + ".new"), path.with_name(path.name + ".old")
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    model.save_pretrained(str(fresh))
-    if path.exists():
-        path.rename(old)
-    fresh.rename(path)
+    with naming(path):
+        try:
+            model.save_pretrained(str(fresh))
+        except BaseException:
+            shutil.rmtree(fresh, ignore_errors=True)
+            raise
+        if path.exists():
+            path.rename(old)
+        fresh.rename(path)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -28,7 +28,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "signals",
     ),
     ("config", "runs", "plots"),
-    ("griffin", "chunking", "hierarchy", "diffusion", "corpus", "metrics"),
+    ("griffin", "chunking", "hierarchy", "diffusion", "corpus", "metrics", "sizes"),
     ("samplers", "mixture", "data", "doctor"),
     ("autoencoder", "prior", "prompts"),
     ("objectives", "generation", "training"),
