@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 
@@ -23,6 +23,8 @@ from hldm.strict_yaml import (
     parse_override,
     read_settings,
 )
+
+T = TypeVar("T")
 
 
 def _require(fact: bool, message: str) -> None:
@@ -357,6 +359,11 @@ def load_config(paths: Sequence[str | Path] | str | Path, overrides: Sequence[st
 def config_from_dict(settings: Mapping[str, Any]) -> Config:
     """The config of a nested dict, as strict as a file; the inverse of `to_dict`."""
     return build_dataclass(Config, flatten_settings(settings))
+
+
+def section_from_dict(cls: type[T], settings: Mapping[str, Any]) -> T:
+    """One section of a nested dict, as strict as a file: what a saved model's config.json holds."""
+    return build_dataclass(cls, flatten_settings(settings))
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -14,12 +14,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from einops import rearrange
 from torch import Tensor, nn
 
-from hldm.config import DiffusionConfig, GriffinConfig, HierarchyConfig, PriorConfig
+from hldm.config import DiffusionConfig, GriffinConfig, HierarchyConfig, PriorConfig, section_from_dict
 from hldm.diffusion import Schedule, bound_integrand, diffuse, x0_from
 from hldm.griffin import Griffin, GriffinState
 from hldm.hierarchy import (
@@ -31,6 +30,7 @@ from hldm.hierarchy import (
     visible,
     walk,
 )
+from hldm.weights import SavedModel
 
 
 class ContextState(NamedTuple):
@@ -320,18 +320,16 @@ class Denoiser(nn.Module):
         return self.outputs(F.layer_norm(x, x.shape[-1:]))
 
 
-class Prior(ModelMixin, ConfigMixin):
+class Prior(SavedModel):
     """p(next latent | latents before): contextualiser, denoiser and noise schedule."""
-
-    config_name = "config.json"
 
     @register_to_config
     def __init__(self, latent_dim: int, prior: dict, hierarchy: dict, diffusion: dict, autoencoder: str = ""):
         """autoencoder: fingerprint of the weights whose latents these are; '' while both train."""
         super().__init__()
-        self.settings = PriorConfig(**prior)
-        self.hierarchy = HierarchyConfig(**hierarchy)
-        self.diffusion = DiffusionConfig(**diffusion)
+        self.settings = section_from_dict(PriorConfig, prior)
+        self.hierarchy = section_from_dict(HierarchyConfig, hierarchy)
+        self.diffusion = section_from_dict(DiffusionConfig, diffusion)
         self.latent_dim = latent_dim
         self.contextualiser = Contextualiser(self.settings, self.hierarchy, latent_dim)
         self.denoiser = Denoiser(self.settings, self.hierarchy, latent_dim)

@@ -201,7 +201,7 @@ def read_autoencoder(folder: Path, config: Config) -> Autoencoder:
         raise FileNotFoundError(
             f"{folder} has no trained autoencoder: run train_autoencoder.py with the same --config and --name first"
         )
-    autoencoder = Autoencoder.from_pretrained(str(path), local_files_only=True)
+    autoencoder = Autoencoder.from_pretrained(path)
     for section, trained in (("autoencoder", autoencoder.settings), ("chunking", autoencoder.chunking)):
         found = _flat(asdict(trained), f"{section}.")
         for key, value in _flat(asdict(getattr(config, section)), f"{section}.").items():
@@ -260,7 +260,7 @@ def _first_prior(folder: Path, config: Config, say: Callable[[str], None]) -> Pr
     )
     path = folder / "autoencoder" / "rate"
     if path.is_dir():
-        light = Prior.from_pretrained(str(path), local_files_only=True)
+        light = Prior.from_pretrained(path)
         shapes = {name: tensor.shape for name, tensor in prior.state_dict().items()}
         if (light.diffusion, {k: v.shape for k, v in light.state_dict().items()}) == (
             prior.diffusion,

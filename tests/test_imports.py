@@ -15,7 +15,7 @@ SOURCES = sorted([*ROOT.glob("hldm/*.py"), *ROOT.glob("*.py")])
 
 # A file imports only from floors below its own. A new file takes its place here.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("strict_yaml", "text", "scan", "derivatives", "carry", "checkpoints", "progress"),
+    ("strict_yaml", "text", "scan", "derivatives", "carry", "checkpoints", "progress", "weights"),
     ("config", "runs"),
     ("griffin", "chunking", "hierarchy", "diffusion", "corpus", "metrics"),
     ("samplers", "data", "doctor"),
@@ -32,7 +32,7 @@ FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 # A package that is slow to import or that everything could come to depend on, and who may use it.
 ALLOWED_IN = {
-    "diffusers": {"diffusion", "samplers", "autoencoder", "prior", "pipeline"},
+    "diffusers": {"diffusion", "samplers", "autoencoder", "prior", "pipeline", "weights"},
     "accelerate": {"training", "stages"},
     "datasets": {"corpus", "metrics"},
     "evaluate": {"metrics"},
