@@ -6,6 +6,7 @@ Bad input ends in one line on standard error and exit code 2, never in a traceba
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import os
@@ -16,6 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from hldm.config import Config, ConfigError, load_config, stage_training, to_yaml
+
+MAX_PROMPT_BYTES = 16 * 2**20  # a model reads some 100,000 bytes a second; and a device never ends
 
 STAGES = {
     "autoencoder": "Stage one: train the autoencoder, or a twin, from a config.",
@@ -49,14 +52,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def guarded(work: Callable[[], int]) -> int:
     """Run, turning what users can mend into one line: 2 for bad input, 3 diverged, 4 memory, 128+n signals."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # LANG=C must not stop a report that names a file
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return work()
+        code = work()
+        if sys.stdout is not None:  # None: closed by the caller
+            sys.stdout.flush()  # a full disk is to be met here, not at exit
+        return code
     except BrokenPipeError:  # the reader, such as `head`, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 0
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except (ValueError, OSError) as error:
+        try:
+            sys.stdout.flush()
+        except (OSError, ValueError, AttributeError):  # it is standard output that is full or closed
+            _drop_output()
         return _fail(_one_line(error), 2)
     except MemoryError as error:
         return _fail(f"out of memory ({_one_line(error)}): lower data.lanes or the widths", 4)
@@ -72,6 +84,12 @@ def guarded(work: Callable[[], int]) -> int:
         raise
 
 
+def _drop_output() -> None:
+    """Send what is still buffered nowhere: at exit it would fail once more, loudly."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
@@ -79,7 +97,10 @@ def _one_line(error: BaseException) -> str:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"hldm: {message}", file=sys.stderr, flush=True)
+    from hldm.text import printable
+
+    if sys.stderr is not None:
+        print(f"hldm: {printable(message)}", file=sys.stderr, flush=True)
     return code
 
 
@@ -178,11 +199,21 @@ def _prompts(arguments: argparse.Namespace) -> list[bytes]:
     # argv that is not UTF-8 arrives with surrogate escapes; fsencode gives the bytes back
     prompts = [os.fsencode(prompt) for prompt in arguments.prompt]
     for name in arguments.prompt_file:
-        text = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-        prompts.append(text.removesuffix(b"\n"))
+        prompts.append(_read_prompt(name).removesuffix(b"\n"))
     if not prompts:
         raise ValueError("no prompt given: pass --prompt TEXT, --prompt-file FILE or --prompt-file -")
     return [prompt for prompt in prompts for _ in range(arguments.num_samples)]
+
+
+def _read_prompt(name: str) -> bytes:
+    from hldm.text import read_up_to
+
+    if name == "-":
+        if sys.stdin is None:
+            raise ValueError("--prompt-file -: standard input is closed")
+        return read_up_to(sys.stdin.buffer, MAX_PROMPT_BYTES, "standard input")
+    with open(name, "rb") as file:
+        return read_up_to(file, MAX_PROMPT_BYTES, name)
 
 
 def generate(argv: Sequence[str] | None = None) -> int:
@@ -197,6 +228,8 @@ def generate(argv: Sequence[str] | None = None) -> int:
                 )
         if not 0 <= arguments.seed < 2**63 - arguments.num_samples:
             raise ValueError(f"--seed must lie in 0..2^63-1, got {arguments.seed}")
+        if sys.stdout is None:
+            raise ValueError("standard output is closed: there is nowhere to write to")
         prompts = _prompts(arguments)
         from hldm.pipeline import read_pipeline
 
@@ -219,16 +252,19 @@ def _write(pipeline: object, prompts: list[bytes], arguments: argparse.Namespace
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     settings = replace(pipeline.settings, **given)
     safe = sys.stdout.isatty() and not arguments.raw
+    decoder = StreamDecoder()
 
-    def send(text: str) -> None:
-        data = (printable(text) if safe else text).encode("utf-8", "surrogateescape")
+    def send(data: bytes, is_last: bool = True) -> None:
+        """A terminal gets whole, harmless characters, anything else the very bytes."""
+        if safe:
+            text = decoder.push(data) + (decoder.finish() if is_last else "")
+            data = printable(text).encode()
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
 
     streams = len(prompts) == 1 and not arguments.json
-    decoder = StreamDecoder()
     if streams:
-        send(prompts[0].decode("utf-8", "replace"))
+        send(prompts[0])
     began = time.monotonic()
     rows: list[Continuation] = []
     calls = 0
@@ -241,14 +277,13 @@ def _write(pipeline: object, prompts: list[bytes], arguments: argparse.Namespace
         seed=arguments.seed,
     ):
         if streams and news[0]:
-            send(("|" if arguments.show_chunks else "") + decoder.push(news[0]))
+            send((b"|" if arguments.show_chunks else b"") + news[0], is_last=False)
     seconds = time.monotonic() - began
     if streams:
-        send(decoder.finish() + "\n")
+        send(b"\n")
         return
     total = sum(count_characters(row.text) for row in rows)
     for index, row in enumerate(rows):
-        chunks = [chunk.decode("utf-8", "replace") for chunk in row.chunks]
         if arguments.json:
             spans, at = [], 0
             for chunk in row.chunks:
@@ -264,10 +299,10 @@ def _write(pipeline: object, prompts: list[bytes], arguments: argparse.Namespace
                 "characters_per_second": round(total / max(seconds, 1e-9), 1),
                 "denoising_calls": calls,
             }
-            send(json.dumps(record, ensure_ascii=True) + "\n")
+            send(json.dumps(record, ensure_ascii=True).encode() + b"\n")
         else:
-            text = "|" + "|".join(chunks) if arguments.show_chunks else row.text.decode("utf-8", "replace")
-            send(f"[{index + 1}] {row.prompt.decode('utf-8', 'replace')}{text}\n")
+            text = b"|" + b"|".join(row.chunks) if arguments.show_chunks else row.text
+            send(f"[{index + 1}] ".encode() + row.prompt + text + b"\n")
 
 
 # --- the rest ----------------------------------------------------------------------------------
@@ -291,7 +326,7 @@ def doctor(argv: Sequence[str] | None = None) -> int:
     """`hldm doctor`."""
     from hldm import doctor as checks
 
-    return checks.main(argv)
+    return guarded(lambda: checks.main(argv))
 
 
 def demo(argv: Sequence[str] | None = None) -> int:

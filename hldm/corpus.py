@@ -341,7 +341,13 @@ def _read_parquet(file: BinaryIO, path: Path, field: str) -> Iterator[bytes | Va
         for batch in table.iter_batches(batch_size=256, columns=[field]):
             for value in batch.column(0):
                 number += 1
-                yield _text_of({field: value.as_py()}, field, f"{path}:{number}")
+                place = f"{path}:{number}"
+                try:
+                    row = {field: value.as_py()}
+                except UnicodeDecodeError:
+                    yield ValueError(f"{place}: column {field!r} is not UTF-8; mend it")
+                else:
+                    yield _text_of(row, field, place)
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path}: not a readable parquet file ({_first_line(error)})") from None
 

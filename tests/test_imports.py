@@ -16,7 +16,7 @@ SOURCES = sorted([*ROOT.glob("hldm/*.py"), *ROOT.glob("*.py")])
 # A file imports only from floors below its own. A new file takes its place here.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("strict_yaml", "text", "scan", "derivatives", "carry", "checkpoints", "progress", "weights"),
-    ("config", "runs"),
+    ("config", "runs", "reports"),
     ("griffin", "chunking", "hierarchy", "diffusion", "corpus", "metrics"),
     ("samplers", "data", "doctor"),
     ("autoencoder", "prior", "prompts"),
