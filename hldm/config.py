@@ -115,6 +115,8 @@ class GriffinConfig:
             f"got {self.width} / {self.heads}",
         )
         _require(self.width <= 65_536, f"griffin.width must be at most 65536, got {self.width}")
+        _require(self.mlp_ratio <= 64, f"griffin.mlp_ratio must be at most 64, got {self.mlp_ratio}")
+        _require(self.conv_width <= 256, f"griffin.conv_width must be at most 256, got {self.conv_width}")
         _require(len(self.blocks) <= 512, f"griffin.blocks: at most 512, got {len(self.blocks)}")
 
 

@@ -48,8 +48,16 @@ def read_settings(path: Path, heirs: tuple[Path, ...] = ()) -> dict[str, Setting
     if base is None:
         return settings
     heirs += (path.resolve(),)
+    if len(heirs) > MAX_DEPTH:
+        raise ConfigError(f"{base.where}: a chain of more than {MAX_DEPTH} bases, which no config has")
     base_path = path.parent / str(base.value)
-    if base_path.resolve() in heirs:
+    try:
+        is_circle = base_path.resolve() in heirs
+    except (OSError, ValueError, RuntimeError):  # a NUL, half a surrogate pair, a circle of links
+        raise ConfigError(
+            f"{base.where}: base {reprlib.repr(base.value)} cannot be the name of a file"
+        ) from None
+    if is_circle:
         raise ConfigError(f"{base.where}: base {reprlib.repr(base.value)} inherits from itself")
     return read_settings(base_path, heirs) | settings
 
