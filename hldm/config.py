@@ -103,7 +103,7 @@ class GriffinConfig:
         for block in self.blocks:
             _require(
                 block in ("recurrent", "attention"),
-                f"griffin.blocks holds 'recurrent' or 'attention', got {block!r}",
+                f"griffin.blocks holds 'recurrent' or 'attention', got {block[:80]!r}",
             )
         _require(
             self.width % self.heads == 0,
@@ -325,7 +325,7 @@ class Config:
         _require(0 <= self.seed < 2**63, f"seed must lie in 0..2^63-1, got {self.seed}")
         _require(
             re.fullmatch(r"([A-Za-z0-9_-][A-Za-z0-9._-]{0,63})?", self.name) is not None,
-            f"name must be a folder name of at most 64 letters, digits and ._- , got {self.name!r}",
+            f"name must be a folder name of at most 64 letters, digits and ._- , got {self.name[:80]!r}",
         )
 
     @property
