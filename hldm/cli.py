@@ -18,7 +18,7 @@ from pathlib import Path
 
 from hldm.config import Config, ConfigError, load_config, stage_training, to_yaml
 
-MAX_PROMPT_BYTES = 16 * 2**20  # a model reads some 100,000 bytes a second; and a device never ends
+MAX_PROMPT_BYTES = 2**20  # 300 pages; more takes minutes to read, and a device such as /dev/zero never ends
 
 STAGES = {
     "autoencoder": "Stage one: train the autoencoder, or a twin, from a config.",
