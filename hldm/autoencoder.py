@@ -15,14 +15,14 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from hldm.chunking import pool_by_chunk, segments
-from hldm.config import AutoencoderConfig, ChunkingConfig, GriffinConfig
+from hldm.config import AutoencoderConfig, ChunkingConfig, section_from_dict
 from hldm.griffin import Griffin, GriffinState
 from hldm.text import END_OF_CHUNK, END_OF_DOCUMENT, HIDDEN, START, VOCABULARY
+from hldm.weights import SavedModel
 
 OUTPUTS = 258  # what the decoder may emit: 256 bytes and the two ends
 
@@ -219,20 +219,18 @@ def text_before(events: Events, encoding: Encoding) -> Tensor:
     return encoding.features.gather(1, events.bytes_before[..., None].expand(-1, -1, wide))
 
 
-class Autoencoder(ModelMixin, ConfigMixin):
+class Autoencoder(SavedModel):
     """Griffin encoder and decoder around one latent a chunk."""
 
-    config_name = "config.json"
     _supports_gradient_checkpointing = True
 
     @register_to_config
     def __init__(self, autoencoder: dict, chunking: dict, gamma_0: float = 0.0):
         """gamma_0: the noise its decoder is trained to read through."""
         super().__init__()
-        encoder = GriffinConfig(**_as_tuple(autoencoder["encoder"]))
-        decoder = GriffinConfig(**_as_tuple(autoencoder["decoder"]))
-        self.settings = AutoencoderConfig(**{**autoencoder, "encoder": encoder, "decoder": decoder})
-        self.chunking = ChunkingConfig(**chunking)
+        self.settings = section_from_dict(AutoencoderConfig, autoencoder)
+        self.chunking = section_from_dict(ChunkingConfig, chunking)
+        encoder, decoder = self.settings.encoder, self.settings.decoder
         z = self.latent_dim = self.settings.latent_dim
         if z:
             self.read = nn.Embedding(VOCABULARY, encoder.width)
@@ -390,8 +388,3 @@ def symbol_nats(logits: Tensor, events: Events) -> Tensor:
 def sum_by_chunk(values: Tensor, events: Events, chunks: int) -> Tensor:
     """Sum over the events of each chunk. (b t') -> (b n)."""
     return values.new_zeros(values.shape[0], chunks).scatter_add(1, events.chunk, values)
-
-
-def _as_tuple(griffin: dict) -> dict:
-    """JSON knows no tuples."""
-    return {**griffin, "blocks": tuple(griffin["blocks"])}

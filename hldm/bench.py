@@ -8,7 +8,6 @@ untrained: a step costs the same whatever it has learned. Imports torch only onc
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import re
@@ -22,6 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from hldm.config import Config, ConfigError, LoggingConfig, load_config
+from hldm.reports import check_report_path, save_report
 
 if TYPE_CHECKING:
     import torch
@@ -61,15 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     path, target = arguments.config, arguments.json
     if arguments.steps < 1:
         raise ConfigError(f"--steps must be at least 1, got {arguments.steps}")
-    if target is not None and not target.absolute().parent.is_dir():
-        raise FileNotFoundError(f"--json {target}: no folder {target.absolute().parent} to write it to")
+    if target is not None:
+        check_report_path(target, "bytes_per_step")
     config = load_config(path)
     twin = load_config(arguments.twin or path.with_name(f"{path.stem}-twin{path.suffix}"))
     found = measure(config, twin, steps=arguments.steps)
     if target is not None:
-        from hldm.checkpoints import atomic_write
-
-        atomic_write(target, json.dumps(found, indent=1, allow_nan=False) + "\n")
+        save_report(target, found)
     print(report(found))
     return 0
 

@@ -203,7 +203,12 @@ def unflatten_optimizer(tensors: Mapping[str, Tensor], layout: Any) -> dict[str,
             return tuple(unflatten(child) for child in value["tuple"])
         return {key: unflatten(child) for key, child in value["dict"]}
 
-    state_dict = unflatten(layout)
+    try:
+        state_dict = unflatten(layout)
+    except (LookupError, TypeError, RecursionError) as error:
+        raise CheckpointError(
+            f"the optimizer's layout is damaged ({type(error).__name__}: {error})"
+        ) from error
     if unused := sorted(set(tensors) - used):
         raise CheckpointError(f"the optimizer's layout does not know the tensors {', '.join(unused[:3])}")
     return state_dict

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from hldm.config import Config, ConfigError, GenerationConfig, load_config, stag
 from hldm.signals import Interrupted, Stopped, is_first_rank, leave_in_one_line
 from hldm.sizes import read_model_settings, report, require_room, require_room_to_write, survey
 
+MAX_PROMPT_BYTES = 2**20  # 300 pages; more takes minutes to read, and a device such as /dev/zero never ends
 # what torch says, lower case: its CPU allocator, its own exceptions, mmap, C++, and a thread that finds no stack
 OUT_OF_MEMORY = (
     "can't allocate memory",
@@ -72,14 +74,23 @@ def guarded(work: Callable[[], int]) -> int:
 
 
 def _guarded(work: Callable[[], int]) -> int:
+    if isinstance(sys.stdout, io.TextIOWrapper):  # LANG=C must not stop a report that names a file
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return work()
+        code = work()
+        if sys.stdout is not None:  # None: closed by the caller
+            sys.stdout.flush()  # a full disk is to be met here, not at exit
+        return code
     except BrokenPipeError:  # the reader, such as `head`, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 0
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except (ValueError, OSError) as error:
+        try:
+            sys.stdout.flush()
+        except (OSError, ValueError, AttributeError):  # it is standard output that is full or closed
+            _drop_output()
         if isinstance(error, OSError) and error.errno == errno.ENOMEM:
             return _out_of_memory(error)
         return _fail(_one_line(error), 2)
@@ -112,6 +123,12 @@ def _out_of_memory(error: BaseException) -> int:
     )
 
 
+def _drop_output() -> None:
+    """Send what is still buffered nowhere: at exit it would fail once more, loudly."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
@@ -120,8 +137,10 @@ def _one_line(error: BaseException) -> str:
 
 def _fail(message: str, code: int, agreed: bool = False) -> int:
     """Say why, and return the code. agreed: every rank ends in the same way, so that one of them says it."""
-    if not agreed or is_first_rank():
-        print(f"hldm: {message}", file=sys.stderr, flush=True)
+    from hldm.text import printable
+
+    if sys.stderr is not None and (not agreed or is_first_rank()):
+        print(f"hldm: {printable(message)}", file=sys.stderr, flush=True)
     return code
 
 
@@ -221,11 +240,21 @@ def _prompts(arguments: argparse.Namespace) -> list[bytes]:
     # argv that is not UTF-8 arrives with surrogate escapes; fsencode gives the bytes back
     prompts = [os.fsencode(prompt) for prompt in arguments.prompt]
     for name in arguments.prompt_file:
-        text = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-        prompts.append(text.removesuffix(b"\n"))
+        prompts.append(_read_prompt(name).removesuffix(b"\n"))
     if not prompts:
         raise ValueError("no prompt given: pass --prompt TEXT, --prompt-file FILE or --prompt-file -")
     return [prompt for prompt in prompts for _ in range(arguments.num_samples)]
+
+
+def _read_prompt(name: str) -> bytes:
+    from hldm.text import read_up_to
+
+    if name == "-":
+        if sys.stdin is None:
+            raise ValueError("--prompt-file -: standard input is closed")
+        return read_up_to(sys.stdin.buffer, MAX_PROMPT_BYTES, "standard input")
+    with open(name, "rb") as file:
+        return read_up_to(file, MAX_PROMPT_BYTES, name)
 
 
 def generate(argv: Sequence[str] | None = None) -> int:
@@ -240,6 +269,8 @@ def generate(argv: Sequence[str] | None = None) -> int:
                 )
         if not 0 <= arguments.seed < 2**63 - arguments.num_samples:
             raise ValueError(f"--seed must lie in 0..2^63-1, got {arguments.seed}")
+        if sys.stdout is None:
+            raise ValueError("standard output is closed: there is nowhere to write to")
         folder = Path(arguments.run)
         folder = folder if (folder / "model_index.json").exists() else folder / "pipeline"
         replace(GenerationConfig(), **_given(arguments))  # refuses what is out of range
@@ -280,16 +311,19 @@ def _write(pipeline: object, prompts: list[bytes], arguments: argparse.Namespace
     assert isinstance(pipeline, HLDMPipeline)
     settings = replace(pipeline.settings, **_given(arguments))
     safe = sys.stdout.isatty() and not arguments.raw
+    decoder = StreamDecoder()
 
-    def send(text: str) -> None:
-        data = (printable(text) if safe else text).encode("utf-8", "surrogateescape")
+    def send(data: bytes, is_last: bool = True) -> None:
+        """A terminal gets whole, harmless characters, anything else the very bytes."""
+        if safe:
+            text = decoder.push(data) + (decoder.finish() if is_last else "")
+            data = printable(text).encode()
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
 
     streams = len(prompts) == 1 and not arguments.json
-    decoder = StreamDecoder()
     if streams:
-        send(prompts[0].decode("utf-8", "replace"))
+        send(prompts[0])
     began = time.monotonic()
     rows: list[Continuation] = []
     calls = 0
@@ -304,15 +338,14 @@ def _write(pipeline: object, prompts: list[bytes], arguments: argparse.Namespace
             seed=arguments.seed,
         ):
             if streams and news[0]:
-                send(("|" if arguments.show_chunks else "") + decoder.push(news[0]))
+                send((b"|" if arguments.show_chunks else b"") + news[0], is_last=False)
     except Stopped as signal:  # what is written so far is worth showing
         stopped = signal
     seconds = time.monotonic() - began
     if streams:
-        send(decoder.finish() + "\n")
+        send(b"\n")
     total = sum(count_characters(row.text) for row in rows)
     for index, row in enumerate([] if streams else rows):
-        chunks = [chunk.decode("utf-8", "replace") for chunk in row.chunks]
         if arguments.json:
             spans, at = [], 0
             for chunk in row.chunks:
@@ -328,10 +361,10 @@ def _write(pipeline: object, prompts: list[bytes], arguments: argparse.Namespace
                 "characters_per_second": round(total / max(seconds, 1e-9), 1),
                 "denoising_calls": calls,
             }
-            send(json.dumps(record, ensure_ascii=True) + "\n")
+            send(json.dumps(record, ensure_ascii=True).encode() + b"\n")
         else:
-            text = "|" + "|".join(chunks) if arguments.show_chunks else row.text.decode("utf-8", "replace")
-            send(f"[{index + 1}] {row.prompt.decode('utf-8', 'replace')}{text}\n")
+            text = b"|" + b"|".join(row.chunks) if arguments.show_chunks else row.text
+            send(f"[{index + 1}] ".encode() + row.prompt + text + b"\n")
     if stopped is not None:
         raise stopped
 
@@ -366,18 +399,18 @@ def diagnose(argv: Sequence[str] | None = None) -> int:
 
     def work() -> int:
         from hldm.diagnosis import diagnose_run, summary
+        from hldm.reports import check_picture_path, check_report_path, save_report
 
-        for target in (arguments.json, arguments.png):
-            if target is not None and not target.absolute().parent.is_dir():
-                raise FileNotFoundError(f"{target}: no folder {target.absolute().parent} to write it to")
+        if arguments.json is not None:
+            check_report_path(arguments.json, "latent_by_dimension")
+        if arguments.png is not None:
+            check_picture_path(arguments.png)
         diagnosis = diagnose_run(
             arguments.run, split=arguments.split, draws=arguments.draws, seed=arguments.seed
         )
         print(summary(diagnosis))
         if arguments.json is not None:
-            from hldm.checkpoints import atomic_write
-
-            atomic_write(arguments.json, json.dumps(diagnosis, indent=1, allow_nan=False) + "\n")
+            save_report(arguments.json, diagnosis)
         if arguments.png is not None:
             from hldm.plots import plot_diagnosis
 

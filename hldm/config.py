@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 
@@ -23,6 +23,8 @@ from hldm.strict_yaml import (
     parse_override,
     read_settings,
 )
+
+T = TypeVar("T")
 
 
 def _require(fact: bool, message: str) -> None:
@@ -101,7 +103,7 @@ class GriffinConfig:
         for block in self.blocks:
             _require(
                 block in ("recurrent", "attention"),
-                f"griffin.blocks holds 'recurrent' or 'attention', got {block!r}",
+                f"griffin.blocks holds 'recurrent' or 'attention', got {block[:80]!r}",
             )
         _require(
             self.width % self.heads == 0,
@@ -113,6 +115,8 @@ class GriffinConfig:
             f"got {self.width} / {self.heads}",
         )
         _require(self.width <= 65_536, f"griffin.width must be at most 65536, got {self.width}")
+        _require(self.mlp_ratio <= 64, f"griffin.mlp_ratio must be at most 64, got {self.mlp_ratio}")
+        _require(self.conv_width <= 256, f"griffin.conv_width must be at most 256, got {self.conv_width}")
         _require(len(self.blocks) <= 512, f"griffin.blocks: at most 512, got {len(self.blocks)}")
 
 
@@ -338,7 +342,7 @@ class Config:
         _require(0 <= self.seed < 2**63, f"seed must lie in 0..2^63-1, got {self.seed}")
         _require(
             re.fullmatch(r"([A-Za-z0-9_-][A-Za-z0-9._-]{0,63})?", self.name) is not None,
-            f"name must be a folder name of at most 64 letters, digits and ._- , got {self.name!r}",
+            f"name must be a folder name of at most 64 letters, digits and ._- , got {self.name[:80]!r}",
         )
 
     @property
@@ -374,6 +378,11 @@ def load_config(paths: Sequence[str | Path] | str | Path, overrides: Sequence[st
 def config_from_dict(settings: Mapping[str, Any]) -> Config:
     """The config of a nested dict, as strict as a file; the inverse of `to_dict`."""
     return build_dataclass(Config, flatten_settings(settings))
+
+
+def section_from_dict(cls: type[T], settings: Mapping[str, Any]) -> T:
+    """One section of a nested dict, as strict as a file: what a saved model's config.json holds."""
+    return build_dataclass(cls, flatten_settings(settings))
 
 
 def to_dict(config: Config) -> dict[str, Any]:

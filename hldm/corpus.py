@@ -10,17 +10,19 @@ from __future__ import annotations
 import glob
 import gzip
 import hashlib
+import io
 import json
 import os
 import re
 import threading
 import urllib.error
 import urllib.request
+import warnings
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import count, groupby
+from itertools import count, groupby, islice
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -33,7 +35,9 @@ Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 FORMATS = (".txt", ".jsonl", ".parquet")
-MAX_ROW_BYTES = 256 * 2**20  # a longer line is no row of a .jsonl file; bounds the memory of one
+MAX_ROW_BYTES = 16 * 2**20  # a longer line is no row of a .jsonl file; parsed it may take 40 times as much
+MAX_BAD_ROWS = 1e-3  # share of the rows so far that may be left out
+MAX_UNPACKED_BYTES, MAX_UNPACKING = 64 * 2**20, 100  # beyond so much, to 100 times its size: a bomb, no text
 HUB_TIMEOUT_S = 4.0
 
 
@@ -84,16 +88,18 @@ def load_corpora(config: DataConfig) -> dict[Split, Corpus]:
     hold out documents by a hash of their index, so that adding documents moves none; where that leaves a
     split empty because documents are few, every document gives its last part to the test split and the
     part before it to validation.
-    Raises ConfigError, FileNotFoundError (no such file) or ValueError (a row that cannot be read).
+    Raises ConfigError, FileNotFoundError (no such file) or ValueError (a file or row that cannot be read; one
+    bad row in a thousand is left out with a warning).
     """
     if not (config.path or config.dataset):
         return {
             split: make_corpus(f"bible-bbe/{split}", _limited(_bible_chapters(split), config.max_bytes))
             for split in SPLITS
         }
-    source, name = (
-        (_read_path(config), config.path) if config.path else (_read_dataset(config), config.dataset)
-    )
+    if config.path:
+        source, name = _read_path(config), config.path
+    else:
+        source, name = _good_rows(_read_dataset(config), config.dataset), config.dataset
     documents = make_corpus(name, _limited(source, config.max_bytes))
     if not len(documents):
         raise ConfigError(f"{name} holds no text: every document is empty; choose another source")
@@ -215,7 +221,10 @@ def _read_path(config: DataConfig) -> Iterator[bytes]:
 
 def _matching_files(path: str) -> list[Path]:
     """The readable files that a file, folder or glob names, sorted. Raises where there is none."""
-    place = Path(path).expanduser()
+    try:
+        place = Path(path).expanduser()
+    except RuntimeError as error:  # ~somebody
+        raise ConfigError(f"data.path={path}: {error}") from None
     endings = f"{', '.join(FORMATS)}, plain or with .gz"
     if place.is_file():
         if not _format_of(place):
@@ -241,17 +250,44 @@ def _format_of(path: Path) -> str:
 
 
 def _read_file(path: Path, config: DataConfig) -> Iterator[bytes]:
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+    with path.open("rb") as packed:
+        file: BinaryIO = io.BufferedReader(_Unpacked(packed, path)) if path.suffix == ".gz" else packed
         if _format_of(path) == ".txt":
             text = _read_up_to(file, config.max_bytes + 1)  # no more of it could be used
             yield from text.split(to_bytes(config.separator)) if config.separator else [text]
         elif _format_of(path) == ".jsonl":
-            yield from _read_jsonl(file, path, config.field)
+            yield from _good_rows(_read_jsonl(file, path, config.field), str(path))
         else:
-            yield from _read_parquet(file, path, config.field)
+            whole = file if file is packed else io.BytesIO(file.read())  # a parquet file is read from its end
+            yield from _good_rows(_read_parquet(whole, path, config.field), str(path))
 
 
-def _read_up_to(file: BinaryIO | gzip.GzipFile, limit: int) -> bytes:
+class _Unpacked(io.RawIOBase):
+    """What a gzip file holds; ValueError when that is far more than text can be packed to."""
+
+    def __init__(self, packed: BinaryIO, path: Path) -> None:
+        self._packed, self._path = packed, path
+        self._file = gzip.GzipFile(fileobj=packed)
+        self._bytes = 0
+
+    def readable(self) -> bool:
+        """True."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Unpack into a buffer; returns how many bytes, 0 at the end."""
+        data = self._file.read(len(buffer))
+        buffer[: len(data)] = data
+        self._bytes += len(data)
+        if self._bytes > max(MAX_UNPACKED_BYTES, MAX_UNPACKING * self._packed.tell()):
+            raise ValueError(
+                f"{self._path}: unpacks to more than {MAX_UNPACKING} times its size, which text does not; "
+                "unpack it yourself if you trust it"
+            )
+        return len(data)
+
+
+def _read_up_to(file: BinaryIO, limit: int) -> bytes:
     """The first `limit` bytes, read in blocks: the limit may be far larger than the file, or than memory."""
     text = bytearray()
     while block := file.read(min(limit - len(text), 2**20)):
@@ -259,7 +295,23 @@ def _read_up_to(file: BinaryIO | gzip.GzipFile, limit: int) -> bytes:
     return bytes(text)
 
 
-def _read_jsonl(file: BinaryIO | gzip.GzipFile, path: Path, field: str) -> Iterator[bytes]:
+def _good_rows(rows: Iterator[bytes | ValueError], source: str) -> Iterator[bytes]:
+    """Texts of rows; bad ones, up to MAX_BAD_ROWS of those so far, are left out, counted and warned of."""
+    bad, first = 0, None
+    number = 0
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, ValueError):
+            yield row
+            continue
+        bad += 1
+        first = first or row
+        if bad > MAX_BAD_ROWS * number:
+            raise ValueError(f"{first} (bad rows: {bad} of the first {number:,})") from None
+    if bad:
+        warnings.warn(f"{source}: left out {bad} bad of {number:,} rows; the first: {first}", stacklevel=2)
+
+
+def _read_jsonl(file: BinaryIO, path: Path, field: str) -> Iterator[bytes | ValueError]:
     number = 0
     while line := file.readline(MAX_ROW_BYTES):
         number += 1
@@ -271,11 +323,12 @@ def _read_jsonl(file: BinaryIO | gzip.GzipFile, path: Path, field: str) -> Itera
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{place}: not a row of JSON ({error}); remove or mend it") from None
-        yield _text_of(row, field, place)
+            yield ValueError(f"{place}: not a row of JSON ({_first_line(error)}); remove or mend it")
+        else:
+            yield _text_of(row, field, place)
 
 
-def _read_parquet(file: BinaryIO | gzip.GzipFile, path: Path, field: str) -> Iterator[bytes]:
+def _read_parquet(file: BinaryIO, path: Path, field: str) -> Iterator[bytes | ValueError]:
     import pyarrow
     from pyarrow import parquet
 
@@ -283,28 +336,40 @@ def _read_parquet(file: BinaryIO | gzip.GzipFile, path: Path, field: str) -> Ite
         table = parquet.ParquetFile(file)
         columns = table.schema_arrow.names
         if field not in columns:
-            raise ValueError(f"{path}: no column {field!r}; set data.field to one of {', '.join(columns)}")
+            raise ValueError(f"{path}: no column {field!r}; set data.field to one of {_some(columns)}")
         number = 0
         for batch in table.iter_batches(batch_size=256, columns=[field]):
-            for value in batch.column(0).to_pylist():
+            for value in batch.column(0):
                 number += 1
-                yield _text_of({field: value}, field, f"{path}:{number}")
+                place = f"{path}:{number}"
+                try:
+                    row = {field: value.as_py()}
+                except UnicodeDecodeError:
+                    yield ValueError(f"{place}: column {field!r} is not UTF-8; mend it")
+                else:
+                    yield _text_of(row, field, place)
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path}: not a readable parquet file ({_first_line(error)})") from None
 
 
-def _text_of(row: Any, field: str, place: str) -> bytes:
-    """UTF-8 of the text in a row. Raises ValueError naming the place where there is none."""
+def _text_of(row: Any, field: str, place: str) -> bytes | ValueError:
+    """UTF-8 of the text in a row; where there is none, a ValueError that names the place."""
     if not isinstance(row, dict):
-        raise ValueError(f"{place}: expected an object with a field {field!r}, got {type(row).__name__}")
+        return ValueError(f"{place}: expected an object with a field {field!r}, got {type(row).__name__}")
     if field not in row:
-        raise ValueError(f"{place}: no field {field!r}; set data.field to one of {', '.join(row) or 'none'}")
+        return ValueError(f"{place}: no field {field!r}; set data.field to one of {_some(row)}")
     if not isinstance(row[field], str):
-        raise ValueError(f"{place}: field {field!r} must be text, got {type(row[field]).__name__}")
+        return ValueError(f"{place}: field {field!r} must be text, got {type(row[field]).__name__}")
     try:
         return row[field].encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{place}: field {field!r} holds half a surrogate pair; remove it") from None
+        return ValueError(f"{place}: field {field!r} holds half a surrogate pair; remove it")
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first few names, shortened, as one line."""
+    shown = [" ".join(name.split())[:40] for name in islice(names, 10)]
+    return ", ".join(shown) or "none"
 
 
 # ---- Hugging Face datasets
@@ -312,7 +377,7 @@ def _text_of(row: Any, field: str, place: str) -> bytes:
 _OTHER_WAYS = "set data.path to files you have, or leave both empty for the built-in corpus"
 
 
-def _read_dataset(config: DataConfig) -> Iterator[bytes]:
+def _read_dataset(config: DataConfig) -> Iterator[bytes | ValueError]:
     """Rows of a dataset of the hub, of its cache, or of a local dataset folder."""
     place = f"data.dataset={config.dataset}"
     is_offline = any(
@@ -372,4 +437,4 @@ def require_hub(place: str) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -202,6 +202,8 @@ def _balanced_borders(offsets: np.ndarray, lanes: int) -> np.ndarray:
 
 # ---- cached latents
 
+MAX_HEADER_BYTES = 1_000_000  # of a file of one tensor
+
 
 def cache_latents(
     encode: Callable[[Batch], Tensor], windows: Windows, path: Path | str, binding: dict[str, object]
@@ -270,14 +272,20 @@ def load_latents(path: Path | str, binding: dict[str, object]) -> np.ndarray:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no cached latents there; make them with cache_latents")
     try:
+        with path.open("rb") as file:
+            if int.from_bytes(file.read(8), "little") > MAX_HEADER_BYTES:
+                raise ValueError("its header is too long")
         with safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
-            shape = file.get_slice("latents").get_shape()
+            latents = file.get_slice("latents")
+            (chunks, width), dtype, names = latents.get_shape(), latents.get_dtype(), file.keys()
+            if (dtype, list(names)) != ("F32", ["latents"]):
+                raise ValueError(f"it holds {', '.join(names)} and latents of {dtype}")
         made_for = dict(json.loads(metadata["binding"]))
-        offset = path.stat().st_size - 4 * shape[0] * shape[1]
+        offset = path.stat().st_size - 4 * chunks * width
         with path.open("rb") as file:
             is_whole = metadata["sha256"] == _sha256_from(file, offset)
-    except (SafetensorError, LookupError, TypeError, ValueError) as error:
+    except (SafetensorError, LookupError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a file of cached latents ({error}); {rebuild}") from None
     if not is_whole:
         raise ValueError(f"{path}: cached latents are damaged (their checksum differs); {rebuild}")
@@ -288,7 +296,11 @@ def load_latents(path: Path | str, binding: dict[str, object]) -> np.ndarray:
                 f"{path}: cached latents are stale: made for {key}={made_for.get(key)}, this run has "
                 f"{key}={wanted.get(key)}; {rebuild}"
             )
-    return np.memmap(path, "<f4", mode="c", offset=offset, shape=tuple(shape))
+    stored = np.memmap(path, "<f4", mode="c", offset=offset, shape=(chunks, width))
+    rows = 2**20 // max(width, 1) + 1  # at a time: the whole may be larger than memory
+    if not all(np.isfinite(stored[first : first + rows]).all() for first in range(0, chunks, rows)):
+        raise ValueError(f"{path}: not every cached latent is finite; {rebuild}")
+    return stored
 
 
 def _header(chunks: int, width: int, binding: dict[str, object], sha256: str = "0" * 64) -> bytes:

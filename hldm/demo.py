@@ -27,13 +27,14 @@ def run_demo(path: Path, name: str | None = None, root: Path = Path("runs")) -> 
     train_run(config, root=root)
     train_run(twin, root=root)
 
-    from hldm.evaluation import compare, evaluate_run, save_evaluation
+    from hldm.evaluation import compare, evaluate_run
+    from hldm.reports import save_report
 
     columns = {}
     for label, run in (("model", name), ("twin", twin.name)):
         print(f"evaluating {root / run} on the test text", flush=True)
         columns[label] = evaluate_run(root / run)
-        save_evaluation(root / run / "evaluation.json", columns[label])
+        save_report(root / run / "evaluation.json", columns[label])
     _write(config, root / name)
     print(compare(columns))
     minutes = (time.monotonic() - began) / 60
@@ -45,11 +46,12 @@ def _write(config: Config, folder: Path) -> None:
     """Three continuations of held-out prompts."""
     from hldm.pipeline import HLDMPipelineOutput, read_pipeline
     from hldm.prompts import held_out_prompts
+    from hldm.text import printable
 
     pipeline = read_pipeline(folder / "pipeline")
     prompts = [prompt for prompt, _ in held_out_prompts(config, "test", PROMPTS, prompt_characters=80)]
     output = pipeline(prompts, max_characters=240, seed=config.seed)
     assert isinstance(output, HLDMPipelineOutput)
     for prompt, text in zip(prompts, output.texts, strict=True):
-        print(f"\n{prompt.decode(errors='replace')} >>>{text}")
+        print(printable(f"\n{prompt.decode(errors='replace')} >>>{text}"))
     print()

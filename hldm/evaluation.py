@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from hldm.reports import check_report_path, save_report
 from hldm.signals import leave_in_one_line
+from hldm.text import printable, read_up_to
 
 if TYPE_CHECKING:
     from hldm.autoencoder import Autoencoder
@@ -28,14 +31,16 @@ if TYPE_CHECKING:
     from hldm.prior import Prior
     from hldm.prompts import Prompt
 
+MAX_TEXT_BYTES = 10**9  # as data.max_bytes: more text would take days
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code, 2 after an error told in one line."""
     arguments = _parser().parse_args(argv)
     try:
         target = arguments.json
-        if target is not None and not target.absolute().parent.is_dir():
-            raise FileNotFoundError(f"--json {target}: no folder {target.absolute().parent} to write it to")
+        if target is not None:
+            check_report_path(target, "bits_per_character")
         evaluation = evaluate_run(
             arguments.run,
             split=arguments.split,
@@ -46,11 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             seed=arguments.seed,
         )
         if target is not None:
-            save_evaluation(target, evaluation)
+            save_report(target, evaluation)
+        print(compare({evaluation["run"]: evaluation}), flush=True)
+    except BrokenPipeError:  # the reader, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
-        print(f"hldm: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"hldm: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
-    print(compare({evaluation["run"]: evaluation}))
     return 0
 
 
@@ -92,7 +99,10 @@ def evaluate_run(
 
     Adds which run it was, on what, and what it cost to train. Raises ValueError or OSError, one line.
     """
-    given = None if text is None else text.read_bytes()
+    given = None
+    if text is not None:
+        with text.open("rb") as file:
+            given = read_up_to(file, MAX_TEXT_BYTES, str(text))
     if given == b"":
         raise ValueError(f"{text} is empty: there is nothing to measure")
 
@@ -128,13 +138,6 @@ def evaluate_run(
             **_training_cost(folder),
         },
     }
-
-
-def save_evaluation(path: Path, evaluation: Mapping[str, Any]) -> None:
-    """Write an evaluation as JSON, whole or not at all."""
-    from hldm.checkpoints import atomic_write
-
-    atomic_write(path, json.dumps(evaluation, indent=1, allow_nan=False) + "\n")
 
 
 def evaluate_model(

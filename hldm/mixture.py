@@ -14,17 +14,15 @@ import math
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from hldm.diffusion import alpha_sigma
+from hldm.weights import SavedModel
 
 
-class MixturePredictor(ModelMixin, ConfigMixin):
+class MixturePredictor(SavedModel):
     """Weights from a feature of the text (... d), prototypes (k z), one variance a dimension."""
-
-    config_name = "config.json"
 
     @register_to_config
     def __init__(self, feature_dim: int, latent_dim: int, components: int):

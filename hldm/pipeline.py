@@ -6,7 +6,6 @@ print(pipe("And the king said", max_characters=200).texts[0])
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,16 +14,16 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
-from diffusers.utils.logging import disable_progress_bar
 from transformers import PreTrainedTokenizer
 
 from hldm.autoencoder import Autoencoder
 from hldm.checkpoints import fingerprint
-from hldm.config import GenerationConfig
-from hldm.diffusion import make_scheduler, scheduler_name
+from hldm.config import GenerationConfig, section_from_dict
+from hldm.diffusion import SchedulerName, make_scheduler, scheduler_name
 from hldm.generation import Continuation, write_on
 from hldm.prior import Prior
 from hldm.text import StreamDecoder, to_bytes
+from hldm.weights import SAVED_BY_DIFFUSERS, first_line, read_json
 
 
 class ByteTokenizer(PreTrainedTokenizer):
@@ -94,6 +93,11 @@ class HLDMPipeline(DiffusionPipeline):
             )
         self.register_modules(autoencoder=autoencoder, prior=prior, tokenizer=tokenizer, scheduler=scheduler)
         self.register_to_config(defaults=defaults or {})
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> HLDMPipeline:
+        """Load what `save_pretrained` wrote; see `read_pipeline`."""
+        return read_pipeline(folder)
 
     @classmethod
     def assemble(
@@ -185,9 +189,11 @@ def _spans(row: Continuation) -> list[tuple[int, int]]:
 
 
 def read_pipeline(folder: str | Path) -> HLDMPipeline:
-    """Load a saved pipeline, from disk only.
+    """Load a saved pipeline, from disk only; the same as HLDMPipeline.from_pretrained.
 
-    Raises FileNotFoundError with the command that makes one.
+    diffusers would import whatever classes the folder names; here they must be our own, each part is checked
+    before it is used (hldm.weights), and the sampler is made anew from its name.
+    Raises FileNotFoundError with the command that makes a pipeline, ValueError for a damaged one.
     """
     folder = Path(folder)
     index = folder / "model_index.json"
@@ -195,10 +201,58 @@ def read_pipeline(folder: str | Path) -> HLDMPipeline:
         raise FileNotFoundError(
             f"{folder} holds no trained model: run train_autoencoder.py, then train_diffusion.py, with its config"
         )
-    disable_progress_bar()  # three small parts need none, and it would stand among the errors
     try:
-        json.loads(index.read_text(encoding="utf-8"))
-        return HLDMPipeline.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, KeyError, RuntimeError, json.JSONDecodeError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{folder} cannot be loaded ({first}): train the run again or restore it") from error
+        found = read_json(index)
+        scheduler = _check_index(found)
+        settings = _defaults(found)
+        if scheduler is not None:
+            saved = read_json(folder / "scheduler" / "scheduler_config.json")
+            settings = replace(settings, scheduler=_scheduler_name(scheduler, saved.get("solver_order")))
+        autoencoder = Autoencoder.from_pretrained(folder / "autoencoder")
+        prior = None if scheduler is None else Prior.from_pretrained(folder / "prior")
+        return HLDMPipeline.assemble(autoencoder, prior, settings)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{folder} cannot be loaded ({first_line(error)}): train the run again or restore it"
+        ) from error
+
+
+def _defaults(index: dict[str, Any]) -> GenerationConfig:
+    """The generation settings that were saved with a pipeline."""
+    defaults = index.get("defaults")
+    if not isinstance(defaults, dict):
+        raise ValueError(f"model_index.json: defaults must be an object, got {defaults!r:.80}")
+    return section_from_dict(GenerationConfig, defaults)
+
+
+def _scheduler_name(class_name: str, solver_order: object) -> SchedulerName:
+    """`scheduler_name` of a saved one."""
+    names: dict[str, SchedulerName] = {
+        "FlowMatchEulerDiscreteScheduler": "flow",
+        "DDIMScheduler": "ddim",
+        "DPMSolverMultistepScheduler": "ancestral" if solver_order == 1 else "dpm",
+    }
+    if class_name not in names:
+        raise ValueError(f"model_index.json: {class_name!r:.80} is not one of the schedulers of hldm")
+    return names[class_name]
+
+
+def _check_index(index: dict[str, Any]) -> str | None:
+    """The class of the pipeline's scheduler, None for a twin. Raises ValueError for any other pipeline."""
+    parts = {
+        "autoencoder": ["hldm.autoencoder", "Autoencoder"],
+        "prior": ["hldm.prior", "Prior"],
+        "tokenizer": ["hldm.pipeline", "ByteTokenizer"],
+    }
+    pair = index.get("scheduler")
+    scheduler = pair[1] if isinstance(pair, list) and len(pair) == 2 and isinstance(pair[1], str) else None
+    expected: dict[str, Any] = {**parts, "scheduler": ["diffusers", scheduler]}
+    if scheduler is None:
+        expected |= {"prior": [None, None], "scheduler": [None, None]}
+    expected["_class_name"] = "HLDMPipeline"
+    for key, value in expected.items():
+        if index.get(key) != value:
+            raise ValueError(f"model_index.json: {key} must be {value}, got {index.get(key)!r:.80}")
+    if unknown := sorted(index.keys() - expected.keys() - SAVED_BY_DIFFUSERS - {"defaults"}):
+        raise ValueError(f"model_index.json: unknown key {unknown[0]!r:.80}")
+    return scheduler

@@ -15,12 +15,18 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from einops import rearrange
 from torch import Tensor, nn
 
-from hldm.config import AutoencoderConfig, DiffusionConfig, GriffinConfig, HierarchyConfig, PriorConfig
+from hldm.config import (
+    AutoencoderConfig,
+    DiffusionConfig,
+    GriffinConfig,
+    HierarchyConfig,
+    PriorConfig,
+    section_from_dict,
+)
 from hldm.diffusion import Schedule, alpha_sigma, bound_integrand, diffuse, x0_from
 from hldm.griffin import Griffin, GriffinState
 from hldm.hierarchy import (
@@ -33,6 +39,7 @@ from hldm.hierarchy import (
     walk,
 )
 from hldm.mixture import MixturePredictor
+from hldm.weights import SavedModel
 
 
 class ContextState(NamedTuple):
@@ -344,10 +351,8 @@ class Denoiser(nn.Module):
         return self.outputs(F.layer_norm(x, x.shape[-1:]))
 
 
-class Prior(ModelMixin, ConfigMixin):
+class Prior(SavedModel):
     """p(next latent | latents before): contextualiser, denoiser and noise schedule."""
-
-    config_name = "config.json"
 
     @register_to_config
     def __init__(
@@ -366,9 +371,9 @@ class Prior(ModelMixin, ConfigMixin):
         autoencoder: fingerprint of the weights whose latents these are; '' while both train.
         """
         super().__init__()
-        self.settings = PriorConfig(**prior)
-        self.hierarchy = HierarchyConfig(**hierarchy)
-        self.diffusion = DiffusionConfig(**diffusion)
+        self.settings = section_from_dict(PriorConfig, prior)
+        self.hierarchy = section_from_dict(HierarchyConfig, hierarchy)
+        self.diffusion = section_from_dict(DiffusionConfig, diffusion)
         self.latent_dim = latent_dim
         self.contextualiser = Contextualiser(self.settings, self.hierarchy, latent_dim, feature_dim)
         self.denoiser = Denoiser(self.settings, self.hierarchy, latent_dim)

@@ -17,8 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hldm.checkpoints import atomic_write
 from hldm.config import Config, ConfigError, load_config, stage_training
+from hldm.reports import save_report
 
 # dial: key of the config, values beside the config's own
 DIALS: Mapping[str, tuple[str, tuple[float, ...]]] = {
@@ -98,13 +98,13 @@ def run_curve(
         say(f"{point.name}: {minutes:g} minutes")
         curve["points"].append(_measured(point, folder))
         curve["compressors"] = curve["compressors"] or _compressors(point.config)
-        atomic_write(folder / "rate-curve.json", json.dumps(curve, indent=1, allow_nan=False) + "\n")
+        save_report(folder / "rate-curve.json", curve)
     return curve
 
 
 def _measured(point: Point, folder: Path) -> dict[str, Any]:
     """Train and evaluate one point, or read what was measured before."""
-    from hldm.evaluation import evaluate_run, save_evaluation
+    from hldm.evaluation import evaluate_run
     from hldm.stages import train_run
 
     run = folder / point.name
@@ -114,7 +114,7 @@ def _measured(point: Point, folder: Path) -> dict[str, Any]:
         evaluation = json.loads(target.read_text(encoding="utf-8"))
     else:
         evaluation = evaluate_run(run, prompts=0)
-        save_evaluation(target, evaluation)
+        save_report(target, evaluation)
     bits = evaluation["bits_per_character"]
     reconstruction = evaluation["reconstruction"]
     return {

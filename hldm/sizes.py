@@ -110,6 +110,8 @@ def autoencoder_weights(config: Config) -> list[Weight]:
         weights += [_embedding(VOCABULARY, encoder.width), *_griffin(encoder)]
         weights += _placed_readout(encoder.width, z, chunking.max_bytes)
         weights += _placed_readout(z, decoder.width, chunking.max_bytes + 1)
+        if settings.reads_text:
+            weights += _linear(encoder.width, decoder.width)
     return weights
 
 
@@ -121,6 +123,10 @@ def prior_weights(config: Config) -> list[Weight]:
     bias = Weight((entries, prior.heads))
     norm = [Weight((d,))] * 2
     weights = [*_linear(z, d), _embedding(config.hierarchy.levels + 1, d), Weight((d,)), *norm]
+    if prior.reads_text:
+        weights += _linear(config.autoencoder.encoder.width, d, bias=False)
+    if config.autoencoder.rate == "mixture":
+        weights += mixture_weights(config)
     if prior.contextualiser == "griffin":
         weights += _griffin(_recurrent_contextualiser(config))
     else:
@@ -133,6 +139,13 @@ def prior_weights(config: Config) -> list[Weight]:
     return [*weights, *_linear(wide, z), Weight((d,))]
 
 
+def mixture_weights(config: Config) -> list[Weight]:
+    """Parameters of hldm.mixture.MixturePredictor."""
+    settings = config.autoencoder
+    d, k, z = settings.encoder.width, settings.components, settings.latent_dim
+    return [*[Weight((d,))] * 2, *_linear(d, 2 * d), *_linear(2 * d, k), Weight((k, z)), Weight((z,))]
+
+
 def rate_weights(config: Config) -> list[Weight]:
     """Parameters of what prices the latents in stage one."""
     settings = config.autoencoder
@@ -140,6 +153,8 @@ def rate_weights(config: Config) -> list[Weight]:
         return []
     if settings.rate == "diffusion":
         return prior_weights(config)
+    if settings.rate == "mixture":
+        return mixture_weights(config)
     d = settings.encoder.width
     return [*[Weight((d,))] * 2, *_linear(d, 2 * d), *_linear(2 * d, 2 * settings.latent_dim)]
 
@@ -190,6 +205,7 @@ def _states(config: Config) -> dict[str, int]:
     context = capacity(hierarchy) * ((layers + 1) * prior.width * FLOAT + 3 * INTEGER) + INTEGER
     context += (hierarchy.levels * settings.latent_dim + prior.width) * FLOAT
     context += _griffin_state(_recurrent_contextualiser(config), 1) if recurrent else 0
+    context += settings.encoder.width * FLOAT if prior.reads_text or settings.rate == "mixture" else 0
     encoder = _griffin_state(settings.encoder, window) + settings.encoder.width * FLOAT
     return {"encoder": encoder, "decoder": decoder, "context": context}
 
@@ -242,9 +258,10 @@ def _prior_activations(config: Config, rows: int, chunks: int) -> int:
         context = _stack(_recurrent_contextualiser(config), chunks, 1, False) + 8 * pairs
     pairs = chunks * draws * keys
     block = chunks * draws * (22 * wide + 3 * d) + 6 * chunks * wide + 4 * keys * d + 4 * prior.heads * pairs
-    return rows * (
-        context + prior.denoiser_layers * block + chunks * draws * 8 * config.autoencoder.latent_dim
-    )
+    settings = config.autoencoder
+    ends = chunks * draws * 8 * settings.latent_dim
+    mixture = 6 * chunks * draws * settings.components if settings.rate == "mixture" else 0
+    return rows * (context + prior.denoiser_layers * block + ends + mixture)
 
 
 def activation_bytes(config: Config, stage: str, rows: int) -> int:

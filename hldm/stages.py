@@ -242,7 +242,7 @@ def read_autoencoder(folder: Path, config: Config) -> Autoencoder:
         raise FileNotFoundError(
             f"{folder} has no trained autoencoder: run train_autoencoder.py with the same --config and --name first"
         )
-    autoencoder = Autoencoder.from_pretrained(str(path), local_files_only=True)
+    autoencoder = Autoencoder.from_pretrained(path)
     for section, trained in (("autoencoder", autoencoder.settings), ("chunking", autoencoder.chunking)):
         found = _flat(asdict(trained), f"{section}.")
         for key, value in _flat(asdict(getattr(config, section)), f"{section}.").items():
@@ -299,10 +299,10 @@ def _first_prior(folder: Path, config: Config, say: Callable[[str], None]) -> Pr
     prior = Prior.from_settings(config.autoencoder, config.prior, config.hierarchy, config.diffusion)
     path = folder / "autoencoder" / "rate"
     if prior.mixture is not None:
-        mixture = MixturePredictor.from_pretrained(str(path), local_files_only=True)
+        mixture = MixturePredictor.from_pretrained(path)
         prior.mixture.load_state_dict(mixture.state_dict())
     elif path.is_dir():
-        light = Prior.from_pretrained(str(path), local_files_only=True)
+        light = Prior.from_pretrained(path)
         shapes = {name: tensor.shape for name, tensor in prior.state_dict().items()}
         if (light.diffusion, {k: v.shape for k, v in light.state_dict().items()}) == (
             prior.diffusion,

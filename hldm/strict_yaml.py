@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 import yaml
 
 MAX_FILE_BYTES = 1_000_000  # a config is a page; anything this long is not one
+MAX_VALUES = 5000  # the config tree has 100, and two lists of at most 512; 500,000 took minutes
 MAX_DEPTH = 50  # the config tree is 4 deep; bounds every recursion below
 
 COMMAND_LINE = "command line"
@@ -48,8 +49,16 @@ def read_settings(path: Path, heirs: tuple[Path, ...] = ()) -> dict[str, Setting
     if base is None:
         return settings
     heirs += (path.resolve(),)
+    if len(heirs) > MAX_DEPTH:
+        raise ConfigError(f"{base.where}: a chain of more than {MAX_DEPTH} bases, which no config has")
     base_path = path.parent / str(base.value)
-    if base_path.resolve() in heirs:
+    try:
+        is_circle = base_path.resolve() in heirs
+    except (OSError, ValueError, RuntimeError):  # a NUL, half a surrogate pair, a circle of links
+        raise ConfigError(
+            f"{base.where}: base {reprlib.repr(base.value)} cannot be the name of a file"
+        ) from None
+    if is_circle:
         raise ConfigError(f"{base.where}: base {reprlib.repr(base.value)} inherits from itself")
     return read_settings(base_path, heirs) | settings
 
@@ -88,6 +97,10 @@ def flatten_settings(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Set
         key = f"{prefix}{name}"
         if key.count(".") > MAX_DEPTH:
             raise ConfigError(f"settings: nested deeper than {MAX_DEPTH}, which no config is")
+        if len(settings) > MAX_VALUES or (isinstance(value, list | tuple) and len(value) > MAX_VALUES):
+            raise ConfigError(
+                f"settings: {key[:100]} brings more than {MAX_VALUES} values, which no config has"
+            )
         if isinstance(value, Mapping):
             settings |= flatten_settings(value, f"{key}.")
         elif isinstance(value, list | tuple):
@@ -148,7 +161,7 @@ def _read_text(path: Path) -> str:
 
 def _strict_events(text: str, source: str) -> Iterator[Located]:
     """The scalars and collections of a single document; anything else is refused."""
-    depth = documents = 0
+    depth = documents = values = 0
     try:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             assert event.start_mark is not None  # an event made by the parser has one
@@ -166,6 +179,9 @@ def _strict_events(text: str, source: str) -> Iterator[Located]:
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > MAX_DEPTH:
                 raise ConfigError(f"{where}: nested deeper than {MAX_DEPTH}, which no config is")
+            values += isinstance(event, yaml.ScalarEvent)
+            if values > MAX_VALUES:
+                raise ConfigError(f"{where}: more than {MAX_VALUES} keys and values, which no config has")
             if isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent | yaml.CollectionEndEvent):
                 yield event, where
     except yaml.MarkedYAMLError as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import re
+from typing import BinaryIO
 
 import numpy as np
 
@@ -36,6 +37,16 @@ def to_bytes(text: str) -> bytes:
 def to_ids(text: bytes) -> np.ndarray:
     """Ids (t,) int64 of a byte string, one a byte."""
     return np.frombuffer(text, np.uint8).astype(np.int64)
+
+
+def read_up_to(file: BinaryIO, limit: int, name: str) -> bytes:
+    """All bytes of a file, which may be a pipe. Raises ValueError as soon as there are more than limit."""
+    text = bytearray()
+    while block := file.read(2**20):
+        text += block
+        if len(text) > limit:
+            raise ValueError(f"{name}: longer than {limit:,} bytes; take a part of it, such as its end")
+    return bytes(text)
 
 
 def count_characters(text: bytes) -> int:

@@ -325,7 +325,7 @@ def test_the_same_seed_writes_the_same_text(write):
 
 def test_prompts_of_any_bytes_are_gone_on_from(write):
     out = write("--prompt", os.fsdecode(b"caf\xc3\xa9 \xff\x00\xfe"))
-    assert out.startswith("café \ufffd\0\ufffd".encode())
+    assert out.startswith(b"caf\xc3\xa9 \xff\x00\xfe")
 
 
 def test_an_empty_prompt_starts_a_document(write):

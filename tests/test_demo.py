@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from hldm import cli, demo, evaluation, stages
+from hldm import cli, demo, evaluation, reports, stages
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def trained(monkeypatch) -> list[tuple[str, str, bool]]:
     monkeypatch.setattr(stages, "train_autoencoder", note("autoencoder"))
     monkeypatch.setattr(stages, "train_diffusion", note("prior"))
     monkeypatch.setattr(evaluation, "evaluate_run", lambda folder: {"run": folder.name})
-    monkeypatch.setattr(evaluation, "save_evaluation", lambda path, columns: None)
+    monkeypatch.setattr(reports, "save_report", lambda path, columns: None)
     monkeypatch.setattr(evaluation, "compare", lambda columns: f"table of {', '.join(columns)}")
     monkeypatch.setattr(demo, "_write", lambda config, folder: print(f"text of {folder}"))
     return calls

@@ -1,0 +1,168 @@
+"""Models as folders that `save_pretrained` writes, checked whole before a weight of them is used.
+
+    config.json  diffusion_pytorch_model.safetensors
+
+diffusers takes what it finds: a pickled *.bin where no safetensors are, a fresh random tensor where one is
+missing, the last of two tensors of one name. Here the file must hold exactly the tensors of the model that
+its config describes, all finite; reading one never runs code. Knows no model by name.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+MAX_JSON_BYTES = 1_000_000  # a config is a page
+MAX_HEADER_BYTES = 10_000_000  # of safetensors; 100 bytes a tensor, and the deepest model has 10,000
+SAVED_BY_DIFFUSERS = {"_class_name", "_diffusers_version", "_name_or_path"}
+DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
+JSON_TYPES: dict[str, tuple[type, ...]] = {
+    "dict": (dict,),
+    "int": (int,),
+    "float": (int, float),
+    "str": (str,),
+}
+
+M = TypeVar("M", bound="SavedModel")
+
+
+class SavedModel(ModelMixin, ConfigMixin):
+    """A diffusers model that is read from a folder on disk or not at all."""
+
+    config_name = CONFIG
+
+    @classmethod
+    def from_pretrained(cls: type[M], folder: str | Path, **options: Any) -> M:
+        """The model that `save_pretrained` wrote to a folder.
+
+        options: of diffusers' from_pretrained, such as torch_dtype
+        Raises FileNotFoundError for a folder without a model, ValueError for one that is not exactly as saved.
+        """
+        check_model(cls, Path(folder))
+        return super().from_pretrained(str(folder), **options, use_safetensors=True, local_files_only=True)
+
+
+def check_model(cls: type[SavedModel], folder: Path) -> None:
+    """Raise ValueError, one line, unless a folder holds a model of this class, whole and finite."""
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():  # a FIFO would be read for ever
+            raise FileNotFoundError(
+                f"{folder} holds no model: {name} is missing; train it again or restore it"
+            )
+    if index := next(folder.glob("*.index.json"), None):  # diffusers would read what that names instead
+        raise ValueError(f"{index} says that the weights are in several files: save them as one")
+    expected = {name: _kind(tensor) for name, tensor in _describe(cls, folder / CONFIG).items()}
+    check_tensors(folder / WEIGHTS, expected)
+
+
+def _describe(cls: type[SavedModel], path: Path) -> dict[str, Tensor]:
+    """The state of the model that a config describes, without memory of its own."""
+    config = read_json(path)
+    parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
+    if config.get("_class_name") != cls.__name__:
+        raise ValueError(
+            f"{path}: expected the config of a {cls.__name__}, got {config.get('_class_name')!r:.80}"
+        )
+    if unknown := sorted(config.keys() - SAVED_BY_DIFFUSERS - {p.name for p in parameters}):
+        raise ValueError(f"{path}: unknown key {unknown[0]!r:.80}; train the model again or restore the file")
+    arguments = {key: value for key, value in config.items() if key not in SAVED_BY_DIFFUSERS}
+    for parameter in parameters:
+        if parameter.name in arguments:
+            value, types = arguments[parameter.name], JSON_TYPES[str(parameter.annotation)]
+            if not isinstance(value, types) or isinstance(value, bool):
+                raise ValueError(
+                    f"{path}: {parameter.name} must be of type {parameter.annotation}, got {value!r:.80}"
+                )
+        elif parameter.default is parameter.empty:
+            raise ValueError(
+                f"{path}: {parameter.name} is missing; train the model again or restore the file"
+            )
+    try:
+        with torch.device("meta"):
+            return cls(**arguments).state_dict()
+    except (ValueError, RuntimeError) as error:  # RuntimeError: a tensor of more than 2^63 bytes
+        raise ValueError(f"{path} describes no model: {first_line(error)}") from None
+
+
+def check_tensors(path: Path, expected: dict[str, tuple[str, tuple[int, ...]]]) -> None:
+    """Raise ValueError unless a safetensors file holds these tensors and no others, every number finite.
+
+    expected: name -> (dtype as safetensors writes it, shape)
+    """
+    _check_header(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = set(file.keys())
+            for word, names in (("missing", expected.keys() - found), ("unknown", found - expected.keys())):
+                if names:
+                    raise ValueError(f"{path}: {word} tensor {min(names)!r:.80}, {len(names)} in all")
+            for name, kind in expected.items():
+                part = file.get_slice(name)
+                if (part.get_dtype(), tuple(part.get_shape())) != kind:
+                    raise ValueError(
+                        f"{path}: tensor {name!r:.80} must be {kind[0]} {kind[1]}, "
+                        f"got {part.get_dtype()} {tuple(part.get_shape())}"
+                    )
+            for name in expected:
+                if not file.get_tensor(name).isfinite().all():
+                    raise ValueError(f"{path}: tensor {name!r:.80} is not finite everywhere")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path} is damaged ({first_line(error)}): restore it or train the model again"
+        ) from None
+
+
+def _check_header(path: Path) -> None:
+    """Of two tensors of one name safetensors takes the last: refuse them, and a header too large to read."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if size > min(MAX_HEADER_BYTES, os.fstat(file.fileno()).st_size):
+            raise ValueError(
+                f"{path} is damaged (its header claims {size:,} bytes): restore it or train it again"
+            )
+        parse_json(file.read(size), str(path))
+
+
+def _kind(tensor: Tensor) -> tuple[str, tuple[int, ...]]:
+    return DTYPES[tensor.dtype], tuple(tensor.shape)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a small JSON file. Raises ValueError, one line, for anything else."""
+    with path.open("rb") as file:
+        data = file.read(MAX_JSON_BYTES + 1)
+    if len(data) > MAX_JSON_BYTES:
+        raise ValueError(f"{path}: longer than {MAX_JSON_BYTES:,} bytes: restore it")
+    return parse_json(data, str(path))
+
+
+def parse_json(data: bytes, source: str) -> dict[str, Any]:
+    """The object in a JSON text; a key twice is refused. Raises ValueError, one line, naming the source."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("a key stands there twice")
+        return found
+
+    try:
+        value = json.loads(data, object_pairs_hook=once)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source} is not readable JSON ({first_line(error)}): restore it") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{source}: expected a JSON object, got a {type(value).__name__}: restore it")
+    return value
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line that is not too long."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

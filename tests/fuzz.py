@@ -1,0 +1,381 @@
+"""Random and mutated bytes into everything of hldm that reads: what comes out is a result or one line.
+
+    python tests/fuzz.py 100000 0        count, seed
+
+A fault is an error that `hldm.cli.guarded` would show as a traceback, a message of several lines, more than
+SECONDS for one input, or more than BYTES of memory in all. Each is reported with the input that did it.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import random
+import resource
+import shutil
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+
+from hldm.autoencoder import Autoencoder
+from hldm.checkpoints import fingerprint, load_checkpoint, save_checkpoint, unflatten_optimizer
+from hldm.chunking import make_chunker
+from hldm.config import (
+    AutoencoderConfig,
+    ChunkingConfig,
+    DataConfig,
+    DiffusionConfig,
+    GenerationConfig,
+    GriffinConfig,
+    HierarchyConfig,
+    PriorConfig,
+    config_from_dict,
+    load_config,
+    to_yaml,
+)
+from hldm.corpus import load_corpora, make_corpus
+from hldm.data import Windows, cache_latents, load_latents
+from hldm.pipeline import ByteTokenizer, HLDMPipeline, read_pipeline
+from hldm.prior import Prior
+from hldm.strict_yaml import parse_override
+from hldm.text import StreamDecoder, count_characters, printable, split_incomplete, to_bytes, to_ids
+
+SECONDS, BYTES = 10.0, 2**30
+ROOT = Path(__file__).parent.parent
+TROUBLE = [  # what parsers and terminals stumble over
+    *(b"", b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b"\r\n", b"\x1b]52;c;eA==\x07", b"\x9b2J", b"\xc2\x9b"),
+    *("\u202e", "\u200d", "\u0301" * 50, "👩‍👩‍👧", "\ufeff", "é"),
+    *(b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"\xc0\xaf", b"[" * 300, b"{" * 300, b'{"a":' * 300),
+    *(b"&a [*a, *a]", b"!!python/object/apply:os.system ['true']", b"<<: *x", b"- " * 99, b"? ", b"%YAML 9"),
+    *(b"NaN", b"-Infinity", b"1e999", b"9" * 400, b"-1", b"0", b"true", b"null", b"1e-3", b"\\ud800", b'"'),
+    *(
+        b"__import__('os')",
+        b"../../../etc/passwd",
+        b"${oc.env:HOME}",
+        b"\x80\x04\x95",
+        b"PK\x03\x04",
+        b"\x1f\x8b",
+    ),
+]
+TROUBLES = [piece.encode() if isinstance(piece, str) else piece for piece in TROUBLE]
+
+
+def some_bytes(rng: random.Random) -> bytes:
+    """Short random bytes, of any values or of troublesome pieces."""
+    if rng.random() < 0.5:
+        return rng.randbytes(int(rng.expovariate(1 / 40)))
+    return b"".join(rng.choice(TROUBLES) for _ in range(rng.randrange(8)))
+
+
+def mutated(data: bytes, rng: random.Random) -> bytes:
+    """The same with one to four stretches changed, dropped, doubled, swapped or replaced by trouble."""
+    out = bytearray(data)
+    for _ in range(rng.randint(1, 4)):
+        at = rng.randrange(len(out) + 1)
+        if rng.random() < 0.5:  # where the structure is
+            at = min(at, rng.randrange(600))
+        to = at + int(rng.expovariate(1 / 8))
+        match rng.randrange(6):
+            case 0 if at < len(out):
+                out[at] ^= 1 << rng.randrange(8)
+            case 1:
+                del out[at:to]
+            case 2:
+                out[at:at] = out[at:to]
+            case 3:
+                out[at:to] = some_bytes(rng)
+            case 4:
+                out[at:at] = rng.choice(TROUBLES)
+            case _:
+                del out[at:]
+    return bytes(out)
+
+
+class Targets:
+    """What is fuzzed, each a function of (rng); `last` is the input that it was given."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.last: Any = None
+        self.pipeline = tiny_pipeline()
+        self.pipeline.save_pretrained(folder / "pipeline")
+        weight = torch.arange(6.0).reshape(2, 3)
+        self.checkpoint = save_checkpoint(
+            folder, 3, {"model": {"w": weight}, "optimizer": {"m": weight}}, {"a": [1.5]}, keep=1
+        )
+        self.latents = folder / "latents.safetensors"
+        windows = Windows(
+            make_corpus("a", [b"some words of text " * 9]),
+            make_chunker(ChunkingConfig()),
+            lanes=1,
+            window_bytes=64,
+            shuffle=False,
+        )
+        cache_latents(lambda batch: torch.randn(*batch.chunk_index.shape, 3), windows, self.latents, {"a": 1})
+        self.configs = [path.read_bytes() for path in sorted((ROOT / "configs").glob("*.yaml"))]
+        self.configs.append(to_yaml(load_config(ROOT / "configs/tiny.yaml")).encode())
+        self.corpora = _corpora()
+        self.tokenizer = ByteTokenizer()
+
+    def text(self, rng: random.Random) -> None:
+        """Bytes -> ids -> bytes; a stream however it is cut; what a terminal is shown."""
+        data = self.last = some_bytes(rng)
+        assert bytes(to_ids(data).tolist()) == data
+        text = data.decode("utf-8", "surrogateescape")
+        assert to_bytes(text) == data and count_characters(data) == len(text)
+        assert b"".join(split_incomplete(data)) == data
+        decoder, cut = StreamDecoder(), rng.randrange(len(data) + 1)
+        shown = decoder.push(data[:cut]) + decoder.push(data[cut:]) + decoder.finish()
+        assert shown == data.decode("utf-8", "replace")
+        safe = printable(text + shown)
+        safe.encode()
+        assert not [
+            letter for letter in safe if not letter.isprintable() and letter in "\x1b\x07\x9b\x7f\r\u202e"
+        ]
+
+    def tokenizer_of_the_pipeline(self, rng: random.Random) -> None:
+        """Text -> token ids -> text."""
+        text = self.last = some_bytes(rng).decode("utf-8", "replace")
+        assert bytes(self.tokenizer(text)["input_ids"]) == text.encode()
+
+    def yaml_config(self, rng: random.Random) -> None:
+        """A config file, near a real one or far from any."""
+        data = self.last = mutated(rng.choice(self.configs), rng) if rng.random() < 0.8 else some_bytes(rng)
+        path = self.folder / "config.yaml"
+        path.write_bytes(data)
+        load_config(path)
+
+    def override(self, rng: random.Random) -> None:
+        """`a.b=c` of a command line."""
+        key = rng.choice(["data.lanes", "name", "training.prior.steps", "autoencoder.encoder.blocks", ""])
+        self.last = key + "=" + some_bytes(rng).decode("utf-8", "surrogateescape")
+        load_config((), [self.last])
+        parse_override(self.last)
+
+    def config_of_a_dict(self, rng: random.Random) -> None:
+        """Settings from JSON, as a saved model holds them."""
+        data = self.last = mutated(b'{"data": {"lanes": 4}, "autoencoder": {"encoder": {"blocks": []}}}', rng)
+        try:
+            settings = json.loads(data)
+        except (ValueError, RecursionError):
+            return
+        if isinstance(settings, dict):
+            config_from_dict(settings)
+
+    def corpus(self, rng: random.Random) -> None:
+        """Files of every format, damaged."""
+        name = rng.choice(list(self.corpora))
+        data = self.last = (name, mutated(self.corpora[name], rng) if rng.random() < 0.8 else some_bytes(rng))
+        path = self.folder / f"corpus{name}"
+        path.write_bytes(data[1])
+        try:
+            load_corpora(DataConfig(path=str(path), max_bytes=100_000, separator=rng.choice(["", "\n\n"])))
+        finally:
+            path.unlink()
+
+    def checkpoint_folder(self, rng: random.Random) -> None:
+        """A checkpoint with a file damaged: never taken for the one that was saved."""
+        file = rng.choice(sorted(self.checkpoint.iterdir()))
+        with self._damaged(file, rng) as is_changed:
+            load_checkpoint(self.checkpoint)
+            assert not is_changed, "a damaged checkpoint was loaded"
+
+    def optimizer_layout(self, rng: random.Random) -> None:
+        """The JSON that says where an optimizer's tensors belong."""
+        data = self.last = mutated(b'{"dict": [["state", {"tensor": "a"}], ["g", [{"tuple": [1, 2]}]]]}', rng)
+        try:
+            layout = json.loads(data)
+        except (ValueError, RecursionError):
+            return
+        unflatten_optimizer({"a": torch.zeros(1)}, layout)
+
+    def pipeline_folder(self, rng: random.Random) -> None:
+        """A saved pipeline with a file damaged; the tensors of what loads are those of a model."""
+        files = [path for path in sorted((self.folder / "pipeline").rglob("*")) if path.is_file()]
+        with self._damaged(rng.choice(files), rng):
+            loaded = read_pipeline(self.folder / "pipeline")
+            for part in (loaded.autoencoder, loaded.prior):
+                assert all(tensor.isfinite().all() for tensor in part.state_dict().values())
+
+    def tensors(self, rng: random.Random) -> None:
+        """Weights with tensors missing, added, cast, reshaped or not finite."""
+        path = self.folder / "pipeline" / "autoencoder" / "diffusion_pytorch_model.safetensors"
+        state = dict(self.pipeline.autoencoder.state_dict())
+        name = rng.choice(sorted(state))
+        kind = self.last = (rng.choice(["missing", "added", "cast", "reshaped", "nan", "inf"]), name)
+        match kind[0]:
+            case "missing":
+                del state[name]
+            case "added":
+                state["another"] = torch.zeros(2)
+            case "cast":
+                state[name] = state[name].to(torch.float64)
+            case "reshaped":
+                state[name] = state[name][None].clone()
+            case _:
+                state[name] = torch.full(state[name].shape, float(kind[0]))
+        self._refused(path, save({key: value.contiguous() for key, value in state.items()}))
+
+    def cached_latents(self, rng: random.Random) -> None:
+        """A cache of latents, damaged."""
+        with self._damaged(self.latents, rng):
+            assert load_latents(self.latents, {"a": 1}).shape[1] == 3
+
+    def prompt(self, rng: random.Random) -> None:
+        """Prompts into the model that writes."""
+        prompts = self.last = [some_bytes(rng) for _ in range(rng.randint(1, 3))]
+        output = self.pipeline(prompts, max_characters=rng.randint(1, 3), seed=rng.randrange(2**20))
+        for text in output.texts:
+            printable(text).encode()
+
+    def _damaged(self, file: Path, rng: random.Random) -> _Damaged:
+        good = file.read_bytes()
+        data = mutated(good, rng) if rng.random() < 0.8 else some_bytes(rng)
+        self.last = (str(file.relative_to(self.folder)), data)
+        return _Damaged(file, good, data)
+
+    def _refused(self, path: Path, data: bytes) -> None:
+        with _Damaged(path, path.read_bytes(), data):
+            try:
+                read_pipeline(self.folder / "pipeline")
+            except ValueError as error:
+                assert "cannot be loaded" in str(error), error
+                return
+            raise AssertionError("weights that are not the model's were loaded")
+
+
+class _Damaged:
+    """Within this context a file holds other bytes. Gives whether they differ."""
+
+    def __init__(self, path: Path, good: bytes, data: bytes) -> None:
+        self.path, self.good, self.data = path, good, data
+
+    def __enter__(self) -> bool:
+        self.path.write_bytes(self.data)
+        return self.data != self.good
+
+    def __exit__(self, *exception: object) -> None:
+        self.path.write_bytes(self.good)
+
+
+# of a hundred inputs, how many go where: what is quick gets more
+SHARES: dict[str, int] = {
+    "text": 18,
+    "tokenizer_of_the_pipeline": 6,
+    "yaml_config": 10,
+    "override": 8,
+    "config_of_a_dict": 8,
+    "corpus": 24,
+    "checkpoint_folder": 9,
+    "optimizer_layout": 6,
+    "pipeline_folder": 2,
+    "tensors": 1,
+    "cached_latents": 6,
+    "prompt": 1,
+}
+
+
+def fuzz(count: int, seed: int, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+    """Run `count` inputs; returns how many came to which end, the slowest, memory, and every fault."""
+    rng = random.Random(seed)
+    ends: Counter[str] = Counter()
+    spent: Counter[str] = Counter()
+    faults: list[dict[str, str]] = []
+    slowest, began = (0.0, ""), time.monotonic()
+    folder = Path(tempfile.mkdtemp())
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            targets = Targets(folder)
+            memory_before = _peak_bytes()
+            for index in range(count):
+                name = rng.choices(list(SHARES), weights=list(SHARES.values()))[0]
+                start = time.monotonic()
+                fault = ""
+                try:
+                    getattr(targets, name)(rng)
+                    ends["read"] += 1
+                except (ValueError, OSError) as error:  # what guarded tells in one line, with exit code 2
+                    ends["refused"] += 1
+                    if len(str(error)) > 2000 or isinstance(error, (UnicodeError, json.JSONDecodeError)):
+                        fault = f"{type(error).__name__}, told without saying of what: {error}"
+                except Exception as error:  # anything else is what is looked for
+                    fault = f"{type(error).__name__}: {error}"
+                seconds = time.monotonic() - start
+                spent[name] += seconds
+                slowest = max(slowest, (seconds, name))
+                if seconds > SECONDS:
+                    fault = f"took {seconds:.1f} s"
+                if _peak_bytes() - memory_before > BYTES:
+                    fault, memory_before = f"took {BYTES} bytes of memory", _peak_bytes()
+                if fault:
+                    faults.append({"target": name, "input": repr(targets.last)[:2000], "fault": fault[:500]})
+                    say(json.dumps(faults[-1]))
+                if index % 5000 == 4999:
+                    say(f"{index + 1:,} inputs, {len(faults)} faults, {time.monotonic() - began:.0f} s")
+    finally:
+        shutil.rmtree(folder)
+    return {
+        "inputs": count,
+        "seed": seed,
+        **ends,
+        "faults": faults,
+        "seconds": round(time.monotonic() - began, 1),
+        "seconds_by_target": {name: round(seconds, 1) for name, seconds in spent.most_common()},
+        "slowest": (round(slowest[0], 3), slowest[1]),
+        "memory_growth_bytes": _peak_bytes() - memory_before,
+    }
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def tiny_pipeline() -> HLDMPipeline:
+    """Random weights: some thousand of them."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        griffin = GriffinConfig(width=8, blocks=("recurrent", "attention"), heads=2)
+        autoencoder = Autoencoder.from_settings(
+            AutoencoderConfig(latent_dim=2, encoder=griffin, decoder=griffin),
+            ChunkingConfig(min_bytes=2, max_bytes=4),
+        )
+        prior = Prior.from_settings(
+            2,
+            PriorConfig(width=8, layers=1, heads=2, denoiser_width=8, denoiser_layers=1),
+            HierarchyConfig(levels=1, ratio=2, window=2),
+            DiffusionConfig(),
+        )
+    prior.register_to_config(autoencoder=fingerprint(autoencoder.state_dict()))
+    return HLDMPipeline.assemble(autoencoder, prior, GenerationConfig(steps=1))
+
+
+def _corpora() -> dict[str, bytes]:
+    """A small good file of every format, by ending."""
+    import pyarrow
+    from pyarrow import parquet
+
+    texts = [f"document {i} é\n\nand more" for i in range(20)]
+    sink = io.BytesIO()
+    parquet.write_table(pyarrow.table({"text": texts}), sink)
+    plain = {
+        ".txt": "\n\n".join(texts).encode(),
+        ".jsonl": b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts),
+        ".parquet": sink.getvalue(),
+    }
+    return plain | {f"{ending}.gz": gzip.compress(data) for ending, data in plain.items()}
+
+
+if __name__ == "__main__":
+    figures = fuzz(int(sys.argv[1]), int(sys.argv[2]), say=lambda line: print(line, flush=True))
+    print(json.dumps(figures, indent=1))
+    sys.exit(bool(figures["faults"]))
