@@ -101,7 +101,7 @@ def test_a_field_decides_the_type_of_its_text(tmp_path):
         ("data: {path: '${oc.env:HOME}'}", "data.path must be text without ${, got '${oc.env:HOME}'"),
         (
             "autoencoder: {rate: vae}",
-            "autoencoder.rate must be one of 'none', 'gaussian', 'diffusion', got 'vae'",
+            "autoencoder.rate must be one of 'none', 'gaussian', 'mixture', 'diffusion', got 'vae'",
         ),
         (
             "logging: {trackers: tensorboard}",

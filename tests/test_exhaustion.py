@@ -21,7 +21,7 @@ from hldm.chunking import make_chunker
 from hldm.config import ChunkingConfig, ConfigError, to_yaml
 from hldm.corpus import make_corpus
 from hldm.data import Windows, cache_latents
-from hldm.evaluation import save_evaluation
+from hldm.reports import save_report
 from hldm.runs import open_run
 
 FULL = re.escape(os.strerror(errno.ENOSPC)) + r" \([0-9,]+ bytes free\)"
@@ -92,7 +92,7 @@ def test_whatever_is_written_to_a_full_disk_says_so_and_leaves_the_old_files_int
     export = small_disk / "model"
     stages._export(Model(), export)
     table, latents = small_disk / "evaluation.json", small_disk / "latents.safetensors"
-    save_evaluation(table, {"bits": 2.0})
+    save_report(table, {"bits": 2.0})
     write_latents(latents)
     run = settings(run.folder)
     before = contents(small_disk)
@@ -102,7 +102,7 @@ def test_whatever_is_written_to_a_full_disk_says_so_and_leaves_the_old_files_int
         "metrics.jsonl": lambda: run.log(2, text="x" * 10_000),
         "samples.txt": lambda: run.sample(2, "x" * 10_000),
         "model": lambda: stages._export(Model(), export),
-        "evaluation.json": lambda: save_evaluation(table, {"bits": 3.0}),
+        "evaluation.json": lambda: save_report(table, {"bits": 3.0}),
         "config.yaml": lambda: (run.close(), settings(run.folder)),
     }
     for name, write in writes.items():
@@ -156,7 +156,7 @@ def test_a_log_on_a_full_device_is_named(name, tmp_path):
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_file_that_cannot_be_synced_leaves_the_old_one(number, tmp_path, monkeypatch):
     table, latents = tmp_path / "evaluation.json", tmp_path / "latents.safetensors"
-    save_evaluation(table, {"bits": 2.0})
+    save_report(table, {"bits": 2.0})
     write_latents(latents)
     before = contents(tmp_path)
 
@@ -165,7 +165,7 @@ def test_a_file_that_cannot_be_synced_leaves_the_old_one(number, tmp_path, monke
 
     monkeypatch.setattr(os, "fsync", fsync)
     for path, write in (
-        (table, lambda: save_evaluation(table, {})),
+        (table, lambda: save_report(table, {})),
         (latents, lambda: write_latents(latents)),
     ):
         with pytest.raises(OSError, match=r"bytes free\)") as error:

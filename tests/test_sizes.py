@@ -49,6 +49,7 @@ OTHERS = [  # settings around configs/tiny.yaml that the shipped files do not sh
         "autoencoder.decoder.mlp_ratio=1.37",
         "training.prior.joint=0.5",
     ],
+    ["autoencoder.rate=mixture", "autoencoder.reads_text=true", "prior.reads_text=true"],
 ]
 CASES = [(path, ()) for path in CONFIGS] + [(TINY, tuple(overrides)) for overrides in OTHERS]
 
@@ -59,8 +60,7 @@ def objective_of(config: Config, stage: str) -> AutoencoderObjective | PriorObje
         autoencoder = Autoencoder.from_settings(config.autoencoder, config.chunking)
         prior = None
         if stage == "prior" or (config.autoencoder.rate == "diffusion" and not config.is_twin):
-            z = config.autoencoder.latent_dim
-            prior = Prior.from_settings(z, config.prior, config.hierarchy, config.diffusion)
+            prior = Prior.from_settings(config.autoencoder, config.prior, config.hierarchy, config.diffusion)
         if stage == "autoencoder":
             return AutoencoderObjective(autoencoder, config.autoencoder, 0.0, prior)
         assert prior is not None
@@ -192,7 +192,7 @@ def run_limited(*command: str, address_space: int = 4_096_000_000, cwd: Path) ->
         ("data.window_bytes=1000000000000", "lower data.lanes, data.window_bytes or the widths"),
         ("autoencoder.encoder.width=1000000000", "must be at most 65536, got 1000000000"),
         ("autoencoder.encoder.width=65536", "lower the widths"),
-        ("autoencoder.decoder.mlp_ratio=1e12", "TiB of it are activations"),
+        ("autoencoder.decoder.mlp_ratio=1e12", "must be at most 64, got 1000000000000"),
         ("prior.layers=1000000", "prior.layers: at most 512, got 1000000"),
         ("checkpoint.keep=1000000000000", "lower checkpoint.keep"),
     ],
