@@ -31,6 +31,7 @@ from hldm.mixture import MixturePredictor
 from hldm.objectives import AutoencoderObjective, CachedLatents, PriorObjective, read_latents
 from hldm.pipeline import HLDMPipeline
 from hldm.prior import Prior
+from hldm.progress import say_line
 from hldm.ranks import RankLost, is_rank_failure, make_roll_call, missing_ranks
 from hldm.runs import Run, check_run_name, open_run
 from hldm.signals import Interrupted, Stopped
@@ -124,7 +125,7 @@ def open_stage(config: Config, name: str, resume: bool, root: Path) -> Iterator[
     folder = root / config.name / name
     accelerator = make_accelerator(training, config.logging, str(folder))
     is_main = accelerator.is_main_process
-    say: Callable[[str], None] = (lambda line: print(line, flush=True)) if is_main else (lambda line: None)
+    say: Callable[[str], None] = say_line if is_main else (lambda line: None)
     run = open_run(
         folder, config=to_dict(config), resume=resume, is_main=is_main, may_change=MAY_CHANGE, say=say
     )

@@ -391,6 +391,15 @@ def test_a_reader_that_leaves_early_ends_it_quietly(trained_run):
 # --- trackers
 
 
+def test_a_training_goes_on_when_nobody_reads_its_output_any_more(config_file):
+    command = (
+        f"{sys.executable} {ROOT / 'train_autoencoder.py'} --config {config_file} --name piped | head -n 1"
+    )
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "" and done.stdout.count("\n") == 1
+    assert Path("runs/piped/autoencoder/totals.json").is_file()
+
+
 def test_tensorboard_gets_its_events(config_file):
     pytest.importorskip("tensorboard")
     arguments = ["--config", config_file, "--steps", "2", "logging.trackers=[tensorboard]"]

@@ -94,7 +94,7 @@ def generation(pipeline: Path, rows: int, count: int) -> Callable[[Callable[[], 
             parts.prior,
             [b"And the"] * rows,
             parts.settings,
-            max_characters=10**9,
+            max_characters=64 * count,  # more than so many chunks hold
             through_ends=True,
         )
         for _ in islice(news, count):

@@ -27,7 +27,7 @@ NAMES = (
     "getcwd getdents getdents64 getpid gettid getppid getuid geteuid kill tgkill futex exit exit_group "
     "rt_sigaction rt_sigprocmask rt_sigreturn restart_syscall sched_yield sched_getaffinity "
     "clock_gettime getrandom uname sysinfo poll ppoll umask prlimit64 getrusage times rseq "
-    "set_robust_list "
+    "set_robust_list clone clone3 pipe pipe2 select pselect6 "
 )
 READING = set(NAMES.split())  # change nothing on a disk
 # a call and the last component of its last path: of a descriptor, by strace -y, or in quotes

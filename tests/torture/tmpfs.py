@@ -1,9 +1,11 @@
-"""A disk that is really full: trainings on a 3 MB tmpfs, which then go on when there is room again."""
+"""A disk that another program fills while a training runs; it then goes on when there is room again."""
 
 from __future__ import annotations
 
 import os
 import subprocess
+import time
+from pathlib import Path
 
 from tests.torture import children, small
 from tests.torture.trial import Skipped, Trial
@@ -13,15 +15,17 @@ def torture(trial: Trial) -> None:
     text = small.write_text(trial.folder)
     mounted = trial.folder / "mounted"
     mounted.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "none", str(mounted)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=60m", "none", str(mounted)]
     if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
         raise Skipped("mounting a tmpfs needs root")
     try:
         straight = small.train_straight(trial.folder / "straight", text, ("autoencoder",))
         log = trial.folder / "full.log"
-        # ever more checkpoints are kept, so that the disk fills up during the fourth save or so
-        work = small.train(mounted, text, "autoencoder", "checkpoint.keep=1000")
-        status = children.run(work, log)
+        child = children.fork(small.train(mounted, text, "autoencoder"), log)
+        while len(small.metrics(mounted, "autoencoder")) < 3:
+            time.sleep(0.01)
+        filler = fill(mounted)
+        status = children.wait(child)
         said = log.read_text()
         errors = [line for line in said.splitlines() if line.startswith("hldm: ")]
         wrong: list[str] = []
@@ -37,7 +41,7 @@ def torture(trial: Trial) -> None:
             wrong.append(f"step {logged} was logged, the newest checkpoint is {step}")
         trial.record("disk full while training", wrong)
 
-        subprocess.run(["mount", "-o", "remount,size=60m", str(mounted)], check=True)
+        filler.unlink()
         work = small.train(mounted, text, "autoencoder", resume=True)
         status = children.run(work, log)
         wrong = [f"ended with {status}: {log.read_text()[-300:]}"] if status else []
@@ -45,3 +49,18 @@ def torture(trial: Trial) -> None:
         trial.note = f"full at step {step + 1}"
     finally:
         subprocess.run(["umount", str(mounted)], check=True)
+
+
+def fill(folder: Path) -> Path:
+    """Take all the room there is, to the last page; what is given back meanwhile, too."""
+    path = folder / "filler"
+    with path.open("wb", buffering=0) as file:
+        refused = 0
+        while refused < 20:
+            try:
+                file.write(bytes(4096))
+                refused = 0
+            except OSError:
+                refused += 1
+                time.sleep(0.02)
+    return path
