@@ -48,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "evaluate": (evaluate, "bits per character, reconstruction, ROUGE"),
         "diagnose": (diagnose, "what a run's latents hold, and what the decoder does with them"),
         "rate-curve": (rate_curve, "what latents carry against what they cost, a run a point"),
+        "judge": (judge, "how good written text is, by sampler setting, beside the true text"),
         "bench": (bench, "speed of training and generation, and where the time goes"),
         "sizes": (sizes, "what a config needs in memory and on disk, and whether it fits here"),
         "doctor": (doctor, "check this machine and installation"),
@@ -441,6 +442,51 @@ def rate_curve(argv: Sequence[str] | None = None) -> int:
         target = Path("runs") / f"{arguments.config.stem}-curve" / "rate-curve.png"
         plot_rate_curve(curve, target)
         print(f"{table(curve)}\n\nrate-curve.json and rate-curve.png are in {target.parent}")
+        return 0
+
+    return guarded(work)
+
+
+def judge(argv: Sequence[str] | None = None) -> int:
+    """`hldm judge`."""
+    parser = argparse.ArgumentParser(
+        prog="hldm judge",
+        description="How good written text is, by judges that did not write it, beside the true text.",
+    )
+    parser.add_argument("--run", type=Path, required=True, help="whose writing is judged")
+    parser.add_argument("--judge", type=Path, metavar="RUN", help="a twin trained with another seed")
+    parser.add_argument("--twin", type=Path, metavar="RUN", help="its writing is judged, too")
+    parser.add_argument(
+        "--vary",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="steps, scheduler, temperature, ...; may repeat",
+    )
+    parser.add_argument("--prompts", type=int, default=48, metavar="N", help="continuations (default 48)")
+    parser.add_argument("--max-characters", type=int, default=400, metavar="N", help="of each (default 400)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the writing (default 0)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there, too")
+    arguments = parser.parse_args(argv)
+
+    def work() -> int:
+        from hldm.judge import judge_run, table
+        from hldm.reports import check_report_path, save_report
+
+        if arguments.json is not None:
+            check_report_path(arguments.json, "judged")
+        found = judge_run(
+            arguments.run,
+            judge=arguments.judge,
+            twin=arguments.twin,
+            vary=arguments.vary,
+            prompts=arguments.prompts,
+            max_characters=arguments.max_characters,
+            seed=arguments.seed,
+        )
+        print(table(found))
+        if arguments.json is not None:
+            save_report(arguments.json, found)
         return 0
 
     return guarded(work)

@@ -7,15 +7,18 @@ first use, because importing evaluate takes longer than everything else together
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from itertools import cycle, islice
 from typing import Any
 
+import numpy as np
 import torch
 
 ROUGE_TYPES: tuple[str, ...] = ("rouge1", "rouge2", "rougeL")
+WORD = re.compile(r"[^\W\d_]+")
 
 
 def rouge_scores(predictions: Sequence[str], references: Sequence[str | Sequence[str]]) -> dict[str, float]:
@@ -74,6 +77,34 @@ def diversity(texts: Sequence[str]) -> dict[str, float]:
         "entropy": sum(n / total * math.log2(total / n) for n in words.values()),
         "repetition": sum(1 - len(set(four)) / len(four) for four in fours) / max(len(fours), 1),
     }
+
+
+def known_words(texts: Sequence[str], training_text: str) -> float:
+    """Share of words, letters in a row, that occur in the training text; the first and last of a text may be cut."""
+    known = set(WORD.findall(training_text))
+    words = [word for text in texts for word in WORD.findall(text)[1:-1]]
+    return sum(word in known for word in words) / max(len(words), 1)
+
+
+def copied_share(texts: Sequence[bytes], training_text: bytes, span: int) -> float:
+    """Share of the texts' spans of so many bytes, at every place, that stand in the training text.
+
+    By a 64-bit hash of each span; spans across two texts do not count. Texts without a span: 0.
+    """
+    known = np.unique(_span_hashes(training_text, span))
+    hashes = [_span_hashes(text, span) for text in texts]
+    total = sum(map(len, hashes))
+    return sum(int(np.isin(h, known).sum()) for h in hashes) / max(total, 1)
+
+
+def _span_hashes(text: bytes, span: int) -> np.ndarray:
+    """A polynomial in an odd base, modulo 2^64, of every span of bytes."""
+    data = np.frombuffer(text, dtype=np.uint8).astype(np.uint64) + np.uint64(1)
+    count = max(len(data) - span + 1, 0)
+    hashes = np.zeros(count, dtype=np.uint64)
+    for offset in range(span):
+        hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + data[offset : offset + count]
+    return hashes
 
 
 def repeat_last_words(prompt: str, length: int, words: int = 8) -> str:

@@ -35,7 +35,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("objectives", "generation", "training"),
     ("pipeline", "bound", "reconstruction"),
     ("stages",),
-    ("evaluation", "bench", "diagnosis"),
+    ("evaluation", "bench", "diagnosis", "judge"),
     ("demo", "rate_curve"),
     ("cli",),
     ("__init__", "__main__", "train_autoencoder", "train_diffusion", "generate"),

@@ -10,7 +10,15 @@ import pytest
 import torch
 
 from hldm import metrics
-from hldm.metrics import diversity, perplexities, random_passage, repeat_last_words, rouge_scores
+from hldm.metrics import (
+    copied_share,
+    diversity,
+    known_words,
+    perplexities,
+    random_passage,
+    repeat_last_words,
+    rouge_scores,
+)
 
 
 def test_rouge_of_a_text_with_itself_is_one_and_with_another_is_zero():
@@ -91,3 +99,17 @@ def test_the_evaluate_metrics_give_the_same_numbers_batch_by_batch(tmp_path):
 def test_importing_metrics_imports_no_evaluate():
     code = "import sys, hldm.metrics; sys.exit(any(m in sys.modules for m in ('evaluate', 'rouge_score')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_known_words_leaves_out_the_ends_which_may_be_cut():
+    training = "the king said: go"
+    assert known_words(["XX the king XX"], training) == 1
+    assert known_words(["XX the kong said XX", "go"], training) == pytest.approx(2 / 3)
+    assert known_words([""], training) == 0
+
+
+def test_copied_spans_are_found_wherever_they_stand():
+    training = bytes(range(256)) * 2
+    assert copied_share([training[30:100]], training, span=50) == 1
+    assert copied_share([training[:60] + b"\0" * 60], training, span=50) == pytest.approx(11 / 71)
+    assert copied_share([b"\0" * 100, b"short"], training, span=50) == 0
