@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from hldm.config import Config, ConfigError, GenerationConfig, load_config, stage_training, to_yaml
+from hldm.runs import export_run, shipped_run
 from hldm.signals import Interrupted, Stopped, is_first_rank, leave_in_one_line
 from hldm.sizes import read_model_settings, report, require_room, require_room_to_write, survey
 
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "rate-curve": (rate_curve, "what latents carry against what they cost, a run a point"),
         "judge": (judge, "how good written text is, by sampler setting, beside the true text"),
         "bench": (bench, "speed of training and generation, and where the time goes"),
+        "export": (export, "copy a trained run, without what only training needs"),
         "sizes": (sizes, "what a config needs in memory and on disk, and whether it fits here"),
         "doctor": (doctor, "check this machine and installation"),
     }
@@ -215,7 +217,7 @@ def train_diffusion(argv: Sequence[str] | None = None) -> int:
 
 def _generation_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="generate.py", description="Write on from prompts.")
-    parser.add_argument("--run", required=True, help="trained run, e.g. runs/demo")
+    parser.add_argument("--run", help="trained run, e.g. runs/demo (default: the one that comes with hldm)")
     parser.add_argument("--prompt", action="append", default=[], help="may repeat; '' starts a document")
     parser.add_argument(
         "--prompt-file", action="append", default=[], metavar="FILE", help="may repeat; - is standard input"
@@ -272,7 +274,7 @@ def generate(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"--seed must lie in 0..2^63-1, got {arguments.seed}")
         if sys.stdout is None:
             raise ValueError("standard output is closed: there is nowhere to write to")
-        folder = Path(arguments.run)
+        folder = shipped_run() if arguments.run is None else Path(arguments.run)
         folder = folder if (folder / "model_index.json").exists() else folder / "pipeline"
         replace(GenerationConfig(), **_given(arguments))  # refuses what is out of range
         _require_room_to_write(folder, arguments)
@@ -499,6 +501,23 @@ def bench(argv: Sequence[str] | None = None) -> int:
         from hldm import bench as benchmark
 
         return benchmark.main(argv)
+
+    return guarded(work)
+
+
+def export(argv: Sequence[str] | None = None) -> int:
+    """`hldm export`."""
+    parser = argparse.ArgumentParser(
+        prog="hldm export",
+        description="Copy a trained run without checkpoints and logs, to keep or to share.",
+    )
+    parser.add_argument("--run", type=Path, required=True, help="folder of the run, e.g. runs/demo")
+    parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="that is not there yet")
+    arguments = parser.parse_args(argv)
+
+    def work() -> int:
+        export_run(arguments.run, arguments.to)
+        return 0
 
     return guarded(work)
 

@@ -20,6 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from hldm.reports import check_report_path, save_report
+from hldm.runs import shipped_run
 from hldm.signals import leave_in_one_line
 from hldm.text import printable, read_up_to
 
@@ -41,8 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         target = arguments.json
         if target is not None:
             check_report_path(target, "bits_per_character")
+        if arguments.twin and arguments.run is not None:
+            raise ValueError("--twin is the shipped run's twin: give it or --run, not both")
         evaluation = evaluate_run(
-            arguments.run,
+            arguments.run or shipped_run(arguments.twin),
             split=arguments.split,
             text=arguments.text,
             draws=arguments.draws,
@@ -65,7 +68,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hldm evaluate", description="Measure a trained run on held-out text."
     )
-    parser.add_argument("--run", type=Path, required=True, help="folder of the run, e.g. runs/demo")
+    parser.add_argument(
+        "--run", type=Path, help="folder of the run, e.g. runs/demo (default: the one shipped)"
+    )
+    parser.add_argument("--twin", action="store_true", help="the shipped run's twin")
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
         "--split", choices=("validation", "test"), default="test", help="of the run's data (default test)"

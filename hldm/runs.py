@@ -14,6 +14,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -164,6 +165,37 @@ def open_run(
         run.close()
         raise
     return run
+
+
+def shipped_run(twin: bool = False) -> Path:
+    """The trained run that comes with hldm, or its twin. Raises FileNotFoundError in a copy without it."""
+    folder = Path(__file__).parent / "pretrained" / ("small-twin" if twin else "small")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not there: pass --run with a run that you have trained")
+    return folder
+
+
+def export_run(folder: Path, target: Path) -> None:
+    """Copy a trained run without what only training needs: its pipeline, and of each stage settings and cost.
+
+    Raises FileNotFoundError for a run that is not finished, ValueError when the target is there already.
+    """
+    if not (folder / "pipeline" / "model_index.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no finished run: train its last stage first")
+    if target.exists():
+        raise ValueError(f"{target} is there already: delete it or choose another name")
+    fresh = target.with_name(f".{target.name}.new-{os.getpid()}")
+    shutil.rmtree(fresh, ignore_errors=True)
+    try:
+        shutil.copytree(folder / "pipeline", fresh / "pipeline")
+        for stage in folder.iterdir():
+            if (stage / "totals.json").is_file():
+                (fresh / stage.name).mkdir()
+                for name in ("config.yaml", "environment.json", "totals.json"):
+                    shutil.copyfile(stage / name, fresh / stage.name / name)
+        fresh.rename(target)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def check_run_name(name: str) -> None:

@@ -285,10 +285,32 @@ def test_generation_refuses(arguments, says, trained_run, refused):
     assert says in refused(cli.generate(["--run", str(trained_run), *arguments]))
 
 
-def test_generation_needs_a_run(capsys):
-    with pytest.raises(SystemExit) as end:
-        cli.generate(["--prompt", "a"])
-    assert end.value.code == 2 and "--run" in capsys.readouterr().err
+def test_without_a_run_the_shipped_one_writes_if_there_is_one(
+    trained_run, monkeypatch, refused, capsysbinary
+):
+    def nowhere(twin=False):
+        raise FileNotFoundError("pretrained is not there: pass --run")
+
+    monkeypatch.setattr(cli, "shipped_run", nowhere)
+    assert cli.generate(["--prompt", "a"]) == 2
+    assert b"pass --run" in capsysbinary.readouterr().err
+    monkeypatch.setattr(cli, "shipped_run", lambda: trained_run)
+    assert cli.generate(["--prompt", "a", "--max-chars", "5"]) == 0
+    assert capsysbinary.readouterr().out.startswith(b"a")
+
+
+def test_an_exported_run_writes_and_evaluates_like_the_run(trained_run, capsys, refused):
+    assert cli.main(["export", "--run", str(trained_run), "--to", "slim"]) == 0
+    assert {path.name for path in Path("slim").iterdir()} == {"autoencoder", "prior", "pipeline"}
+    assert not list(Path("slim").rglob("checkpoints")) and not list(Path("slim").rglob("metrics.jsonl"))
+    capsys.readouterr()
+    tables = []
+    for run in (str(trained_run), "slim"):
+        assert cli.evaluate(["--run", run, "--draws", "2", "--prompts", "0"]) == 0
+        tables.append(capsys.readouterr().out.splitlines()[1:])
+    assert tables[0] == tables[1]
+    assert "is there already" in refused(cli.main(["export", "--run", str(trained_run), "--to", "slim"]))
+    assert "no finished run" in refused(cli.main(["export", "--run", "nowhere", "--to", "other"]))
 
 
 def test_generation_refuses_a_run_without_its_second_stage(run_copy, refused):
