@@ -285,9 +285,7 @@ def test_generation_refuses(arguments, says, trained_run, refused):
     assert says in refused(cli.generate(["--run", str(trained_run), *arguments]))
 
 
-def test_without_a_run_the_shipped_one_writes_if_there_is_one(
-    trained_run, monkeypatch, refused, capsysbinary
-):
+def test_without_a_run_the_shipped_one_writes_if_there_is_one(trained_run, monkeypatch, capsysbinary):
     def nowhere(twin=False):
         raise FileNotFoundError("pretrained is not there: pass --run")
 
