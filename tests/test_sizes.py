@@ -44,6 +44,7 @@ OTHERS = [  # settings around configs/tiny.yaml that the shipped files do not sh
         "autoencoder.latent_dim=200",
     ],
     [
+        "prior.width=128",
         "prior.heads=32",
         "prior.denoiser_layers=5",
         "autoencoder.decoder.mlp_ratio=1.37",

@@ -1,19 +1,19 @@
-"""Fuzzed texts, prompts, configs and files: accepted or refused in one line (tests/fuzz.py makes them)."""
+"""Fuzzed texts, prompts, configs and files: read or refused in one line (tests/fuzz.py makes them)."""
 
 from __future__ import annotations
 
-from tests.torture.trial import Skipped, Trial
+from tests.fuzz import fuzz
+from tests.torture.trial import Trial
 
 INPUTS = 100_000
 
 
 def torture(trial: Trial) -> None:
-    try:
-        from tests.fuzz import fuzz
-    except ModuleNotFoundError as error:
-        raise Skipped("tests/fuzz.py is not there") from error
     figures = fuzz(trial.count(INPUTS), trial.seed)
-    bad = figures["bad"]
-    trial.tried = figures["tried"]
-    trial.bad = [str(line) for line in bad] if isinstance(bad, list) else ["not survived"] * int(bad)
-    trial.note = f"{figures['accepted']:,} accepted, {figures['refused']:,} refused"
+    trial.tried = figures["inputs"]
+    trial.bad = [f"{fault['target']}: {fault['fault']}: {fault['input']}" for fault in figures["faults"]]
+    seconds, target = figures["slowest"]
+    trial.note = (
+        f"{figures.get('read', 0):,} read, {figures.get('refused', 0):,} refused; the slowest took {seconds} s "
+        f"({target}); memory grew by {figures['memory_growth_bytes'] / 2**20:.0f} MiB"
+    )
