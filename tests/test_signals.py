@@ -305,7 +305,11 @@ def test_a_signal_while_latents_are_cached_leaves_nothing_half_done(train, monke
 def test_a_signal_while_writing_leaves_what_is_written(trained_run, monkeypatch, capsysbinary):
     whole, parts = [], []
     for arguments in (["--prompt", "And the"], ["--prompt", "And the", "--num-samples", "2"]):
-        command = ["--run", str(trained_run), "--max-chars", "60", *arguments]
+        for seed in range(100):  # the first that goes on for more than three chunks
+            command = ["--run", str(trained_run), "--max-chars", "60", "--seed", str(seed), *arguments]
+            assert cli.generate([*command, "--show-chunks"]) == 0
+            if capsysbinary.readouterr().out.count(b"|") > 3 * (1 + len(parts)):
+                break
         assert cli.generate(command) == 0
         whole.append(capsysbinary.readouterr().out)
         with monkeypatch.context() as patch:
