@@ -11,13 +11,17 @@ import torch.distributed as dist
 ROLL_CALL = timedelta(seconds=2)
 
 
+# In what gloo says: mostly the path of its source, but from within a backward pass without it.
+GLOO_WORDS = ("gloo", "pair closure", "Connection closed by peer", "Connection reset by peer")
+
+
 class RankLost(RuntimeError):
     """Another process of the run does not answer; this one cannot go on without it."""
 
 
 def is_rank_failure(error: RuntimeError) -> bool:
     """Whether an error comes from a collective operation. Gloo's have no class of their own."""
-    is_gloo = type(error) is RuntimeError and "gloo" in str(error)
+    is_gloo = type(error) is RuntimeError and any(word in str(error) for word in GLOO_WORDS)
     return is_gloo or isinstance(error, dist.DistError)
 
 

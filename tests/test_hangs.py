@@ -8,8 +8,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import ROOT
 from test_training import assert_same, losses, weights
@@ -18,6 +20,7 @@ from hldm import cli
 from hldm.checkpoints import newest_checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
 
 # train_autoencoder.py with a rank that can be watched and spoiled: it writes its number and step, stops
 # itself by a signal, or gets a nan, at a step given by the environment.
@@ -49,6 +52,20 @@ sys.exit(cli.train_autoencoder(sys.argv[1:]))
 """
 
 
+LAUNCHED: list[Launched] = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """A test that fails half-way leaves no process."""
+    yield
+    while LAUNCHED:
+        launcher = LAUNCHED.pop().process
+        if launcher.poll() is None:
+            for process in [*psutil.Process(launcher.pid).children(recursive=True), launcher]:
+                process.kill()
+
+
 class Launched:
     """A training below `accelerate launch`, in `folder`."""
 
@@ -57,6 +74,7 @@ class Launched:
         for old in folder.glob("at-*"):
             old.unlink()
         self.folder = folder
+        LAUNCHED.append(self)
         many = ["--multi_gpu", "--main_process_port", str(29_500 + os.getpid() % 1000)]
         launch = [*(many if processes > 1 else []), "--num_processes", str(processes), "watched.py"]
         self.process = subprocess.Popen(
