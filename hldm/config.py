@@ -302,7 +302,7 @@ class LoggingConfig:
 class GenerationConfig:
     """Defaults of generate.py and of the pipeline."""
 
-    steps: int = 16  # denoising steps a latent
+    steps: int = 16  # denoising steps a latent; 0: one draw from the mixture, uncorrected
     scheduler: Literal["ancestral", "ddim", "dpm", "flow"] = "ancestral"
     guidance: float = 1.0  # 1: none
     temperature: float = 1.0  # scale of the latent's noise
@@ -310,8 +310,8 @@ class GenerationConfig:
     top_p: float = 1.0  # nucleus of the decoder's bytes
 
     def __post_init__(self) -> None:
-        _require_positive("generation", self, "steps", "top_p")
-        _require(self.steps <= 10_000, f"generation.steps must be at most 10000, got {self.steps}")
+        _require_positive("generation", self, "top_p")
+        _require(0 <= self.steps <= 10_000, f"generation.steps must lie in 0..10000, got {self.steps}")
         _require(self.top_p <= 1, f"generation.top_p must be at most 1, got {self.top_p}")
         for name in ("temperature", "decoder_temperature", "guidance"):
             value = getattr(self, name)

@@ -185,6 +185,13 @@ class LatentWriter:
 
     def sample_latents(self) -> Tensor:
         """z_0 of the next chunk of every row. (b z)."""
+        if self.settings.steps == 0:
+            mixture = self.prior.mixture
+            if mixture is None:
+                raise ValueError("this prior has no mixture to draw from: take 1 step or more")
+            weights = mixture.log_weights(self.context.feature[:, 0])
+            gamma_0, heat = self.prior.diffusion.gamma_0, self.settings.temperature
+            return mixture.sample(gamma_0, weights, self.generators, heat)
         guidance = self.settings.guidance
         hidden = torch.ones_like(self.context.visible[..., 0])
         blind = self.prior.hide(self.context, hidden) if guidance != 1 else None

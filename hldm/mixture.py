@@ -11,6 +11,7 @@ one pays under the mixture is where a prior that is built on this denoiser begin
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -59,6 +60,29 @@ class MixturePredictor(SavedModel):
         # the entropy of q is known: no need to draw it
         entropy = 0.5 * mu.shape[-1] * (1 + math.log(2 * math.pi) - F.softplus(torch.tensor(-gamma_0)))
         return -entropy - log_p
+
+    def sample(
+        self,
+        gamma: float,
+        log_weights: Tensor,
+        generators: Sequence[torch.Generator],
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """Draw z_gamma: a component, then its normal. log_weights: (b k), a generator a row. Returns (b z).
+
+        temperature: scales the noise, and sharpens the weights to w^(1 / temperature); 0 takes the likeliest.
+        """
+        rows, z = len(generators), self.prototypes.shape[1]
+        device = self.prototypes.device
+        u = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators]).to(device)
+        noise = torch.stack([torch.randn(z, generator=g) for g in generators]).to(device)
+        sharp = log_weights.double() / max(temperature, 1e-6)
+        cdf = sharp.softmax(dim=-1).cumsum(dim=-1)
+        chosen = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0]
+        alpha, sigma = (x.unsqueeze(-1) for x in alpha_sigma(torch.full((rows,), gamma, device=device)))
+        deviation = (alpha.square() * (2 * self.log_deviation).exp() + sigma.square()).sqrt()
+        mean = alpha * self.prototypes[chosen.clamp(max=len(self.prototypes) - 1)]
+        return mean + temperature * deviation * noise
 
     def denoise(self, z: Tensor, gamma: Tensor, log_weights: Tensor) -> Tensor:
         """E[mu | z_gamma] under the mixture. z: (... z); gamma: (...); log_weights: (... k)."""

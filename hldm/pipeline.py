@@ -106,7 +106,7 @@ class HLDMPipeline(DiffusionPipeline):
         """Put a trained model together, with the sampler that its config names."""
         scheduler = None
         if prior is not None:
-            scheduler = make_scheduler(defaults.scheduler, prior.schedule, defaults.steps)
+            scheduler = make_scheduler(defaults.scheduler, prior.schedule, max(1, defaults.steps))
         return cls(
             autoencoder.eval(),
             ByteTokenizer(),

@@ -31,7 +31,7 @@ PROMPTS = [b"And the king said", b"", b"caf\xc3\xa9 \xf0\x9f\x91\x91 \xff\xfe", 
 
 
 def make_model(
-    latent_dim: int = 4, carry_state: bool = False, reads_text: bool = False
+    latent_dim: int = 4, carry_state: bool = False, reads_text: bool = False, rate: str = "diffusion"
 ) -> tuple[Autoencoder, Prior | None]:
     torch.manual_seed(0)
     settings = AutoencoderConfig(
@@ -40,6 +40,8 @@ def make_model(
         decoder=GRIFFIN,
         carry_state=carry_state,
         reads_text=reads_text,
+        rate=rate,
+        components=4,
     )
     strategy = "words" if latent_dim else "fixed"
     chunking = ChunkingConfig(strategy=strategy, min_bytes=2, max_bytes=6)
@@ -63,7 +65,7 @@ def write(model, prompts, settings=SETTINGS, characters=30, **options) -> list[b
     return [row.text for row in rows]
 
 
-LATENT = [dict(), dict(carry_state=True), dict(reads_text=True)]
+LATENT = [dict(), dict(carry_state=True), dict(reads_text=True), dict(rate="mixture")]
 MODELS = [*LATENT, dict(latent_dim=0, carry_state=True)]
 
 
@@ -192,3 +194,14 @@ def test_the_byte_tokenizer_gives_any_text_back():
         ids = tokenizer(text)["input_ids"]
         assert bytes(ids) == text.encode()
         assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
+
+
+def test_without_denoising_steps_latents_are_drawn_from_the_mixture():
+    model = make_model(rate="mixture", reads_text=True)
+    settings = replace(SETTINGS, steps=0)
+    together = write(model, PROMPTS, settings, seed=7, through_ends=True)
+    assert together == [
+        write(model, [prompt], settings, seed=7 + i, through_ends=True)[0] for i, prompt in enumerate(PROMPTS)
+    ]
+    with pytest.raises(ValueError, match="no mixture"):
+        write(make_model(), PROMPTS, settings)

@@ -51,3 +51,23 @@ def test_its_rate_is_the_diffusion_bound_under_its_denoiser():
         error = (mu - mixture.denoise(alpha * mu + sigma * noise, gamma, log_weights)).square().sum(-1)
         integral = 0.5 * ((high - low) * torch.exp(-gamma) * error).mean()
     torch.testing.assert_close(rates[0], integral + rates[1], rtol=0.01, atol=0.01)
+
+
+def test_samples_have_the_mean_and_spread_of_the_mixture_and_belong_to_their_generators():
+    mixture = make_mixture(components=3).float()
+    rows, gamma = 20_000, 0.5
+    log_weights = mixture.log_weights(torch.randn(8)).expand(rows, -1)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(rows)]
+    with torch.no_grad():
+        drawn = mixture.sample(gamma, log_weights, generators)
+        w = log_weights[0].exp()[:, None]
+        alpha, sigma = alpha_sigma(torch.tensor(gamma))
+        mean = (w * alpha * mixture.prototypes).sum(0)
+        within = alpha**2 * (2 * mixture.log_deviation).exp() + sigma**2
+        variance = within + (w * (alpha * mixture.prototypes - mean).square()).sum(0)
+        torch.testing.assert_close(drawn.mean(0), mean, atol=0.03, rtol=0)
+        torch.testing.assert_close(drawn.var(0), variance, rtol=0.03, atol=0)
+        alone = mixture.sample(gamma, log_weights[7:8], [torch.Generator().manual_seed(7)])
+        torch.testing.assert_close(alone, drawn[7:8])
+        coldest = mixture.sample(gamma, log_weights[:2], generators[:2], temperature=0)
+        torch.testing.assert_close(coldest, (alpha * mixture.prototypes[w.argmax()]).expand(2, -1))
