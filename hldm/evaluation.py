@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -19,10 +18,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from hldm.exits import guarded
 from hldm.reports import check_report_path, save_report
 from hldm.runs import shipped_run
-from hldm.signals import leave_in_one_line
-from hldm.text import printable, read_up_to
+from hldm.text import read_up_to
 
 if TYPE_CHECKING:
     from hldm.autoencoder import Autoencoder
@@ -36,9 +35,10 @@ MAX_TEXT_BYTES = 10**9  # as data.max_bytes: more text would take days
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code, 2 after an error told in one line."""
+    """The command line; returns the exit code, see `hldm.exits.guarded`."""
     arguments = _parser().parse_args(argv)
-    try:
+
+    def work() -> int:
         target = arguments.json
         if target is not None:
             check_report_path(target, "bits_per_character")
@@ -56,12 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if target is not None:
             save_report(target, evaluation)
         print(compare({evaluation["run"]: evaluation}), flush=True)
-    except BrokenPipeError:  # the reader, such as `head`, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as error:
-        print(f"hldm: {printable(' '.join(str(error).split()))}", file=sys.stderr)
-        return 2
-    return 0
+        return 0
+
+    return guarded(work)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -375,4 +372,4 @@ def _look_up(evaluation: Mapping[str, Any], key: str) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(leave_in_one_line(main))
+    sys.exit(main())

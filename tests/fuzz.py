@@ -2,7 +2,7 @@
 
     python tests/fuzz.py 100000 0        count, seed
 
-A fault is an error that `hldm.cli.guarded` would show as a traceback, a message of several lines, more than
+A fault is an error that `hldm.exits.guarded` would show as a traceback, a message of several lines, more than
 SECONDS for one input, or more than BYTES of memory in all. Each is reported with the input that did it.
 """
 

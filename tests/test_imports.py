@@ -33,7 +33,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("samplers", "mixture", "data", "doctor"),
     ("autoencoder", "prior", "prompts"),
     ("objectives", "generation", "training"),
-    ("pipeline", "bound", "reconstruction"),
+    ("pipeline", "bound", "reconstruction", "exits"),
     ("stages",),
     ("evaluation", "bench", "diagnosis", "judge"),
     ("demo", "rate_curve"),
