@@ -300,13 +300,16 @@ def _verify(path: Path) -> list[str]:
     """Check every file of a checkpoint against its manifest and return their names."""
     if not os.path.isfile(path / MANIFEST):
         raise CheckpointError(f"{path} is not a finished checkpoint: {MANIFEST} is missing")
-    files = _read_record(path / MANIFEST).get("files")
+    manifest = _read_record(path / MANIFEST)
+    files = manifest.get("files")
     if not isinstance(files, dict) or STATE not in files:
         raise CheckpointError(f"{path / MANIFEST} is damaged: it does not list {STATE}")
+    if manifest.keys() != {"schema", "files"}:
+        raise CheckpointError(f"{path / MANIFEST} is damaged: it says more than it should")
     for name, entry in files.items():
         stem, _, kind = name.partition(".")
         is_ours = name == STATE or (STEM.fullmatch(stem) and kind == "safetensors")
-        if not (is_ours and isinstance(entry, dict)):
+        if not (is_ours and isinstance(entry, dict) and entry.keys() == {"bytes", "sha256"}):
             raise CheckpointError(f"{path / MANIFEST} is damaged: it lists {name!r}")
         file = path / name
         try:

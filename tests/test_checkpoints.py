@@ -238,6 +238,16 @@ def test_every_flipped_bit_of_the_manifest_is_found_out(folder: Path) -> None:
             load_checkpoint(file.parent)
 
 
+@pytest.mark.parametrize("place", ["manifest", "entry"])
+def test_a_manifest_that_says_more_than_it_should_is_found_out(folder: Path, place: str) -> None:
+    file = folder / "checkpoints" / "step-000000002" / "MANIFEST.json"
+    manifest = json.loads(file.read_bytes())
+    (manifest if place == "manifest" else manifest["files"]["state.json"])["sizes"] = 65
+    file.write_text(json.dumps(manifest, indent=1) + "\n")
+    with pytest.raises(CheckpointError, match="MANIFEST.json is damaged"):
+        load_checkpoint(file.parent)
+
+
 def test_swapped_files_and_renamed_folders_are_found_out(folder: Path) -> None:
     one, two = checkpoints_in(folder).values()
     os.rename(one, one.with_name("step-000000003"))
