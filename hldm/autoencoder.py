@@ -1,10 +1,11 @@
 """Bytes to one latent a chunk, and back: Griffin encoder, normaliser, Griffin decoder.
 
 The encoder reads a page and carries its state from chunk to chunk; a chunk's latent mu is the mean of
-its bytes' features, projected and standardised. The decoder writes bytes from one latent until it
-emits an end. It reads z_0 = alpha_0 mu + sigma_0 eps, the diffusion state at gamma_0 (hldm.diffusion),
-but draws no noise itself. With latent_dim 0 the encoder is gone, the decoder's unit is the document,
-and what remains is a plain autoregressive character Griffin: the twin.
+its bytes' features, projected and standardised. The decoder writes bytes from one latent until it emits
+an end, and may read the encoder's feature at the byte before (`reads_text`). It reads
+z_0 = alpha_0 mu + sigma_0 eps, the diffusion state at gamma_0 (hldm.diffusion), but draws no noise itself.
+With latent_dim 0 the encoder is gone, the decoder's unit is the document, and what remains is a plain
+autoregressive character Griffin: the twin.
 """
 
 from __future__ import annotations
