@@ -1,11 +1,13 @@
-"""Bytes to one latent a chunk, and back: Griffin encoder, normaliser, Griffin decoder.
+"""Bytes to one latent a chunk, and back: Griffin encoder, normaliser, trunk over chunks, Griffin decoder.
 
 The encoder reads a page and carries its state from chunk to chunk; a chunk's latent mu is the mean of
-its bytes' features, projected and standardised. The decoder writes bytes from one latent until it emits
-an end, and may read the encoder's feature at the byte before (`reads_text`). It reads
-z_0 = alpha_0 mu + sigma_0 eps, the diffusion state at gamma_0 (hldm.diffusion), but draws no noise itself.
-With latent_dim 0 the encoder is gone, the decoder's unit is the document, and what remains is a plain
-autoregressive character Griffin: the twin.
+its bytes' features, projected and standardised. The trunk, a wider Griffin that takes one step a chunk
+(`trunk_layers`), turns what the encoder made of each chunk into what is known before the next one: who
+predicts the next latent and who writes its bytes both read it. The decoder writes bytes from one latent
+until it emits an end, and may read the encoder's feature at the byte before, too (`reads_text`). Its
+latent is z_0 = alpha_0 mu + sigma_0 eps, the diffusion state at gamma_0 (hldm.diffusion), but it draws no
+noise itself. With latent_dim 0 encoder and trunk are gone, the decoder's unit is the document, and what
+remains is a plain autoregressive character Griffin: the twin.
 """
 
 from __future__ import annotations
@@ -21,8 +23,9 @@ from torch import Tensor, nn
 
 from hldm.chunking import pool_by_chunk, segments
 from hldm.config import AutoencoderConfig, ChunkingConfig, section_from_dict
+from hldm.events import Events, decoder_events, ends_of, place_in_chunk, positions
 from hldm.griffin import Griffin, GriffinState
-from hldm.text import END_OF_CHUNK, END_OF_DOCUMENT, HIDDEN, START, VOCABULARY
+from hldm.text import HIDDEN, START, VOCABULARY
 from hldm.weights import SavedModel
 
 OUTPUTS = 258  # what the decoder may emit: 256 bytes and the two ends
@@ -32,7 +35,9 @@ class EncoderState(NamedTuple):
     """What the encoder carries from one stretch of text to the next."""
 
     griffin: GriffinState
-    feature: Tensor  # (b d) at the last byte: what is known before the next chunk
+    feature: Tensor  # (b d) at the last byte
+    trunk: GriffinState  # one step a chunk; () without a trunk
+    known: Tensor  # (b w) what is known before the next chunk: the trunk's output, without one the feature
 
 
 class DecoderState(NamedTuple):
@@ -48,30 +53,9 @@ class Encoding(NamedTuple):
     latents: Tensor  # (b n z) mu, normalised
     mask: Tensor  # (b n) bool, real chunks
     doc_start: Tensor  # (b n) bool, first chunk of a document
-    after: Tensor  # (b n d) encoder feature at the chunk's last byte
-    before: Tensor  # (b n d) at the byte before the chunk; 0 at a document start
-    features: Tensor  # (b t+1 d) at the byte before the window, then at each of its bytes
-
-
-class Events(NamedTuple):
-    """What the decoder writes for a window, in order: the bytes of each unit, then its end.
-
-    A unit is a chunk; for the twin, a document. The t' events of a row number bytes + ends.
-    """
-
-    target: Tensor  # (b t') symbol to emit
-    symbol: Tensor  # (b t') symbol read: START at the first event of a unit, else the byte before
-    chunk: Tensor  # (b t') number of the chunk in the window
-    length: Tensor  # (b) events of each row
-    doc_start: Tensor  # (b t') first event of a document
-    unit_start: Tensor  # (b t') first event of a unit: attention sees no further back
-    bytes_before: Tensor  # (b t') how many bytes of the window come before the event
-    last: Tensor  # (b) the symbol that the next window continues from
-
-    @property
-    def mask(self) -> Tensor:
-        """(b t') bool: real events."""
-        return torch.arange(self.target.shape[1], device=self.length.device) < self.length[:, None]
+    after: Tensor  # (b n w) what is known after the chunk: the trunk's output there, or the encoder's
+    before: Tensor  # (b n w) what is known before it; 0 at a document start
+    features: Tensor  # (b t+1 d) encoder feature at the byte before the window, then at each of its bytes
 
 
 class PlacedReadout(nn.Module):
@@ -91,23 +75,6 @@ class PlacedReadout(nn.Module):
     def features(self, inner: Tensor, place: Tensor) -> Tensor:
         """gelu(W_1 x + p_k), from W_1 x (b t d) and k (b t)."""
         return F.gelu(inner + self.place(place.clamp(max=self.place.num_embeddings - 1)))
-
-
-def place_in_chunk(chunk_start: Tensor) -> Tensor:
-    """How many positions after its chunk's start each one is. (b t) bool -> (b t)."""
-    index = torch.arange(chunk_start.shape[1], device=chunk_start.device).expand_as(chunk_start)
-    return index - torch.where(chunk_start, index, 0).cummax(dim=1).values
-
-
-def ends_of(chunk_start: Tensor, length: Tensor) -> Tensor:
-    """Last bytes of chunks: where the next one starts, or the window, which holds whole chunks, ends. (b t)."""
-    ends = torch.cat([chunk_start[:, 1:], chunk_start.new_zeros(chunk_start.shape[0], 1)], dim=1)
-    return ends | (torch.arange(ends.shape[1], device=ends.device) == length[:, None] - 1)
-
-
-def positions(flags: Tensor, count: int) -> Tensor:
-    """Where the first `count` flags of each row are set; anywhere beyond them. (b t) bool -> (b count)."""
-    return (~flags).to(torch.int8).argsort(dim=1, stable=True)[:, :count]
 
 
 class LatentNormaliser(nn.Module):
@@ -166,60 +133,6 @@ class LatentNormaliser(nn.Module):
         self.deviation.copy_(variance.clamp(min=1e-8).sqrt())
 
 
-def decoder_events(
-    text: Tensor,
-    length: Tensor,
-    unit_start: Tensor,
-    unit_end: Tensor,
-    doc_start: Tensor,
-    doc_end: Tensor,
-    chunk_start: Tensor,
-    previous: Tensor,
-) -> Events:
-    """Lay out what the decoder reads and writes for a window of bytes.
-
-    text (b t), the flags (b t) bool, previous (b): symbol before the window.
-    Byte t sits at event t + (units ended before t); the end of its unit right after it.
-    """
-    b, t = text.shape
-    real = torch.arange(t, device=text.device) < length[:, None]
-    ends = (unit_end & real).long()
-    ended_before = ends.cumsum(dim=1) - ends
-    at = torch.arange(t, device=text.device) + ended_before
-    total = length + ends.sum(dim=1)
-    size = int(total.max()) if b and t else 0
-
-    def lay(byte_values: Tensor, end_values: Tensor) -> Tensor:
-        """Scatter what belongs to bytes and to ends; padding lands in a spare column, cut off."""
-        out = byte_values.new_zeros(b, size + 1)
-        out.scatter_(1, torch.where(real, at, size), byte_values)
-        out[:, size] = 0
-        out.scatter_(1, torch.where(ends.bool(), at + 1, size), end_values)
-        return out[:, :size]
-
-    before = torch.cat([previous[:, None], text[:, :-1]], dim=1)
-    none = torch.zeros_like(real)
-    chunk = (chunk_start & real).long().cumsum(dim=1) - 1
-    chunk = chunk.clamp(min=0)  # the twin's window may open inside a chunk
-    last = text.gather(1, (length - 1).clamp(min=0)[:, None])[:, 0] if t else previous
-    return Events(
-        target=lay(text, torch.where(doc_end, END_OF_DOCUMENT, END_OF_CHUNK)),
-        symbol=lay(torch.where(unit_start, START, before), text),
-        chunk=lay(chunk, chunk),
-        length=total,
-        doc_start=lay(doc_start & real, none),
-        unit_start=lay(unit_start & real, none),
-        bytes_before=lay(*(torch.arange(t, device=text.device).expand(b, t) + k for k in (0, 1))),
-        last=torch.where(length > 0, last, previous),
-    )
-
-
-def text_before(events: Events, encoding: Encoding) -> Tensor:
-    """The encoder's feature at the byte before each event. (b t' d)."""
-    wide = encoding.features.shape[-1]
-    return encoding.features.gather(1, events.bytes_before[..., None].expand(-1, -1, wide))
-
-
 class Autoencoder(SavedModel):
     """Griffin encoder and decoder around one latent a chunk."""
 
@@ -241,6 +154,10 @@ class Autoencoder(SavedModel):
             self.from_latent = PlacedReadout(z, decoder.width, self.chunking.max_bytes + 1)
             if self.settings.reads_text:
                 self.from_text = nn.Linear(encoder.width, decoder.width)
+            if self.settings.trunk_layers:
+                self.to_trunk = nn.Linear(2 * encoder.width, self.settings.trunk_width)
+                self.trunk = Griffin(self.settings.trunk, window=1)
+                self.from_trunk = nn.Linear(self.settings.trunk_width, decoder.width)
         self.write = nn.Embedding(VOCABULARY, decoder.width)
         # One position more than a chunk's bytes: the event that ends it.
         self.decoder = Griffin(decoder, window=self.chunking.max_bytes + 1)
@@ -265,9 +182,12 @@ class Autoencoder(SavedModel):
 
     def encoder_state(self, batch: int, device: torch.device | None = None) -> EncoderState:
         """State before the first byte."""
-        width = self.settings.encoder.width
+        width, known = self.settings.encoder.width, self.settings.known_width
         return EncoderState(
-            self.encoder.initial_state(batch, device), torch.zeros(batch, width, device=device)
+            self.encoder.initial_state(batch, device),
+            torch.zeros(batch, width, device=device),
+            self.trunk.initial_state(batch, device) if self.settings.trunk_layers else (),
+            torch.zeros(batch, known, device=device),
         )
 
     def decoder_state(self, batch: int, device: torch.device | None = None) -> DecoderState:
@@ -293,32 +213,54 @@ class Autoencoder(SavedModel):
         if doc_start.shape != (b, t) or chunk_start.shape != (b, t):
             raise ValueError(f"doc_start and chunk_start must be (b t) = {(b, t)} like the text")
         y, griffin = self.encoder(self.read(text), state.griffin, doc_start, chunk_start, length)
+        return self.close_chunks(y, griffin, length, doc_start, chunk_start, state, chunks)
+
+    def close_chunks(
+        self,
+        y: Tensor,
+        griffin: GriffinState,
+        length: Tensor,
+        doc_start: Tensor,
+        chunk_start: Tensor,
+        state: EncoderState,
+        chunks: int | None = None,
+    ) -> tuple[Encoding, EncoderState]:
+        """The second half of `encode`: latents and trunk, from the encoder's features at every byte.
+
+        y: (b t d), griffin: its outputs and state;  state: before them;  the rest as for `encode`.
+        """
+        b, t, d = y.shape
         where = segments(chunk_start, length)
         n = int(where.count.max()) if chunks is None and b else (chunks or 0)
         read = self.to_latent
         features = read.features(read.inner(y), place_in_chunk(chunk_start))
         raw = read.outer(pool_by_chunk(features, where, n))  # (b n z)
-        mask = torch.arange(n, device=text.device) < where.count[:, None]
+        mask = torch.arange(n, device=y.device) < where.count[:, None]
         if self.training:
             self.normaliser.observe(raw[mask])
         opens = doc_start.gather(1, positions(chunk_start, n)) & mask
         last = positions(ends_of(chunk_start, length), n)
-        after = y.gather(1, last[..., None].expand(-1, -1, y.shape[2])) * mask[..., None]
-        known = torch.cat(
-            [state.feature[:, None], after], dim=1
-        )  # before chunk 0, 1, ..., and after the last
+        ending = _rows(y, last) * mask[..., None]
+        count = where.count[:, None]
+        feature = _rows(torch.cat([state.feature[:, None], ending], dim=1), count)[:, 0]
+        after, trunk = ending, state.trunk
+        if self.settings.trunk_layers and n:
+            summary = self.to_trunk(torch.cat([ending, pool_by_chunk(y, where, n)], dim=-1))
+            after, trunk = self.trunk(summary, state.trunk, opens, opens, where.count)
+            after = after * mask[..., None]
+        # before chunk 0, 1, ..., and after the last
+        known = torch.cat([state.known[:, None], after], dim=1)
         before = known[:, :n] * (mask & ~opens)[..., None]
-        feature = known.gather(1, where.count[:, None, None].expand(-1, 1, y.shape[2]))[:, 0]
+        known = _rows(known, count)[:, 0]
         features = torch.cat([state.feature[:, None], y], dim=1)
         encoding = Encoding(self.normaliser(raw) * mask[..., None], mask, opens, after, before, features)
-        return encoding, EncoderState(griffin, feature)
+        return encoding, EncoderState(griffin, feature, trunk, known)
 
     def read_byte(
-        self, symbol: Tensor, doc_start: Tensor, chunk_start: Tensor, state: EncoderState
-    ) -> EncoderState:
-        """The encoder's state after one more byte a row. symbol, doc_start, chunk_start: (b 1)."""
-        y, griffin = self.encoder(self.read(symbol), state.griffin, doc_start, chunk_start)
-        return EncoderState(griffin, y[:, 0])
+        self, symbol: Tensor, doc_start: Tensor, chunk_start: Tensor, griffin: GriffinState
+    ) -> tuple[Tensor, GriffinState]:
+        """The encoder's feature at one more byte a row (b 1 d). symbol, doc_start, chunk_start: (b 1)."""
+        return self.encoder(self.read(symbol), griffin, doc_start, chunk_start)
 
     def events(
         self,
@@ -341,6 +283,20 @@ class Autoencoder(SavedModel):
             text, length, unit_start, unit_end, doc_start, doc_end, chunk_start, state.symbol
         )
 
+    def tell(self, events: Events, encoding: Encoding) -> Tensor | None:
+        """What the decoder is told of the text before each event. (b t' d), None for a fresh decoder.
+
+        The encoder's feature at the byte before the event, and what is known before the event's chunk.
+        """
+        told = None
+        if self.settings.reads_text:  # projected once a byte: some bytes come before two events
+            told = _rows(self.from_text(encoding.features), events.bytes_before)
+            told = told * ~events.doc_start[..., None]  # a document knows of no text before it
+        if self.settings.trunk_layers:
+            known = _rows(self.from_trunk(encoding.before), events.chunk)
+            told = known if told is None else told + known
+        return told
+
     def decode(
         self,
         symbol: Tensor,
@@ -351,25 +307,24 @@ class Autoencoder(SavedModel):
         griffin: GriffinState,
         length: Tensor | None = None,
         place: Tensor | None = None,
-        text: Tensor | None = None,
+        told: Tensor | None = None,
     ) -> tuple[Tensor, GriffinState]:
         """Logits of the next symbol at every event, a page or a single one.
 
         symbol, chunk, doc_start, unit_start: (b t'); latent: (b n z) z_0 of each chunk;
-        text: (b t' d) encoder feature at the byte before each event; unused unless the decoder reads text;
+        told: (b t' d) of the text before each event (see `tell`); None for a fresh decoder and the twin;
         place: (b t') events since the unit's start, worked out from unit_start when None.
         Returns (b t' 258).
         """
         x = self.write(symbol)
         if latent is not None:
-            told = self.from_latent.inner(latent)  # (b n 2d)
-            told = told.gather(1, chunk[..., None].expand(-1, -1, told.shape[2]))
+            inner = self.from_latent.inner(latent)  # (b n 2d)
             place = place_in_chunk(unit_start) if place is None else place
-            x = x + self.from_latent.outer(self.from_latent.features(told, place))
-        if self.latent_dim and self.settings.reads_text:
-            if text is None:
-                raise ValueError("this decoder reads text: pass the encoder's features before the events")
-            x = x + self.from_text(text * ~doc_start[..., None])  # a document knows of no text before it
+            x = x + self.from_latent.outer(self.from_latent.features(_rows(inner, chunk), place))
+        if self.latent_dim and (self.settings.reads_text or self.settings.trunk_layers):
+            if told is None:
+                raise ValueError("this decoder knows of the text before: pass what it is told")
+            x = x + told
         # A fresh decoder knows nothing but the latent: the state is reset at every chunk.
         reset = doc_start if self.settings.carry_state else unit_start
         y, griffin = self.decoder(x, griffin, reset, unit_start, length)
@@ -380,12 +335,6 @@ class Autoencoder(SavedModel):
         return torch.where(hidden & (symbol != START), HIDDEN, symbol)
 
 
-def symbol_nats(logits: Tensor, events: Events) -> Tensor:
-    """-log p of each event's target in nats, 0 where padded. (b t' 258) -> (b t')."""
-    nats = F.cross_entropy(logits.float().flatten(0, 1), events.target.flatten(), reduction="none")
-    return nats.view_as(events.target) * events.mask
-
-
-def sum_by_chunk(values: Tensor, events: Events, chunks: int) -> Tensor:
-    """Sum over the events of each chunk. (b t') -> (b n)."""
-    return values.new_zeros(values.shape[0], chunks).scatter_add(1, events.chunk, values)
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """x (b n d) at index (b t). (b t d)."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))

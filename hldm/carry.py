@@ -36,3 +36,13 @@ def select_rows(condition: Tensor, yes: Any, no: Any) -> Any:
         return a.where(condition.view(-1, *[1] * (a.ndim - 1)), b)
 
     return map_carry(choose, yes, no)
+
+
+def take_rows(carry: Any, index: Tensor) -> Any:
+    """Some rows only, in this order. index: (k), or (b) bool."""
+    return map_carry(lambda x: x[index], carry)
+
+
+def put_rows(carry: Any, index: Tensor, rows: Any) -> Any:
+    """The carry with some of its rows replaced. index: (k)."""
+    return map_carry(lambda x, y: x.index_copy(0, index, y), carry, rows)

@@ -127,6 +127,8 @@ class AutoencoderConfig:
     latent_dim: int = 16  # z; 0 is the twin: a plain autoregressive Griffin without latents
     encoder: GriffinConfig = field(default_factory=GriffinConfig)
     decoder: GriffinConfig = field(default_factory=GriffinConfig)
+    trunk_layers: int = 0  # recurrent blocks that take a step a chunk: what is known before the next one
+    trunk_width: int = 256
     carry_state: bool = False  # decoder: keep the recurrent state from chunk to chunk, or start fresh
     reads_text: bool = False  # decoder: sees the encoder's feature at the byte before each, too
     byte_dropout: float = 0.0  # share of the decoder's input bytes hidden in training
@@ -147,13 +149,29 @@ class AutoencoderConfig:
             f"autoencoder.components must lie in 1..65536, got {self.components}",
         )
         _require(
+            0 <= self.trunk_layers <= 512,
+            f"autoencoder.trunk_layers must lie in 0..512, got {self.trunk_layers}",
+        )
+        if self.trunk_layers:
+            _ = self.trunk  # its own checks
+        _require(
             self.rate_weight >= 0, f"autoencoder.rate_weight must not be negative, got {self.rate_weight}"
         )
 
     @property
     def decoder_is_fresh(self) -> bool:
         """Whether the decoder knows nothing but the latent, so that a chunk can be written on its own."""
-        return not self.carry_state and not self.reads_text
+        return not self.carry_state and not self.reads_text and not self.trunk_layers
+
+    @property
+    def trunk(self) -> GriffinConfig:
+        """The stack over chunks: recurrent blocks, built as the encoder's are."""
+        return replace(self.encoder, width=self.trunk_width, blocks=("recurrent",) * self.trunk_layers)
+
+    @property
+    def known_width(self) -> int:
+        """w, width of what is known after a chunk: the trunk's, or the encoder's without one."""
+        return self.trunk_width if self.trunk_layers else self.encoder.width
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hldm.autoencoder import Autoencoder, DecoderState, EncoderState, text_before
-from hldm.carry import select_rows
+from hldm.autoencoder import Autoencoder, DecoderState, EncoderState, Encoding
+from hldm.carry import put_rows, select_rows, take_rows
 from hldm.chunking import make_chunker
 from hldm.config import Config, GenerationConfig
 from hldm.diffusion import sample
@@ -35,6 +35,15 @@ class Piece(NamedTuple):
 
     text: bytes
     ends_document: bool
+
+
+class Written(NamedTuple):
+    """Chunks as written, and what the models know after them, so that nothing is read twice."""
+
+    pieces: list[Piece]
+    features: Tensor | None  # (b t d) the encoder's, at each byte; None where the decoder does not read text
+    encoder: GriffinState  # after the last byte; as it was, where the decoder does not read text
+    decoder: GriffinState  # after the last symbol
 
 
 class Writer(Protocol):
@@ -157,31 +166,55 @@ class LatentWriter:
         context, _ = self.prior.contextualiser(latents, none, none, self.memory)
         return context.first(1)
 
-    def _read(self, window: _Window, latent: Tensor | None = None) -> None:
-        """Take in whole chunks: advance encoder, pyramid and a carried decoder."""
+    def _read(self, window: _Window) -> None:
+        """Take in whole chunks of a prompt: advance encoder, pyramid and a carried decoder."""
         encoding, self.encoder = self.autoencoder.encode(*window, self.encoder)
-        context, self.memory = self.prior.contextualiser(
-            encoding.latents, encoding.mask, encoding.doc_start, self.memory, encoding.after
-        )
-        self.context = context.of(encoding.mask.sum(dim=1, keepdim=True))
+        self._remember(encoding)
         if self.autoencoder.settings.carry_state:
             text, length, doc_start, chunk_start = window
             never = torch.zeros_like(doc_start)
             events = self.autoencoder.events(text, length, doc_start, never, chunk_start, self.decoder)
-            if latent is None:  # a prompt's chunks: the mean of what the decoder was trained on
-                gamma_0 = torch.tensor(self.prior.diffusion.gamma_0, device=self.device)
-                latent = encoding.latents * torch.sigmoid(-gamma_0).sqrt()
+            # the mean of what the decoder was trained on
+            gamma_0 = torch.tensor(self.prior.diffusion.gamma_0, device=self.device)
             _, griffin = self.autoencoder.decode(
                 events.symbol,
-                latent,
+                encoding.latents * torch.sigmoid(-gamma_0).sqrt(),
                 events.chunk,
                 events.doc_start,
                 events.unit_start,
                 self.decoder.griffin,
                 events.length,
-                text=text_before(events, encoding),
+                told=self.autoencoder.tell(events, encoding),
             )
             self.decoder = DecoderState(griffin, events.last)
+
+    def _read_own(self, written: Written) -> None:
+        """Take in the chunks just written, from where their writing left the models."""
+        pieces = written.pieces
+        starts = [np.arange(len(piece.text)) == 0 for piece in pieces]
+        text, length, doc_start, chunk_start = _window(
+            [piece.text for piece in pieces], starts, self.opens, self.device
+        )
+        if written.features is None:
+            encoding, self.encoder = self.autoencoder.encode(
+                text, length, doc_start, chunk_start, self.encoder
+            )
+        else:
+            features = written.features[:, : text.shape[1]]
+            encoding, self.encoder = self.autoencoder.close_chunks(
+                features, written.encoder, length, doc_start, chunk_start, self.encoder
+            )
+        self._remember(encoding)
+        last = text.gather(1, length[:, None] - 1)[:, 0]
+        self.decoder = DecoderState(written.decoder, last)
+
+    def _remember(self, encoding: Encoding) -> None:
+        """The context of the next chunk; a mixture alone has no use for the pyramid."""
+        if self.settings.steps:
+            context, self.memory = self.prior.contextualiser(
+                encoding.latents, encoding.mask, encoding.doc_start, self.memory, encoding.after
+            )
+            self.context = context.of(encoding.mask.sum(dim=1, keepdim=True))
 
     def sample_latents(self) -> Tensor:
         """z_0 of the next chunk of every row. (b z)."""
@@ -189,7 +222,8 @@ class LatentWriter:
             mixture = self.prior.mixture
             if mixture is None:
                 raise ValueError("this prior has no mixture to draw from: take 1 step or more")
-            weights = mixture.log_weights(self.context.feature[:, 0])
+            opens = torch.tensor(self.opens, device=self.device)
+            weights = mixture.log_weights(self.encoder.known * ~opens[:, None])
             gamma_0, heat = self.prior.diffusion.gamma_0, self.settings.temperature
             return mixture.sample(gamma_0, weights, self.generators, heat)
         guidance = self.settings.guidance
@@ -223,19 +257,23 @@ class LatentWriter:
 
     def write(self) -> list[Piece]:
         """Sample and write one chunk a row."""
-        z_0 = self.sample_latents()
-        pieces = write_chunks(
-            self.autoencoder, z_0, self.encoder, self.decoder, self.opens, self.settings, self.generators
+        written = write_chunks(
+            self.autoencoder,
+            self.sample_latents(),
+            self.encoder,
+            self.decoder,
+            self.opens,
+            self.settings,
+            self.generators,
         )
-        starts = [np.arange(len(piece.text)) == 0 for piece in pieces]
-        self._read(_window([p.text for p in pieces], starts, self.opens, self.device), z_0[:, None])
-        self.opens = [piece.ends_document for piece in pieces]
+        self._read_own(written)
+        self.opens = [piece.ends_document for piece in written.pieces]
         if any(self.opens):  # a closed document is followed by a new one, should anyone go on
             closed = torch.tensor(self.opens, device=self.device)
-            fresh = self.prior.initial_state(len(pieces), self.device)
+            fresh = self.prior.initial_state(len(self.opens), self.device)
             self.memory = select_rows(closed, fresh, self.memory)
             self.context = self._read_nothing()
-        return pieces
+        return written.pieces
 
 
 def write_chunks(
@@ -246,49 +284,66 @@ def write_chunks(
     opens: Sequence[bool],
     settings: GenerationConfig,
     generators: Sequence[torch.Generator],
-) -> list[Piece]:
+) -> Written:
     """Expand one latent a row (b z) into the bytes of a chunk: 1 to max_bytes of them.
 
     encoder, decoder: states after the text so far, left as they are;  opens: whether a row opens a document.
+    A row whose chunk has ended leaves the batch: nobody waits for the longest.
     """
     rows, most = latent.shape[0], autoencoder.chunking.max_bytes
-    device = latent.device
+    device, model = latent.device, autoencoder.settings
     u = torch.stack([torch.rand(most + 1, generator=g) for g in generators]).to(device)
-    symbol = torch.full((rows,), START, device=device)
-    first = torch.zeros(rows, 1, dtype=torch.long, device=device)
+    latent = latent[:, None]
     doc_start = torch.tensor(opens, device=device)[:, None]
-    griffin: GriffinState = decoder.griffin
-    written = []
-    ended = torch.zeros(rows, dtype=torch.bool, device=device)
+    known = autoencoder.from_trunk(encoder.known * ~doc_start)[:, None] if model.trunk_layers else None
+    emitted = torch.full((rows, most + 1), END_OF_CHUNK, device=device)  # what each event emits
+    features = latent.new_zeros(rows, most, encoder.feature.shape[1]) if model.reads_text else None
+    ends = (encoder.griffin, decoder.griffin)
+
+    # of the rows still writing
+    live = torch.arange(rows, device=device)
+    states = ends
+    feature = encoder.feature[:, None]
+    symbol = torch.full((rows, 1), START, device=device)
     for index in range(most + 1):
-        start = torch.full((rows, 1), index == 0, device=device)
-        logits, griffin = autoencoder.decode(
-            symbol[:, None],
-            latent[:, None],
-            first,
-            doc_start & start,
-            start,
-            griffin,
-            place=first + index,
-            text=encoder.feature[:, None],
+        reading, writing = states
+        first = torch.zeros_like(symbol)
+        start = torch.full_like(symbol, index == 0, dtype=torch.bool)
+        opening = doc_start & start
+        told = known
+        if features is not None:
+            text = autoencoder.from_text(feature) * ~opening[..., None]
+            told = text if known is None else text + known
+        logits, writing = autoencoder.decode(
+            symbol, latent, first, opening, start, writing, place=first + index, told=told
         )
         logits = logits[:, 0].float()
         if index == 0:  # no chunk is empty
             logits[:, END_OF_CHUNK:] = float("-inf")
         if index == most:  # and none is longer
             logits[:, :END_OF_CHUNK] = float("-inf")
-        symbol = pick(logits, u[:, index], settings.decoder_temperature, settings.top_p)
-        written.append(torch.where(ended, END_OF_CHUNK, symbol))
-        ended = ended | (symbol >= END_OF_CHUNK)
-        if bool(ended.all()):
-            break
-        if autoencoder.settings.reads_text:
-            encoder = autoencoder.read_byte(symbol[:, None], doc_start & start, start, encoder)
-    table = torch.stack(written, dim=1).tolist()
-    return [
+        symbol = pick(logits, u[live, index], settings.decoder_temperature, settings.top_p)[:, None]
+        emitted[live, index] = symbol[:, 0]
+        states = (reading, writing)
+        done = symbol[:, 0] >= END_OF_CHUNK
+        if bool(done.any()):
+            ends = put_rows(ends, live[done], take_rows(states, done))
+            if bool(done.all()):
+                break
+            go_on = ~done
+            live, symbol, latent, doc_start, opening, start, states, known = take_rows(
+                (live, symbol, latent, doc_start, opening, start, states, known), go_on
+            )
+        if features is not None:
+            reading, writing = states
+            feature, reading = autoencoder.read_byte(symbol, opening, start, reading)
+            features[live, index] = feature[:, 0]
+            states = (reading, writing)
+    pieces = [
         Piece(bytes(s for s in row if s < END_OF_CHUNK), any(s == END_OF_DOCUMENT for s in row))
-        for row in table
+        for row in emitted.tolist()
     ]
+    return Written(pieces, features, *ends)
 
 
 class ByteWriter:

@@ -16,20 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hldm.autoencoder import (
-    Autoencoder,
-    DecoderState,
-    EncoderState,
-    Encoding,
-    positions,
-    sum_by_chunk,
-    symbol_nats,
-    text_before,
-)
+from hldm.autoencoder import Autoencoder, DecoderState, EncoderState, Encoding
 from hldm.carry import map_carry
 from hldm.config import AutoencoderConfig
 from hldm.data import Batch
 from hldm.diffusion import alpha_sigma, diffuse, end_term, stratified
+from hldm.events import positions, sum_by_chunk, symbol_nats
 from hldm.mixture import MixturePredictor
 from hldm.prior import Context, ContextState, Prior
 
@@ -108,7 +100,7 @@ def read_chunks(
         events.unit_start,
         state.griffin,
         events.length,
-        text=None if encoding is None else text_before(events, encoding),
+        told=None if encoding is None else autoencoder.tell(events, encoding),
     )
     nats = symbol_nats(logits, events)
     by_chunk = sum_by_chunk(nats, events, batch.chunk_index.shape[1])
@@ -211,7 +203,7 @@ class AutoencoderObjective(nn.Module):
         self.autoencoder, self.settings, self.gamma_0 = autoencoder, settings, gamma_0
         self.prior = prior
         gaussian = settings.rate == "gaussian" and autoencoder.latent_dim > 0
-        width = settings.encoder.width
+        width = settings.known_width
         self.gaussian = GaussianRate(width, autoencoder.latent_dim) if gaussian else None
         mixture = settings.rate == "mixture" and autoencoder.latent_dim > 0
         self.mixture = (

@@ -365,7 +365,7 @@ class Prior(SavedModel):
         components: int = 0,
         autoencoder: str = "",
     ):
-        """feature_dim: width of the encoder, if anything here reads text;
+        """feature_dim: width of what is known before a chunk, if anything here reads text;
 
         components: of the mixture that the denoiser corrects, 0 for none;
         autoencoder: fingerprint of the weights whose latents these are; '' while both train.
@@ -391,7 +391,7 @@ class Prior(SavedModel):
     ) -> Prior:
         """Build from config sections."""
         components = autoencoder.components if autoencoder.rate == "mixture" else 0
-        feature_dim = autoencoder.encoder.width if prior.reads_text or components else 0
+        feature_dim = autoencoder.known_width if prior.reads_text or components else 0
         sections = (asdict(prior), asdict(hierarchy), asdict(diffusion))
         return cls(autoencoder.latent_dim, *sections, feature_dim, components)
 

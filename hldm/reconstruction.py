@@ -77,7 +77,7 @@ def _write_freely(autoencoder: Autoencoder, windows: Windows, batch: Batch, late
         [True] * len(chunks),
         GenerationConfig(decoder_temperature=0.0),
         row_generators(0, len(chunks)),  # the likeliest byte is no matter of chance
-    )
+    ).pieces
     wanted = [text[border[chunk] : border[chunk + 1]].tobytes() for chunk in chunks]
     pairs = [(one, piece.text) for one, piece in zip(wanted, pieces, strict=True)]
     return np.array(

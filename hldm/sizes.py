@@ -112,6 +112,10 @@ def autoencoder_weights(config: Config) -> list[Weight]:
         weights += _placed_readout(z, decoder.width, chunking.max_bytes + 1)
         if settings.reads_text:
             weights += _linear(encoder.width, decoder.width)
+        if settings.trunk_layers:
+            wide = settings.trunk_width
+            weights += [*_linear(2 * encoder.width, wide), *_griffin(settings.trunk)]
+            weights += _linear(wide, decoder.width)
     return weights
 
 
@@ -124,7 +128,7 @@ def prior_weights(config: Config) -> list[Weight]:
     norm = [Weight((d,))] * 2
     weights = [*_linear(z, d), _embedding(config.hierarchy.levels + 1, d), Weight((d,)), *norm]
     if prior.reads_text:
-        weights += _linear(config.autoencoder.encoder.width, d, bias=False)
+        weights += _linear(config.autoencoder.known_width, d, bias=False)
     if config.autoencoder.rate == "mixture":
         weights += mixture_weights(config)
     if prior.contextualiser == "griffin":
@@ -142,7 +146,7 @@ def prior_weights(config: Config) -> list[Weight]:
 def mixture_weights(config: Config) -> list[Weight]:
     """Parameters of hldm.mixture.MixturePredictor."""
     settings = config.autoencoder
-    d, k, z = settings.encoder.width, settings.components, settings.latent_dim
+    d, k, z = settings.known_width, settings.components, settings.latent_dim
     return [*[Weight((d,))] * 2, *_linear(d, 2 * d), *_linear(2 * d, k), Weight((k, z)), Weight((z,))]
 
 
@@ -155,7 +159,7 @@ def rate_weights(config: Config) -> list[Weight]:
         return prior_weights(config)
     if settings.rate == "mixture":
         return mixture_weights(config)
-    d = settings.encoder.width
+    d = settings.known_width
     return [*[Weight((d,))] * 2, *_linear(d, 2 * d), *_linear(2 * d, 2 * settings.latent_dim)]
 
 
@@ -205,8 +209,10 @@ def _states(config: Config) -> dict[str, int]:
     context = capacity(hierarchy) * ((layers + 1) * prior.width * FLOAT + 3 * INTEGER) + INTEGER
     context += (hierarchy.levels * settings.latent_dim + prior.width) * FLOAT
     context += _griffin_state(_recurrent_contextualiser(config), 1) if recurrent else 0
-    context += settings.encoder.width * FLOAT if prior.reads_text or settings.rate == "mixture" else 0
-    encoder = _griffin_state(settings.encoder, window) + settings.encoder.width * FLOAT
+    context += settings.known_width * FLOAT if prior.reads_text or settings.rate == "mixture" else 0
+    encoder = _griffin_state(settings.encoder, window)
+    encoder += (settings.encoder.width + settings.known_width) * FLOAT
+    encoder += _griffin_state(settings.trunk, 1) if settings.trunk_layers else 0
     return {"encoder": encoder, "decoder": decoder, "context": context}
 
 
@@ -277,6 +283,7 @@ def activation_bytes(config: Config, stage: str, rows: int) -> int:
     chunks = length // chunk_bytes(chunking) + 1
     events = length + (0 if config.is_twin else chunks)
     reading = _stack(encoder, length, chunking.max_bytes, recompute) + length * 14 * max(encoder.width, z)
+    reading += _stack(settings.trunk, chunks, 1, recompute) if settings.trunk_layers else 0
     writing = _stack(decoder, events, chunking.max_bytes + 1, recompute) + events * 6 * OUTPUTS
     writing += 0 if config.is_twin else events * 14 * max(decoder.width, z)
     if config.is_twin:

@@ -397,6 +397,6 @@ def _reconstruct(autoencoder: Autoencoder, text: bytes, config: Config) -> str:
         [True] * n,
         replace(config.generation, decoder_temperature=0.0),
         row_generators(config.seed, n),
-    )
+    ).pieces
     written = b"".join(piece.text for piece in pieces)
     return f"{text.decode(errors='replace')}\n{written.decode(errors='replace')}"

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from hldm.autoencoder import Autoencoder, LatentNormaliser, sum_by_chunk, symbol_nats
+from hldm.autoencoder import Autoencoder, LatentNormaliser
 from hldm.chunking import make_chunker
 from hldm.config import AutoencoderConfig, ChunkingConfig, GriffinConfig
+from hldm.events import sum_by_chunk, symbol_nats
 from hldm.text import END_OF_CHUNK, END_OF_DOCUMENT, START
 
 GRIFFIN = GriffinConfig(width=16, blocks=("recurrent", "attention"), heads=2)

@@ -31,7 +31,11 @@ PROMPTS = [b"And the king said", b"", b"caf\xc3\xa9 \xf0\x9f\x91\x91 \xff\xfe", 
 
 
 def make_model(
-    latent_dim: int = 4, carry_state: bool = False, reads_text: bool = False, rate: str = "diffusion"
+    latent_dim: int = 4,
+    carry_state: bool = False,
+    reads_text: bool = False,
+    rate: str = "diffusion",
+    trunk_layers: int = 0,
 ) -> tuple[Autoencoder, Prior | None]:
     torch.manual_seed(0)
     settings = AutoencoderConfig(
@@ -40,6 +44,8 @@ def make_model(
         decoder=GRIFFIN,
         carry_state=carry_state,
         reads_text=reads_text,
+        trunk_layers=trunk_layers,
+        trunk_width=24,
         rate=rate,
         components=4,
     )
@@ -65,7 +71,16 @@ def write(model, prompts, settings=SETTINGS, characters=30, **options) -> list[b
     return [row.text for row in rows]
 
 
-LATENT = [dict(), dict(carry_state=True), dict(reads_text=True), dict(rate="mixture")]
+TRUNK = dict(trunk_layers=1, rate="mixture")
+LATENT = [
+    dict(),
+    dict(carry_state=True),
+    dict(reads_text=True),
+    dict(rate="mixture"),
+    TRUNK,
+    dict(reads_text=True, **TRUNK),
+    dict(carry_state=True, reads_text=True, **TRUNK),
+]
 MODELS = [*LATENT, dict(latent_dim=0, carry_state=True)]
 
 

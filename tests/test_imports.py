@@ -29,7 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "weights",
     ),
     ("config", "runs", "plots", "reports"),
-    ("griffin", "chunking", "hierarchy", "diffusion", "corpus", "metrics", "sizes"),
+    ("griffin", "chunking", "events", "hierarchy", "diffusion", "corpus", "metrics", "sizes"),
     ("samplers", "mixture", "data", "doctor"),
     ("autoencoder", "prior", "prompts"),
     ("objectives", "generation", "training"),
