@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             split=arguments.split,
             text=arguments.text,
             draws=arguments.draws,
+            samples=arguments.samples,
             prompts=arguments.prompts,
             max_characters=arguments.max_characters,
             seed=arguments.seed,
@@ -84,6 +85,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--draws", type=int, default=16, metavar="M", help="noise levels a chunk, even (default 16)"
     )
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=0,
+        metavar="K",
+        help="also the bound that K importance-weighted draws give (default 0: not)",
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of all noise (default 0)")
     return parser
 
@@ -94,6 +102,7 @@ def evaluate_run(
     split: Split = "test",
     text: Path | None = None,
     draws: int = 16,
+    samples: int = 0,
     prompts: int = 24,
     max_characters: int = 200,
     seed: int = 0,
@@ -132,6 +141,7 @@ def evaluate_run(
             corpora["train"].text.tobytes(),
             pipeline.settings,
             draws=draws,
+            samples=samples,
             prompts=prompts,
             max_characters=max_characters,
             seed=seed,
@@ -151,6 +161,7 @@ def evaluate_model(
     settings: GenerationConfig,
     *,
     draws: int = 16,
+    samples: int = 0,
     prompts: int = 24,
     max_characters: int = 200,
     seed: int = 0,
@@ -165,17 +176,25 @@ def evaluate_model(
     from hldm.prompts import choose_prompts, prompt_chunker
     from hldm.reconstruction import reconstruct
 
-    limits = (("prompts", prompts, 0), ("max_characters", max_characters, 1), ("seed", seed, 0))
+    limits = (
+        ("samples", samples, 0),
+        ("prompts", prompts, 0),
+        ("max_characters", max_characters, 1),
+        ("seed", seed, 0),
+    )
     for name, value, least in limits:
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
     generator = torch.Generator().manual_seed(seed)
     windows = held_out_windows(autoencoder, corpus)
     chunker = prompt_chunker(autoencoder.chunking, is_twin=prior is None)
-    bound = evaluate_bound(autoencoder, prior, windows, draws=draws, generator=generator)
+    # the twin's likelihood needs no bound
+    samples = 0 if prior is None else samples
+    bound = evaluate_bound(autoencoder, prior, windows, draws=draws, samples=samples, generator=generator)
     return {
         "seed": seed,
         "draws": draws,
+        "samples": samples,
         "characters": windows.characters,
         "bits_per_character": bound.bits_per_character(),
         "perplexity": _perplexity(float(bound.nats.sum()), windows),
@@ -312,6 +331,8 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
     ("  of it latents", "bits_per_character.latent", ".4f"),
     ("  of it bytes and ends", "bits_per_character.decoder", ".4f"),
     ("  of it end of the diffusion", "bits_per_character.end", ".4f"),
+    ("  by importance-weighted draws", "bits_per_character.importance", ".4f"),
+    ("    how many", "samples", ".0f"),
     ("perplexity, character", "perplexity.character", ".3f"),
     ("perplexity, word", "perplexity.word", ".1f"),
     ("characters per chunk", "characters_per_chunk", ".2f"),

@@ -29,7 +29,14 @@ GRIFFIN = GriffinConfig(width=32, blocks=("recurrent", "attention"), heads=2)
 DIFFUSION = DiffusionConfig()
 
 
-def make_model(latent_dim: int = 4, carry_state: bool = False, reads_text: bool = False, target: str = "v"):
+def make_model(
+    latent_dim: int = 4,
+    carry_state: bool = False,
+    reads_text: bool = False,
+    target: str = "v",
+    rate: str = "diffusion",
+    gamma_0: float = DIFFUSION.gamma_0,
+):
     torch.manual_seed(0)
     settings = AutoencoderConfig(
         latent_dim=latent_dim,
@@ -37,6 +44,10 @@ def make_model(latent_dim: int = 4, carry_state: bool = False, reads_text: bool 
         decoder=GRIFFIN,
         carry_state=carry_state,
         reads_text=reads_text,
+        rate=rate,
+        components=8,
+        trunk_layers=int(rate == "mixture"),
+        trunk_width=16,
     )
     autoencoder = Autoencoder.from_settings(settings, ChunkingConfig()).eval()
     if not latent_dim:
@@ -45,7 +56,7 @@ def make_model(latent_dim: int = 4, carry_state: bool = False, reads_text: bool 
         reads_text=reads_text, width=32, layers=1, heads=2, denoiser_width=32, denoiser_layers=1
     )
     prior = Prior.from_settings(
-        settings, small, HierarchyConfig(levels=1), DiffusionConfig(target=target)
+        settings, small, HierarchyConfig(levels=1), DiffusionConfig(target=target, gamma_0=gamma_0)
     ).eval()
     return autoencoder, prior
 
@@ -87,7 +98,9 @@ def test_the_twin_costs_the_same_however_the_text_is_laid_out(lanes, window_byte
     assert bits["bound"] == bits["decoder"]
 
 
-@pytest.mark.parametrize("kind", [dict(), dict(carry_state=True), dict(reads_text=True)])
+@pytest.mark.parametrize(
+    "kind", [dict(), dict(carry_state=True), dict(reads_text=True), dict(rate="mixture")]
+)
 def test_the_latent_model_costs_the_same_however_the_text_is_laid_out_but_for_its_noise(kind):
     model = make_model(**kind)
     one, other = (bound_of(model, lay_out(make_text(), *layout)) for layout in [(1, 64), (4, 256)])
@@ -145,6 +158,35 @@ def test_the_text_error_of_equally_long_documents_is_that_of_their_mean():
     assert bound_of(make_model(0), lay_out(make_text(1))).bits_per_character()["standard_error_text"] is None
 
 
+def importance_of(model, windows, samples, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return evaluate_bound(*model, windows, draws=2, samples=samples, generator=generator).importance.sum()
+
+
+def test_one_importance_weighted_draw_is_the_bound_under_the_mixture_and_more_are_tighter():
+    model = make_model(rate="mixture", reads_text=True)
+    windows = lay_out(make_text())
+    bound = bound_of(model, windows, draws=64)  # of a prior that has learnt nothing: the mixture alone
+    ones = np.array([importance_of(model, windows, 1, seed) for seed in range(8)])
+    error = math.sqrt(ones.var(ddof=1) / len(ones) + bound.variance)
+    assert abs(ones.mean() - bound.nats.sum()) < 4 * error
+    assert error < 0.01 * bound.nats.sum()
+    tighter = [importance_of(model, windows, samples) for samples in (1, 4, 16)]
+    assert tighter[0] > tighter[1] > tighter[2]
+
+
+def test_importance_weights_find_the_likelihood_where_it_is_known():
+    """A decoder deaf to its latent gives every text the same probability whatever the latent costs."""
+    model = make_model(rate="mixture", latent_dim=2, gamma_0=0.0)
+    for parameter in model[0].from_latent.outer.parameters():
+        torch.nn.init.zeros_(parameter)
+    windows = lay_out(make_text())
+    decoder = bound_of(model, windows, draws=2).decoder.sum()
+    loose, tight = (importance_of(model, windows, samples) - decoder for samples in (1, 64))
+    assert loose > 0.003 * decoder
+    assert abs(tight) < 0.1 * loose
+
+
 def test_what_is_no_bound_is_refused():
     autoencoder, prior = make_model()
     windows = lay_out(make_text(1))
@@ -156,5 +198,7 @@ def test_what_is_no_bound_is_refused():
         evaluate_bound(autoencoder, prior, shuffled, generator=generator)
     with pytest.raises(ValueError, match="belongs to an autoencoder with latents"):
         evaluate_bound(autoencoder, None, windows, generator=generator)
+    with pytest.raises(ValueError, match="importance weights need"):
+        evaluate_bound(autoencoder, prior, windows, samples=4, generator=generator)
     with pytest.raises(ValueError, match="eval"):
         evaluate_bound(autoencoder.train(), prior, windows, generator=generator)
