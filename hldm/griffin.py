@@ -18,8 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from hldm import operators
 from hldm.config import GriffinConfig
-from hldm.derivatives import CausalConvFunction, GatedDecayFunction, RMSNormFunction, at_least_float32
+from hldm.derivatives import (
+    CausalConvFunction,
+    GatedDecayFunction,
+    GatedScanFunction,
+    RMSNormFunction,
+    at_least_float32,
+)
 from hldm.scan import linear_scan
 
 DECAY_POWER = 8.0  # c of Griffin, equation 4: a = radius^(c r)
@@ -200,6 +207,8 @@ class RGLRU(nn.Module):
             part.to(x.dtype) for part in (self.gate_weight, self.gate_bias, self.a_param, reset)
         )
         log_radius = -DECAY_POWER * F.softplus(a_param)
+        if operators.available(x):
+            return GatedScanFunction.apply(x, weight, bias, log_radius, reset, hidden)
         a, b = GatedDecayFunction.apply(x.flatten(0, 1), weight, bias, log_radius, reset.view(-1, 1))
         return linear_scan(a.view(x.shape), b.view(x.shape), hidden)
 
