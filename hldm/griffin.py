@@ -28,6 +28,7 @@ from hldm.derivatives import (
     at_least_float32,
 )
 from hldm.scan import linear_scan
+from hldm.step import can_step, griffin_step
 
 DECAY_POWER = 8.0  # c of Griffin, equation 4: a = radius^(c r)
 ATTENTION_BLOCK = 32  # queries that share their keys, at least; measured for windows below it
@@ -314,7 +315,7 @@ class Griffin(nn.Module):
         super().__init__()
         if window < 1:
             raise ValueError(f"window must be at least 1 position, got {window}")
-        self.config = config
+        self.config, self.window = config, window
         self.gradient_checkpointing = False
         self.blocks = nn.ModuleList(ResidualBlock(kind, config, window) for kind in config.blocks)
         self.norm = RMSNorm(config.width)
@@ -344,6 +345,10 @@ class Griffin(nn.Module):
         Raises ValueError when the shapes disagree.
         """
         self._check(x, state, doc_start, chunk_start, length)
+        if length is None and can_step(self, x, state):
+            pairs = self.config.width // self.config.heads // 4
+            rotation = _rotation(self.window + 1, pairs, torch.complex64, x.device)
+            return griffin_step(self, x, state, doc_start, chunk_start, rotation)
         layout = Layout.of(doc_start, chunk_start, length, self.config.conv_width)
         states = []
         for block, carried in zip(self.blocks, state, strict=True):

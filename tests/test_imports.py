@@ -22,6 +22,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "text",
         "scan",
         "derivatives",
+        "step",
         "carry",
         "checkpoints",
         "health",
