@@ -1,7 +1,7 @@
 """Norm, convolution and gates of Griffin as autograd functions with their derivatives written out.
 
 Left to autograd these elementwise chains cost a CPU nearly as much as the matrix products; so, 0.6 of that
-(measured, width 128). `hldm.griffin` says what they are for; tests/test_griffin.py holds them against
+(measured, width 128). Where `hldm.operators` has kernels, convolution and gates use them. `hldm.griffin` says what they are for; tests/test_griffin.py holds them against
 transformers' RecurrentGemma and against autograd's own derivatives.
 """
 
@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from hldm import operators
 
 CACHED_NUMBERS = 65_536  # of a tensor at a time, to stay in a core's cache: 4 % of a training step (measured)
 MAX_SQRT_GRADIENT = 1000.0  # recurrentgemma: bounds the gradient of sqrt(1 - a^2) as a nears 1
@@ -69,6 +71,9 @@ class CausalConvFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, taps: Tensor, weight: Tensor, bias: Tensor, inside: Tensor) -> Tensor:
+        ctx.save_for_backward(x, taps, weight, inside)
+        if operators.available(x):
+            return operators.conv(x, taps, weight, bias, inside)
         k, t = weight.shape[0], x.shape[1]
         y = torch.empty_like(x)
         for x_n, taps_n, inside_n, y_n in _row_blocks(x, taps, inside, y):
@@ -76,13 +81,15 @@ class CausalConvFunction(torch.autograd.Function):
             torch.addcmul(bias, x_n, weight[-1], out=y_n)
             for i in range(k - 1):
                 y_n.addcmul_(extended[:, i : i + t] * inside_n[..., i : i + 1], weight[i])
-        ctx.save_for_backward(x, taps, weight, inside)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
         x, taps, weight, inside = ctx.saved_tensors
+        if operators.available(x):
+            dx, dtaps, dweight, dbias = operators.conv_back(x, taps, weight, inside, dy)
+            return dx, dtaps, dweight.sum(0), dbias.sum(0), None
         k, t = weight.shape[0], x.shape[1]
         dx, dtaps = torch.empty_like(x), torch.empty_like(taps)
         dweight, dbias = torch.zeros_like(weight), torch.zeros_like(weight[0])
@@ -153,3 +160,35 @@ class GatedDecayFunction(torch.autograd.Function):
             dweight.baddbmm_(x_n.unflatten(1, (h, w)).permute(1, 2, 0), dlogits)
             dx_n.unflatten(1, (h, w)).add_(torch.bmm(dlogits, weight.mT).transpose(0, 1))
         return dx, dweight, dbias, dlog_radius, None
+
+
+class GatedScanFunction(torch.autograd.Function):
+    """The RG-LRU whole: GatedDecayFunction and the recurrence h_t = a_t h_{t-1} + b_t, where kernels are available.
+
+    x (b t d), weight, bias, log_radius as there, reset (b t), h0 (b d) -> h (b t d), the last one (b d).
+    Keeps the gates and the states; the decays are worked out once more in the backward pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, log_radius: Tensor, reset: Tensor, h0: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        h, w, _ = weight.shape
+        gates = torch.bmm(x.reshape(-1, h, w).transpose(0, 1), weight)  # (h bt 2w), logits so far
+        states = operators.gated_scan(x, gates, bias, log_radius, reset, h0)
+        ctx.save_for_backward(x, weight, log_radius, reset, h0, gates, states)
+        return states, states[:, -1].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, dstates: Tensor, dlast: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, None, Tensor]:
+        x, weight, log_radius, reset, h0, gates, states = ctx.saved_tensors
+        h, w, _ = weight.shape
+        dx, dgates, dbias, dlog_radius, dh0 = operators.gated_scan_back(
+            x, gates, log_radius, reset, h0, states, dstates, dlast, 0.5 / MAX_SQRT_GRADIENT
+        )
+        dweight = torch.bmm(x.reshape(-1, h, w).permute(1, 2, 0), dgates)
+        dx.view(-1, h, w).add_(torch.bmm(dgates, weight.mT).transpose(0, 1))
+        return dx, dweight, dbias.sum(0).view(2, h, w), dlog_radius.sum(0), None, dh0

@@ -18,9 +18,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from hldm import operators
 from hldm.config import GriffinConfig
-from hldm.derivatives import CausalConvFunction, GatedDecayFunction, RMSNormFunction, at_least_float32
+from hldm.derivatives import (
+    CausalConvFunction,
+    GatedDecayFunction,
+    GatedScanFunction,
+    RMSNormFunction,
+    at_least_float32,
+)
 from hldm.scan import linear_scan
+from hldm.step import can_step, griffin_step
 
 DECAY_POWER = 8.0  # c of Griffin, equation 4: a = radius^(c r)
 ATTENTION_BLOCK = 32  # queries that share their keys, at least; measured for windows below it
@@ -200,6 +208,8 @@ class RGLRU(nn.Module):
             part.to(x.dtype) for part in (self.gate_weight, self.gate_bias, self.a_param, reset)
         )
         log_radius = -DECAY_POWER * F.softplus(a_param)
+        if operators.available(x):
+            return GatedScanFunction.apply(x, weight, bias, log_radius, reset, hidden)
         a, b = GatedDecayFunction.apply(x.flatten(0, 1), weight, bias, log_radius, reset.view(-1, 1))
         return linear_scan(a.view(x.shape), b.view(x.shape), hidden)
 
@@ -305,7 +315,7 @@ class Griffin(nn.Module):
         super().__init__()
         if window < 1:
             raise ValueError(f"window must be at least 1 position, got {window}")
-        self.config = config
+        self.config, self.window = config, window
         self.gradient_checkpointing = False
         self.blocks = nn.ModuleList(ResidualBlock(kind, config, window) for kind in config.blocks)
         self.norm = RMSNorm(config.width)
@@ -335,6 +345,10 @@ class Griffin(nn.Module):
         Raises ValueError when the shapes disagree.
         """
         self._check(x, state, doc_start, chunk_start, length)
+        if length is None and can_step(self, x, state):
+            pairs = self.config.width // self.config.heads // 4
+            rotation = _rotation(self.window + 1, pairs, torch.complex64, x.device)
+            return griffin_step(self, x, state, doc_start, chunk_start, rotation)
         layout = Layout.of(doc_start, chunk_start, length, self.config.conv_width)
         states = []
         for block, carried in zip(self.blocks, state, strict=True):

@@ -1,7 +1,7 @@
 """The linear recurrence h_t = a_t h_{t-1} + b_t along time, and nothing about what a and b mean.
 
-One door, `linear_scan`, and a dict of backends behind it: the plain loop that says what is computed, and a chunked
-form in torch that runs anywhere. Neither divides by a product of decays nor takes its logarithm, as the closed forms
+One door, `linear_scan`, and a dict of backends behind it: the plain loop that says what is computed, a chunked form in
+torch that runs anywhere, and a pass of C++ where it can be compiled. None divides by a product of decays nor takes its logarithm, as the closed forms
 do: a decay of exactly 0 starts a document, and both would turn it into NaN. Griffin (arXiv 2402.19427), section 2.4.
 """
 
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hldm import operators
+
 # Measured on one CPU core: a call on few numbers costs about as much as one on 30 thousand; more leave the cache.
 NUMBERS_PER_CALL = 32_768
 
@@ -23,7 +25,7 @@ def linear_scan(
     b: Tensor,
     h0: Tensor | None = None,
     *,
-    backend: Literal["auto", "loop", "chunked"] = "auto",
+    backend: Literal["auto", "loop", "chunked", "cpp"] = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Run h_t = a_t h_{t-1} + b_t along time, differentiably in a, b and h0.
 
@@ -31,7 +33,7 @@ def linear_scan(
     h0: (b d) state carried from the previous stretch of text; zeros when None
     Returns all states (b t d) in b's dtype, and the last one (b d), ready to be carried on. Computes, and returns the
     last state, in float32 (float64 when any argument is): bfloat16 rounds a decay of 0.999 to 1.
-    Raises ValueError when the shapes disagree, time is empty or the backend is unknown.
+    Raises ValueError when the shapes disagree, time is empty, or the backend is unknown or cannot be had.
     """
     if a.ndim != 3 or a.shape != b.shape:
         raise ValueError(f"a and b must share a shape (b t d), got {tuple(a.shape)} and {tuple(b.shape)}")
@@ -40,15 +42,19 @@ def linear_scan(
         raise ValueError(f"a scan needs at least one step, got a of shape {tuple(a.shape)}")
     if h0 is not None and h0.shape != (batch, d):
         raise ValueError(f"h0 must have shape (b d) = {(batch, d)}, got {tuple(h0.shape)}")
-    if backend == "auto":
-        backend = "loop" if t == 1 else "chunked"
-    if backend not in BACKENDS:
+    if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend must be 'auto' or one of {sorted(BACKENDS)}, got {backend!r}")
 
     inputs = (a, b) if h0 is None else (a, b, h0)
     dtype = torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32
+    a_exact, b_exact = a.to(dtype), b.to(dtype)
     h0 = b.new_zeros(batch, d, dtype=dtype) if h0 is None else h0.to(dtype)
-    h, h_last = BACKENDS[backend](a.to(dtype), b.to(dtype), h0)
+    if backend == "auto":
+        fast = "cpp" if operators.available(b_exact) else "chunked"
+        backend = "loop" if t == 1 else fast
+    elif backend == "cpp" and not operators.available(b_exact):
+        raise ValueError("backend 'cpp' needs a CPU and a C++ compiler: hldm doctor says more; or pass 'auto'")
+    h, h_last = BACKENDS[backend](a_exact, b_exact, h0)
     return h.to(b.dtype), h_last
 
 
@@ -64,6 +70,26 @@ def scan_by_loop(a: Tensor, b: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
 def scan_by_chunks(a: Tensor, b: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
     """The recurrence over many chunks of time at once, joined by a scan over the chunks."""
     return _ChunkedScan.apply(a, b, h0)
+
+
+def scan_by_cpp(a: Tensor, b: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
+    """The recurrence as a loop over time of vector instructions, at the speed of memory."""
+    return _CppScan.apply(a, b, h0)
+
+
+class _CppScan(torch.autograd.Function):
+    """As `_ChunkedScan`, each direction in one pass."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
+        h = operators.scan(a, b, h0)
+        ctx.save_for_backward(a, h0, h)
+        return h, h[:, -1].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dh: Tensor, dh_last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return operators.scan_back(*ctx.saved_tensors, dh, dh_last)
 
 
 class _ChunkedScan(torch.autograd.Function):
@@ -153,4 +179,5 @@ def _chunk_steps(h: Tensor) -> int:
 BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "loop": scan_by_loop,
     "chunked": scan_by_chunks,
+    "cpp": scan_by_cpp,
 }

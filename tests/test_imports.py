@@ -15,11 +15,14 @@ SOURCES = sorted([*ROOT.glob("hldm/*.py"), *ROOT.glob("*.py")])
 
 # A file imports only from floors below its own. A new file takes its place here.
 FLOORS: tuple[tuple[str, ...], ...] = (
+    ("kernels",),
+    ("operators",),
     (
         "strict_yaml",
         "text",
         "scan",
         "derivatives",
+        "step",
         "carry",
         "checkpoints",
         "health",

@@ -1,0 +1,331 @@
+// One position through a whole Griffin stack, for hldm.step: weights are read where torch keeps them, (out in) row by
+// row. Rows of the batch are taken L at a time; what flows between layers is (features, L), so that a weight meets all
+// of its rows in one vector instruction. For L = 1 the vectors run along the features instead.
+
+#include <algorithm>
+#include <vector>
+
+#include "elementwise.h"
+
+namespace {
+
+// What it is called with, in hldm/step.py's order.
+struct Shape {
+    int64_t batch, d, heads, hidden, taps, window, blocks, threads;
+};
+
+constexpr int64_t FLOATS = 16;  // of a vector; compilers split it where the machine's are shorter
+
+template <int N>
+struct Vector {
+    typedef float type __attribute__((vector_size(4 * N), aligned(4), may_alias));
+};
+
+template <int N>
+inline typename Vector<N>::type& vector_at(float* p) {
+    return *reinterpret_cast<typename Vector<N>::type*>(p);
+}
+
+template <int N>
+inline const typename Vector<N>::type& vector_at(const float* p) {
+    return *reinterpret_cast<const typename Vector<N>::type*>(p);
+}
+
+// y[o + r] = sum_i w[o + r, i] x[i] for r < R, x (in, L), by L / N vectors a row; w's strides: over outputs, inputs
+template <int L, int R>
+inline void multiply_rows(const float* w, int64_t by_output, int64_t by_input, const float* x, float* y, int64_t in) {
+    constexpr int N = L < FLOATS ? L : FLOATS;
+    typedef typename Vector<N>::type V;
+    V sum[R][L / N];
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < L / N; v++) sum[r][v] = V{};
+    for (int64_t i = 0; i < in; i++) {
+        V x_i[L / N];
+        for (int v = 0; v < L / N; v++) x_i[v] = vector_at<N>(x + i * L + v * N);
+        for (int r = 0; r < R; r++) {
+            const float w_ri = w[r * by_output + i * by_input];
+            for (int v = 0; v < L / N; v++) sum[r][v] += w_ri * x_i[v];
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < L / N; v++) vector_at<N>(y + r * L + v * N) = sum[r][v];
+}
+
+// The same for one row of the batch and weights (out in): dot products, their vectors along the inputs.
+template <int R>
+inline void dot_rows(const float* w, const float* x, float* y, int64_t in) {
+    typedef Vector<FLOATS>::type V;
+    V sum[R];
+    for (int r = 0; r < R; r++) sum[r] = V{};
+    int64_t i = 0;
+    for (; i + FLOATS <= in; i += FLOATS) {
+        const V x_i = vector_at<FLOATS>(x + i);
+        for (int r = 0; r < R; r++) sum[r] += vector_at<FLOATS>(w + r * in + i) * x_i;
+    }
+    for (int r = 0; r < R; r++) {
+        float total = 0;
+        for (int64_t rest = i; rest < in; rest++) total += w[r * in + rest] * x[rest];
+        Vector<8>::type half = vector_at<8>((const float*)&sum[r]) + vector_at<8>((const float*)&sum[r] + 8);
+        for (int j = 0; j < 8; j++) total += half[j];
+        y[r] = total;
+    }
+}
+
+// y (out, L) = weight (out in) x (in, L)
+template <int L>
+void multiply(const float* weight, const float* x, float* y, int64_t out, int64_t in) {
+    constexpr int R = L == 1 ? 4 : L <= FLOATS ? 8 : 4;  // as many sums as registers hold
+    int64_t o = 0;
+    if constexpr (L == 1) {
+        for (; o + R <= out; o += R) dot_rows<R>(weight + o * in, x, y + o, in);
+        for (; o < out; o++) dot_rows<1>(weight + o * in, x, y + o, in);
+    } else {
+        for (; o + R <= out; o += R) multiply_rows<L, R>(weight + o * in, in, 1, x, y + o * L, in);
+        for (; o < out; o++) multiply_rows<L, 1>(weight + o * in, in, 1, x, y + o * L, in);
+    }
+}
+
+// y (out, L) = x (in, L) times weight (in out), as the gates keep theirs
+template <int L>
+void multiply_transposed(const float* weight, const float* x, float* y, int64_t out, int64_t in) {
+    if constexpr (L == 1) {
+        std::fill(y, y + out, 0.0f);
+        for (int64_t i = 0; i < in; i++)
+            for (int64_t o = 0; o < out; o++) y[o] += x[i] * weight[i * out + o];
+    } else {
+        constexpr int R = L <= FLOATS ? 8 : 4;
+        int64_t o = 0;
+        for (; o + R <= out; o += R) multiply_rows<L, R>(weight + o, 1, out, x, y + o * L, in);
+        for (; o < out; o++) multiply_rows<L, 1>(weight + o, 1, out, x, y + o * L, in);
+    }
+}
+
+// y = x / sqrt(mean x^2 + 1e-6) (1 + scale)
+template <int L>
+void normalise(const float* x, const float* scale, float* y, int64_t d) {
+    float inverse[L] = {};
+    if constexpr (L == 1) {
+        Vector<FLOATS>::type sum = {};
+        int64_t i = 0;
+        for (; i + FLOATS <= d; i += FLOATS) sum += vector_at<FLOATS>(x + i) * vector_at<FLOATS>(x + i);
+        for (int j = 0; j < FLOATS; j++) inverse[0] += sum[j];
+        for (; i < d; i++) inverse[0] += x[i] * x[i];
+    } else {
+        for (int64_t i = 0; i < d; i++)
+            for (int l = 0; l < L; l++) inverse[l] += x[i * L + l] * x[i * L + l];
+    }
+    for (int l = 0; l < L; l++) inverse[l] = 1.0f / std::sqrt(inverse[l] / d + 1e-6f);
+    for (int64_t i = 0; i < d; i++)
+        for (int l = 0; l < L; l++) y[i * L + l] = x[i * L + l] * inverse[l] * (1.0f + scale[i]);
+}
+
+template <int L>
+void add_bias(const float* bias, float* y, int64_t d) {
+    for (int64_t i = 0; i < d; i++)
+        for (int l = 0; l < L; l++) y[i * L + l] += bias[i];
+}
+
+// What a group of L rows works with; the first `rows` of them are the batch's, the others hold zeros.
+template <int L>
+struct Group {
+    const Shape& shape;
+    int64_t first, rows;
+    const uint8_t *doc_start, *chunk_start;  // (b)
+    float *x, *normed, *temporal, *wide, *wide_up;  // (d, L) three times, (max(hidden, 3 d), L) twice
+
+    Group(const Shape& shape, int64_t first, const uint8_t* doc_start, const uint8_t* chunk_start)
+        : shape(shape),
+          first(first),
+          rows(std::min<int64_t>(L, shape.batch - first)),
+          doc_start(doc_start + first),
+          chunk_start(chunk_start + first) {
+        static thread_local std::vector<float> numbers;
+        numbers.assign((3 * shape.d + 2 * std::max(shape.hidden, 3 * shape.d)) * L + FLOATS, 0.0f);
+        x = numbers.data() + (64 - uintptr_t(numbers.data()) % 64) / sizeof(float);  // a line of the cache
+        normed = x + shape.d * L;
+        temporal = normed + shape.d * L;
+        wide = temporal + shape.d * L;
+        wide_up = wide + std::max(shape.hidden, 3 * shape.d) * L;
+    }
+
+    // weights: linear_y, its bias, linear_x, its bias, conv, its bias, gates, their bias, a_param, linear_out, its bias
+    // state: hidden (b d), taps (b k-1 d)
+    void recur(const float* const* weights, const float* const* state, float* const* after) {
+        const int64_t d = shape.d, k = shape.taps, w = d / shape.heads;
+        float *u = wide, *mixed = wide + d * L, *y = wide + 2 * d * L, *gates = wide_up, *radius = gates + 2 * d * L;
+        multiply<L>(weights[0], normed, y, d, d);
+        multiply<L>(weights[2], normed, u, d, d);
+        add_bias<L>(weights[3], u, d);
+        for (int64_t i = 0; i < d; i++)
+            for (int l = 0; l < L; l++) mixed[i * L + l] = weights[5][i] + weights[4][(k - 1) * d + i] * u[i * L + l];
+        for (int64_t row = 0; row < rows; row++) {
+            const float* taps = state[1] + (first + row) * (k - 1) * d;
+            float* taps_after = after[1] + (first + row) * (k - 1) * d;
+            if (doc_start[row]) {
+                std::fill(taps_after, taps_after + (k - 1) * d, 0.0f);
+            } else {
+                for (int64_t i = 0; i < k - 1; i++)
+                    for (int64_t j = 0; j < d; j++)
+                        mixed[j * L + row] += weights[4][i * d + j] * taps[i * d + j];
+                if (k > 1) std::copy(taps + d, taps + (k - 1) * d, taps_after);
+            }
+            for (int64_t j = 0; k > 1 && j < d; j++) taps_after[(k - 2) * d + j] = u[j * L + row];
+        }
+        for (int64_t head = 0; head < shape.heads; head++)
+            multiply_transposed<L>(weights[6] + head * w * 2 * w, mixed + head * w * L, gates + head * 2 * w * L,
+                                   2 * w, w);
+        for (int64_t i = 0; i < d; i++) radius[i] = -8.0f * softplus(weights[8][i]);  // Griffin, equation 4
+        for (int64_t head = 0; head < shape.heads; head++) {
+            float* input = gates + head * 2 * w * L;
+            float* decay = input + w * L;
+            for (int64_t j = 0; j < w; j++) {
+                const int64_t i = head * w + j;
+                for (int l = 0; l < L; l++) {
+                    decay[j * L + l] = radius[i] * sigmoid(decay[j * L + l] + weights[7][d + i]);
+                    mixed[i * L + l] *= sigmoid(input[j * L + l] + weights[7][i]);
+                }
+            }
+            for (int64_t row = 0; row < rows; row++) {
+                const bool fresh = doc_start[row];
+                const float* hidden = state[0] + (first + row) * d + head * w;
+                float* hidden_after = after[0] + (first + row) * d + head * w;
+                for (int64_t j = 0; j < w; j++) {
+                    const float e = exp_minus_one(decay[j * L + row]), in = mixed[(head * w + j) * L + row];
+                    const float mixed_in = std::sqrt(-e * (2 + e)) * in;
+                    hidden_after[j] = fresh ? in : (1 + e) * hidden[j] + mixed_in;
+                }
+            }
+        }
+        for (int64_t i = 0; i < d; i++)
+            for (int l = 0; l < L; l++) y[i * L + l] = gelu(y[i * L + l] + weights[1][i]);
+        for (int64_t row = 0; row < rows; row++)
+            for (int64_t i = 0; i < d; i++) y[i * L + row] *= after[0][(first + row) * d + i];
+        multiply<L>(weights[9], y, temporal, d, d);
+        add_bias<L>(weights[10], temporal, d);
+    }
+
+    // weights: query, key, value, linear_out, its bias;  rotation (s+1, e/4, 2): cos and sin by distance
+    // state: keys, values (b s h e), live (b s)
+    void attend(const float* const* weights, const float* const* state, float* const* after, const float* rotation) {
+        const int64_t d = shape.d, s = shape.window, e = d / shape.heads, pairs = e / 4;
+        float *q = wide, *k = wide + d * L, *v = wide + 2 * d * L, *y = wide_up;
+        multiply<L>(weights[0], normed, q, d, d);
+        multiply<L>(weights[1], normed, k, d, d);
+        multiply<L>(weights[2], normed, v, d, d);
+        std::vector<float> scores((s + 1) * shape.heads), turned(d), own(d), attended(d);
+        for (int64_t row = 0; row < rows; row++) {
+            const bool opens = doc_start[row] || chunk_start[row];
+            const int64_t at = (first + row) * s;
+            const float *keys = state[0] + at * d, *values = state[1] + at * d;
+            float *keys_after = after[0] + at * d, *values_after = after[1] + at * d;
+            const uint8_t* live = (const uint8_t*)state[2] + at;
+            uint8_t* live_after = (uint8_t*)after[2] + at;
+            std::copy(keys + d, keys + s * d, keys_after);
+            std::copy(values + d, values + s * d, values_after);
+            for (int64_t i = 0; i < d; i++) {
+                keys_after[(s - 1) * d + i] = k[i * L + row];
+                values_after[(s - 1) * d + i] = v[i * L + row];
+                own[i] = q[i * L + row] / std::sqrt(float(e));
+            }
+            for (int64_t j = 1; j < s; j++) live_after[j - 1] = !opens && live[j];
+            live_after[s - 1] = 1;
+
+            // Position j of s + 1, the last being its own, is s - j back; attended over the live ones.
+            const auto seen = [&](int64_t j) { return j == s || (!opens && live[j]); };
+            for (int64_t j = 0; j <= s; j++) {
+                if (!seen(j)) continue;
+                const float* key = j == s ? keys_after + (s - 1) * d : keys + j * d;
+                const float* turn = rotation + (s - j) * pairs * 2;
+                for (int64_t head = 0; head < shape.heads; head++) {
+                    const float* o = own.data() + head * e;
+                    float* r = turned.data();
+                    for (int64_t p = 0; p < pairs; p++) {
+                        r[2 * p] = o[2 * p] * turn[2 * p] - o[2 * p + 1] * turn[2 * p + 1];
+                        r[2 * p + 1] = o[2 * p + 1] * turn[2 * p] + o[2 * p] * turn[2 * p + 1];
+                    }
+                    std::copy(o + 2 * pairs, o + e, r + 2 * pairs);
+                    dot_rows<1>(key + head * e, r, &scores[head * (s + 1) + j], e);
+                }
+            }
+            std::fill(attended.begin(), attended.end(), 0.0f);
+            for (int64_t head = 0; head < shape.heads; head++) {
+                float *score = &scores[head * (s + 1)], *out = attended.data() + head * e;
+                float largest = score[s], total = 0;
+                for (int64_t j = 0; j < s; j++)
+                    if (seen(j)) largest = std::max(largest, score[j]);
+                for (int64_t j = 0; j <= s; j++) {
+                    if (!seen(j)) continue;
+                    const float weight = exponential(score[j] - largest);
+                    const float* value = (j == s ? values_after + (s - 1) * d : values + j * d) + head * e;
+                    total += weight;
+                    for (int64_t i = 0; i < e; i++) out[i] += weight * value[i];
+                }
+                for (int64_t i = 0; i < e; i++) out[i] /= total;
+            }
+            for (int64_t i = 0; i < d; i++) y[i * L + row] = attended[i];
+        }
+        multiply<L>(weights[3], y, temporal, d, d);
+        add_bias<L>(weights[4], temporal, d);
+    }
+
+    // weights: gate, up, down
+    void mlp(const float* const* weights) {
+        multiply<L>(weights[0], normed, wide, shape.hidden, shape.d);
+        multiply<L>(weights[1], normed, wide_up, shape.hidden, shape.d);
+        for (int64_t i = 0; i < shape.hidden * L; i++) wide[i] = gelu(wide[i]) * wide_up[i];
+        multiply<L>(weights[2], wide, temporal, shape.d, shape.hidden);
+    }
+
+    void run(const uint8_t* is_recurrent, const float* const* weights, const float* rotation, const float* text,
+             const float* const* state, float* const* after, float* y) {
+        const int64_t d = shape.d;
+        for (int64_t row = 0; row < rows; row++)
+            for (int64_t i = 0; i < d; i++) x[i * L + row] = text[(first + row) * d + i];
+        for (int64_t block = 0; block < shape.blocks; block++) {
+            normalise<L>(x, *weights++, normed, d);
+            if (is_recurrent[block]) {
+                recur(weights, state, after);
+                weights += 11, state += 2, after += 2;
+            } else {
+                attend(weights, state, after, rotation);
+                weights += 5, state += 3, after += 3;
+            }
+            for (int64_t i = 0; i < d * L; i++) x[i] += temporal[i];
+            normalise<L>(x, *weights++, normed, d);
+            mlp(weights);
+            weights += 3;
+            for (int64_t i = 0; i < d * L; i++) x[i] += temporal[i];
+        }
+        normalise<L>(x, *weights, normed, d);
+        for (int64_t row = 0; row < rows; row++)
+            for (int64_t i = 0; i < d; i++) y[(first + row) * d + i] = normed[i * L + row];
+    }
+};
+
+template <int L, typename... Arguments>
+void run_groups(const Shape& shape, const uint8_t* doc_start, const uint8_t* chunk_start, Arguments... rest) {
+    const int64_t groups = (shape.batch + L - 1) / L;
+#pragma omp parallel for num_threads(int(std::max<int64_t>(1, std::min(shape.threads, groups))))
+    for (int64_t group = 0; group < groups; group++)
+        Group<L>(shape, group * L, doc_start, chunk_start).run(rest...);
+}
+
+}  // namespace
+
+extern "C" void hldm_griffin_step(const Shape* shape, const uint8_t* is_recurrent, const float* const* weights,
+                                  const float* rotation, const float* x, const uint8_t* doc_start,
+                                  const uint8_t* chunk_start, const float* const* state, float* const* after,
+                                  float* y) {
+    const int64_t share = (shape->batch + shape->threads - 1) / std::max<int64_t>(shape->threads, 1);
+    const auto run = [&](auto groups) {
+        groups(*shape, doc_start, chunk_start, is_recurrent, weights, rotation, x, state, after, y);
+    };
+    if (shape->batch == 1)
+        run([](auto&&... all) { run_groups<1>(all...); });
+    else if (share <= 8)
+        run([](auto&&... all) { run_groups<8>(all...); });
+    else if (share <= 16)
+        run([](auto&&... all) { run_groups<16>(all...); });
+    else
+        run([](auto&&... all) { run_groups<32>(all...); });
+}
