@@ -137,13 +137,14 @@ class AutoencoderConfig:
     rate: Literal["none", "gaussian", "mixture", "diffusion"] = "diffusion"  # what latents pay in stage one
     components: int = 512  # of rate 'mixture', whose denoiser the prior then corrects
     rate_weight: float = 0.3  # weight of that payment against reconstruction
+    rate_anneal: float = 0.0  # last share of the progress over which the weight goes to 1, that of the bound
 
     def __post_init__(self) -> None:
         _require(
             0 <= self.latent_dim <= 4096,
             f"autoencoder.latent_dim must lie in 0..4096, got {self.latent_dim}",
         )
-        _require_share("autoencoder", self, "byte_dropout", "latent_dropout", "clean_latents")
+        _require_share("autoencoder", self, "byte_dropout", "latent_dropout", "clean_latents", "rate_anneal")
         _require(
             1 <= self.components <= 65_536,
             f"autoencoder.components must lie in 1..65536, got {self.components}",

@@ -192,6 +192,18 @@ class GaussianRate(nn.Module):
         return kl.sum(dim=-1) * encoding.mask
 
 
+def rate_weight(settings: AutoencoderConfig, progress: float) -> float:
+    """What a nat of the rate weighs against one of the decoder: rate_weight, in the end 1.
+
+    Below 1 latents are cheap, and an encoder that has yet to learn uses them; the bound that is reported
+    asks the full price. Linear over the last rate_anneal of the progress.
+    """
+    if not settings.rate_anneal:
+        return settings.rate_weight
+    done = min(max((progress - 1) / settings.rate_anneal + 1, 0.0), 1.0)
+    return settings.rate_weight + done * (1 - settings.rate_weight)
+
+
 class AutoencoderObjective(nn.Module):
     """Stage one: reconstruction from noisy latents plus what they cost (or the twin: plain bytes)."""
 
@@ -263,7 +275,7 @@ class AutoencoderObjective(nn.Module):
         assert carry.decoder is not None
         reading, decoder = read_chunks(autoencoder, batch, z_0, carry.decoder, encoding, hidden)
         paid_for = {"decoder": reading.nats.sum(), **rates}
-        loss = paid_for["decoder"] + settings.rate_weight * sum(rates.values())
+        loss = paid_for["decoder"] + rate_weight(settings, progress) * sum(rates.values())
         return Step(
             loss / batch.total_bytes,
             {name: value.detach() for name, value in paid_for.items()},
