@@ -23,7 +23,7 @@ from hldm.bound import evaluate_bound, held_out_windows
 from hldm.config import GenerationConfig, load_config
 from hldm.corpus import load_corpora, make_corpus
 from hldm.generation import write_on
-from hldm.metrics import copied_share, diversity, known_words
+from hldm.metrics import TrainingText, diversity
 from hldm.pipeline import HLDMPipeline, read_pipeline
 from hldm.prompts import choose_prompts, prompt_chunker
 from hldm.text import count_characters
@@ -106,7 +106,7 @@ def judge_run(
     bench = _Bench(
         NGram(corpora["validation"].text.tobytes()),
         None if judge is None else read_pipeline(judge / "pipeline"),
-        corpora["train"].text.tobytes(),
+        TrainingText(corpora["train"].text.tobytes(), SPAN),
         starts,
     )
 
@@ -156,7 +156,9 @@ def judge_run(
 class _Bench:
     """The judges, and the texts that they compare with."""
 
-    def __init__(self, ngram: NGram, judge: HLDMPipeline | None, training: bytes, prompts: Sequence[bytes]):
+    def __init__(
+        self, ngram: NGram, judge: HLDMPipeline | None, training: TrainingText, prompts: Sequence[bytes]
+    ):
         self.ngram, self.judge_model, self.training, self.prompts = ngram, judge, training, prompts
 
     def judge(self, texts: Sequence[bytes]) -> dict[str, Any]:
@@ -169,8 +171,8 @@ class _Bench:
             "ngram_bits": sum(self.ngram.bits(a + b, begin=len(a)) for a, b in pairs) / characters,
             "judge_bits": None if self.judge_model is None else self._model_bits(pairs) / characters,
             **words,
-            "known_words": known_words(decoded, self.training.decode("utf-8", "replace")),
-            "copied": copied_share(texts, self.training, SPAN),
+            "known_words": self.training.known_words(decoded),
+            "copied": self.training.copied_share(texts),
         }
 
     def _model_bits(self, pairs: Sequence[tuple[bytes, bytes]]) -> float:

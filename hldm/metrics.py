@@ -79,22 +79,28 @@ def diversity(texts: Sequence[str]) -> dict[str, float]:
     }
 
 
-def known_words(texts: Sequence[str], training_text: str) -> float:
-    """Share of words, letters in a row, that occur in the training text; the first and last of a text may be cut."""
-    known = set(WORD.findall(training_text))
-    words = [word for text in texts for word in WORD.findall(text)[1:-1]]
-    return sum(word in known for word in words) / max(len(words), 1)
+class TrainingText:
+    """What stands in a training text, for the question how much of other texts does; built once, asked often."""
 
+    def __init__(self, text: bytes, span: int):
+        """span: bytes of what counts as copied."""
+        self.span = span
+        self._words = frozenset(WORD.findall(text.decode("utf-8", "replace")))
+        self._spans = np.unique(_span_hashes(text, span))
 
-def copied_share(texts: Sequence[bytes], training_text: bytes, span: int) -> float:
-    """Share of the texts' spans of so many bytes, at every place, that stand in the training text.
+    def known_words(self, texts: Sequence[str]) -> float:
+        """Share of words, letters in a row, that occur in it; the first and last of a text may be cut."""
+        words = [word for text in texts for word in WORD.findall(text)[1:-1]]
+        return sum(word in self._words for word in words) / max(len(words), 1)
 
-    By a 64-bit hash of each span; spans across two texts do not count. Texts without a span: 0.
-    """
-    known = np.unique(_span_hashes(training_text, span))
-    hashes = [_span_hashes(text, span) for text in texts]
-    total = sum(map(len, hashes))
-    return sum(int(np.isin(h, known).sum()) for h in hashes) / max(total, 1)
+    def copied_share(self, texts: Sequence[bytes]) -> float:
+        """Share of the texts' spans, at every place, that stand in it.
+
+        By a 64-bit hash of each span; spans across two texts do not count. Texts without a span: 0.
+        """
+        hashes = np.concatenate([_span_hashes(text, self.span) for text in texts])
+        at = np.searchsorted(self._spans, hashes).clip(max=max(len(self._spans) - 1, 0))
+        return float((self._spans[at] == hashes).mean()) if len(hashes) and len(self._spans) else 0.0
 
 
 def _span_hashes(text: bytes, span: int) -> np.ndarray:

@@ -53,7 +53,9 @@ def linear_scan(
         fast = "cpp" if operators.available(b_exact) else "chunked"
         backend = "loop" if t == 1 else fast
     elif backend == "cpp" and not operators.available(b_exact):
-        raise ValueError("backend 'cpp' needs a CPU and a C++ compiler: hldm doctor says more; or pass 'auto'")
+        raise ValueError(
+            "backend 'cpp' needs a CPU and a C++ compiler: hldm doctor says more; or pass 'auto'"
+        )
     h, h_last = BACKENDS[backend](a_exact, b_exact, h0)
     return h.to(b.dtype), h_last
 

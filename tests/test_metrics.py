@@ -11,9 +11,8 @@ import torch
 
 from hldm import metrics
 from hldm.metrics import (
-    copied_share,
+    TrainingText,
     diversity,
-    known_words,
     perplexities,
     random_passage,
     repeat_last_words,
@@ -102,14 +101,16 @@ def test_importing_metrics_imports_no_evaluate():
 
 
 def test_known_words_leaves_out_the_ends_which_may_be_cut():
-    training = "the king said: go"
-    assert known_words(["XX the king XX"], training) == 1
-    assert known_words(["XX the kong said XX", "go"], training) == pytest.approx(2 / 3)
-    assert known_words([""], training) == 0
+    training = TrainingText(b"the king said: go", span=5)
+    assert training.known_words(["XX the king XX"]) == 1
+    assert training.known_words(["XX the kong said XX", "go"]) == pytest.approx(2 / 3)
+    assert training.known_words([""]) == 0
 
 
 def test_copied_spans_are_found_wherever_they_stand():
-    training = bytes(range(256)) * 2
-    assert copied_share([training[30:100]], training, span=50) == 1
-    assert copied_share([training[:60] + b"\0" * 60], training, span=50) == pytest.approx(11 / 71)
-    assert copied_share([b"\0" * 100, b"short"], training, span=50) == 0
+    text = bytes(range(256)) * 2
+    training = TrainingText(text, span=50)
+    assert training.copied_share([text[30:100]]) == 1
+    assert training.copied_share([text[:60] + b"\0" * 60]) == pytest.approx(11 / 71)
+    assert training.copied_share([b"\0" * 100, b"short"]) == 0
+    assert TrainingText(b"short", span=50).copied_share([text]) == 0
