@@ -279,8 +279,7 @@ def time_saving(trainer: Trainer, seconds_per_step: float) -> dict[str, float]:
 # Who an operator works for is the first of these that knows it or one of its callers; see group_of.
 _CALLERS = {
     "optimizer": r"Optimizer\.|aten::_foreach_|aten::_fused_adam",  # clipping and averaging, too
-    "scan": r"_ChunkedScan",
-    "gates, convolution": r"GatedDecayFunction|CausalConvFunction",
+    "recurrence": r"_ChunkedScan|_CppScan|GatedDecayFunction|GatedScanFunction|CausalConvFunction",
     "attention": r"scaled_dot_product|ScaledDotProduct|aten::_softmax",
     "norm": r"RMSNormFunction|layer_norm|LayerNorm|rms_norm",
     "embedding": r"(?i:embedding)",

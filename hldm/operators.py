@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ def _operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., 
     return register
 
 
-@lru_cache(maxsize=None)
+@cache
 def _function(name: str, dtype: torch.dtype, arguments: tuple[type, ...]) -> Any:
     function = getattr(library(), f"hldm_{name}_{_SUFFIX[dtype]}")
     kinds = {Tensor: ctypes.c_void_p, float: ctypes.c_double, int: ctypes.c_int64}
@@ -81,9 +81,7 @@ def scan(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
     "scan_back(Tensor a, Tensor h0, Tensor h, Tensor dh, Tensor dh_last) -> (Tensor, Tensor, Tensor)",
     lambda a, h0, h, dh, dh_last: (h.new_empty(h.shape), h.new_empty(h.shape), h0.new_empty(h0.shape)),
 )
-def scan_back(
-    a: Tensor, h0: Tensor, h: Tensor, dh: Tensor, dh_last: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def scan_back(a: Tensor, h0: Tensor, h: Tensor, dh: Tensor, dh_last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of a, b and h0, from those of all states and of the last one."""
     da, db, dh0 = torch.empty_like(h), torch.empty_like(h), h0.new_empty(h0.shape)
     read = (x.contiguous() for x in (a, h0, h, dh, dh_last))
@@ -136,7 +134,7 @@ def gated_scan_back(
     dh_last: Tensor,
     least: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x less what goes through the logits, of the logits, and by row of bias (b 2 d), log_radius, h0 (b d).
+    """Gradients of x less what goes through the logits, of the logits, and by row of bias (b 2 d), log_radius and h0.
 
     gates: as `gated_scan` left them;  least: the least multiplier that a gradient is divided by
     """

@@ -102,14 +102,21 @@ def griffin_step(
     stack, kernels = _STACKS[model], library()
     assert kernels is not None and stack.pointers is not None
     config: Any = model.config
+    sizes: list[int] = [
+        len(x),
+        config.width,
+        config.heads,
+        stack.hidden,
+        config.conv_width,
+        len(rotation) - 1,
+    ]
+    sizes += [len(stack.kinds), torch.get_num_threads()]
     before = [part.contiguous() for block in state for part in block]
     after = [torch.empty_like(part) for part in before]
     x, doc_start, chunk_start = x.contiguous(), doc_start.contiguous(), chunk_start.contiguous()
     y = torch.empty_like(x)
-    threads = torch.get_num_threads()
-    sizes = (len(x), config.width, config.heads, stack.hidden, config.conv_width, len(rotation) - 1)
     kernels.hldm_griffin_step(
-        (ctypes.c_int64 * 8)(*sizes, len(stack.kinds), threads),
+        (ctypes.c_int64 * 8)(*sizes),
         stack.kinds,
         stack.pointers,
         ctypes.c_void_p(rotation.data_ptr()),
