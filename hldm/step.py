@@ -38,7 +38,7 @@ class _Stack:
         # the dicts rather than the parameters, which may be replaced by others
         self.places = [(model.get_submodule(module)._parameters, name) for module, _, name in places]
         self.kinds = (ctypes.c_uint8 * len(kinds))(*(kind == "recurrent" for kind in kinds))
-        self.hidden = model.get_submodule("blocks.0.mlp.gate").out_features
+        self.hidden = len(model.get_parameter("blocks.0.mlp.gate.weight"))
         self.addresses: list[int] = []
         self.pointers: Any = None
 

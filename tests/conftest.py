@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,17 +84,6 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory, corpus_path: Path) -> 
     return train_diffusion(config, root=root)
 
 
-@contextmanager
-def _plain_torch() -> Iterator[None]:
-    from hldm import kernels
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HLDM_KERNELS", "0")
-        kernels.kernels.cache_clear()
-        yield
-    kernels.kernels.cache_clear()
-
-
 @pytest.fixture
 def plain_torch() -> Callable[[], AbstractContextManager[None]]:
     """`with plain_torch():` as on a machine without a compiler; skips where that is all there is."""
@@ -102,4 +91,4 @@ def plain_torch() -> Callable[[], AbstractContextManager[None]]:
 
     if kernels.library() is None:
         pytest.skip(f"C++ kernels: {kernels.kernels().told}")
-    return _plain_torch
+    return kernels.without_kernels
