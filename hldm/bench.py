@@ -53,7 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="hldm bench", description="Measure the speed of training and generation, beside the twin's."
     )
-    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="e.g. configs/tiny.yaml")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--config", type=Path, metavar="FILE", help="e.g. configs/tiny.yaml")
+    what.add_argument(
+        "--layers", action="store_true", help="scan, layers and a byte's step instead of training"
+    )
     parser.add_argument("--twin", type=Path, metavar="FILE", help="default: <config>-twin.yaml beside it")
     parser.add_argument("--steps", type=int, default=10, metavar="N", help="timed, of each (default 10)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there, too")
@@ -62,7 +66,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.steps < 1:
         raise ConfigError(f"--steps must be at least 1, got {arguments.steps}")
     if target is not None:
-        check_report_path(target, "bytes_per_step")
+        check_report_path(target, "RG-LRU" if arguments.layers else "bytes_per_step")
+    if arguments.layers:
+        from hldm import bench_layers
+
+        layers = bench_layers.measure(repeats=arguments.steps)
+        if target is not None:
+            save_report(target, layers)
+        print(bench_layers.report(layers))
+        return 0
     config = load_config(path)
     twin = load_config(arguments.twin or path.with_name(f"{path.stem}-twin{path.suffix}"))
     found = measure(config, twin, steps=arguments.steps)
@@ -279,8 +291,7 @@ def time_saving(trainer: Trainer, seconds_per_step: float) -> dict[str, float]:
 # Who an operator works for is the first of these that knows it or one of its callers; see group_of.
 _CALLERS = {
     "optimizer": r"Optimizer\.|aten::_foreach_|aten::_fused_adam",  # clipping and averaging, too
-    "scan": r"_ChunkedScan",
-    "gates, convolution": r"GatedDecayFunction|CausalConvFunction",
+    "recurrence": r"_ChunkedScan|_CppScan|GatedDecayFunction|GatedScanFunction|CausalConvFunction",
     "attention": r"scaled_dot_product|ScaledDotProduct|aten::_softmax",
     "norm": r"RMSNormFunction|layer_norm|LayerNorm|rms_norm",
     "embedding": r"(?i:embedding)",

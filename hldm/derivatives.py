@@ -1,8 +1,8 @@
 """Norm, convolution and gates of Griffin as autograd functions with their derivatives written out.
 
 Left to autograd these elementwise chains cost a CPU nearly as much as the matrix products; so, 0.6 of that
-(measured, width 128). Where `hldm.operators` has kernels, convolution and gates use them. `hldm.griffin` says what they are for; tests/test_griffin.py holds them against
-transformers' RecurrentGemma and against autograd's own derivatives.
+(measured, width 128). Where `hldm.operators` has kernels, convolution and gates use them. `hldm.griffin` says what they
+are for; tests/test_griffin.py holds them against transformers' RecurrentGemma and against autograd's own derivatives.
 """
 
 from __future__ import annotations

@@ -83,8 +83,10 @@ def _package(requirement: Requirement) -> Finding:
 
 
 def check_machine() -> Iterator[Finding]:
-    """Device, threads, memory, disk."""
+    """Device, threads, kernels, memory, disk."""
     import torch
+
+    from hldm.kernels import kernels
 
     if torch.accelerator.is_available():
         name = torch.accelerator.current_accelerator()
@@ -93,6 +95,7 @@ def check_machine() -> Iterator[Finding]:
         yield Finding("device cpu, no accelerator")
     threads = os.environ.get("OMP_NUM_THREADS", "not set")
     yield Finding(f"{torch.get_num_threads()} threads of {os.cpu_count()} cores (OMP_NUM_THREADS {threads})")
+    yield Finding(f"C++ kernels: {kernels().told}")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     yield Finding(f"memory {memory / GIB:.1f} GiB")
     yield Finding(f"disk {shutil.disk_usage(Path.cwd()).free / GIB:.1f} GiB free in {Path.cwd()}")

@@ -16,6 +16,9 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +28,8 @@ FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno",
 # What the compiler may do beyond the architecture's common ground; the second where it knows no first.
 TUNINGS = (("-march=native",), ())
 SECONDS = 120  # for the compiler, at most; measured: 3
+
+_WANTED = ContextVar("wanted", default=True)
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +43,7 @@ class Kernels(NamedTuple):
 
 def library() -> ctypes.CDLL | None:
     """The kernels' functions, built at the first call in a process; None where there are none."""
-    return kernels().library
+    return kernels().library if _WANTED.get() else None
 
 
 @lru_cache(maxsize=1)
@@ -53,6 +58,16 @@ def kernels() -> Kernels:
         found = Kernels(None, f"none, torch does the same ({_in_one_line(error)})")
     logger.debug("C++ kernels: %s", found.told)
     return found
+
+
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """Torch alone within, as on a machine without a compiler: to compare with."""
+    token = _WANTED.set(False)
+    try:
+        yield
+    finally:
+        _WANTED.reset(token)
 
 
 def cache_folder() -> Path:

@@ -134,7 +134,7 @@ def gated_scan_back(
     dh_last: Tensor,
     least: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x less what goes through the logits, of the logits, and by row of bias (b 2 d), log_radius, h0 (b d).
+    """Gradients of x less what goes through the logits, of the logits, and by row of bias (b 2 d), log_radius and h0.
 
     gates: as `gated_scan` left them;  least: the least multiplier that a gradient is divided by
     """

@@ -1,8 +1,9 @@
 """The linear recurrence h_t = a_t h_{t-1} + b_t along time, and nothing about what a and b mean.
 
 One door, `linear_scan`, and a dict of backends behind it: the plain loop that says what is computed, a chunked form in
-torch that runs anywhere, and a pass of C++ where it can be compiled. None divides by a product of decays nor takes its logarithm, as the closed forms
-do: a decay of exactly 0 starts a document, and both would turn it into NaN. Griffin (arXiv 2402.19427), section 2.4.
+torch that runs anywhere, and a pass of C++ where it can be compiled. None divides by a product of decays nor takes its
+logarithm, as the closed forms do: a decay of exactly 0 starts a document, and both would turn it into NaN. Griffin
+(arXiv 2402.19427), section 2.4.
 """
 
 from __future__ import annotations
@@ -50,8 +51,10 @@ def linear_scan(
     a_exact, b_exact = a.to(dtype), b.to(dtype)
     h0 = b.new_zeros(batch, d, dtype=dtype) if h0 is None else h0.to(dtype)
     if backend == "auto":
-        fast = "cpp" if operators.available(b_exact) else "chunked"
-        backend = "loop" if t == 1 else fast
+        if t == 1:
+            backend = "loop"
+        else:
+            backend = "cpp" if operators.available(b_exact) else "chunked"
     elif backend == "cpp" and not operators.available(b_exact):
         raise ValueError(
             "backend 'cpp' needs a CPU and a C++ compiler: hldm doctor says more; or pass 'auto'"

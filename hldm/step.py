@@ -38,7 +38,7 @@ class _Stack:
         # the dicts rather than the parameters, which may be replaced by others
         self.places = [(model.get_submodule(module)._parameters, name) for module, _, name in places]
         self.kinds = (ctypes.c_uint8 * len(kinds))(*(kind == "recurrent" for kind in kinds))
-        self.hidden = model.get_submodule("blocks.0.mlp.gate").out_features
+        self.hidden = len(model.get_parameter("blocks.0.mlp.gate.weight"))
         self.addresses: list[int] = []
         self.pointers: Any = None
 
@@ -102,14 +102,21 @@ def griffin_step(
     stack, kernels = _STACKS[model], library()
     assert kernels is not None and stack.pointers is not None
     config: Any = model.config
+    sizes: list[int] = [
+        len(x),
+        config.width,
+        config.heads,
+        stack.hidden,
+        config.conv_width,
+        len(rotation) - 1,
+    ]
+    sizes += [len(stack.kinds), torch.get_num_threads()]
     before = [part.contiguous() for block in state for part in block]
     after = [torch.empty_like(part) for part in before]
     x, doc_start, chunk_start = x.contiguous(), doc_start.contiguous(), chunk_start.contiguous()
     y = torch.empty_like(x)
-    threads = torch.get_num_threads()
-    sizes = (len(x), config.width, config.heads, stack.hidden, config.conv_width, len(rotation) - 1)
     kernels.hldm_griffin_step(
-        (ctypes.c_int64 * 8)(*sizes, len(stack.kinds), threads),
+        (ctypes.c_int64 * 8)(*sizes),
         stack.kinds,
         stack.pointers,
         ctypes.c_void_p(rotation.data_ptr()),

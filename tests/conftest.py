@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -80,3 +82,13 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory, corpus_path: Path) -> 
     root = tmp_path_factory.mktemp("trained") / "runs"
     train_autoencoder(config, root=root)
     return train_diffusion(config, root=root)
+
+
+@pytest.fixture
+def plain_torch() -> Callable[[], AbstractContextManager[None]]:
+    """`with plain_torch():` as on a machine without a compiler; skips where that is all there is."""
+    from hldm import kernels
+
+    if kernels.library() is None:
+        pytest.skip(f"C++ kernels: {kernels.kernels().told}")
+    return kernels.without_kernels

@@ -56,8 +56,7 @@ def test_both_stages_and_the_twin_are_measured_in_training_and_writing(configs, 
         assert 0 < figures["profile"]["matrix_share"] < 1
         assert seconds["other"] < 0.5 * sum(seconds.values())
     for stage in ("stage one", "twin"):
-        assert training[stage]["profile"]["seconds"]["scan"] > 0
-        assert training[stage]["profile"]["seconds"]["gates, convolution"] > 0
+        assert training[stage]["profile"]["seconds"]["recurrence"] > 0
 
     model, twin = found["generation"]["model"], found["generation"]["twin"]
     for case in ("batch_1", "batch_8", "long_prompt"):
@@ -67,7 +66,7 @@ def test_both_stages_and_the_twin_are_measured_in_training_and_writing(configs, 
 
     printed = capsys.readouterr()
     assert found["machine"]["cpu"] in printed.out and f"torch {found['machine']['torch']}" in printed.out
-    for words in ("over the twin's", "of the peak", "scan", "denoiser calls", "long prompt over short"):
+    for words in ("over the twin's", "of the peak", "recurrence", "denoiser calls", "long prompt over short"):
         assert words in printed.out
 
 
@@ -98,8 +97,8 @@ def test_a_profile_counts_the_products_of_a_step_exactly():
         ("autograd::engine::evaluate_function: GatedDecayFunctionBackward aten::bmm", "matrix products"),
         ("Optimizer.step#Muon.step aten::mm", "optimizer"),
         ("Optimizer.step#AdamW.step aten::mul_", "optimizer"),
-        ("_ChunkedScan aten::addcmul", "scan"),
-        ("GatedDecayFunction aten::mul", "gates, convolution"),
+        ("_ChunkedScan aten::addcmul", "recurrence"),
+        ("GatedScanFunction hldm::gated_scan", "recurrence"),
         ("aten::scaled_dot_product_attention aten::_safe_softmax", "attention"),
         ("aten::log_softmax aten::_log_softmax", "elementwise"),
         ("RMSNormFunction aten::mul", "norm"),

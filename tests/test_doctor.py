@@ -28,6 +28,7 @@ def test_a_machine_without_a_network_is_in_good_health(monkeypatch, capsys):
     assert doctor.main([]) == 0
     report = capsys.readouterr().out
     assert f"ok    torch {importlib.metadata.version('torch')}" in report
+    assert "ok    C++ kernels: " in report
     assert "cannot be reached" in report and "verses of the Bible" in report and "ruff" not in report
     assert report.endswith("0 faults found\n")
 

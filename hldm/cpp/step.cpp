@@ -125,6 +125,12 @@ void add_bias(const float* bias, float* y, int64_t d) {
         for (int l = 0; l < L; l++) y[i * L + l] += bias[i];
 }
 
+// y = gelu(y) * other
+void gelu_gate(float* __restrict y, const float* __restrict other, int64_t numbers) {
+#pragma omp simd
+    for (int64_t i = 0; i < numbers; i++) y[i] = gelu(y[i]) * other[i];
+}
+
 // What a group of L rows works with; the first `rows` of them are the batch's, the others hold zeros.
 template <int L>
 struct Group {
@@ -148,58 +154,63 @@ struct Group {
         wide_up = wide + std::max(shape.hidden, 3 * shape.d) * L;
     }
 
+    // Rows of the batch, `by_row` numbers apart, into (d, L), and back.
+    void spread(const float* from, int64_t by_row, float* lanes) const {
+        for (int64_t row = 0; row < rows; row++)
+            for (int64_t i = 0; i < shape.d; i++) lanes[i * L + row] = from[(first + row) * by_row + i];
+    }
+    void collect(const float* lanes, int64_t by_row, float* to) const {
+        for (int64_t row = 0; row < rows; row++)
+            for (int64_t i = 0; i < shape.d; i++) to[(first + row) * by_row + i] = lanes[i * L + row];
+    }
+
     // weights: linear_y, its bias, linear_x, its bias, conv, its bias, gates, their bias, a_param, linear_out, its bias
     // state: hidden (b d), taps (b k-1 d)
     void recur(const float* const* weights, const float* const* state, float* const* after) {
         const int64_t d = shape.d, k = shape.taps, w = d / shape.heads;
-        float *u = wide, *mixed = wide + d * L, *y = wide + 2 * d * L, *gates = wide_up, *radius = gates + 2 * d * L;
+        float *u = wide, *mixed = wide + d * L, *y = wide + 2 * d * L, *gates = wide_up, *carried = wide_up + 2 * d * L;
+        float* radius = temporal;
+        float keep[L];
+        for (int l = 0; l < L; l++) keep[l] = l < rows && doc_start[l] ? 0.0f : 1.0f;
         multiply<L>(weights[0], normed, y, d, d);
         multiply<L>(weights[2], normed, u, d, d);
         add_bias<L>(weights[3], u, d);
+        const float* newest = weights[4] + (k - 1) * d;
         for (int64_t i = 0; i < d; i++)
-            for (int l = 0; l < L; l++) mixed[i * L + l] = weights[5][i] + weights[4][(k - 1) * d + i] * u[i * L + l];
-        for (int64_t row = 0; row < rows; row++) {
+            for (int l = 0; l < L; l++) mixed[i * L + l] = weights[5][i] + newest[i] * u[i * L + l];
+        for (int64_t tap = 0; tap < k - 1; tap++) {
+            spread(state[1] + tap * d, (k - 1) * d, carried);
+            for (int64_t i = 0; i < d; i++)
+                for (int l = 0; l < L; l++) mixed[i * L + l] += weights[4][tap * d + i] * keep[l] * carried[i * L + l];
+        }
+        for (int64_t row = 0; k > 1 && row < rows; row++) {
             const float* taps = state[1] + (first + row) * (k - 1) * d;
             float* taps_after = after[1] + (first + row) * (k - 1) * d;
-            if (doc_start[row]) {
-                std::fill(taps_after, taps_after + (k - 1) * d, 0.0f);
-            } else {
-                for (int64_t i = 0; i < k - 1; i++)
-                    for (int64_t j = 0; j < d; j++)
-                        mixed[j * L + row] += weights[4][i * d + j] * taps[i * d + j];
-                if (k > 1) std::copy(taps + d, taps + (k - 1) * d, taps_after);
-            }
-            for (int64_t j = 0; k > 1 && j < d; j++) taps_after[(k - 2) * d + j] = u[j * L + row];
+            for (int64_t i = 0; i < (k - 2) * d; i++) taps_after[i] = doc_start[row] ? 0.0f : taps[d + i];
         }
-        for (int64_t head = 0; head < shape.heads; head++)
-            multiply_transposed<L>(weights[6] + head * w * 2 * w, mixed + head * w * L, gates + head * 2 * w * L,
-                                   2 * w, w);
+        if (k > 1) collect(u, (k - 1) * d, after[1] + (k - 2) * d);
+
         for (int64_t i = 0; i < d; i++) radius[i] = -8.0f * softplus(weights[8][i]);  // Griffin, equation 4
+        spread(state[0], d, carried);
         for (int64_t head = 0; head < shape.heads; head++) {
-            float* input = gates + head * 2 * w * L;
-            float* decay = input + w * L;
+            float *input = gates, *decay = gates + w * L;
+            multiply_transposed<L>(weights[6] + head * w * 2 * w, mixed + head * w * L, gates, 2 * w, w);
             for (int64_t j = 0; j < w; j++) {
                 const int64_t i = head * w + j;
+                const float *in = input + j * L, *out = decay + j * L, *mixed_i = mixed + i * L;
+                float* hidden = carried + i * L;
+#pragma omp simd
                 for (int l = 0; l < L; l++) {
-                    decay[j * L + l] = radius[i] * sigmoid(decay[j * L + l] + weights[7][d + i]);
-                    mixed[i * L + l] *= sigmoid(input[j * L + l] + weights[7][i]);
-                }
-            }
-            for (int64_t row = 0; row < rows; row++) {
-                const bool fresh = doc_start[row];
-                const float* hidden = state[0] + (first + row) * d + head * w;
-                float* hidden_after = after[0] + (first + row) * d + head * w;
-                for (int64_t j = 0; j < w; j++) {
-                    const float e = exp_minus_one(decay[j * L + row]), in = mixed[(head * w + j) * L + row];
-                    const float mixed_in = std::sqrt(-e * (2 + e)) * in;
-                    hidden_after[j] = fresh ? in : (1 + e) * hidden[j] + mixed_in;
+                    const float e = exp_minus_one(radius[i] * sigmoid(out[l] + weights[7][d + i]));
+                    const float multiplier = std::sqrt(keep[l] * (-e * (2 + e)) + (1 - keep[l]));
+                    const float gated = sigmoid(in[l] + weights[7][i]) * mixed_i[l];
+                    hidden[l] = keep[l] * (1 + e) * hidden[l] + multiplier * gated;
                 }
             }
         }
-        for (int64_t i = 0; i < d; i++)
-            for (int l = 0; l < L; l++) y[i * L + l] = gelu(y[i * L + l] + weights[1][i]);
-        for (int64_t row = 0; row < rows; row++)
-            for (int64_t i = 0; i < d; i++) y[i * L + row] *= after[0][(first + row) * d + i];
+        collect(carried, d, after[0]);
+        add_bias<L>(weights[1], y, d);
+        gelu_gate(y, carried, d * L);
         multiply<L>(weights[9], y, temporal, d, d);
         add_bias<L>(weights[10], temporal, d);
     }
@@ -272,15 +283,14 @@ struct Group {
     void mlp(const float* const* weights) {
         multiply<L>(weights[0], normed, wide, shape.hidden, shape.d);
         multiply<L>(weights[1], normed, wide_up, shape.hidden, shape.d);
-        for (int64_t i = 0; i < shape.hidden * L; i++) wide[i] = gelu(wide[i]) * wide_up[i];
+        gelu_gate(wide, wide_up, shape.hidden * L);
         multiply<L>(weights[2], wide, temporal, shape.d, shape.hidden);
     }
 
     void run(const uint8_t* is_recurrent, const float* const* weights, const float* rotation, const float* text,
              const float* const* state, float* const* after, float* y) {
         const int64_t d = shape.d;
-        for (int64_t row = 0; row < rows; row++)
-            for (int64_t i = 0; i < d; i++) x[i * L + row] = text[(first + row) * d + i];
+        spread(text, d, x);
         for (int64_t block = 0; block < shape.blocks; block++) {
             normalise<L>(x, *weights++, normed, d);
             if (is_recurrent[block]) {
@@ -297,8 +307,7 @@ struct Group {
             for (int64_t i = 0; i < d * L; i++) x[i] += temporal[i];
         }
         normalise<L>(x, *weights, normed, d);
-        for (int64_t row = 0; row < rows; row++)
-            for (int64_t i = 0; i < d; i++) y[(first + row) * d + i] = normed[i * L + row];
+        collect(normed, d, y);
     }
 };
 
