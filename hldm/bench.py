@@ -330,6 +330,8 @@ def group_of(names: Sequence[str]) -> str:
             return group
     if own == STEP:
         return "between operators"
+    if own.startswith("hldm::"):
+        return "elementwise"
     if not own.startswith("aten::") or _VIEW.fullmatch(own):
         return "other"
     return "copies" if _COPY.fullmatch(own) else "elementwise"

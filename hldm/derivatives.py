@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -192,3 +193,22 @@ class GatedScanFunction(torch.autograd.Function):
         dweight = torch.bmm(x.reshape(-1, h, w).permute(1, 2, 0), dgates)
         dx.view(-1, h, w).add_(torch.bmm(dgates, weight.mT).transpose(0, 1))
         return dx, dweight, dbias.sum(0).view(2, h, w), dlog_radius.sum(0), None, dh0
+
+
+def gelu_gate(gate: Tensor, x: Tensor) -> Tensor:
+    """gelu(gate) x, gelu in its tanh form, of tensors of one shape."""
+    if gate.dtype == x.dtype and operators.available(x):
+        return _GeluGateFunction.apply(gate, x)
+    return F.gelu(gate, approximate="tanh") * x
+
+
+class _GeluGateFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, x)
+        return operators.gelu_gate(gate, x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        return operators.gelu_gate_back(*ctx.saved_tensors, dy)

@@ -26,6 +26,7 @@ from hldm.derivatives import (
     GatedScanFunction,
     RMSNormFunction,
     at_least_float32,
+    gelu_gate,
 )
 from hldm.scan import linear_scan
 from hldm.step import can_step, griffin_step
@@ -187,7 +188,7 @@ class GatedMLP(nn.Module):
         self.down = _linear(hidden, width, variance=out_variance)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.gate(x), approximate="tanh") * self.up(x))
+        return self.down(gelu_gate(self.gate(x), self.up(x)))
 
 
 class RGLRU(nn.Module):
@@ -234,7 +235,7 @@ class RecurrentBlock(nn.Module):
         return RecurrentState(hidden, hidden.new_zeros(batch, k - 1, d))
 
     def forward(self, x: Tensor, state: RecurrentState, layout: Layout) -> tuple[Tensor, RecurrentState]:
-        y = F.gelu(self.linear_y(x), approximate="tanh")
+        y = self.linear_y(x)
         u = self.linear_x(x)
         # float32 whatever the rest runs in: bfloat16 rounds a decay of 0.999 to 1, and nothing is ever forgotten
         with torch.autocast(x.device.type, enabled=False):
@@ -251,7 +252,7 @@ class RecurrentBlock(nn.Module):
         if layout.length is not None:
             last = _carry(state.hidden[:, None], h, layout.length)[:, 0]
         taps = _carry(state.taps, u, layout.length) * layout.taps_inside
-        return self.linear_out(y * h.to(y.dtype)), RecurrentState(last, taps)
+        return self.linear_out(gelu_gate(y, h.to(y.dtype))), RecurrentState(last, taps)
 
 
 class AttentionBlock(nn.Module):

@@ -181,3 +181,25 @@ def conv_back(
     read = (part.contiguous() for part in (x, taps, weight, inside, dy))
     _call("conv_back", *read, dx, dtaps, dweight, dbias, *x.shape, len(weight))
     return dx, dtaps, dweight, dbias
+
+
+# ---- the gate of the MLP
+
+
+@_operator("gelu_gate(Tensor gate, Tensor x) -> Tensor", lambda gate, x: x.new_empty(x.shape))
+def gelu_gate(gate: Tensor, x: Tensor) -> Tensor:
+    """gelu(gate) x, gelu in its tanh form; shapes are the same."""
+    y = x.new_empty(x.shape)
+    _call("gelu_gate", gate.contiguous(), x.contiguous(), y, x.numel())
+    return y
+
+
+@_operator(
+    "gelu_gate_back(Tensor gate, Tensor x, Tensor dy) -> (Tensor, Tensor)",
+    lambda gate, x, dy: (x.new_empty(x.shape), x.new_empty(x.shape)),
+)
+def gelu_gate_back(gate: Tensor, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of gate and x."""
+    dgate, dx = x.new_empty(x.shape), x.new_empty(x.shape)
+    _call("gelu_gate_back", gate.contiguous(), x.contiguous(), dy.contiguous(), dgate, dx, x.numel())
+    return dgate, dx

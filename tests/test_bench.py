@@ -104,6 +104,7 @@ def test_a_profile_counts_the_products_of_a_step_exactly():
         ("RMSNormFunction aten::mul", "norm"),
         ("aten::embedding aten::index_select", "embedding"),
         ("aten::gelu", "elementwise"),
+        ("_GeluGateFunction hldm::gelu_gate", "elementwise"),
         ("aten::contiguous aten::clone aten::copy_", "copies"),
         ("aten::transpose", "other"),
         ("MmBackward0", "other"),

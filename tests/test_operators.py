@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from hldm import operators
 from hldm.config import GriffinConfig
+from hldm.derivatives import gelu_gate
 from hldm.griffin import RGLRU, Layout, RecurrentBlock
 from hldm.scan import linear_scan
 
@@ -132,5 +134,23 @@ def test_what_the_operators_say_they_return_is_what_they_return():
         (operators.gated_scan_back, (x, gates, radius, reset, h0, x, x, h0, 5e-4)),
         (operators.conv, (x, taps, weight, weight[0], inside)),
         (operators.conv_back, (x, taps, weight, inside, x)),
+        (operators.gelu_gate, (x, x)),
+        (operators.gelu_gate_back, (x, x, x)),
     ):
         torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_gate_of_the_mlp_is_torchs_own(plain_torch, dtype):
+    generator = torch.Generator().manual_seed(0)
+    gate, x, weight = (5 * torch.randn(3, 30_001, generator=generator, dtype=dtype) for _ in range(3))
+    found = []
+    for plain in (False, True):
+        # the truth in float64: torch's own float32 is 0 in the far tail, where this is not
+        leaves = [(part.double() if plain else part).clone().requires_grad_() for part in (gate, x)]
+        with plain_torch() if plain else nullcontext():
+            y = gelu_gate(*leaves)
+        gradients = torch.autograd.grad(y, leaves, weight.to(y.dtype))
+        found.append([part.double() for part in (y, *gradients)])
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(found[0], found[1], rtol=tolerance, atol=10 * tolerance)

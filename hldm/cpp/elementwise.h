@@ -58,10 +58,18 @@ inline T sigmoid(T x) {
     return T(1) / (T(1) + exponential(-x));
 }
 
-// The tanh approximation of gelu: x (1 + tanh(u)) / 2 = x sigmoid(2 u).
-inline float gelu(float x) {
-    const float root = 0.7978845608f;  // sqrt(2 / pi)
-    return x * sigmoid(2.0f * root * (x + 0.044715f * x * x * x));
+// The tanh approximation of gelu: x (1 + tanh(u)) / 2 = x sigmoid(2 u), and its derivative.
+template <typename T>
+inline T gelu(T x) {
+    const T twice_root = T(1.5957691216057308);  // 2 sqrt(2 / pi)
+    return x * sigmoid(twice_root * (x + T(0.044715) * x * x * x));
+}
+
+template <typename T>
+inline T gelu_slope(T x) {
+    const T twice_root = T(1.5957691216057308);
+    const T s = sigmoid(twice_root * (x + T(0.044715) * x * x * x));
+    return s + x * s * (1 - s) * twice_root * (1 + 3 * T(0.044715) * x * x);
 }
 
 // log(1 + exp(x)) to a relative error of about 1e-6. With 1 + exp(x) = 2^k m: k ln 2 + 2 atanh((m - 1) / (m + 1)).

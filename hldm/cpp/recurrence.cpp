@@ -1,4 +1,4 @@
-// Passes over time for hldm.scan and hldm.fused. All arrays are contiguous; steps are t, channels d, rows b.
+// Passes over time for hldm.scan and hldm.derivatives. All arrays are contiguous; steps are t, channels d, rows b.
 // A pass takes whole rows of channels, step by step: the order in which memory is read and written fastest (measured:
 // the speed of a plain copying loop, where stretches of 64 channels reach half of it).
 
@@ -239,6 +239,27 @@ void conv_back(const T* x, const T* taps, const T* weight, const T* inside, cons
     }
 }
 
+// ---- the gate of the MLP, which is the recurrent block's, too
+
+// y = gelu(gate) x
+template <typename T>
+void gelu_gate(const T* __restrict gate, const T* __restrict x, T* __restrict y, int64_t numbers, int64_t threads) {
+    const Split split(threads, 1, 1, numbers, 1);
+#pragma omp parallel for simd num_threads(split.threads)
+    for (int64_t i = 0; i < numbers; i++) y[i] = gelu(gate[i]) * x[i];
+}
+
+template <typename T>
+void gelu_gate_back(const T* __restrict gate, const T* __restrict x, const T* __restrict dy, T* __restrict dgate,
+                    T* __restrict dx, int64_t numbers, int64_t threads) {
+    const Split split(threads, 1, 1, numbers, 1);
+#pragma omp parallel for simd num_threads(split.threads)
+    for (int64_t i = 0; i < numbers; i++) {
+        dx[i] = dy[i] * gelu(gate[i]);
+        dgate[i] = dy[i] * x[i] * gelu_slope(gate[i]);
+    }
+}
+
 }  // namespace
 
 #define EXPORT(T, suffix)                                                                                              \
@@ -270,6 +291,13 @@ void conv_back(const T* x, const T* taps, const T* weight, const T* inside, cons
                                  T* dtaps, T* dweight, T* dbias, int64_t rows, int64_t t, int64_t d, int64_t k,        \
                                  int64_t threads) {                                                                    \
         conv_back(x, taps, weight, inside, dy, dx, dtaps, dweight, dbias, rows, t, d, k, threads);                     \
+    }                                                                                                                  \
+    void hldm_gelu_gate_##suffix(const T* gate, const T* x, T* y, int64_t numbers, int64_t threads) {                  \
+        gelu_gate(gate, x, y, numbers, threads);                                                                       \
+    }                                                                                                                  \
+    void hldm_gelu_gate_back_##suffix(const T* gate, const T* x, const T* dy, T* dgate, T* dx, int64_t numbers,        \
+                                      int64_t threads) {                                                               \
+        gelu_gate_back(gate, x, dy, dgate, dx, numbers, threads);                                                      \
     }
 
 extern "C" {
