@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from hldm.autoencoder import Autoencoder, DecoderState, Encoding
-from hldm.chunking import make_chunker
 from hldm.corpus import Corpus
 from hldm.data import Batch, Windows
 from hldm.objectives import noisy_latents, price_latents, read_chunks, read_latents
@@ -31,7 +30,7 @@ def held_out_windows(autoencoder: Autoencoder, corpus: Corpus) -> Windows:
     """A corpus laid out for reading whole documents in order, a few at a time."""
     return Windows(
         corpus,
-        make_chunker(autoencoder.chunking),
+        autoencoder.chunker,
         lanes=LANES,
         window_bytes=max(WINDOW_BYTES, 2 * autoencoder.chunking.max_bytes),
         shuffle=False,

@@ -203,12 +203,12 @@ class MakesChunker(Protocol):
 
 
 def make_chunker(config: ChunkingConfig, segmenter: MakesChunker | None = None) -> Chunker:
-    """The strategy that the section `chunking` names. Raises ConfigError when it needs a segmenter that is not given."""
+    """The strategy that `chunking.strategy` names. Raises ConfigError when it takes a segmenter and none is given."""
     if config.strategy in TEXT_STRATEGIES:
         return TEXT_STRATEGIES[config.strategy](config.min_bytes, config.max_bytes)
     if segmenter is None:
         raise ConfigError(
-            f"chunking.strategy={config.strategy} needs a segmenter, which train_autoencoder.py makes: pass the run it is in"
+            f"chunking.strategy={config.strategy} needs a segmenter: pass a run that train_autoencoder.py made with it"
         )
     return segmenter.chunker(config.min_bytes, config.max_bytes)
 

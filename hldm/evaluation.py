@@ -171,7 +171,7 @@ def evaluate_model(
             raise ValueError(f"{name} must be at least {least}, got {value}")
     generator = torch.Generator().manual_seed(seed)
     windows = held_out_windows(autoencoder, corpus)
-    chunker = prompt_chunker(autoencoder.chunking, is_twin=prior is None)
+    chunker = prompt_chunker(autoencoder.chunker, is_twin=prior is None)
     bound = evaluate_bound(autoencoder, prior, windows, draws=draws, generator=generator)
     return {
         "seed": seed,

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from hldm.autoencoder import Autoencoder, DecoderState, EncoderState, text_before
 from hldm.carry import select_rows
-from hldm.chunking import make_chunker
 from hldm.config import Config, GenerationConfig
 from hldm.diffusion import sample
 from hldm.griffin import GriffinState
@@ -144,8 +143,7 @@ class LatentWriter:
         self.memory: ContextState = prior.initial_state(rows, self.device)
         self.context: Context = self._read_nothing()
         self.opens = [True] * rows  # whether the next chunk is the first of its document
-        chunker = make_chunker(autoencoder.chunking)
-        starts = [chunker.chunk_start(prompt) for prompt in prompts]
+        starts = [autoencoder.chunker.chunk_start(prompt) for prompt in prompts]
         for window in _prompt_windows(prompts, starts, self.device):
             self._read(window)
         self.opens = [not prompt for prompt in prompts]
@@ -306,8 +304,7 @@ class ByteWriter:
         self.calls = 0
         rows = len(prompts)
         self.state = autoencoder.decoder_state(rows, self.device)
-        chunker = make_chunker(autoencoder.chunking)
-        starts = [chunker.chunk_start(prompt) for prompt in prompts]
+        starts = [autoencoder.chunker.chunk_start(prompt) for prompt in prompts]
         for window in _prompt_windows(prompts, starts, self.device):
             text, length, doc_start, chunk_start = window
             never = torch.zeros_like(doc_start)
