@@ -34,6 +34,9 @@ def untrained(strategy: str, **form: str) -> Segmenter:
     settings = SegmenterConfig(width=16, layers=1)
     chunking = ChunkingConfig(strategy=strategy, min_bytes=1, target_bytes=5, segmenter=settings, **form)
     segmenter = SEGMENTERS[strategy].from_settings(chunking).eval()
+    for parameter in segmenter.parameters():
+        if not parameter.any():  # a policy starts the same everywhere, which is no test of a cutter
+            torch.nn.init.normal_(parameter)
     segmenter.calibrate([np.frombuffer(TEXT, np.uint8)])
     return segmenter
 
