@@ -42,7 +42,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "select_segmenter",
     ),
     ("objectives", "generation", "training", "segmenting"),
-    ("pipeline", "bound", "reconstruction", "exits"),
+    ("pipeline", "bound", "reconstruction", "exits", "chunk_view"),
     ("stages",),
     ("evaluation", "bench", "diagnosis", "judge"),
     ("demo", "rate_curve"),
