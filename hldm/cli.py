@@ -48,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "evaluate": (evaluate, "bits per character, reconstruction, ROUGE"),
         "diagnose": (diagnose, "what a run's latents hold, and what the decoder does with them"),
         "rate-curve": (rate_curve, "what latents carry against what they cost, a run a point"),
+        "chunkers": (chunkers, "every chunking strategy, trained and measured alike"),
         "judge": (judge, "how good written text is, by sampler setting, beside the true text"),
         "chunk": (chunk, "where a text is cut, by one strategy or all"),
         "bench": (bench, "speed of training and generation, and where the time goes"),
@@ -367,6 +368,33 @@ def rate_curve(argv: Sequence[str] | None = None) -> int:
         target = Path("runs") / f"{arguments.config.stem}-curve" / "rate-curve.png"
         plot_rate_curve(curve, target)
         print(f"{table(curve)}\n\nrate-curve.json and rate-curve.png are in {target.parent}")
+        return 0
+
+    return guarded(work)
+
+
+def chunkers(argv: Sequence[str] | None = None) -> int:
+    """`hldm chunkers`."""
+    parser = argparse.ArgumentParser(
+        prog="hldm chunkers",
+        description="Train every chunking strategy for the same minutes at the same bytes a latent, and measure.",
+    )
+    parser.add_argument("--config", type=Path, required=True, help="its twin is <name>-twin.yaml beside it")
+    parser.add_argument("--minutes", type=float, required=True, metavar="M", help="of training, each")
+    parser.add_argument("--only", nargs="+", default=[], metavar="STRATEGY", help="default: all")
+    parser.add_argument("--targets", nargs="+", type=int, default=[6, 12], metavar="N", help="bytes a latent")
+    arguments = parser.parse_args(argv)
+
+    def work() -> int:
+        from hldm.league import run_league, table
+        from hldm.plots import plot_league
+
+        league = run_league(
+            arguments.config, arguments.minutes, only=arguments.only, targets=arguments.targets
+        )
+        folder = Path("runs") / f"{arguments.config.stem}-league"
+        plot_league(league, folder / "league.png")
+        print(f"{table(league)}\n\nleague.json, league.md and league.png are in {folder}")
         return 0
 
     return guarded(work)

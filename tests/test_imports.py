@@ -30,7 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     ("config", "runs", "plots", "reports"),
     ("griffin", "chunking", "hierarchy", "diffusion", "corpus", "metrics", "sizes"),
-    ("samplers", "mixture", "data", "doctor", "segmenter", "chunk_writer"),
+    ("samplers", "mixture", "data", "doctor", "segmenter", "chunk_writer", "corruption"),
     (
         "autoencoder",
         "prior",
@@ -42,10 +42,11 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "select_segmenter",
     ),
     ("objectives", "generation", "training", "segmenting"),
-    ("pipeline", "bound", "reconstruction", "exits", "chunk_view"),
+    ("pipeline", "bound", "reconstruction", "exits", "chunk_view", "border_agreement"),
     ("stages",),
     ("evaluation", "bench", "diagnosis", "judge"),
     ("demo", "rate_curve"),
+    ("league",),
     ("cli",),
     ("__init__", "__main__", "train_autoencoder", "train_diffusion", "generate"),
 )
