@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 
@@ -103,19 +103,11 @@ class SegmenterConfig:
         _require(self.minutes >= 0, f"segmenter.minutes must not be negative, got {self.minutes}")
 
 
-Strategy = Literal[
-    "fixed",
-    "words",
-    "space",
-    "sentence",
-    "paragraph",
-    "entropy",
-    "state_change",
-    "gate",
-    "learned",
-    "reinforce",
-    "select",
-]
+TextStrategy = Literal["fixed", "words", "space", "sentence", "paragraph"]  # read the text alone
+ModelStrategy = Literal[
+    "entropy", "state_change", "gate", "learned", "reinforce", "select"
+]  # ask a segmenter
+Strategy = Literal[TextStrategy, ModelStrategy]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,12 +117,12 @@ class ChunkingConfig:
     strategy: Strategy = "words"
     min_bytes: int = 4  # a chunk ends at a border only once it holds so many bytes
     max_bytes: int = 12  # no chunk is longer
-    target_bytes: float = 6.0  # mean length that strategies from 'entropy' on are set to, on training text
+    target_bytes: float = 6.0  # mean length that strategies with a segmenter are set to, on training text
     entropy_form: Literal["threshold", "rise", "budget"] = (
         "threshold"  # of 'entropy': bits, their rise, their sum
     )
     select_form: Literal["last", "attention"] = "last"  # of 'select': a kept state, or those before it pooled
-    segmenter: SegmenterConfig = field(default_factory=SegmenterConfig)  # of strategies from 'entropy' on
+    segmenter: SegmenterConfig = field(default_factory=SegmenterConfig)  # of strategies that ask one
 
     def __post_init__(self) -> None:
         _require_positive("chunking", self, "min_bytes", "max_bytes", "target_bytes")
@@ -149,7 +141,7 @@ class ChunkingConfig:
     @property
     def needs_segmenter(self) -> bool:
         """Whether the strategy asks a model, which is then trained first."""
-        return self.strategy not in ("fixed", "words", "space", "sentence", "paragraph")
+        return self.strategy in get_args(ModelStrategy)
 
 
 @dataclass(frozen=True, kw_only=True)

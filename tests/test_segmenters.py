@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from functools import lru_cache
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from languages import boundary_f1, unsegmented
 from test_chunking import any_bytes, limits, valid_text
 
 from hldm.chunk_writer import ChunkWriter
-from hldm.config import ChunkingConfig, ConfigError, SegmenterConfig
+from hldm.chunking import TEXT_STRATEGIES
+from hldm.config import ChunkingConfig, ConfigError, ModelStrategy, SegmenterConfig, TextStrategy
 from hldm.corpus import make_corpus
 from hldm.segmenter import ChunkStream, Segmenter
 from hldm.segmenting import SEGMENTERS, cached_starts, read_segmenter, train_segmenter
@@ -39,6 +41,11 @@ def untrained(strategy: str, **form: str) -> Segmenter:
             torch.nn.init.normal_(parameter)
     segmenter.calibrate([np.frombuffer(TEXT, np.uint8)])
     return segmenter
+
+
+def test_every_name_in_the_settings_is_a_strategy():
+    assert set(TEXT_STRATEGIES) == set(get_args(TextStrategy))
+    assert set(SEGMENTERS) == set(get_args(ModelStrategy))
 
 
 @every_strategy
