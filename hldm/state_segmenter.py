@@ -48,7 +48,7 @@ class ForgettingSegmenter(Segmenter):
     """A byte model some channels of which forget where it does not know what comes next.
 
     Left to itself, the recurrence moves as much within a word as between two, and so do its gates (measured in
-    tests/test_segmenter.py's language: F1 0.2, no better than chance, also when change or memory had a price).
+    tests/languages.py: F1 0.2, no better than chance, also when change or memory had a price).
     So the recurrence gates of the last block's first channels are taught, by cross-entropy, to open where the
     entropy of the next byte rises most, as often as chunks are wanted: their state holds within a chunk.
     """
