@@ -76,7 +76,9 @@ class SegmenterConfig:
     lanes: int = 16  # texts read side by side in its training
     window_bytes: int = 256  # bytes of each lane in one optimizer step
     steps: int = 2000
-    minutes: float = 1.0  # wall clock limit, out of stage one's minutes; 0: none
+    minutes: float = (
+        1.0  # wall clock limit; besides, a fifth of stage one's minutes, which pay for it; 0: none
+    )
     learning_rate: float = 4e-3  # peak
     sample_bytes: int = 65_536  # training text on which the threshold is set
 

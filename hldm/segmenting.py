@@ -46,12 +46,14 @@ def train_segmenter(
     corpus: Corpus,
     *,
     seed: int = 0,
+    minutes: float = math.inf,
     say: Callable[[str], None] = lambda line: None,
     at_step: Callable[[], object] = lambda: None,
 ) -> Segmenter:
     """A segmenter of the strategy that `chunking` names, trained on a corpus, its threshold set on a sample of it.
 
-    at_step: called before every step.  With a limit of steps alone a pure function of the other arguments.
+    minutes: a limit beside the settings' own;  at_step: called before every step
+    With no limit but steps it is a pure function of corpus, settings and seed.
     """
     settings = chunking.segmenter
     with torch.random.fork_rng(devices=[]):
@@ -67,6 +69,7 @@ def train_segmenter(
     is_doc_start = np.zeros(size, bool)
     is_doc_start[corpus.offsets[:-1]] = True
     state = model.initial_state(settings.lanes)
+    most_minutes = min(minutes, settings.minutes or math.inf)
     began, progress, step = time.monotonic(), 0.0, 0
     model.train()
     while progress < 1:
@@ -88,8 +91,7 @@ def train_segmenter(
         state = map_carry(lambda tensor: tensor.detach(), state)
         step += 1
         progress = step / settings.steps
-        if settings.minutes:
-            progress = max(progress, (time.monotonic() - began) / (60 * settings.minutes))
+        progress = max(progress, (time.monotonic() - began) / (60 * most_minutes))
         if step % EVERY == 0 or progress >= 1:
             say(f"segmenter, step {step}: loss {float(loss.detach()):.3f}")
     model.eval()

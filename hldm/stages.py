@@ -9,6 +9,7 @@ runs/<name>/pipeline/     both, as a diffusers pipeline
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -43,6 +44,7 @@ from hldm.text import to_ids
 from hldm.training import Totals, Trainer, make_accelerator
 
 MAY_CHANGE = ("name", "training.", "checkpoint.", "logging.", "generation.")  # on resume
+SEGMENTER_SHARE = 0.2  # of stage one's minutes, at most, for what cuts its text
 SAMPLE_BYTES = 160  # of validation text: what samples reconstruct or go on from
 
 
@@ -115,7 +117,14 @@ class Stage:
             return None
 
         def make() -> None:
-            made = train_segmenter(chunking, corpus, seed=self.config.seed, say=self.say, at_step=self.beat)
+            made = train_segmenter(
+                chunking,
+                corpus,
+                seed=self.config.seed,
+                minutes=SEGMENTER_SHARE * self.training.minutes or math.inf,
+                say=self.say,
+                at_step=self.beat,
+            )
             _export(made, path)
 
         self.on_main(make, unless=path.is_dir())
