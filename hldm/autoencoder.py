@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from hldm.chunking import pool_by_chunk, segments
+from hldm.chunking import Chunker, make_chunker, pool_by_chunk, segments
 from hldm.config import AutoencoderConfig, ChunkingConfig, section_from_dict
 from hldm.events import Events, decoder_events, ends_of, place_in_chunk, positions
 from hldm.griffin import Griffin, GriffinState
@@ -139,11 +139,12 @@ class Autoencoder(SavedModel):
     _supports_gradient_checkpointing = True
 
     @register_to_config
-    def __init__(self, autoencoder: dict, chunking: dict, gamma_0: float = 0.0):
-        """gamma_0: the noise its decoder is trained to read through."""
+    def __init__(self, autoencoder: dict, chunking: dict, gamma_0: float = 0.0, segmenter: str = ""):
+        """gamma_0: the noise its decoder is trained to read through;  segmenter: fingerprint of what cuts its text"""
         super().__init__()
         self.settings = section_from_dict(AutoencoderConfig, autoencoder)
         self.chunking = section_from_dict(ChunkingConfig, chunking)
+        self._chunker: Chunker | None = None
         encoder, decoder = self.settings.encoder, self.settings.decoder
         z = self.latent_dim = self.settings.latent_dim
         if z:
@@ -173,6 +174,20 @@ class Autoencoder(SavedModel):
     ) -> Autoencoder:
         """Build from config sections."""
         return cls(asdict(autoencoder), asdict(chunking), gamma_0)
+
+    @property
+    def chunker(self) -> Chunker:
+        """What cuts text for this model. Raises ConfigError where that takes a segmenter and none was given."""
+        return self._chunker or make_chunker(self.chunking)
+
+    def use_chunker(self, chunker: Chunker, segmenter: str) -> None:
+        """Cut text by a segmenter of this fingerprint. Raises ValueError when it learned from another's chunks."""
+        if self.config["segmenter"] not in ("", segmenter):
+            raise ValueError(
+                "this autoencoder was trained on another segmenter's chunks: restore that, or train again"
+            )
+        self.register_to_config(segmenter=segmenter)
+        self._chunker = chunker
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute the stacks' activations in the backward pass: less memory, more time."""

@@ -152,6 +152,10 @@ def _windows(config: Config, corpus: Corpus) -> Windows:
     from hldm.data import Windows
 
     data = config.data
+    if config.chunking.needs_segmenter:
+        raise ConfigError(
+            f"hldm bench trains nothing, so no segmenter: chunking.strategy={config.chunking.strategy} has no figures"
+        )
     chunker = make_chunker(config.chunking)
     return Windows(corpus, chunker, lanes=data.lanes, window_bytes=data.window_bytes, seed=config.seed)
 

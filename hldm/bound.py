@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from hldm.autoencoder import Autoencoder, DecoderState, Encoding
-from hldm.chunking import make_chunker
 from hldm.corpus import Corpus
 from hldm.data import Batch, Windows
 from hldm.diffusion import alpha_sigma
@@ -34,7 +33,7 @@ def held_out_windows(autoencoder: Autoencoder, corpus: Corpus) -> Windows:
     """A corpus laid out for reading whole documents in order, a few at a time."""
     return Windows(
         corpus,
-        make_chunker(autoencoder.chunking),
+        autoencoder.chunker,
         lanes=LANES,
         window_bytes=max(WINDOW_BYTES, 2 * autoencoder.chunking.max_bytes),
         shuffle=False,
@@ -118,7 +117,7 @@ def evaluate_bound(
     rows, corpus = windows.lanes, windows.corpus
     document_of = np.searchsorted(corpus.offsets, np.flatnonzero(windows.chunk_start), side="right") - 1
     nats = np.zeros((3, len(corpus)))  # decoder, latent, end of every document
-    importance = np.zeros(len(corpus)) if samples else None
+    importance = np.zeros(len(corpus))
     variance = 0.0
 
     decoders = [autoencoder.decoder_state(rows, device) for _ in range(1 if prior is None else PASSES)]
@@ -169,7 +168,9 @@ def evaluate_bound(
         raise ValueError("the model gives this text a cost that is not finite: train it again")
     characters = [count_characters(corpus.document(index).tobytes()) for index in range(len(corpus))]
     decoder_nats, latent_nats, end_nats = nats
-    return Bound(decoder_nats, latent_nats, end_nats, variance, np.array(characters), importance)
+    return Bound(
+        decoder_nats, latent_nats, end_nats, variance, np.array(characters), importance if samples else None
+    )
 
 
 def _one_pass(

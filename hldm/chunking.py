@@ -6,22 +6,22 @@ to start; `Chunker.chunk_start` takes the first one at which the open chunk hold
 comes in time starts a new chunk with the first character that would make it longer than `max_bytes`. A
 character is never split, unless it alone is longer than `max_bytes`.
 
-A new strategy is a class with `borders(text)`. `needs` says what it looks at: "text", as all of these do, is
-known before any model runs, so the data can be laid out by it. A strategy that needs "states" (the similarity
-of neighbouring encoder states, H-Net, arXiv 2507.07955; the entropy of a byte model, BLT, arXiv 2412.09871)
-would take them as a second argument, keep this currency, and be called by the model in place of the data.
+A strategy that looks at the text alone is a class here with `borders(text)`. One that asks a model is a
+segmenter (hldm.segmenter): a small byte model, trained first and frozen, so that its chunks, too, are known
+before any other model runs and the data can be laid out by them.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hldm.config import ChunkingConfig
+from hldm.config import ChunkingConfig, ConfigError
 
 _IS_SPACE = np.zeros(256, bool)
 _IS_SPACE[list(b" \t\n\v\f\r")] = True
@@ -32,14 +32,51 @@ _CHARACTER_BYTES[0xE0:0xF0] = b"\x03" * 16
 _CHARACTER_BYTES[0xF0:0xF5] = b"\x04" * 5
 
 
+class Cutter:
+    """The limits of one document's chunks, a stretch of text at a time."""
+
+    def __init__(self, min_bytes: int, max_bytes: int) -> None:
+        self.min_bytes = min_bytes
+        self.max_bytes = max_bytes
+        self.held = 0  # bytes of the open chunk so far
+
+    def push(self, text: bytes, find: Callable[[int, int, int], int]) -> np.ndarray:
+        """(t,) bool: where chunks start in the stretch that follows those before.
+
+        find(start, first, stop): the first border in first..stop - 1, or -1; the open chunk starts at `start`,
+        below 0 when in a stretch before
+        """
+        is_start = bytearray(len(text))
+        if not text:
+            return np.frombuffer(is_start, bool)
+        if not self.held:
+            is_start[0] = True
+        is_ascii = text.isascii()
+        start, end = -self.held, len(text)
+        while True:
+            limit = start + self.max_bytes
+            cut = find(start, max(start + self.min_bytes, 0), min(limit + 1, end))
+            if cut < 0:
+                cut = limit
+            if not is_ascii:  # the first character that would not fit whole
+                for position in range(max(start + 1, limit - 3, 0), min(cut, end)):
+                    if position + _CHARACTER_BYTES[text[position]] > limit:
+                        cut = position
+                        break
+            if cut >= end:
+                break
+            is_start[cut] = True
+            start = cut
+        self.held = end - start
+        return np.frombuffer(is_start, bool)
+
+
 class Chunker:
     """Cuts documents into chunks of min_bytes..max_bytes at the borders of a strategy.
 
     Only the last chunk of a document may be shorter than min_bytes, and one that ends early because
     the next character would not fit (by at most 3 bytes).
     """
-
-    needs: Literal["text", "states"] = "text"
 
     def __init__(self, min_bytes: int, max_bytes: int) -> None:
         self.min_bytes = min_bytes
@@ -54,22 +91,13 @@ class Chunker:
         assert isinstance(text, bytes) or text.dtype == np.uint8
         text = bytes(text)
         border = self.borders(text).tobytes()  # bytes, for their fast find
-        is_ascii = text.isascii()
-        is_start = bytearray(len(text))
-        start = 0
-        while start < len(text):
-            is_start[start] = True
-            limit = start + self.max_bytes
-            cut = border.find(1, start + self.min_bytes, limit + 1)
-            if cut < 0:
-                cut = limit
-            if not is_ascii:  # the first character that would not fit whole
-                for position in range(max(start + 1, limit - 3), min(cut, len(text))):
-                    if position + _CHARACTER_BYTES[text[position]] > limit:
-                        cut = position
-                        break
-            start = cut
-        return np.frombuffer(is_start, bool)
+        return Cutter(self.min_bytes, self.max_bytes).push(
+            text, lambda start, first, stop: border.find(1, first, stop)
+        )
+
+    def chunk_starts(self, documents: Sequence[np.ndarray]) -> np.ndarray:
+        """The same of many documents in a row."""
+        return np.concatenate([self.chunk_start(document) for document in documents])
 
 
 class FixedChunker(Chunker):
@@ -84,6 +112,22 @@ class WordsChunker(Chunker):
 
     def borders(self, text: bytes) -> np.ndarray:
         is_space = _IS_SPACE[np.frombuffer(text, np.uint8)]
+        is_border = is_space.copy()
+        is_border[1:] &= ~is_space[:-1]
+        return is_border
+
+
+# What SpaceByte (arXiv 2404.14408) takes for a space: all but letters, digits and the later bytes of characters.
+_IS_SPACE_LIKE = np.ones(256, bool)
+_IS_SPACE_LIKE[:128] = [not chr(byte).isalnum() for byte in range(128)]
+_IS_SPACE_LIKE[0x80:0xC0] = False
+
+
+class SpaceChunker(Chunker):
+    """Borders at the first of each run of space-like bytes (SpaceByte, arXiv 2404.14408, section 3)."""
+
+    def borders(self, text: bytes) -> np.ndarray:
+        is_space = _IS_SPACE_LIKE[np.frombuffer(text, np.uint8)]
         is_border = is_space.copy()
         is_border[1:] &= ~is_space[:-1]
         return is_border
@@ -141,17 +185,32 @@ class ParagraphChunker(Chunker):
         return is_border[:-1]
 
 
-_CHUNKERS = {
+TEXT_STRATEGIES: dict[str, type[Chunker]] = {
     "fixed": FixedChunker,
     "words": WordsChunker,
+    "space": SpaceChunker,
     "sentence": SentenceChunker,
     "paragraph": ParagraphChunker,
 }
 
 
-def make_chunker(config: ChunkingConfig) -> Chunker:
-    """The strategy that the section `chunking` names."""
-    return _CHUNKERS[config.strategy](config.min_bytes, config.max_bytes)
+class MakesChunker(Protocol):
+    """What a strategy needs that looks at more than the text: see hldm.segmenter."""
+
+    def chunker(self, min_bytes: int, max_bytes: int) -> Chunker:
+        """The strategy within these limits."""
+        ...
+
+
+def make_chunker(config: ChunkingConfig, segmenter: MakesChunker | None = None) -> Chunker:
+    """The strategy that `chunking.strategy` names. Raises ConfigError when it takes a segmenter and none is given."""
+    if config.strategy in TEXT_STRATEGIES:
+        return TEXT_STRATEGIES[config.strategy](config.min_bytes, config.max_bytes)
+    if segmenter is None:
+        raise ConfigError(
+            f"chunking.strategy={config.strategy} needs a segmenter: pass a run that train_autoencoder.py made with it"
+        )
+    return segmenter.chunker(config.min_bytes, config.max_bytes)
 
 
 class Segments(NamedTuple):

@@ -16,7 +16,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hldm.config import Config, ConfigError, GenerationConfig, load_config, stage_training, to_yaml
+from hldm.config import (
+    ChunkingConfig,
+    Config,
+    ConfigError,
+    GenerationConfig,
+    load_config,
+    stage_training,
+    to_yaml,
+)
 from hldm.exits import guarded
 from hldm.runs import export_run, shipped_run
 from hldm.signals import Stopped
@@ -40,7 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "evaluate": (evaluate, "bits per character, reconstruction, ROUGE"),
         "diagnose": (diagnose, "what a run's latents hold, and what the decoder does with them"),
         "rate-curve": (rate_curve, "what latents carry against what they cost, a run a point"),
+        "chunkers": (chunkers, "every chunking strategy, trained and measured alike"),
         "judge": (judge, "how good written text is, by sampler setting, beside the true text"),
+        "chunk": (chunk, "where a text is cut, by one strategy or all"),
         "bench": (bench, "speed of training and generation, and where the time goes"),
         "export": (export, "copy a trained run, without what only training needs"),
         "sizes": (sizes, "what a config needs in memory and on disk, and whether it fits here"),
@@ -142,7 +152,9 @@ def _generation_parser() -> argparse.ArgumentParser:
     parser.add_argument("--decoder-temperature", type=float, help="of the bytes; 0 takes the likeliest")
     parser.add_argument("--top-p", type=float, help="nucleus of the bytes")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same text (default 0)")
-    parser.add_argument("--show-chunks", action="store_true", help="mark chunk borders with |")
+    parser.add_argument(
+        "--show-chunks", action="store_true", help="tint chunks on a terminal, else mark them with |"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object a continuation")
     parser.add_argument(
         "--raw", action="store_true", help="send control characters to the terminal as they are"
@@ -220,18 +232,20 @@ def _write(pipeline: object, prompts: list[bytes], arguments: argparse.Namespace
     """Write to standard output: streamed for one continuation, each whole for several."""
     from hldm.generation import Continuation, write_on
     from hldm.pipeline import HLDMPipeline
-    from hldm.text import StreamDecoder, count_characters, printable
+    from hldm.text import StreamDecoder, count_characters, printable, tinted
 
     assert isinstance(pipeline, HLDMPipeline)
     settings = replace(pipeline.settings, **_given(arguments))
     safe = sys.stdout.isatty() and not arguments.raw
     decoder = StreamDecoder()
 
-    def send(data: bytes, is_last: bool = True) -> None:
-        """A terminal gets whole, harmless characters, anything else the very bytes."""
+    def send(data: bytes, is_last: bool = True, chunk: int | None = None) -> None:
+        """A terminal gets whole, harmless characters, chunks in tints by turns; anything else the very bytes."""
         if safe:
-            text = decoder.push(data) + (decoder.finish() if is_last else "")
-            data = printable(text).encode()
+            text = printable(decoder.push(data) + (decoder.finish() if is_last else ""))
+            data = (text if chunk is None else tinted(text, chunk)).encode()
+        elif chunk is not None:
+            data = b"|" + data
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
 
@@ -240,7 +254,7 @@ def _write(pipeline: object, prompts: list[bytes], arguments: argparse.Namespace
         send(prompts[0])
     began = time.monotonic()
     rows: list[Continuation] = []
-    calls = 0
+    calls = written = 0
     stopped: Stopped | None = None
     try:
         for rows, news, calls in write_on(  # noqa: B007 - the last yield is the finished text
@@ -252,7 +266,8 @@ def _write(pipeline: object, prompts: list[bytes], arguments: argparse.Namespace
             seed=arguments.seed,
         ):
             if streams and news[0]:
-                send((b"|" if arguments.show_chunks else b"") + news[0], is_last=False)
+                send(news[0], is_last=False, chunk=written if arguments.show_chunks else None)
+                written += 1
     except Stopped as signal:  # what is written so far is worth showing
         stopped = signal
     seconds = time.monotonic() - began
@@ -277,8 +292,10 @@ def _write(pipeline: object, prompts: list[bytes], arguments: argparse.Namespace
             }
             send(json.dumps(record, ensure_ascii=True).encode() + b"\n")
         else:
-            text = b"|" + b"|".join(row.chunks) if arguments.show_chunks else row.text
-            send(f"[{index + 1}] ".encode() + row.prompt + text + b"\n")
+            send(f"[{index + 1}] ".encode() + row.prompt)
+            for number, part in enumerate(row.chunks if arguments.show_chunks else [row.text]):
+                send(part, is_last=False, chunk=number if arguments.show_chunks else None)
+            send(b"\n")
     if stopped is not None:
         raise stopped
 
@@ -356,6 +373,33 @@ def rate_curve(argv: Sequence[str] | None = None) -> int:
     return guarded(work)
 
 
+def chunkers(argv: Sequence[str] | None = None) -> int:
+    """`hldm chunkers`."""
+    parser = argparse.ArgumentParser(
+        prog="hldm chunkers",
+        description="Train every chunking strategy for the same minutes at the same bytes a latent, and measure.",
+    )
+    parser.add_argument("--config", type=Path, required=True, help="its twin is <name>-twin.yaml beside it")
+    parser.add_argument("--minutes", type=float, required=True, metavar="M", help="of training, each")
+    parser.add_argument("--only", nargs="+", default=[], metavar="STRATEGY", help="default: all")
+    parser.add_argument("--targets", nargs="+", type=int, default=[6, 12], metavar="N", help="bytes a latent")
+    arguments = parser.parse_args(argv)
+
+    def work() -> int:
+        from hldm.league import run_league, table
+        from hldm.plots import plot_league
+
+        league = run_league(
+            arguments.config, arguments.minutes, only=arguments.only, targets=arguments.targets
+        )
+        folder = Path("runs") / f"{arguments.config.stem}-league"
+        plot_league(league, folder / "league.png")
+        print(f"{table(league)}\n\nleague.json, league.md and league.png are in {folder}")
+        return 0
+
+    return guarded(work)
+
+
 def judge(argv: Sequence[str] | None = None) -> int:
     """`hldm judge`."""
     parser = argparse.ArgumentParser(
@@ -396,6 +440,62 @@ def judge(argv: Sequence[str] | None = None) -> int:
         print(table(found))
         if arguments.json is not None:
             save_report(arguments.json, found)
+        return 0
+
+    return guarded(work)
+
+
+def chunk(argv: Sequence[str] | None = None) -> int:
+    """`hldm chunk`."""
+    parser = argparse.ArgumentParser(
+        prog="hldm chunk", description="Show where a text is cut, by one strategy below another."
+    )
+    parser.add_argument("--text", required=True, metavar="FILE", help="- is standard input")
+    parser.add_argument(
+        "--strategy",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="may repeat (default: all that read text alone)",
+    )
+    parser.add_argument(
+        "--run", action="append", default=[], type=Path, help="cut as this run does; may repeat"
+    )
+    parser.add_argument("--min-bytes", type=int, default=4, metavar="N", help="of a chunk (default 4)")
+    parser.add_argument("--max-bytes", type=int, default=12, metavar="N", help="of a chunk (default 12)")
+    parser.add_argument(
+        "--target-bytes", type=float, default=6.0, metavar="N", help="mean, of strategies with a model"
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=0.0,
+        metavar="M",
+        help="train a model for each strategy that takes one",
+    )
+    parser.add_argument("--json", action="store_true", help="bytes of each chunk, as JSON")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page there instead")
+    arguments = parser.parse_args(argv)
+
+    def work() -> int:
+        limits = ("min_bytes", "max_bytes", "target_bytes")
+        chunking = ChunkingConfig(**{name: getattr(arguments, name) for name in limits})
+        if not 0 <= arguments.minutes < math.inf:
+            raise ConfigError(f"--minutes must not be negative, got {arguments.minutes:g}")
+        text = _read_prompt(arguments.text)
+        from hldm.checkpoints import atomic_write
+        from hldm.chunk_view import PAGE_MARK, as_json, as_page, as_text, cut_text
+        from hldm.chunking import TEXT_STRATEGIES
+        from hldm.reports import check_page_path
+
+        if arguments.html is not None:
+            check_page_path(arguments.html, PAGE_MARK)
+        names = arguments.strategy or ([] if arguments.run else list(TEXT_STRATEGIES))
+        cuts = cut_text(text, names, arguments.run, chunking=chunking, minutes=arguments.minutes)
+        if arguments.html is not None:
+            atomic_write(arguments.html, as_page(cuts))
+        else:
+            print(as_json(cuts) if arguments.json else as_text(cuts, sys.stdout.isatty()))
         return 0
 
     return guarded(work)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 
@@ -68,21 +68,82 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SegmenterConfig:
+    """The small byte model that some chunking strategies ask, trained before stage one."""
+
+    width: int = 64  # d, residual stream
+    layers: int = 2  # recurrent blocks
+    lanes: int = 16  # texts read side by side in its training
+    window_bytes: int = 256  # bytes of each lane in one optimizer step
+    steps: int = 2000
+    minutes: float = (
+        1.0  # wall clock limit; besides, a fifth of stage one's minutes, which pay for it; 0: none
+    )
+    learning_rate: float = 4e-3  # peak
+    sample_bytes: int = 65_536  # training text on which the threshold is set
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            "segmenter",
+            self,
+            "width",
+            "layers",
+            "lanes",
+            "window_bytes",
+            "steps",
+            "learning_rate",
+            "sample_bytes",
+        )
+        _require(
+            self.width % 16 == 0 and self.width <= 4096,
+            f"segmenter.width must be a multiple of 16 up to 4096, got {self.width}",
+        )
+        _require(self.layers <= 64, f"segmenter.layers: at most 64, got {self.layers}")
+        _require(
+            self.window_bytes >= 16, f"segmenter.window_bytes must be at least 16, got {self.window_bytes}"
+        )
+        _require(self.minutes >= 0, f"segmenter.minutes must not be negative, got {self.minutes}")
+
+
+TextStrategy = Literal["fixed", "words", "space", "sentence", "paragraph"]  # read the text alone
+ModelStrategy = Literal[
+    "entropy", "state_change", "gate", "learned", "reinforce", "select"
+]  # ask a segmenter
+Strategy = Literal[TextStrategy, ModelStrategy]
+
+
+@dataclass(frozen=True, kw_only=True)
 class ChunkingConfig:
     """Which stretches of text share one latent."""
 
-    strategy: Literal["fixed", "words", "sentence", "paragraph"] = "words"
+    strategy: Strategy = "words"
     min_bytes: int = 4  # a chunk ends at a border only once it holds so many bytes
     max_bytes: int = 12  # no chunk is longer
+    target_bytes: float = 6.0  # mean length that strategies with a segmenter are set to, on training text
+    entropy_form: Literal["threshold", "rise", "budget"] = (
+        "threshold"  # of 'entropy': bits, their rise, their sum
+    )
+    select_form: Literal["last", "attention"] = "last"  # of 'select': a kept state, or those before it pooled
+    segmenter: SegmenterConfig = field(default_factory=SegmenterConfig)  # of strategies that ask one
 
     def __post_init__(self) -> None:
-        _require_positive("chunking", self, "min_bytes", "max_bytes")
+        _require_positive("chunking", self, "min_bytes", "max_bytes", "target_bytes")
         _require(
             self.min_bytes <= self.max_bytes,
             "chunking.min_bytes must not exceed chunking.max_bytes, "
             f"got {self.min_bytes} and {self.max_bytes}",
         )
         _require(self.max_bytes <= 65_536, f"chunking.max_bytes must be at most 65536, got {self.max_bytes}")
+        _require(
+            not self.needs_segmenter or self.min_bytes < self.target_bytes < self.max_bytes,
+            f"chunking.target_bytes must lie between min_bytes and max_bytes, got {self.target_bytes:g} "
+            f"with {self.min_bytes} and {self.max_bytes}",
+        )
+
+    @property
+    def needs_segmenter(self) -> bool:
+        """Whether the strategy asks a model, which is then trained first."""
+        return self.strategy in get_args(ModelStrategy)
 
 
 @dataclass(frozen=True, kw_only=True)

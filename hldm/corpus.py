@@ -208,6 +208,17 @@ def _bible_chapters(split: Split) -> Iterator[bytes]:
             yield " ".join(verse for _, verse in verses).encode()
 
 
+def bible_verse_starts(split: Split) -> list[np.ndarray]:
+    """Of each document of a split of the built-in text, the places (n,) where its verses start."""
+    held_out, found = _BOOKS["validation"] | _BOOKS["test"], []
+    for chapter, verses in groupby(sorted(bible_verses().items()), key=lambda item: item[0] // 1000):
+        book = chapter // 1000
+        if book in _BOOKS[split] if split != "train" else book not in held_out:
+            length = [len(verse.encode()) + 1 for _, verse in verses]  # and the space after it
+            found.append(np.cumsum([0, *length[:-1]]))
+    return found
+
+
 # ---- files
 
 

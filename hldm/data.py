@@ -74,7 +74,9 @@ class Windows:
         window_bytes: int,
         seed: int = 0,
         shuffle: bool = True,
+        chunk_start: np.ndarray | None = None,
     ) -> None:
+        """chunk_start: (t,) bool where the chunks of the corpus start, if that is known already."""
         if not len(corpus):
             raise ValueError(f"{corpus.name} holds no text")
         if window_bytes < 2 * chunker.max_bytes:  # else a window may hold the start of no chunk
@@ -89,7 +91,7 @@ class Windows:
         self.window_bytes = window_bytes
         documents = [corpus.document(index) for index in range(len(corpus))]
         self.characters = sum(count_characters(document.tobytes()) for document in documents)
-        self.chunk_start = np.concatenate([chunker.chunk_start(document) for document in documents])
+        self.chunk_start = chunker.chunk_starts(documents) if chunk_start is None else chunk_start
         # (chunks + 1,) first byte of each chunk, then the end of the text
         self._chunk_at = np.append(np.flatnonzero(self.chunk_start), len(corpus.text))
         self._stream = lru_cache(maxsize=2)(self._make_stream)

@@ -45,11 +45,14 @@ def run_demo(path: Path, name: str | None = None, root: Path = Path("runs")) -> 
 def _write(config: Config, folder: Path) -> None:
     """Three continuations of held-out prompts."""
     from hldm.pipeline import HLDMPipelineOutput, read_pipeline
-    from hldm.prompts import held_out_prompts
+    from hldm.prompts import held_out_prompts, prompt_chunker
     from hldm.text import printable
 
     pipeline = read_pipeline(folder / "pipeline")
-    prompts = [prompt for prompt, _ in held_out_prompts(config, "test", PROMPTS, prompt_characters=80)]
+    chunker = prompt_chunker(pipeline.autoencoder.chunker, config.is_twin)
+    prompts = [
+        prompt for prompt, _ in held_out_prompts(config, chunker, "test", PROMPTS, prompt_characters=80)
+    ]
     output = pipeline(prompts, max_characters=240, seed=config.seed)
     assert isinstance(output, HLDMPipelineOutput)
     for prompt, text in zip(prompts, output.texts, strict=True):

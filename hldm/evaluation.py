@@ -187,7 +187,7 @@ def evaluate_model(
             raise ValueError(f"{name} must be at least {least}, got {value}")
     generator = torch.Generator().manual_seed(seed)
     windows = held_out_windows(autoencoder, corpus)
-    chunker = prompt_chunker(autoencoder.chunking, is_twin=prior is None)
+    chunker = prompt_chunker(autoencoder.chunker, is_twin=prior is None)
     # the twin's likelihood needs no bound
     samples = 0 if prior is None else samples
     bound = evaluate_bound(autoencoder, prior, windows, draws=draws, samples=samples, generator=generator)

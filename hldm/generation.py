@@ -19,7 +19,6 @@ from torch import Tensor
 
 from hldm.autoencoder import Autoencoder, DecoderState, EncoderState, Encoding
 from hldm.carry import put_rows, select_rows, take_rows
-from hldm.chunking import make_chunker
 from hldm.config import Config, GenerationConfig
 from hldm.diffusion import sample
 from hldm.griffin import GriffinState
@@ -153,8 +152,7 @@ class LatentWriter:
         self.memory: ContextState = prior.initial_state(rows, self.device)
         self.context: Context = self._read_nothing()
         self.opens = [True] * rows  # whether the next chunk is the first of its document
-        chunker = make_chunker(autoencoder.chunking)
-        starts = [chunker.chunk_start(prompt) for prompt in prompts]
+        starts = [autoencoder.chunker.chunk_start(prompt) for prompt in prompts]
         for window in _prompt_windows(prompts, starts, self.device):
             self._read(window)
         self.opens = [not prompt for prompt in prompts]
@@ -361,8 +359,7 @@ class ByteWriter:
         self.calls = 0
         rows = len(prompts)
         self.state = autoencoder.decoder_state(rows, self.device)
-        chunker = make_chunker(autoencoder.chunking)
-        starts = [chunker.chunk_start(prompt) for prompt in prompts]
+        starts = [autoencoder.chunker.chunk_start(prompt) for prompt in prompts]
         for window in _prompt_windows(prompts, starts, self.device):
             text, length, doc_start, chunk_start = window
             never = torch.zeros_like(doc_start)

@@ -22,6 +22,8 @@ from hldm.config import GenerationConfig, section_from_dict
 from hldm.diffusion import SchedulerName, make_scheduler, scheduler_name
 from hldm.generation import Continuation, write_on
 from hldm.prior import Prior
+from hldm.segmenter import Segmenter
+from hldm.segmenting import attach_segmenter, read_segmenter
 from hldm.text import StreamDecoder, to_bytes
 from hldm.weights import SAVED_BY_DIFFUSERS, first_line, read_json
 
@@ -86,6 +88,9 @@ class HLDMPipeline(DiffusionPipeline):
     ):
         """defaults: generation settings, used where a call names none."""
         super().__init__()
+        self.segmenter: Segmenter | None = (
+            None  # what cuts prompts, if that takes a model: see `with_segmenter`
+        )
         if prior is not None and prior.config["autoencoder"] != fingerprint(autoencoder.state_dict()):
             raise ValueError(
                 "this prior was trained on another autoencoder's latents: "
@@ -114,6 +119,19 @@ class HLDMPipeline(DiffusionPipeline):
             scheduler,
             defaults=vars(defaults).copy(),
         )
+
+    def with_segmenter(self, segmenter: Segmenter | None) -> HLDMPipeline:
+        """This pipeline, its prompts cut by a segmenter, which is saved along with it."""
+        if segmenter is not None:
+            attach_segmenter(self.autoencoder, segmenter)
+        self.segmenter = segmenter
+        return self
+
+    def save_pretrained(self, folder: str | Path, **options: Any) -> None:
+        """Write the folder that `read_pipeline` reads."""
+        super().save_pretrained(folder, **options)
+        if self.segmenter is not None:
+            self.segmenter.save_pretrained(str(Path(folder) / "segmenter"))
 
     @property
     def settings(self) -> GenerationConfig:
@@ -210,7 +228,8 @@ def read_pipeline(folder: str | Path) -> HLDMPipeline:
             settings = replace(settings, scheduler=_scheduler_name(scheduler, saved.get("solver_order")))
         autoencoder = Autoencoder.from_pretrained(folder / "autoencoder")
         prior = None if scheduler is None else Prior.from_pretrained(folder / "prior")
-        return HLDMPipeline.assemble(autoencoder, prior, settings)
+        segmenter = read_segmenter(folder / "segmenter", autoencoder.chunking)
+        return HLDMPipeline.assemble(autoencoder, prior, settings).with_segmenter(segmenter)
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"{folder} cannot be loaded ({first_line(error)}): train the run again or restore it"

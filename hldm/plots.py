@@ -94,6 +94,38 @@ def plot_rate_curve(curve: Mapping[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
+def plot_league(league: Mapping[str, Any], path: Path) -> None:
+    """Bits per character of every chunker, latents below decoder, a panel a length; the twin as a line."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in league["chunkers"] if row["target"] is not None]
+    targets = sorted({row["target"] for row in rows})
+    figure = Figure(figsize=(5 * max(len(targets), 1) + 2, 6), layout="constrained")
+    panels = figure.subplots(1, max(len(targets), 1), squeeze=False, sharey=True)[0]
+    for ax, target in zip(panels, targets, strict=False):
+        found = sorted((row for row in rows if row["target"] == target), key=lambda row: row["bound"])
+        names = [row["strategy"] for row in found]
+        latent = [row["latent"] for row in found]
+        rest = [row["bound"] - row["latent"] for row in found]
+        ax.bar(names, latent, color=LATENT, label="latents")
+        ax.bar(
+            names,
+            rest,
+            bottom=latent,
+            color=DECODER,
+            label="decoder",
+            yerr=[2 * row["standard_error"] for row in found],
+        )
+        for row in league["chunkers"]:
+            if row["target"] is None:
+                ax.axhline(row["bound"], color=TWIN, label=f"twin, {row['bound']:.3f}")
+        ax.tick_params(axis="x", rotation=60)
+        ax.set(title=f"{target:g} bytes a latent", ylabel="bits per character of the test text")
+        ax.legend(loc="lower right")
+    figure.suptitle(f"{league['config']}, {league['minutes']:g} minutes each; bars: 2 standard errors")
+    _save(figure, path)
+
+
 def _save(figure: Any, path: Path) -> None:
     """Write whole or not at all."""
     from io import BytesIO

@@ -21,18 +21,17 @@ class Prompt(NamedTuple):
 
 
 def held_out_prompts(
-    config: Config, split: Split, count: int, *, prompt_characters: int = PROMPT_CHARACTERS
+    config: Config, chunker: Chunker, split: Split, count: int, *, prompt_characters: int = PROMPT_CHARACTERS
 ) -> list[Prompt]:
     """Prompts from a split of the data that a config names."""
-    chunker = prompt_chunker(config.chunking, config.is_twin)
     return choose_prompts(
         load_corpus(config.data, split), chunker, count, prompt_characters=prompt_characters
     )
 
 
-def prompt_chunker(chunking: ChunkingConfig, is_twin: bool) -> Chunker:
-    """What cuts a model's prompts: its own chunking, for the twin (which goes on from anywhere) the default words."""
-    return make_chunker(ChunkingConfig() if is_twin else chunking)
+def prompt_chunker(chunker: Chunker, is_twin: bool) -> Chunker:
+    """What cuts a model's prompts: its own chunker, for the twin (which goes on from anywhere) the default words."""
+    return make_chunker(ChunkingConfig()) if is_twin else chunker
 
 
 def choose_prompts(

@@ -48,18 +48,18 @@ def points(path: Path, minutes: float, only: Sequence[str] = ()) -> list[Point]:
     for dial in only:
         if dial not in DIALS:
             raise ConfigError(f"--only takes {', '.join(DIALS)}, got {dial!r}")
-    found = [Point("base", "base", math.nan, _timed(base, minutes))]
+    found = [Point("base", "base", math.nan, timed(base, minutes))]
     for dial, (key, values) in DIALS.items():
         if only and dial not in only:
             continue
         for value in values:
             config = load_config([path], [f"{key}={value:g}"])
             if config != base:
-                found.append(Point(f"{dial}-{value:g}", dial, value, _timed(config, minutes)))
+                found.append(Point(f"{dial}-{value:g}", dial, value, timed(config, minutes)))
     return found
 
 
-def _timed(config: Config, minutes: float) -> Config:
+def timed(config: Config, minutes: float) -> Config:
     """The config with so many minutes for all its training, shared between the stages as they are now."""
     first, second = config.training.autoencoder.minutes, config.training.prior.minutes
     share = 1.0 if config.is_twin else first / (first + second) if first and second else 0.5
@@ -84,7 +84,7 @@ def run_curve(
     """
     if not (math.isfinite(minutes) and minutes > 0):
         raise ConfigError(f"--minutes must be positive and finite, got {minutes:g}")
-    twin = _timed(load_config([path.with_name(f"{path.stem}-twin.yaml")]), minutes)
+    twin = timed(load_config([path.with_name(f"{path.stem}-twin.yaml")]), minutes)
     folder = root / f"{path.stem}-curve"
     todo = [Point("twin", "twin", math.nan, twin), *points(path, minutes, only)]
     curve: dict[str, Any] = {

@@ -39,6 +39,15 @@ def check_picture_path(path: Path) -> None:
             _require_ours(file.read(8) == PNG, f"{place} is there and is no picture")
 
 
+def check_page_path(path: Path, mark: bytes) -> None:
+    """The same for a page, which may replace another that begins with this mark."""
+    place = f"--html {path}"
+    _check_place(path, place)
+    if path.exists():
+        with path.open("rb") as file:
+            _require_ours(file.read(len(mark)) == mark, f"{place} is there and is no page of this kind")
+
+
 def _check_place(path: Path, place: str) -> None:
     folder = path.absolute().parent
     if not folder.is_dir():

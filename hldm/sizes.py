@@ -232,6 +232,8 @@ def chunk_bytes(chunking: ChunkingConfig) -> int:
     """A typical chunk's length; texts decide, so between the least and the most."""
     if chunking.strategy == "fixed":
         return chunking.max_bytes
+    if chunking.needs_segmenter:
+        return max(int(chunking.target_bytes), 1)
     return max(isqrt(chunking.min_bytes * chunking.max_bytes), 1)
 
 

@@ -1,5 +1,6 @@
 """The two stages as tables of contents: read the config, build the parts, fit, save.
 
+runs/<name>/segmenter/    what some chunking strategies ask, made before stage one: model/, boundaries
 runs/<name>/autoencoder/  stage one: checkpoints/, model/, rate/ (mixture or light prior, if there is one)
 runs/<name>/prior/        stage two: checkpoints/, model/
 runs/<name>/pipeline/     both, as a diffusers pipeline
@@ -8,6 +9,7 @@ runs/<name>/pipeline/     both, as a diffusers pipeline
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 
 from hldm.autoencoder import Autoencoder
 from hldm.checkpoints import atomic_write, checkpoints_in, fingerprint, naming
-from hldm.chunking import make_chunker
+from hldm.chunking import Chunker, make_chunker
 from hldm.config import Config, ConfigError, TrainingConfig, to_dict
 from hldm.corpus import Corpus, load_corpora
 from hldm.data import Batch, Windows, cache_latents, load_latents
@@ -34,12 +36,15 @@ from hldm.prior import Prior
 from hldm.progress import say_line
 from hldm.ranks import RankLost, is_rank_failure, make_roll_call, missing_ranks
 from hldm.runs import Run, check_run_name, open_run
+from hldm.segmenter import Segmenter
+from hldm.segmenting import attach_segmenter, cached_starts, read_segmenter, train_segmenter
 from hldm.signals import Interrupted, Stopped
 from hldm.sizes import require_room
 from hldm.text import to_ids
 from hldm.training import Totals, Trainer, make_accelerator
 
 MAY_CHANGE = ("name", "training.", "checkpoint.", "logging.", "generation.")  # on resume
+SEGMENTER_SHARE = 0.2  # of stage one's minutes, at most, for what cuts its text
 SAMPLE_BYTES = 160  # of validation text: what samples reconstruct or go on from
 
 
@@ -105,6 +110,58 @@ class Stage:
         own = torch.tensor(int(fact and self.accelerator.is_main_process), device=self.accelerator.device)
         return bool(self.accelerator.reduce(own))
 
+    def segmenter(self, corpus: Corpus) -> Segmenter | None:
+        """The run's segmenter, trained when there is none yet; None for strategies that need none."""
+        chunking, path = self.config.chunking, self.run.folder.parent / "segmenter" / "model"
+        if not chunking.needs_segmenter:
+            return None
+
+        def make() -> None:
+            made = train_segmenter(
+                chunking,
+                corpus,
+                seed=self.config.seed,
+                minutes=SEGMENTER_SHARE * self.training.minutes or math.inf,
+                say=self.say,
+                at_step=self.beat,
+            )
+            _export(made, path)
+
+        self.on_main(make, unless=path.is_dir())
+        return read_segmenter(path, chunking)
+
+    def windows(self, corpus: Corpus, segmenter: Segmenter | None, shuffle: bool = True) -> Windows:
+        """A corpus laid out for training; where its chunks start is kept in the run when that took a segmenter."""
+        config, starts = self.config, None
+        if segmenter is not None:
+            folder = self.run.folder.parent / "segmenter"
+            self.on_main(lambda: cached_starts(folder, segmenter, corpus, self.beat))
+            starts = cached_starts(folder, segmenter, corpus)
+        return Windows(
+            corpus,
+            make_chunker(config.chunking, segmenter),
+            lanes=config.data.lanes,
+            window_bytes=config.data.window_bytes,
+            seed=config.seed,
+            shuffle=shuffle,
+            chunk_start=starts,
+        )
+
+    def beat(self) -> None:
+        """Tell the others that the main process is at work: they would take a long silence for a hang."""
+        self.main_says(True)
+
+    def on_main(self, work: Callable[[], object], unless: bool = False) -> None:
+        """Run `work`, which calls `beat`, on the main process while the others wait."""
+        if not self.main_says(not unless):
+            return
+        if self.accelerator.is_main_process:
+            work()
+            self.main_says(False)
+        else:
+            while self.main_says(True):
+                pass
+
     def export(self, model: Any, path: Path) -> None:
         """Save a model from the main process."""
         if self.accelerator.is_main_process:
@@ -158,10 +215,14 @@ def train_autoencoder(config: Config, *, resume: bool = False, root: Path = Path
     folder = root / config.name
     require_room(config, "autoencoder", root)
     corpora = load_corpora(config.data)  # before the folder is opened: a mistake leaves none
-    windows = _windows(config, corpora["train"])
-    sample_text = opening(config, corpora["validation"])
     with open_stage(config, "autoencoder", resume, root) as stage:
+        segmenter = stage.segmenter(corpora["train"])
+        windows = stage.windows(corpora["train"], segmenter)
+        chunker = make_chunker(config.chunking, segmenter)
+        sample_text = opening(chunker, corpora["validation"])
         autoencoder = Autoencoder.from_settings(config.autoencoder, config.chunking, config.diffusion.gamma_0)
+        if segmenter is not None:
+            attach_segmenter(autoencoder, segmenter)
         if stage.training.gradient_checkpointing:
             autoencoder.enable_gradient_checkpointing()
         parts: dict[str, nn.Module] = {"autoencoder": autoencoder}
@@ -177,14 +238,15 @@ def train_autoencoder(config: Config, *, resume: bool = False, root: Path = Path
                 return _continue(model.autoencoder, None, sample_text, config)
             return _reconstruct(model.autoencoder, sample_text, config)
 
-        totals = stage.fit(objective, windows, parts, on_sample)
+        bound_to = {} if segmenter is None else {"segmenter": autoencoder.config["segmenter"]}
+        totals = stage.fit(objective, windows, parts, on_sample, bound_to)
         stage.export(autoencoder, stage.run.folder / "model")
         rate = prior if prior is not None else objective.mixture
         if rate is not None:
             stage.export(rate, stage.run.folder / "rate")
         if config.is_twin:
             pipeline = HLDMPipeline.assemble(autoencoder, None, config.generation)
-            stage.export(pipeline, folder / "pipeline")
+            stage.export(pipeline.with_segmenter(segmenter), folder / "pipeline")
         stage.finish(totals)
     return folder
 
@@ -197,14 +259,18 @@ def train_diffusion(config: Config, *, resume: bool = False, root: Path = Path("
     require_room(config, "prior", root)
     autoencoder = read_autoencoder(folder, config)
     binding = fingerprint(autoencoder.state_dict())
+    segmenter = read_segmenter(folder / "segmenter" / "model", config.chunking)
+    if segmenter is not None:
+        attach_segmenter(autoencoder, segmenter)
     corpora = load_corpora(config.data)
-    windows = _windows(config, corpora["train"])
-    sample_text = opening(config, corpora["validation"])
+    sample_text = opening(autoencoder.chunker, corpora["validation"])
     with open_stage(config, "prior", resume, root) as stage:
+        windows = stage.windows(corpora["train"], segmenter)
         prior = _first_prior(folder, config, stage.say)
         latents = None
         if config.data.cache_latents:
-            latents = _cached_latents(folder, corpora["train"], autoencoder.eval(), binding, stage)
+            whole = stage.windows(corpora["train"], segmenter, shuffle=False)
+            latents = _cached_latents(folder, whole, autoencoder.eval(), binding, stage)
         objective = PriorObjective(prior, autoencoder, stage.training.joint, latents)
 
         def on_sample(model: nn.Module) -> str:
@@ -215,7 +281,8 @@ def train_diffusion(config: Config, *, resume: bool = False, root: Path = Path("
         # A joint phase has changed the autoencoder: what is exported belongs together.
         prior.register_to_config(autoencoder=fingerprint(autoencoder.state_dict()))
         stage.export(prior, stage.run.folder / "model")
-        stage.export(HLDMPipeline.assemble(autoencoder, prior, config.generation), folder / "pipeline")
+        pipeline = HLDMPipeline.assemble(autoencoder, prior, config.generation).with_segmenter(segmenter)
+        stage.export(pipeline, folder / "pipeline")
         stage.finish(totals)
     return folder
 
@@ -266,22 +333,11 @@ def read_totals(folder: Path) -> Totals:
     return Totals(**json.loads((folder / "totals.json").read_text(encoding="utf-8")))
 
 
-def opening(config: Config, corpus: Corpus) -> bytes:
+def opening(chunker: Chunker, corpus: Corpus) -> bytes:
     """The first words of a corpus, cut at a chunk border: what samples start from."""
     text = corpus.text[: 4 * SAMPLE_BYTES].tobytes()
-    starts = make_chunker(config.chunking).chunk_start(text).nonzero()[0]
+    starts = chunker.chunk_start(text).nonzero()[0]
     return text[: int(starts[starts <= SAMPLE_BYTES].max()) or SAMPLE_BYTES]
-
-
-def _windows(config: Config, corpus: Corpus, shuffle: bool = True) -> Windows:
-    return Windows(
-        corpus,
-        make_chunker(config.chunking),
-        lanes=config.data.lanes,
-        window_bytes=config.data.window_bytes,
-        seed=config.seed,
-        shuffle=shuffle,
-    )
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -315,18 +371,19 @@ def _first_prior(folder: Path, config: Config, say: Callable[[str], None]) -> Pr
 
 
 def _cached_latents(
-    folder: Path, corpus: Corpus, autoencoder: Autoencoder, binding: str, stage: Stage
+    folder: Path, windows: Windows, autoencoder: Autoencoder, binding: str, stage: Stage
 ) -> CachedLatents:
     """mu of every chunk of the training text, from runs/<name>/latents.safetensors, made when missing."""
     path = folder / "latents.safetensors"
     with_features = stage.config.prior.reads_text or stage.config.autoencoder.rate == "mixture"
-    windows = _windows(stage.config, corpus, shuffle=False)
     bound: dict[str, object] = {
         "autoencoder": binding,
-        "corpus": corpus.fingerprint,
+        "corpus": windows.corpus.fingerprint,
         "chunking": to_dict(stage.config)["chunking"],
         "features": with_features,
     }
+    if autoencoder.config["segmenter"]:
+        bound["segmenter"] = autoencoder.config["segmenter"]
     if stage.main_says(not path.exists()) and not stage.accelerator.is_main_process:
         for _ in range(windows.windows_per_epoch):
             stage.main_says(True)
@@ -380,7 +437,7 @@ def _continue(autoencoder: Autoencoder, prior: Prior | None, prompt: bytes, conf
 def _reconstruct(autoencoder: Autoencoder, text: bytes, config: Config) -> str:
     """A sample of stage one: validation text, read into latents and written back from them."""
     device = next(autoencoder.parameters()).device
-    start = torch.from_numpy(make_chunker(config.chunking).chunk_start(text))[None].to(device)
+    start = torch.from_numpy(autoencoder.chunker.chunk_start(text))[None].to(device)
     symbols = torch.from_numpy(to_ids(text))[None].to(device)
     doc_start = torch.zeros_like(start)
     doc_start[:, 0] = True

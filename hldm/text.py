@@ -79,6 +79,15 @@ class StreamDecoder:
         return rest
 
 
+TINTS = (153, 223)  # of the 256 colours of terminals: light blue and light orange, both read below black
+
+
+def tinted(text: str, index: int) -> str:
+    r"""Text on a ground whose colour turns with `index`, for a terminal; line by line, so that none is coloured on."""
+    ground = f"\x1b[30;48;5;{TINTS[index % 2]}m"
+    return "\n".join(f"{ground}{line}\x1b[0m" if line else "" for line in text.split("\n"))
+
+
 # C0 but for newline and tab, DEL, C1; marks, embeddings, overrides and isolates of the bidirectional
 # algorithm (Unicode UAX 9), which make a line read as what it is not; surrogates, which cannot be printed.
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")

@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hldm.chunking import make_chunker, pool_by_chunk, segments
-from hldm.config import ChunkingConfig
+from hldm.chunking import TEXT_STRATEGIES, Cutter, make_chunker, pool_by_chunk, segments
+from hldm.config import ChunkingConfig, ConfigError
 
-STRATEGIES = ["fixed", "words", "sentence", "paragraph"]
+STRATEGIES = sorted(TEXT_STRATEGIES)
 
 PIECES = ["a", "word", " ", "  ", "\n", "\n\n", "\r\n", ". ", "! ", '." ', "Mr. ", "...", "… ", "\t"]
 PIECES += ["é", "😀", "。", "」", "世界", "！", "x" * 30, "\u0301", "👩\u200d👧"]
@@ -76,6 +76,29 @@ def test_a_word_carries_the_space_before_it():
     assert chunks("words", "In the beginning", min_bytes=4, max_bytes=8) == ["In the", " beginni", "ng"]
     assert chunks("words", "a" * 20, min_bytes=4, max_bytes=8) == ["a" * 8, "a" * 8, "a" * 4]
     assert chunks("words", " " * 9, min_bytes=1, max_bytes=4) == [" " * 4, " " * 4, " "]
+
+
+def test_a_run_of_marks_opens_a_chunk_of_space():
+    assert chunks("space", 'He said: "go on", (so)') == ["He", " said", ': "go', " on", '", (so', ")"]
+    assert chunks("space", "世界 it") == ["世", "界", " it"]
+
+
+@given(text=any_bytes, limit=limits, cuts=st.lists(st.integers(0, 80), max_size=5))
+def test_the_limits_hold_across_stretches_of_text(text, limit, cuts):
+    border = chunker("words", *limit).borders(text)
+    cutter, found = Cutter(*limit), []
+    places = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
+    for begin, end in zip(places, places[1:], strict=False):
+        stretch = border[begin:end].tobytes()
+        found += cutter.push(
+            text[begin:end], lambda _, first, stop, stretch=stretch: stretch.find(1, first, stop)
+        ).tolist()
+    assert found == chunker("words", *limit).chunk_start(text).tolist()
+
+
+def test_a_strategy_that_asks_a_model_says_so():
+    with pytest.raises(ConfigError, match="entropy needs a segmenter"):
+        chunker("entropy")
 
 
 def test_a_character_that_does_not_fit_opens_the_next_chunk():

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 import shlex
+from typing import Any
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
 from hldm import cli, evaluation
+from hldm.chunking import Chunker
 from hldm.config import load_config
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -34,6 +37,15 @@ def test_there_are_commands_and_links_lead_somewhere():
     assert len(COMMANDS) >= 4
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def test_the_strategy_that_is_shown_cuts_lines():
+    block = re.search(r"```python\n(class LinesChunker.*?)\n\n\nTEXT_STRATEGIES", README, re.S)
+    assert block is not None
+    names: dict[str, Any] = {"Chunker": Chunker, "np": np}
+    exec(block[1], names)
+    starts = names["LinesChunker"](1, 20).chunk_start(b"one\ntwo\n\nthree")
+    assert np.flatnonzero(starts).tolist() == [0, 4, 8, 9]
 
 
 def test_the_map_names_every_module():

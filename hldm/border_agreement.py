@@ -1,0 +1,75 @@
+"""How chunks lie in a text: their lengths, and how often they start where a word, a sentence, a verse does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from hldm.chunking import Chunker, SentenceChunker, WordsChunker
+from hldm.generation import Continuation
+
+WHITE_SPACE = np.frombuffer(b" \t\n\v\f\r", np.uint8)
+
+
+def describe_chunks(
+    documents: Sequence[np.ndarray], is_start: np.ndarray, verses: Sequence[np.ndarray] | None = None
+) -> dict[str, Any]:
+    """Mean and coefficient of variation of characters a chunk, precision and recall of its borders.
+
+    is_start: (t,) bool, chunk starts of all documents in a row
+    verses: for each document the places (n,) where its verses start, if it has any
+    """
+    text = np.concatenate(documents)
+    edges = np.append(np.flatnonzero(is_start), len(text))
+    character = np.append(0, np.cumsum(text & 0xC0 != 0x80))[edges]
+    length = np.diff(character)
+    offsets = np.append(0, np.cumsum([len(document) for document in documents]))
+    borders = {
+        name: np.concatenate([chunker(1, 2**16).borders(document.tobytes()) for document in documents])
+        for name, chunker in (("word", WordsChunker), ("sentence", SentenceChunker))
+    }
+    if verses is not None:
+        borders["verse"] = np.zeros(len(text), bool)
+        for offset, places in zip(offsets, verses, strict=False):
+            borders["verse"][offset + places[places > 0]] = True
+    opens = np.zeros(len(text), bool)
+    opens[offsets[:-1][np.diff(offsets) > 0]] = True  # no choice of the strategy's
+    return {
+        "characters_per_chunk": float(length.mean()),
+        "variation": float(length.std() / length.mean()),
+        "borders": {
+            name: agree(text, is_start & ~opens, border & ~opens) for name, border in borders.items()
+        },
+    }
+
+
+def agree(text: np.ndarray, found: np.ndarray, true: np.ndarray) -> Mapping[str, float | None]:
+    """Share of found borders that are true, and of true ones that are found.
+
+    A border before white space and one after it are the same. found, true: (t,) bool
+    """
+    place = np.arange(len(text))
+    is_black = ~np.isin(text, WHITE_SPACE)
+    after = np.minimum.accumulate(np.where(is_black, place, len(text))[::-1])[
+        ::-1
+    ]  # the next byte that is none
+    one, other = (np.unique(after[np.flatnonzero(borders)]) for borders in (found, true))
+    both = len(np.intersect1d(one, other))
+    return {
+        "precision": both / len(one) if len(one) else None,
+        "recall": both / len(other) if len(other) else None,
+    }
+
+
+def rechunked(rows: Sequence[Continuation], chunker: Chunker) -> float | None:
+    """Share of written chunks that start where the strategy, reading what was written, starts one; None of none."""
+    equal = written = 0
+    for row in rows:
+        is_start = chunker.chunk_start(row.prompt + row.text)
+        starts = len(row.prompt) + np.cumsum([0, *(len(chunk) for chunk in row.chunks[:-1])])
+        if row.chunks:
+            equal += int(is_start[starts].sum())
+            written += len(starts)
+    return equal / written if written else None

@@ -1,0 +1,219 @@
+"""Every chunking strategy under one protocol: equal minutes, equal bytes a latent, the same measurements.
+
+    hldm chunkers --config configs/small.yaml --minutes 10
+
+Each entry is a run like any other, so a league that was stopped goes on. The twin stands beside them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+from hldm.checkpoints import atomic_write
+from hldm.config import ChunkingConfig, Config, ConfigError, Strategy, load_config
+from hldm.rate_curve import timed
+from hldm.reports import save_report
+
+STRATEGIES = get_args(Strategy)
+TARGETS = (6, 12)  # bytes a latent
+FITTED_BYTES = 200_000  # of training text, on which the limits of strategies without a threshold are set
+CORRUPTED_BYTES = 30_000  # of test text whose bound is taken once clean and once for each corruption
+PROMPTS = 16  # written on from, for speed and for the agreement of what is written
+
+
+class Entry(NamedTuple):
+    """One strategy at one length."""
+
+    name: str  # of its run, below the league's folder
+    strategy: str
+    target: float
+    config: Config
+
+
+def entries(
+    path: Path, minutes: float, only: Sequence[str] = (), targets: Sequence[int] = TARGETS
+) -> list[Entry]:
+    """A run a strategy and target, all of the same minutes. Raises ConfigError."""
+    base = load_config([path])
+    if base.is_twin:
+        raise ConfigError(f"{path} is a twin: it has no chunks to speak of")
+    for name in only:
+        if name not in STRATEGIES:
+            raise ConfigError(f"--only takes {', '.join(STRATEGIES)}, got {name!r:.80}")
+    if not (math.isfinite(minutes) and minutes > 0):
+        raise ConfigError(f"--minutes must be positive and finite, got {minutes:g}")
+    if not all(2 <= target <= 4096 for target in targets):
+        raise ConfigError(f"--targets must lie in 2..4096, got {', '.join(map(str, targets))}")
+    found = []
+    for target in targets:
+        for strategy in only or STRATEGIES:
+            chunking = chunking_for(base, strategy, target)
+            config = replace(timed(base, minutes), chunking=chunking)
+            found.append(Entry(f"{strategy}-{target}", strategy, target, config))
+    return found
+
+
+def chunking_for(base: Config, strategy: str, target: int) -> ChunkingConfig:
+    """Settings under which chunks of training text hold `target` bytes on average, or as near as it goes.
+
+    Chunks hold at most twice as many. A strategy that asks a model has a threshold and sets it; for words and
+    spaces the least bytes move, for sentences and paragraphs, which are longer, the most bytes.
+    """
+    settings: dict[str, Any] = {"strategy": strategy, "target_bytes": target, "max_bytes": 2 * target}
+    if strategy == "fixed":
+        return replace(base.chunking, **{**settings, "min_bytes": target, "max_bytes": target})
+    chunking = replace(base.chunking, **settings, min_bytes=max(1, target // 3))
+    if chunking.needs_segmenter:
+        return chunking
+    from hldm.chunking import make_chunker
+    from hldm.corpus import load_corpus
+    from hldm.segmenting import sample_of
+
+    sample = sample_of(load_corpus(base.data, "train"), FITTED_BYTES)
+
+    def miss(tried: ChunkingConfig) -> float:
+        return abs(sum(map(len, sample)) / int(make_chunker(tried).chunk_starts(sample).sum()) - target)
+
+    least = [replace(chunking, min_bytes=length) for length in range(1, 2 * target + 1)]
+    most = [replace(chunking, min_bytes=1, max_bytes=length) for length in range(target, 2 * target + 1)]
+    return min(least + most, key=miss)
+
+
+def run_league(
+    path: Path,
+    minutes: float,
+    *,
+    only: Sequence[str] = (),
+    targets: Sequence[int] = TARGETS,
+    root: Path = Path("runs"),
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Train and measure what is not there yet; returns what is known.
+
+    Leaves root/<config>-league/<entry>/, and beside them league.json and league.md, rewritten after each.
+    Raises ValueError or OSError.
+    """
+    todo = entries(path, minutes, only, targets)
+    twin = timed(load_config([path.with_name(f"{path.stem}-twin.yaml")]), minutes)
+    folder = root / f"{path.stem}-league"
+    league: dict[str, Any] = {"config": str(path), "minutes": minutes, "split": "test", "chunkers": []}
+    for entry in [Entry("twin", "twin", math.nan, twin), *todo]:
+        say(f"{entry.name}: {minutes:g} minutes")
+        league["chunkers"].append(_measured(entry, folder))
+        save_report(folder / "league.json", league)
+        atomic_write(folder / "league.md", table(league) + "\n")
+    return league
+
+
+def _measured(entry: Entry, folder: Path) -> dict[str, Any]:
+    """Train and measure one entry, or read what was measured before."""
+    from hldm.stages import train_run
+
+    run = train_run(replace(entry.config, name=entry.name), root=folder)
+    target = run / "league.json"
+    if target.is_file():
+        return dict(json.loads(target.read_text(encoding="utf-8")))
+    found = {
+        "name": entry.name,
+        "strategy": entry.strategy,
+        "target": None if math.isnan(entry.target) else entry.target,
+        **measure(run),
+    }
+    save_report(target, found)
+    return found
+
+
+def measure(run: Path) -> dict[str, Any]:
+    """All figures of a trained run on its test text."""
+    import torch
+
+    from hldm.border_agreement import describe_chunks, rechunked
+    from hldm.bound import evaluate_bound, held_out_windows
+    from hldm.corpus import bible_verse_starts, load_corpus, make_corpus
+    from hldm.corruption import CORRUPTIONS, corrupt
+    from hldm.evaluation import evaluate_run
+    from hldm.generation import Continuation, write_on
+    from hldm.pipeline import read_pipeline
+    from hldm.prompts import choose_prompts, prompt_chunker
+
+    evaluation = evaluate_run(run, prompts=PROMPTS)
+    pipeline = read_pipeline(run / "pipeline")
+    autoencoder, prior = pipeline.autoencoder, pipeline.prior
+    config = load_config(run / "autoencoder" / "config.yaml")
+    corpus = load_corpus(config.data, "test")
+
+    def bound(text: Any) -> float:
+        windows = held_out_windows(autoencoder, text)
+        generator = torch.Generator().manual_seed(0)
+        found = evaluate_bound(autoencoder, prior, windows, draws=4, generator=generator).bits_per_character()
+        return float(found["bound"] or math.nan)
+
+    share = max(1, CORRUPTED_BYTES * len(corpus) // len(corpus.text))
+    part = make_corpus("part", (corpus.document(index).tobytes() for index in range(min(share, len(corpus)))))
+    bits, cost, speed = evaluation["bits_per_character"], evaluation["cost"], evaluation["speed"]
+    found: dict[str, Any] = {
+        **{key: bits[key] for key in ("bound", "standard_error", "standard_error_text", "latent", "decoder")},
+        "reconstruction": evaluation["reconstruction"]
+        and evaluation["reconstruction"]["noisy"]["byte_accuracy"],
+        "training_characters_per_second": cost["train_characters"] / max(cost["train_seconds"], 1e-9),
+        "parameters": cost["parameters"],
+        "robustness": {"clean": bound(part), **{kind: bound(corrupt(part, kind)) for kind in CORRUPTIONS}},
+    }
+    if prior is None:
+        return found
+    documents = [corpus.document(index) for index in range(len(corpus))]
+    is_built_in = not (config.data.path or config.data.dataset)
+    verses = bible_verse_starts("test") if is_built_in else None
+    chunks = describe_chunks(documents, autoencoder.chunker.chunk_starts(documents), verses)
+    prompts = [
+        prompt.text for prompt in choose_prompts(corpus, prompt_chunker(autoencoder.chunker, False), PROMPTS)
+    ]
+    rows: list[Continuation] = []
+    for rows, _, _ in write_on(  # noqa: B007 - the last yield is the finished text
+        autoencoder, prior, prompts, pipeline.settings, max_characters=200
+    ):
+        pass
+    return found | {
+        **chunks,
+        "latents_per_second": speed["characters_per_second"] / chunks["characters_per_chunk"],
+        "written_agreement": rechunked(rows, autoencoder.chunker),
+    }
+
+
+def table(league: Mapping[str, Any]) -> str:
+    """The league as a Markdown table, least bits first within a length."""
+    head = (
+        "| chunker | bound | ± | latents | decoder | bytes right | characters a latent | variation "
+        "| at words | at sentences | at verses | written alike | latents/s | trained, characters/s "
+        "| typos | case | spaces |"
+    )
+    lines = [head, "|" + "---|" * (head.count("|") - 1)]
+    for row in sorted(league["chunkers"], key=lambda row: (row["target"] or 0, row["bound"])):
+        lines.append("| " + " | ".join(_cells(row)) + " |")
+    return "\n".join(lines)
+
+
+def _cells(row: Mapping[str, Any]) -> Iterator[str]:
+    def form(value: float | None, spec: str) -> str:
+        return "-" if value is None else format(value, spec)
+
+    yield row["name"]
+    for key in ("bound", "standard_error", "latent", "decoder"):
+        yield form(row[key], ".3f")
+    yield form(row["reconstruction"], ".1%")
+    yield form(row.get("characters_per_chunk"), ".2f")
+    yield form(row.get("variation"), ".2f")
+    for name in ("word", "sentence", "verse"):  # precision / recall
+        found = row.get("borders", {}).get(name, {})
+        yield "/".join(form(found.get(key), ".0%") for key in ("precision", "recall")) if found else "-"
+    yield form(row.get("written_agreement"), ".0%")
+    yield form(row.get("latents_per_second"), ".0f")
+    yield form(row["training_characters_per_second"], ",.0f")
+    robustness = row["robustness"]
+    for kind in ("typos", "case", "spaces"):
+        yield f"{robustness[kind] - robustness['clean']:+.2f}"

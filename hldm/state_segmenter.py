@@ -1,0 +1,104 @@
+"""`state_change` and `gate`: chunks begin where the recurrence of Griffin itself says that something new does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hldm.griffin import RGLRU
+from hldm.segmenter import Features, Segmenter, SegmenterState
+
+TEACHING_WEIGHT = 0.3  # of the gates' cross-entropy, a mean over channels, beside nats a byte; not swept
+
+
+class Recurrence(NamedTuple):
+    """One recurrent block at work."""
+
+    states: Tensor  # (b t d) h_t
+    gates: Tensor  # (b t d) recurrence gate r_t in 0..1: the decay is a^(8 r_t), so 0 keeps all and 1 forgets
+
+
+@contextmanager
+def _watched(trunk: nn.Module) -> Iterator[list[Recurrence]]:
+    """The recurrences of all blocks of a trunk, while it runs, first to last."""
+    found: list[Recurrence] = []
+
+    def note(module: nn.Module, arguments: tuple[Any, ...], result: tuple[Tensor, Tensor]) -> None:
+        assert isinstance(module, RGLRU)
+        x = arguments[0]  # (b t d)
+        weight, bias = module.gate_weight.to(x.dtype), module.gate_bias.to(x.dtype)
+        heads, w = weight.shape[:2]
+        gates = torch.einsum("bthi,hio->btho", x.unflatten(-1, (heads, w)), weight[..., w:]) + bias[1]
+        found.append(Recurrence(result[0], gates.flatten(-2).sigmoid()))
+
+    hooks = [part.register_forward_hook(note) for part in trunk.modules() if isinstance(part, RGLRU)]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class ForgettingSegmenter(Segmenter):
+    """A byte model some channels of which forget where it does not know what comes next.
+
+    Left to itself, the recurrence moves as much within a word as between two, and so do its gates (measured in
+    tests/languages.py: F1 0.2, no better than chance, also when change or memory had a price).
+    So the recurrence gates of the last block's first channels are taught, by cross-entropy, to open where the
+    entropy of the next byte rises most, as often as chunks are wanted: their state holds within a chunk.
+    """
+
+    def build(self) -> None:
+        self.channels = self.settings.width // 4
+
+    def recurrence(
+        self, text: Tensor, doc_start: Tensor, state: SegmenterState
+    ) -> tuple[Features, Recurrence, SegmenterState]:
+        """Features, and the recurrence of the taught channels."""
+        with _watched(self.trunk) as found:
+            features, state = self.read(text, doc_start, state)
+        return features, Recurrence(*(part[..., : self.channels] for part in found[-1])), state
+
+    def loss(
+        self,
+        text: Tensor,
+        doc_start: Tensor,
+        state: SegmenterState,
+        progress: float,
+        generator: torch.Generator,
+    ) -> tuple[Tensor, SegmenterState]:
+        features, recurrence, state = self.recurrence(text, doc_start, state)
+        log_p = self.outputs(features.before).log_softmax(dim=-1)
+        nats = -log_p.gather(2, text[..., None]).mean()
+        with torch.no_grad():
+            entropy = -(log_p.exp() * log_p).sum(dim=-1)
+            rise = entropy.diff(dim=1)  # (b t-1)
+            wanted = (rise > rise.flatten().quantile(1 - 1 / self.chunking.target_bytes)).to(rise.dtype)
+        gates = recurrence.gates[:, 1:]
+        wanted = wanted[..., None].expand_as(gates)
+        return nats + TEACHING_WEIGHT * F.binary_cross_entropy(gates, wanted), state
+
+
+class StateSegmenter(ForgettingSegmenter):
+    """How far the recurrent state has moved, in Euclidean distance, since the open chunk began."""
+
+    rule: Literal["level", "movement"] = "movement"
+
+    def signal(self, text: Tensor, doc_start: Tensor, state: SegmenterState) -> tuple[Tensor, SegmenterState]:
+        _, recurrence, state = self.recurrence(text, doc_start, state)
+        return recurrence.states, state
+
+
+class GateSegmenter(ForgettingSegmenter):
+    """How much less the gates keep than a byte before: the fall of 1 - r_t, a mean over the taught channels."""
+
+    def signal(self, text: Tensor, doc_start: Tensor, state: SegmenterState) -> tuple[Tensor, SegmenterState]:
+        _, recurrence, after = self.recurrence(text, doc_start, state)
+        kept = 1 - recurrence.gates.mean(dim=-1)  # (b t)
+        fall = torch.cat([state.carry, kept[:, :-1]], dim=1) - kept
+        return fall[..., None], after._replace(carry=kept[:, -1:])

@@ -1,0 +1,146 @@
+"""The league asks the same of every chunking strategy, at equal lengths, and goes on where it was stopped."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from hldm import league
+from hldm.border_agreement import agree, describe_chunks, rechunked
+from hldm.chunking import make_chunker
+from hldm.config import ChunkingConfig, ConfigError
+from hldm.corpus import bible_verse_starts, load_corpus, make_corpus
+from hldm.corruption import CORRUPTIONS, corrupt
+from hldm.generation import Continuation
+from hldm.league import STRATEGIES, entries, measure, run_league, table
+from hldm.plots import plot_league
+
+TINY = ROOT / "configs/tiny.yaml"
+
+
+def test_every_strategy_has_its_length_and_the_same_minutes():
+    found = entries(TINY, 6)
+    assert [entry.strategy for entry in found] == 2 * list(STRATEGIES)
+    corpus = load_corpus(found[0].config.data, "validation")
+    documents = [corpus.document(index) for index in range(len(corpus))]
+    for entry in found:
+        training, chunking = entry.config.training, entry.config.chunking
+        assert training.autoencoder.minutes + training.prior.minutes == pytest.approx(6)
+        if chunking.needs_segmenter:
+            assert chunking.target_bytes == entry.target
+        else:
+            starts = make_chunker(chunking).chunk_starts(documents)
+            assert len(starts) / starts.sum() == pytest.approx(entry.target, rel=0.1), entry.name
+
+
+def test_what_cannot_be_compared_is_refused():
+    with pytest.raises(ConfigError, match="--only takes fixed, words.*'verse'"):
+        entries(TINY, 6, ["verse"])
+    with pytest.raises(ConfigError, match="--targets must lie in 2..4096, got 1"):
+        entries(TINY, 6, targets=[1])
+    with pytest.raises(ConfigError, match="must be positive"):
+        entries(TINY, 0)
+    with pytest.raises(ConfigError, match="is a twin"):
+        entries(ROOT / "configs/tiny-twin.yaml", 6)
+
+
+def test_borders_agree_before_and_after_white_space_alike():
+    text = np.frombuffer(b"In the  end. It was", np.uint8)
+
+    def places(*at: int) -> np.ndarray:
+        return np.isin(np.arange(len(text)), at)
+
+    words = places(2, 6, 12, 15)
+    assert agree(text, places(3, 7, 13, 16), words) == {"precision": 1.0, "recall": 1.0}
+    assert agree(text, places(3, 4), words) == {"precision": 0.5, "recall": 0.25}
+    assert agree(text, places(), words) == {"precision": None, "recall": 0.0}
+
+
+def test_chunks_are_described_by_length_and_borders():
+    documents = [np.frombuffer(text.encode(), np.uint8) for text in ("Él va. No va.", "Así")]
+    starts = np.concatenate([make_chunker(ChunkingConfig(min_bytes=1)).chunk_start(d) for d in documents])
+    found = describe_chunks(documents, starts, [np.array([0, 8]), np.array([0])])
+    assert found["characters_per_chunk"] == pytest.approx(16 / 5)  # Él| va.| No| va.|Así
+    assert found["borders"]["word"] == {"precision": 1.0, "recall": 1.0}
+    assert found["borders"]["sentence"] == found["borders"]["verse"] == {"precision": 1 / 3, "recall": 1.0}
+
+
+def test_verses_start_after_a_space_of_the_built_in_text():
+    corpus = load_corpus(entries(TINY, 1, ["words"], [6])[0].config.data, "test")
+    verses = bible_verse_starts("test")
+    assert len(verses) == len(corpus)
+    for index, places in enumerate(verses):
+        text = corpus.document(index)
+        assert places[0] == 0 and (text[places[1:] - 1] == ord(" ")).all() and places[-1] < len(text)
+
+
+def test_written_chunks_are_compared_with_those_the_strategy_would_make():
+    chunker = make_chunker(ChunkingConfig(min_bytes=1))
+    assert rechunked([Continuation(b"In", [b" the", b" end"])], chunker) == 1.0
+    assert rechunked([Continuation(b"In", [b" the", b" e", b"nd"])], chunker) == pytest.approx(2 / 3)
+    assert rechunked([Continuation(b"In")], chunker) is None
+
+
+def test_corrupted_text_differs_a_little_and_always_alike():
+    text = b"And the king said to all his servants, Go now. " * 50
+    corpus = make_corpus("x", [text, text])
+    for kind in CORRUPTIONS:
+        bad = corrupt(corpus, kind)
+        assert (bad.text.tobytes() == corrupt(corpus, kind).text.tobytes()) and len(bad) == 2
+        assert bad.text.tobytes() != corpus.text.tobytes()
+        assert len(bad.text) == pytest.approx(len(corpus.text), rel=0.06)
+    assert corrupt(corpus, "case").text.tobytes().lower() == corpus.text.tobytes().lower()
+    assert corrupt(corpus, "spaces").text.tobytes().replace(b" ", b"") == corpus.text.tobytes().replace(
+        b" ", b""
+    )
+
+
+def test_a_trained_run_gives_every_figure(trained_run):
+    found = measure(trained_run)
+    assert found["borders"]["word"]["precision"] > 0.5 and found["borders"].get("verse") is None
+    assert set(found["robustness"]) == {"clean", *CORRUPTIONS}
+    assert 0 <= found["written_agreement"] <= 1 and found["latents_per_second"] > 0
+
+
+def test_a_stopped_league_goes_on_and_measures_nothing_twice(monkeypatch, tmp_path):
+    measured: list[str] = []
+
+    def fake_measure(run):
+        if len(measured) == 2 and "stop" not in measured:
+            measured.append("stop")
+            raise KeyboardInterrupt
+        measured.append(run.name)
+        bits = {
+            "bound": 1.5,
+            "standard_error": 0.0,
+            "standard_error_text": 0.02,
+            "latent": 0.5,
+            "decoder": 1.0,
+        }
+        robustness = {"clean": 1.5, "typos": 2.0, "case": 1.75, "spaces": 1.7}
+        return {
+            **bits,
+            "reconstruction": 0.9,
+            "training_characters_per_second": 9e3,
+            "robustness": robustness,
+        }
+
+    def train(config, *, root):
+        (root / config.name).mkdir(parents=True, exist_ok=True)
+        return root / config.name
+
+    monkeypatch.setattr("hldm.stages.train_run", train)
+    monkeypatch.setattr(league, "measure", fake_measure)
+    options = dict(only=["words", "gate"], targets=[6], root=tmp_path, say=lambda line: None)
+    with pytest.raises(KeyboardInterrupt):
+        run_league(TINY, 6, **options)
+    found = run_league(TINY, 6, **options)
+    assert measured == ["twin", "words-6", "stop", "gate-6"]
+    assert json.loads((tmp_path / "tiny-league/league.json").read_text()) == found
+    assert "| gate-6 | 1.500 | 0.000 | 0.500 | 1.000 | 90.0% |" in table(found)
+    assert (tmp_path / "tiny-league/league.md").read_text() == table(found) + "\n"
+    plot_league(found, tmp_path / "league.png")
+    assert (tmp_path / "league.png").read_bytes().startswith(b"\x89PNG")
