@@ -22,8 +22,8 @@ from hldm.reports import save_report
 
 # dial: key of the config, values beside the config's own
 DIALS: Mapping[str, tuple[str, tuple[float, ...]]] = {
-    "gamma_0": ("diffusion.gamma_0", (-2.0, -1.0, 0.0, 1.0, 2.0)),
-    "latent_dim": ("autoencoder.latent_dim", (4, 8, 16, 32)),
+    "gamma_0": ("diffusion.gamma_0", (-4.0, -1.0, 1.0, 3.0)),
+    "latent_dim": ("autoencoder.latent_dim", (2, 4, 8, 16)),
     "rate_weight": ("autoencoder.rate_weight", (0.1, 0.3, 0.6, 1.0)),
     "max_bytes": ("chunking.max_bytes", (6, 10, 16)),
 }
