@@ -16,21 +16,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hldm.config import (
-    ChunkingConfig,
-    Config,
-    ConfigError,
-    GenerationConfig,
-    load_config,
-    stage_training,
-    to_yaml,
-)
+from hldm import commands
+from hldm.config import Config, ConfigError, GenerationConfig, load_config, stage_training, to_yaml
 from hldm.exits import guarded
-from hldm.runs import export_run, shipped_run
+from hldm.runs import shipped_run
 from hldm.signals import Stopped
-from hldm.sizes import read_model_settings, report, require_room, require_room_to_write, survey
+from hldm.sizes import read_model_settings, require_room, require_room_to_write
+from hldm.text import MAX_PROMPT_BYTES, read_input
 
-MAX_PROMPT_BYTES = 2**20  # 300 pages; more takes minutes to read, and a device such as /dev/zero never ends
 STAGES = {
     "autoencoder": "Stage one: train the autoencoder, or a twin, from a config.",
     "prior": "Stage two: train the diffusion prior on the latents of the same run's autoencoder.",
@@ -40,32 +33,32 @@ STAGES = {
 def main(argv: Sequence[str] | None = None) -> int:
     """`hldm COMMAND ...`."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    commands: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
-        "demo": (demo, "train a model and its twin, evaluate both, write some text"),
+    table: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+        "demo": (commands.demo, "train a model and its twin, evaluate both, write some text"),
         "train-autoencoder": (train_autoencoder, "stage one, or the twin"),
         "train-diffusion": (train_diffusion, "stage two"),
         "generate": (generate, "write on from prompts"),
-        "evaluate": (evaluate, "bits per character, reconstruction, ROUGE"),
-        "diagnose": (diagnose, "what a run's latents hold, and what the decoder does with them"),
-        "rate-curve": (rate_curve, "what latents carry against what they cost, a run a point"),
-        "chunkers": (chunkers, "every chunking strategy, trained and measured alike"),
-        "judge": (judge, "how good written text is, by sampler setting, beside the true text"),
-        "chunk": (chunk, "where a text is cut, by one strategy or all"),
-        "bench": (bench, "speed of training and generation, and where the time goes"),
-        "export": (export, "copy a trained run, without what only training needs"),
-        "sizes": (sizes, "what a config needs in memory and on disk, and whether it fits here"),
-        "doctor": (doctor, "check this machine and installation"),
+        "evaluate": (commands.evaluate, "bits per character, reconstruction, ROUGE"),
+        "diagnose": (commands.diagnose, "what a run's latents hold, and what the decoder does with them"),
+        "rate-curve": (commands.rate_curve, "what latents carry against what they cost, a run a point"),
+        "chunkers": (commands.chunkers, "every chunking strategy, trained and measured alike"),
+        "judge": (commands.judge, "how good written text is, by sampler setting, beside the true text"),
+        "chunk": (commands.chunk, "where a text is cut, by one strategy or all"),
+        "bench": (commands.bench, "speed of training and generation, and where the time goes"),
+        "export": (commands.export, "copy a trained run, without what only training needs"),
+        "sizes": (commands.sizes, "what a config needs in memory and on disk, and whether it fits here"),
+        "doctor": (commands.doctor, "check this machine and installation"),
     }
     parser = argparse.ArgumentParser(
         prog="hldm",
         description="A latent-diffusion hierarchical language model.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="commands:\n" + "\n".join(f"  {name:<18} {says}" for name, (_, says) in commands.items()),
+        epilog="commands:\n" + "\n".join(f"  {name:<18} {says}" for name, (_, says) in table.items()),
     )
-    parser.add_argument("command", choices=commands, metavar="COMMAND", help="one of the commands below")
+    parser.add_argument("command", choices=table, metavar="COMMAND", help="one of the commands below")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="see hldm COMMAND --help")
     chosen = parser.parse_args(arguments[:1])
-    return commands[chosen.command][0](arguments[1:])
+    return table[chosen.command][0](arguments[1:])
 
 
 # --- training ----------------------------------------------------------------------------------
@@ -166,21 +159,10 @@ def _prompts(arguments: argparse.Namespace) -> list[bytes]:
     # argv that is not UTF-8 arrives with surrogate escapes; fsencode gives the bytes back
     prompts = [os.fsencode(prompt) for prompt in arguments.prompt]
     for name in arguments.prompt_file:
-        prompts.append(_read_prompt(name).removesuffix(b"\n"))
+        prompts.append(read_input(name, MAX_PROMPT_BYTES).removesuffix(b"\n"))
     if not prompts:
         raise ValueError("no prompt given: pass --prompt TEXT, --prompt-file FILE or --prompt-file -")
     return [prompt for prompt in prompts for _ in range(arguments.num_samples)]
-
-
-def _read_prompt(name: str) -> bytes:
-    from hldm.text import read_up_to
-
-    if name == "-":
-        if sys.stdin is None:
-            raise ValueError("--prompt-file -: standard input is closed")
-        return read_up_to(sys.stdin.buffer, MAX_PROMPT_BYTES, "standard input")
-    with open(name, "rb") as file:
-        return read_up_to(file, MAX_PROMPT_BYTES, name)
 
 
 def generate(argv: Sequence[str] | None = None) -> int:
@@ -298,286 +280,6 @@ def _write(pipeline: object, prompts: list[bytes], arguments: argparse.Namespace
             send(b"\n")
     if stopped is not None:
         raise stopped
-
-
-# --- the rest ----------------------------------------------------------------------------------
-
-
-def evaluate(argv: Sequence[str] | None = None) -> int:
-    """`hldm evaluate`, the same as `python -m hldm.evaluation`."""
-    from hldm import evaluation
-
-    return evaluation.main(argv)
-
-
-def diagnose(argv: Sequence[str] | None = None) -> int:
-    """`hldm diagnose`."""
-    parser = argparse.ArgumentParser(
-        prog="hldm diagnose",
-        description="What a trained run's latents hold, what the prior pays for them, what the decoder does with them.",
-    )
-    parser.add_argument("--run", type=Path, required=True, help="folder of the run, e.g. runs/demo")
-    parser.add_argument("--split", choices=("validation", "test"), default="validation")
-    parser.add_argument("--draws", type=int, default=8, metavar="M", help="noise levels a chunk (default 8)")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of all noise (default 0)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there, too")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="draw them there")
-    arguments = parser.parse_args(argv)
-
-    def work() -> int:
-        from hldm.diagnosis import diagnose_run, summary
-        from hldm.reports import check_picture_path, check_report_path, save_report
-
-        if arguments.json is not None:
-            check_report_path(arguments.json, "latent_by_dimension")
-        if arguments.png is not None:
-            check_picture_path(arguments.png)
-        diagnosis = diagnose_run(
-            arguments.run, split=arguments.split, draws=arguments.draws, seed=arguments.seed
-        )
-        print(summary(diagnosis))
-        if arguments.json is not None:
-            save_report(arguments.json, diagnosis)
-        if arguments.png is not None:
-            from hldm.plots import plot_diagnosis
-
-            plot_diagnosis(diagnosis, arguments.png)
-        return 0
-
-    return guarded(work)
-
-
-def rate_curve(argv: Sequence[str] | None = None) -> int:
-    """`hldm rate-curve`."""
-    parser = argparse.ArgumentParser(
-        prog="hldm rate-curve",
-        description="Turn one dial at a time, train each point and the twin for the same minutes, measure.",
-    )
-    parser.add_argument("--config", type=Path, required=True, help="its twin is <name>-twin.yaml beside it")
-    parser.add_argument("--minutes", type=float, required=True, metavar="M", help="of training, a point")
-    parser.add_argument(
-        "--only", action="append", default=[], metavar="DIAL", help="may repeat; default: all"
-    )
-    arguments = parser.parse_args(argv)
-
-    def work() -> int:
-        from hldm.plots import plot_rate_curve
-        from hldm.rate_curve import run_curve, table
-
-        curve = run_curve(arguments.config, arguments.minutes, only=arguments.only)
-        target = Path("runs") / f"{arguments.config.stem}-curve" / "rate-curve.png"
-        plot_rate_curve(curve, target)
-        print(f"{table(curve)}\n\nrate-curve.json and rate-curve.png are in {target.parent}")
-        return 0
-
-    return guarded(work)
-
-
-def chunkers(argv: Sequence[str] | None = None) -> int:
-    """`hldm chunkers`."""
-    parser = argparse.ArgumentParser(
-        prog="hldm chunkers",
-        description="Train every chunking strategy for the same minutes at the same bytes a latent, and measure.",
-    )
-    parser.add_argument("--config", type=Path, required=True, help="its twin is <name>-twin.yaml beside it")
-    parser.add_argument("--minutes", type=float, required=True, metavar="M", help="of training, each")
-    parser.add_argument("--only", nargs="+", default=[], metavar="STRATEGY", help="default: all")
-    parser.add_argument("--targets", nargs="+", type=int, default=[6, 12], metavar="N", help="bytes a latent")
-    arguments = parser.parse_args(argv)
-
-    def work() -> int:
-        from hldm.league import run_league, table
-        from hldm.plots import plot_league
-
-        league = run_league(
-            arguments.config, arguments.minutes, only=arguments.only, targets=arguments.targets
-        )
-        folder = Path("runs") / f"{arguments.config.stem}-league"
-        plot_league(league, folder / "league.png")
-        print(f"{table(league)}\n\nleague.json, league.md and league.png are in {folder}")
-        return 0
-
-    return guarded(work)
-
-
-def judge(argv: Sequence[str] | None = None) -> int:
-    """`hldm judge`."""
-    parser = argparse.ArgumentParser(
-        prog="hldm judge",
-        description="How good written text is, by judges that did not write it, beside the true text.",
-    )
-    parser.add_argument("--run", type=Path, required=True, help="whose writing is judged")
-    parser.add_argument("--judge", type=Path, metavar="RUN", help="a twin trained with another seed")
-    parser.add_argument("--twin", type=Path, metavar="RUN", help="its writing is judged, too")
-    parser.add_argument(
-        "--vary",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="steps, scheduler, temperature, ...; may repeat",
-    )
-    parser.add_argument("--prompts", type=int, default=48, metavar="N", help="continuations (default 48)")
-    parser.add_argument("--max-characters", type=int, default=400, metavar="N", help="of each (default 400)")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the writing (default 0)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there, too")
-    arguments = parser.parse_args(argv)
-
-    def work() -> int:
-        from hldm.judge import judge_run, table
-        from hldm.reports import check_report_path, save_report
-
-        if arguments.json is not None:
-            check_report_path(arguments.json, "judged")
-        found = judge_run(
-            arguments.run,
-            judge=arguments.judge,
-            twin=arguments.twin,
-            vary=arguments.vary,
-            prompts=arguments.prompts,
-            max_characters=arguments.max_characters,
-            seed=arguments.seed,
-        )
-        print(table(found))
-        if arguments.json is not None:
-            save_report(arguments.json, found)
-        return 0
-
-    return guarded(work)
-
-
-def chunk(argv: Sequence[str] | None = None) -> int:
-    """`hldm chunk`."""
-    parser = argparse.ArgumentParser(
-        prog="hldm chunk", description="Show where a text is cut, by one strategy below another."
-    )
-    parser.add_argument("--text", required=True, metavar="FILE", help="- is standard input")
-    parser.add_argument(
-        "--strategy",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="may repeat (default: all that read text alone)",
-    )
-    parser.add_argument(
-        "--run", action="append", default=[], type=Path, help="cut as this run does; may repeat"
-    )
-    parser.add_argument("--min-bytes", type=int, default=4, metavar="N", help="of a chunk (default 4)")
-    parser.add_argument("--max-bytes", type=int, default=12, metavar="N", help="of a chunk (default 12)")
-    parser.add_argument(
-        "--target-bytes", type=float, default=6.0, metavar="N", help="mean, of strategies with a model"
-    )
-    parser.add_argument(
-        "--minutes",
-        type=float,
-        default=0.0,
-        metavar="M",
-        help="train a model for each strategy that takes one",
-    )
-    parser.add_argument("--json", action="store_true", help="bytes of each chunk, as JSON")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page there instead")
-    arguments = parser.parse_args(argv)
-
-    def work() -> int:
-        limits = ("min_bytes", "max_bytes", "target_bytes")
-        chunking = ChunkingConfig(**{name: getattr(arguments, name) for name in limits})
-        if not 0 <= arguments.minutes < math.inf:
-            raise ConfigError(f"--minutes must not be negative, got {arguments.minutes:g}")
-        text = _read_prompt(arguments.text)
-        from hldm.checkpoints import atomic_write
-        from hldm.chunk_view import PAGE_MARK, as_json, as_page, as_text, cut_text
-        from hldm.chunking import TEXT_STRATEGIES
-        from hldm.reports import check_page_path
-
-        if arguments.html is not None:
-            check_page_path(arguments.html, PAGE_MARK)
-        names = arguments.strategy or ([] if arguments.run else list(TEXT_STRATEGIES))
-        cuts = cut_text(text, names, arguments.run, chunking=chunking, minutes=arguments.minutes)
-        if arguments.html is not None:
-            atomic_write(arguments.html, as_page(cuts))
-        else:
-            print(as_json(cuts) if arguments.json else as_text(cuts, sys.stdout.isatty()))
-        return 0
-
-    return guarded(work)
-
-
-def bench(argv: Sequence[str] | None = None) -> int:
-    """`hldm bench`."""
-
-    def work() -> int:
-        from hldm import bench as benchmark
-
-        return benchmark.main(argv)
-
-    return guarded(work)
-
-
-def export(argv: Sequence[str] | None = None) -> int:
-    """`hldm export`."""
-    parser = argparse.ArgumentParser(
-        prog="hldm export",
-        description="Copy a trained run without checkpoints and logs, to keep or to share.",
-    )
-    parser.add_argument("--run", type=Path, required=True, help="folder of the run, e.g. runs/demo")
-    parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="that is not there yet")
-    arguments = parser.parse_args(argv)
-
-    def work() -> int:
-        export_run(arguments.run, arguments.to)
-        return 0
-
-    return guarded(work)
-
-
-def sizes(argv: Sequence[str] | None = None) -> int:
-    """`hldm sizes`."""
-    parser = argparse.ArgumentParser(
-        prog="hldm sizes",
-        description="What a config needs in memory and on disk, stage by stage; exit code 2 when it does not fit.",
-    )
-    parser.add_argument("--config", action="append", required=True, metavar="FILE", help="YAML; may repeat")
-    parser.add_argument("--json", action="store_true", help="the same as one JSON object, in bytes")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="any setting, e.g. data.lanes=64")
-    arguments = parser.parse_intermixed_args(argv)
-
-    def work() -> int:
-        found = survey(load_config(arguments.config, arguments.overrides))
-        print(json.dumps(found, indent=1) if arguments.json else report(found))
-        return 0 if found["fits"] else 2
-
-    return guarded(work)
-
-
-def doctor(argv: Sequence[str] | None = None) -> int:
-    """`hldm doctor`."""
-
-    def work() -> int:
-        from hldm import doctor as checks
-
-        return checks.main(argv)
-
-    return guarded(work)
-
-
-def demo(argv: Sequence[str] | None = None) -> int:
-    """`hldm demo`."""
-    parser = argparse.ArgumentParser(
-        prog="hldm demo",
-        description="Train both stages and the twin, evaluate both, write three continuations, print a table.",
-    )
-    parser.add_argument(
-        "--config", default="configs/tiny.yaml", help="its twin is <name>-twin.yaml beside it"
-    )
-    parser.add_argument("--name", help="run folder (default: demo, or demo-<config> for other sizes)")
-    arguments = parser.parse_args(argv)
-
-    def work() -> int:
-        from hldm.demo import run_demo
-
-        run_demo(Path(arguments.config), arguments.name)
-        return 0
-
-    return guarded(work)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import re
+import sys
 from typing import BinaryIO
 
 import numpy as np
@@ -18,6 +19,7 @@ END_OF_DOCUMENT = 257  # emitted in its place after the last chunk of a document
 START = 258  # the decoder's first input in every chunk
 HIDDEN = 259  # stands for an input byte hidden by byte dropout
 VOCABULARY = 260
+MAX_PROMPT_BYTES = 2**20  # 300 pages; more takes minutes to read, and a device such as /dev/zero never ends
 
 
 def to_bytes(text: str) -> bytes:
@@ -47,6 +49,16 @@ def read_up_to(file: BinaryIO, limit: int, name: str) -> bytes:
         if len(text) > limit:
             raise ValueError(f"{name}: longer than {limit:,} bytes; take a part of it, such as its end")
     return bytes(text)
+
+
+def read_input(name: str, limit: int) -> bytes:
+    """A file, or standard input for `-`; as `read_up_to`."""
+    if name == "-":
+        if sys.stdin is None:
+            raise ValueError("-: standard input is closed")
+        return read_up_to(sys.stdin.buffer, limit, "standard input")
+    with open(name, "rb") as file:
+        return read_up_to(file, limit, name)
 
 
 def count_characters(text: bytes) -> int:

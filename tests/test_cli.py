@@ -305,7 +305,7 @@ def test_an_exported_run_writes_and_evaluates_like_the_run(trained_run, capsys, 
     capsys.readouterr()
     tables = []
     for run in (str(trained_run), "slim"):
-        assert cli.evaluate(["--run", run, "--draws", "2", "--prompts", "0"]) == 0
+        assert cli.main(["evaluate", "--run", run, "--draws", "2", "--prompts", "0"]) == 0
         tables.append(capsys.readouterr().out.splitlines()[1:])
     assert tables[0] == tables[1]
     assert "is there already" in refused(cli.main(["export", "--run", str(trained_run), "--to", "slim"]))

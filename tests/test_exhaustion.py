@@ -242,10 +242,10 @@ def test_a_start_that_fails_does_not_use_up_the_name(
 
 LIMITED = """
 import resource, sys
-from hldm import cli, sizes, stages
+from hldm import cli, machine, sizes, stages
 
 def limit(*_):  # comes once the check is over: other programs take what was free
-    most = sizes._kibibytes("/proc/self/status")["VmSize"] + 80 * 2**20
+    most = machine.kibibytes("/proc/self/status")["VmSize"] + 80 * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 stages.require_room = limit

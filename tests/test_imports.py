@@ -30,8 +30,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "ranks",
         "signals",
         "weights",
+        "machine",
     ),
     ("config", "runs", "plots", "reports"),
+    ("shapes",),
     ("griffin", "chunking", "events", "hierarchy", "diffusion", "corpus", "metrics", "sizes"),
     ("samplers", "mixture", "data", "doctor", "segmenter", "chunk_writer", "corruption", "bench_layers"),
     (
@@ -50,6 +52,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("evaluation", "bench", "diagnosis", "judge"),
     ("demo", "rate_curve"),
     ("league",),
+    ("commands",),
     ("cli",),
     ("__init__", "__main__", "train_autoencoder", "train_diffusion", "generate"),
 )

@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from hldm import bench, cli, sizes
+from hldm import bench, cli, machine, sizes
 from hldm.autoencoder import Autoencoder
 from hldm.carry import named_tensors
 from hldm.config import Config, ConfigError, load_config, to_yaml
@@ -129,7 +129,7 @@ MEASURE = """
 import ctypes, sys
 from test_sizes import trainer_of
 from pathlib import Path
-from hldm import sizes
+from hldm import machine, sizes
 from hldm.config import load_config
 
 path, stage, folder = sys.argv[1:]
@@ -137,10 +137,10 @@ config = load_config([path])
 trainer = trainer_of(config, stage, Path(folder) / stage)
 trainer.step(0.1)
 ctypes.CDLL(None).malloc_trim(0)
-before = sizes._kibibytes("/proc/self/status")["VmRSS"]
+before = machine.kibibytes("/proc/self/status")["VmRSS"]
 Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
 trainer.step(0.1)
-status = sizes._kibibytes("/proc/self/status")
+status = machine.kibibytes("/proc/self/status")
 said = sizes.stage_sizes(config, stage)
 print((said.device["gradients"] + said.device["activations"]) / (status["VmHWM"] - before), end=" ")
 print((sum(said.device.values()) + sum(said.host.values())) / status["VmHWM"])
@@ -281,8 +281,8 @@ def test_the_limit_of_a_cgroup_or_of_one_above_it_is_found(line, folder, names, 
     (place / names[0]).write_text("100000000\n")
     (place / names[1]).write_text("90000000\n")
     (place / "memory.stat").write_text(f"anon 3\n{names[2]} 40000000\n")
-    own = sizes._kibibytes("/proc/self/status")["VmRSS"]
-    found, where = sizes.available_memory(tmp_path / "groups", root)
+    own = machine.kibibytes("/proc/self/status")["VmRSS"]
+    found, where = machine.available_memory(tmp_path / "groups", root)
     assert where == "in this cgroup" and found == pytest.approx(50_000_000 + own, abs=2**22)
 
 

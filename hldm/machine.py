@@ -1,0 +1,83 @@
+"""What there is on this machine: memory within its limits, GPU memory, disk. No torch unless there is a GPU."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+GPU_DRIVERS = ("/proc/driver/nvidia", "/dev/dxg", "/dev/kfd")  # NVIDIA, the same under WSL, AMD
+
+
+def available_memory(
+    groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
+) -> tuple[int, str]:
+    """Bytes that this process can have in all, what it holds already included, and what sets the limit.
+
+    The least of the machine's, the cgroup's (a container's, a job's) and ulimit -v's.
+    """
+    status = kibibytes("/proc/self/status")
+    own = status.get("VmRSS", 0)
+    free = kibibytes("/proc/meminfo").get("MemAvailable")
+    if free is None:  # no Linux
+        limits = [(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "on this machine")]
+    else:
+        limits = [(free + own, "on this machine")]
+    limits += [(free + own, "in this cgroup") for free in _cgroup_memory(groups, root)]
+    virtual, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if virtual != resource.RLIM_INFINITY:
+        limits.append((virtual - status.get("VmSize", 0) + own, "under ulimit -v"))
+    least, where = min(limits)
+    return max(least, 0), where
+
+
+def _cgroup_memory(groups: Path, root: Path) -> Iterator[int]:
+    """Bytes still free in every cgroup with a limit that this process is in, version 1 or 2."""
+    lines = groups.read_text().splitlines() if groups.is_file() else []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            base, limit, usage, cache = root, "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            base, limit, usage = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cache = "total_inactive_file"
+        else:
+            continue
+        place = base / path.lstrip("/")
+        # A container may see its own group as the root, whatever the path says.
+        for folder in (place, *(above for above in place.parents if above.is_relative_to(base))):
+            try:
+                most, used = (int((folder / name).read_text()) for name in (limit, usage))
+                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            except (OSError, ValueError):  # not there, or "max": no limit
+                continue
+            yield most - used + int(stat.get(cache, 0))  # files read once are dropped when memory is short
+
+
+def kibibytes(path: str) -> dict[str, int]:
+    """The lines `name: number kB` of a file of /proc, in bytes; empty where there is none."""
+    try:
+        lines = [line.split() for line in Path(path).read_text().splitlines()]
+    except OSError:
+        return {}
+    return {line[0].rstrip(":"): 1024 * int(line[1]) for line in lines if line[2:] == ["kB"]}
+
+
+def gpu_memory() -> int | None:
+    """Bytes free on this process' GPU; None where there is none. Imports torch only if there may be one."""
+    if "torch" not in sys.modules and not any(map(os.path.exists, GPU_DRIVERS)):
+        return None
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    return torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", "0")))[0]
+
+
+def free_disk(folder: Path) -> tuple[int, Path]:
+    """Bytes free where a folder is or would be made, and the folder that stands there already."""
+    standing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())
+    return shutil.disk_usage(standing).free, standing
