@@ -552,9 +552,9 @@ def available_memory(
 
     The least of the machine's, the cgroup's (a container's, a job's) and ulimit -v's.
     """
-    status = _kibibytes("/proc/self/status")
+    status = kibibytes("/proc/self/status")
     own = status.get("VmRSS", 0)
-    free = _kibibytes("/proc/meminfo").get("MemAvailable")
+    free = kibibytes("/proc/meminfo").get("MemAvailable")
     if free is None:  # no Linux
         limits = [(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "on this machine")]
     else:
@@ -590,7 +590,7 @@ def _cgroup_memory(groups: Path, root: Path) -> Iterator[int]:
             yield most - used + int(stat.get(cache, 0))  # files read once are dropped when memory is short
 
 
-def _kibibytes(path: str) -> dict[str, int]:
+def kibibytes(path: str) -> dict[str, int]:
     """The lines `name: number kB` of a file of /proc, in bytes; empty where there is none."""
     try:
         lines = [line.split() for line in Path(path).read_text().splitlines()]

@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from hldm import bench, cli, sizes
+from hldm import bench_training, cli, sizes
 from hldm.autoencoder import Autoencoder
 from hldm.carry import named_tensors
 from hldm.config import Config, ConfigError, load_config, to_yaml
@@ -100,9 +100,11 @@ def test_a_config_says_its_text(tmp_path):
 
 def trainer_of(config: Config, stage: str, folder: Path) -> Trainer:
     """A stage ready to train, in a folder of its own."""
-    windows = bench._windows(config, load_corpus(config.data, "train"))
-    objective = bench._stage_one(config) if stage == "autoencoder" else bench._stage_two(config, windows)
-    trainer = bench._trainer(config, stage, objective, windows)
+    windows = bench_training.windows_of(config, load_corpus(config.data, "train"))
+    objective: AutoencoderObjective | PriorObjective = bench_training.stage_one(config)
+    if stage == "prior":
+        objective = bench_training.stage_two(config, windows)
+    trainer = bench_training.trainer_of(config, stage, objective, windows)
     folder.mkdir()
     trainer.run = Run(folder, is_main=True, say=print)
     return trainer
@@ -137,10 +139,10 @@ config = load_config([path])
 trainer = trainer_of(config, stage, Path(folder) / stage)
 trainer.step(0.1)
 ctypes.CDLL(None).malloc_trim(0)
-before = sizes._kibibytes("/proc/self/status")["VmRSS"]
+before = sizes.kibibytes("/proc/self/status")["VmRSS"]
 Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
 trainer.step(0.1)
-status = sizes._kibibytes("/proc/self/status")
+status = sizes.kibibytes("/proc/self/status")
 said = sizes.stage_sizes(config, stage)
 print((said.device["gradients"] + said.device["activations"]) / (status["VmHWM"] - before), end=" ")
 print((sum(said.device.values()) + sum(said.host.values())) / status["VmHWM"])
@@ -281,7 +283,7 @@ def test_the_limit_of_a_cgroup_or_of_one_above_it_is_found(line, folder, names, 
     (place / names[0]).write_text("100000000\n")
     (place / names[1]).write_text("90000000\n")
     (place / "memory.stat").write_text(f"anon 3\n{names[2]} 40000000\n")
-    own = sizes._kibibytes("/proc/self/status")["VmRSS"]
+    own = sizes.kibibytes("/proc/self/status")["VmRSS"]
     found, where = sizes.available_memory(tmp_path / "groups", root)
     assert where == "in this cgroup" and found == pytest.approx(50_000_000 + own, abs=2**22)
 
