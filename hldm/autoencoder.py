@@ -261,7 +261,9 @@ class Autoencoder(SavedModel):
         after, trunk = ending, state.trunk
         if self.settings.trunk_layers and n:
             summary = self.to_trunk(torch.cat([ending, pool_by_chunk(y, where, n)], dim=-1))
-            after, trunk = self.trunk(summary, state.trunk, opens, opens, where.count)
+            # a chunk a row, as it is written, is one position that C++ can take
+            counts = None if n == 1 and bool(mask.all()) else where.count
+            after, trunk = self.trunk(summary, state.trunk, opens, opens, counts)
             after = after * mask[..., None]
         # before chunk 0, 1, ..., and after the last
         known = torch.cat([state.known[:, None], after], dim=1)
@@ -311,6 +313,13 @@ class Autoencoder(SavedModel):
             known = _rows(self.from_trunk(encoding.before), events.chunk)
             told = known if told is None else told + known
         return told
+
+    def told_by_latent(self, latent: Tensor, known: Tensor | None) -> Tensor:
+        """What `decode` adds to the symbols of a whole chunk, text left out. latent (b z), known (b d): (b e d)."""
+        read = self.from_latent
+        place = torch.arange(self.chunking.max_bytes + 1, device=latent.device)
+        told = read.outer(read.features(read.inner(latent)[:, None], place))  # (b e d)
+        return told if known is None else told + known[:, None]
 
     def decode(
         self,

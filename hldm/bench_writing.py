@@ -2,7 +2,7 @@
 
 By the number of continuations at once, the length of the text before them and the denoising steps a latent. Everyone
 writes in turns, a few characters each time. The GPT-2 is transformers' own with its key-value cache, untrained; it
-knows no more than its last `GPT2_POSITIONS` bytes, and once its positions are used up it reads the later half of them again.
+knows no more than its last `GPT2_POSITIONS` bytes, and once those are used up it reads the later half of them again.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from hldm.autoencoder import OUTPUTS, Autoencoder
 from hldm.clock import wait_for_device
 from hldm.config import Config
 from hldm.corpus import Corpus
-from hldm.generation import Piece, Writer, make_writer, row_generators
+from hldm.generation import Writer, make_writer, row_generators
 from hldm.prior import Prior
 from hldm.sizes import kibibytes
 from hldm.tables import align, row
 from hldm.text import END_OF_CHUNK, count_characters
+from hldm.writing import Piece
 
 TURNS = 5
 CHARACTERS_A_TURN = 40  # of each continuation, at least

@@ -20,10 +20,11 @@ from hldm.config import (
     HierarchyConfig,
     PriorConfig,
 )
-from hldm.generation import LatentWriter, _cut, _window, pick, row_generators, write_on
+from hldm.generation import LatentWriter, _cut, _window, row_generators, write_on
 from hldm.pipeline import ByteTokenizer, HLDMPipeline, read_pipeline
 from hldm.prior import Prior
 from hldm.text import END_OF_DOCUMENT, count_characters
+from hldm.writing import pick
 
 GRIFFIN = GriffinConfig(width=16, blocks=("recurrent", "attention"), heads=2)
 SETTINGS = GenerationConfig(steps=3)

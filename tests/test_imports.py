@@ -31,7 +31,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "signals",
         "weights",
     ),
-    ("config", "runs", "plots", "reports"),
+    ("config", "runs", "plots", "reports", "write_step"),
     ("griffin", "chunking", "events", "hierarchy", "diffusion", "corpus", "metrics", "sizes"),
     ("samplers", "mixture", "data", "doctor", "segmenter", "chunk_writer", "corruption", "bench_layers"),
     (
@@ -44,7 +44,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "policy_segmenter",
         "select_segmenter",
     ),
-    ("objectives", "generation", "training", "segmenting"),
+    ("objectives", "writing", "training", "segmenting"),
+    ("generation",),
     (
         "pipeline",
         "bound",
