@@ -261,9 +261,7 @@ class Autoencoder(SavedModel):
         after, trunk = ending, state.trunk
         if self.settings.trunk_layers and n:
             summary = self.to_trunk(torch.cat([ending, pool_by_chunk(y, where, n)], dim=-1))
-            # a chunk a row, as it is written, is one position that C++ can take
-            counts = None if n == 1 and bool(mask.all()) else where.count
-            after, trunk = self.trunk(summary, state.trunk, opens, opens, counts)
+            after, trunk = self.trunk(summary, state.trunk, opens, opens, where.count)
             after = after * mask[..., None]
         # before chunk 0, 1, ..., and after the last
         known = torch.cat([state.known[:, None], after], dim=1)
@@ -272,6 +270,24 @@ class Autoencoder(SavedModel):
         features = torch.cat([state.feature[:, None], y], dim=1)
         encoding = Encoding(self.normaliser(raw) * mask[..., None], mask, opens, after, before, features)
         return encoding, EncoderState(griffin, feature, trunk, known)
+
+    def close_chunk(
+        self, y: Tensor, griffin: GriffinState, length: Tensor, opens: Tensor, state: EncoderState
+    ) -> tuple[Tensor, EncoderState]:
+        """`close_chunks` for one chunk a row: its latent (b 1 z), and the state after it. For generation: no sums.
+
+        y: (b l d) features of its bytes, griffin: the state after them;  length: (b), at least 1;  opens: (b 1) bool
+        """
+        place = torch.arange(y.shape[1], device=y.device)
+        share = (place < length[:, None])[:, None] / length[:, None, None]  # (b 1 l) of each byte in a mean
+        read = self.to_latent
+        latent = self.normaliser(read.outer(share @ read.features(read.inner(y), place)))
+        feature = _rows(y, length[:, None] - 1)  # (b 1 d)
+        known, trunk = feature, state.trunk
+        if self.settings.trunk_layers:
+            summary = self.to_trunk(torch.cat([feature, share @ y], dim=-1))
+            known, trunk = self.trunk(summary, state.trunk, opens, opens)
+        return latent, EncoderState(griffin, feature[:, 0], trunk, known[:, 0])
 
     def read_byte(
         self, symbol: Tensor, doc_start: Tensor, chunk_start: Tensor, griffin: GriffinState

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hldm.autoencoder import Autoencoder, DecoderState, EncoderState, Encoding
+from hldm.autoencoder import Autoencoder, DecoderState, EncoderState
 from hldm.carry import select_rows
 from hldm.config import Config, GenerationConfig
 from hldm.diffusion import sample
@@ -136,7 +136,7 @@ class LatentWriter:
     def _read(self, window: _Window) -> None:
         """Take in whole chunks of a prompt: advance encoder, pyramid and a carried decoder."""
         encoding, self.encoder = self.autoencoder.encode(*window, self.encoder)
-        self._remember(encoding)
+        self._remember(encoding.latents, encoding.mask, encoding.doc_start, encoding.after)
         if self.autoencoder.settings.carry_state:
             text, length, doc_start, chunk_start = window
             never = torch.zeros_like(doc_start)
@@ -158,30 +158,26 @@ class LatentWriter:
     def _read_own(self, written: Written) -> None:
         """Take in the chunks just written, from where their writing left the models."""
         pieces = written.pieces
-        starts = [np.arange(len(piece.text)) == 0 for piece in pieces]
-        text, length, doc_start, chunk_start = _window(
-            [piece.text for piece in pieces], starts, self.opens, self.device
-        )
         if written.features is None:
-            encoding, self.encoder = self.autoencoder.encode(
-                text, length, doc_start, chunk_start, self.encoder
-            )
+            starts = [np.arange(len(piece.text)) == 0 for piece in pieces]
+            window = _window([piece.text for piece in pieces], starts, self.opens, self.device)
+            encoding, self.encoder = self.autoencoder.encode(*window, self.encoder)
+            self._remember(encoding.latents, encoding.mask, encoding.doc_start, encoding.after)
         else:
-            features = written.features[:, : text.shape[1]]
-            encoding, self.encoder = self.autoencoder.close_chunks(
-                features, written.encoder, length, doc_start, chunk_start, self.encoder
+            length = torch.tensor([len(piece.text) for piece in pieces], device=self.device)
+            opens = torch.tensor(self.opens, device=self.device)[:, None]
+            latent, self.encoder = self.autoencoder.close_chunk(
+                written.features, written.encoder, length, opens, self.encoder
             )
-        self._remember(encoding)
-        last = text.gather(1, length[:, None] - 1)[:, 0]
+            self._remember(latent, torch.ones_like(opens), opens, self.encoder.known[:, None])
+        last = torch.tensor([piece.text[-1] for piece in pieces], device=self.device)
         self.decoder = DecoderState(written.decoder, last)
 
-    def _remember(self, encoding: Encoding) -> None:
-        """The context of the next chunk; a mixture alone has no use for the pyramid."""
+    def _remember(self, latents: Tensor, mask: Tensor, doc_start: Tensor, after: Tensor) -> None:
+        """The context of the next chunk, from those of a window; a mixture alone has no use for the pyramid."""
         if self.settings.steps:
-            context, self.memory = self.prior.contextualiser(
-                encoding.latents, encoding.mask, encoding.doc_start, self.memory, encoding.after
-            )
-            self.context = context.of(encoding.mask.sum(dim=1, keepdim=True))
+            context, self.memory = self.prior.contextualiser(latents, mask, doc_start, self.memory, after)
+            self.context = context.of(mask.sum(dim=1, keepdim=True))
 
     def sample_latents(self) -> Tensor:
         """z_0 of the next chunk of every row. (b z)."""
@@ -195,13 +191,14 @@ class LatentWriter:
             return mixture.sample(gamma_0, weights, self.generators, heat)
         guidance = self.settings.guidance
         hidden = torch.ones_like(self.context.visible[..., 0])
-        blind = self.prior.hide(self.context, hidden) if guidance != 1 else None
+        told = self.prior.tell(self.context)
+        blind = self.prior.tell(self.prior.hide(self.context, hidden)) if guidance != 1 else None
         estimate: Tensor | None = None
 
         def denoise(z: Tensor, gamma: Tensor) -> Tensor:
             nonlocal estimate
             z, gamma = z[:, None, None], gamma[:, None, None]
-            x0 = self.prior.denoise(z, gamma, self.context, estimate)
+            x0 = self.prior.denoise(z, gamma, told, estimate)
             self.calls += 1
             if blind is not None:
                 without = self.prior.denoise(z, gamma, blind, estimate)

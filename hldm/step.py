@@ -86,6 +86,11 @@ def stack_of(model: nn.Module, state: Any, batch: int) -> Stack | None:
     return stack if stack.find() and all(_fits(block, model, batch) for block in state) else None
 
 
+def found_stack(model: nn.Module) -> Stack:
+    """What `stack_of` has just found."""
+    return _STACKS[model]
+
+
 def can_step(model: nn.Module, x: Tensor, state: Any) -> bool:
     """Whether `griffin_step` does what the stack itself would, for x (b t d): one float32 position, no gradients."""
     if x.shape[1] != 1 or type(x) is not Tensor or x.device.type != "cpu" or x.dtype != torch.float32:
@@ -116,7 +121,7 @@ def griffin_step(
     state: as `Griffin.initial_state` gives it;  doc_start, chunk_start: (b 1) bool
     rotation: (s+1 1 p) complex64, RoPE of the distances 0 to s = window
     """
-    stack, kernels = _STACKS[model], library()
+    stack, kernels = found_stack(model), library()
     assert kernels is not None and stack.pointers is not None
     before = [part.contiguous() for block in state for part in block]
     after = [torch.empty_like(part) for part in before]

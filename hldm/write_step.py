@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hldm.kernels import library
-from hldm.step import is_plain, kernels_can_compute, stack_of
+from hldm.step import found_stack, is_plain, kernels_can_compute, stack_of
 from hldm.text import END_OF_CHUNK
 
 
@@ -76,7 +76,7 @@ def can_write(autoencoder: Any, encoder: Any, decoder: Any, rows: int) -> bool:
     parameters = _parameters(autoencoder)
     if "read" in parameters and stack_of(autoencoder.encoder, encoder, rows) is None:
         return False
-    return all(is_plain(parameter) for parameter in parameters.values())
+    return all(map(is_plain, parameters.values()))
 
 
 def write_events(
@@ -137,8 +137,7 @@ def write_events(
 
 def _stack(model: Any, state: Any, rows: int, kept: list[Any]) -> tuple[_Stack, Any]:
     """A stack as the kernel takes it, and a copy of its state, which the kernel writes over."""
-    stack = stack_of(model, state, rows)
-    assert stack is not None
+    stack = found_stack(model)
     parts = [part.clone(memory_format=torch.contiguous_format) for block in state for part in block]
     pointers = (ctypes.c_void_p * len(parts))(*(part.data_ptr() for part in parts))
     rotation = model.rotation()
