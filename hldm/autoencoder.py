@@ -271,6 +271,24 @@ class Autoencoder(SavedModel):
         encoding = Encoding(self.normaliser(raw) * mask[..., None], mask, opens, after, before, features)
         return encoding, EncoderState(griffin, feature, trunk, known)
 
+    def close_chunk(
+        self, y: Tensor, griffin: GriffinState, length: Tensor, opens: Tensor, state: EncoderState
+    ) -> tuple[Tensor, EncoderState]:
+        """`close_chunks` for one chunk a row: its latent (b 1 z), and the state after it. For generation: no sums.
+
+        y: (b l d) features of its bytes, griffin: the state after them;  length: (b), at least 1;  opens: (b 1) bool
+        """
+        place = torch.arange(y.shape[1], device=y.device)
+        share = (place < length[:, None])[:, None] / length[:, None, None]  # (b 1 l) of each byte in a mean
+        read = self.to_latent
+        latent = self.normaliser(read.outer(share @ read.features(read.inner(y), place)))
+        feature = _rows(y, length[:, None] - 1)  # (b 1 d)
+        known, trunk = feature, state.trunk
+        if self.settings.trunk_layers:
+            summary = self.to_trunk(torch.cat([feature, share @ y], dim=-1))
+            known, trunk = self.trunk(summary, state.trunk, opens, opens)
+        return latent, EncoderState(griffin, feature[:, 0], trunk, known[:, 0])
+
     def read_byte(
         self, symbol: Tensor, doc_start: Tensor, chunk_start: Tensor, griffin: GriffinState
     ) -> tuple[Tensor, GriffinState]:
@@ -311,6 +329,13 @@ class Autoencoder(SavedModel):
             known = _rows(self.from_trunk(encoding.before), events.chunk)
             told = known if told is None else told + known
         return told
+
+    def told_by_latent(self, latent: Tensor, known: Tensor | None) -> Tensor:
+        """What `decode` adds to the symbols of a whole chunk, text left out. latent (b z), known (b d): (b e d)."""
+        read = self.from_latent
+        place = torch.arange(self.chunking.max_bytes + 1, device=latent.device)
+        told = read.outer(read.features(read.inner(latent)[:, None], place))  # (b e d)
+        return told if known is None else told + known[:, None]
 
     def decode(
         self,

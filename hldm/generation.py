@@ -17,32 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hldm.autoencoder import Autoencoder, DecoderState, EncoderState, Encoding
-from hldm.carry import put_rows, select_rows, take_rows
+from hldm.autoencoder import Autoencoder, DecoderState, EncoderState
+from hldm.carry import select_rows
 from hldm.config import Config, GenerationConfig
 from hldm.diffusion import sample
-from hldm.griffin import GriffinState
 from hldm.prior import Context, ContextState, Prior
 from hldm.sizes import require_room_to_write
-from hldm.text import END_OF_CHUNK, END_OF_DOCUMENT, START, count_characters, split_incomplete, to_ids
+from hldm.text import count_characters, split_incomplete, to_ids
+from hldm.writing import Piece, Written, write_bytes, write_chunks
 
 PROMPT_WINDOW = 4096  # bytes of a prompt read at once: bounds memory whatever its length
-
-
-class Piece(NamedTuple):
-    """What one row wrote in one round."""
-
-    text: bytes
-    ends_document: bool
-
-
-class Written(NamedTuple):
-    """Chunks as written, and what the models know after them, so that nothing is read twice."""
-
-    pieces: list[Piece]
-    features: Tensor | None  # (b t d) the encoder's, at each byte; None where the decoder does not read text
-    encoder: GriffinState  # after the last byte; as it was, where the decoder does not read text
-    decoder: GriffinState  # after the last symbol
 
 
 class Writer(Protocol):
@@ -70,21 +54,6 @@ class Continuation:
 def row_generators(seed: int, rows: int) -> list[torch.Generator]:
     """One generator a row: row i of seed s is row 0 of seed s + i."""
     return [torch.Generator().manual_seed(seed + row) for row in range(rows)]
-
-
-def pick(logits: Tensor, u: Tensor, temperature: float, top_p: float) -> Tensor:
-    """One symbol a row from softmax(logits / temperature) cut to the nucleus, by inverse CDF at u.
-
-    logits (b v), u (b) in [0, 1). Temperature 0 takes the likeliest. Returns (b).
-    """
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    p, symbol = (logits.double() / temperature).softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
-    before = p.cumsum(dim=-1) - p
-    p = p * (before < top_p)  # the likeliest always stays
-    cdf = p.cumsum(dim=-1)
-    chosen = torch.searchsorted(cdf, (u.double() * cdf[:, -1])[:, None], right=True)
-    return symbol.gather(1, chosen.clamp(max=p.shape[1] - 1))[:, 0]
 
 
 class _Window(NamedTuple):
@@ -167,7 +136,7 @@ class LatentWriter:
     def _read(self, window: _Window) -> None:
         """Take in whole chunks of a prompt: advance encoder, pyramid and a carried decoder."""
         encoding, self.encoder = self.autoencoder.encode(*window, self.encoder)
-        self._remember(encoding)
+        self._remember(encoding.latents, encoding.mask, encoding.doc_start, encoding.after)
         if self.autoencoder.settings.carry_state:
             text, length, doc_start, chunk_start = window
             never = torch.zeros_like(doc_start)
@@ -189,30 +158,26 @@ class LatentWriter:
     def _read_own(self, written: Written) -> None:
         """Take in the chunks just written, from where their writing left the models."""
         pieces = written.pieces
-        starts = [np.arange(len(piece.text)) == 0 for piece in pieces]
-        text, length, doc_start, chunk_start = _window(
-            [piece.text for piece in pieces], starts, self.opens, self.device
-        )
         if written.features is None:
-            encoding, self.encoder = self.autoencoder.encode(
-                text, length, doc_start, chunk_start, self.encoder
-            )
+            starts = [np.arange(len(piece.text)) == 0 for piece in pieces]
+            window = _window([piece.text for piece in pieces], starts, self.opens, self.device)
+            encoding, self.encoder = self.autoencoder.encode(*window, self.encoder)
+            self._remember(encoding.latents, encoding.mask, encoding.doc_start, encoding.after)
         else:
-            features = written.features[:, : text.shape[1]]
-            encoding, self.encoder = self.autoencoder.close_chunks(
-                features, written.encoder, length, doc_start, chunk_start, self.encoder
+            length = torch.tensor([len(piece.text) for piece in pieces], device=self.device)
+            opens = torch.tensor(self.opens, device=self.device)[:, None]
+            latent, self.encoder = self.autoencoder.close_chunk(
+                written.features, written.encoder, length, opens, self.encoder
             )
-        self._remember(encoding)
-        last = text.gather(1, length[:, None] - 1)[:, 0]
+            self._remember(latent, torch.ones_like(opens), opens, self.encoder.known[:, None])
+        last = torch.tensor([piece.text[-1] for piece in pieces], device=self.device)
         self.decoder = DecoderState(written.decoder, last)
 
-    def _remember(self, encoding: Encoding) -> None:
-        """The context of the next chunk; a mixture alone has no use for the pyramid."""
+    def _remember(self, latents: Tensor, mask: Tensor, doc_start: Tensor, after: Tensor) -> None:
+        """The context of the next chunk, from those of a window; a mixture alone has no use for the pyramid."""
         if self.settings.steps:
-            context, self.memory = self.prior.contextualiser(
-                encoding.latents, encoding.mask, encoding.doc_start, self.memory, encoding.after
-            )
-            self.context = context.of(encoding.mask.sum(dim=1, keepdim=True))
+            context, self.memory = self.prior.contextualiser(latents, mask, doc_start, self.memory, after)
+            self.context = context.of(mask.sum(dim=1, keepdim=True))
 
     def sample_latents(self) -> Tensor:
         """z_0 of the next chunk of every row. (b z)."""
@@ -226,13 +191,14 @@ class LatentWriter:
             return mixture.sample(gamma_0, weights, self.generators, heat)
         guidance = self.settings.guidance
         hidden = torch.ones_like(self.context.visible[..., 0])
-        blind = self.prior.hide(self.context, hidden) if guidance != 1 else None
+        told = self.prior.tell(self.context)
+        blind = self.prior.tell(self.prior.hide(self.context, hidden)) if guidance != 1 else None
         estimate: Tensor | None = None
 
         def denoise(z: Tensor, gamma: Tensor) -> Tensor:
             nonlocal estimate
             z, gamma = z[:, None, None], gamma[:, None, None]
-            x0 = self.prior.denoise(z, gamma, self.context, estimate)
+            x0 = self.prior.denoise(z, gamma, told, estimate)
             self.calls += 1
             if blind is not None:
                 without = self.prior.denoise(z, gamma, blind, estimate)
@@ -274,76 +240,6 @@ class LatentWriter:
         return written.pieces
 
 
-def write_chunks(
-    autoencoder: Autoencoder,
-    latent: Tensor,
-    encoder: EncoderState,
-    decoder: DecoderState,
-    opens: Sequence[bool],
-    settings: GenerationConfig,
-    generators: Sequence[torch.Generator],
-) -> Written:
-    """Expand one latent a row (b z) into the bytes of a chunk: 1 to max_bytes of them.
-
-    encoder, decoder: states after the text so far, left as they are;  opens: whether a row opens a document.
-    A row whose chunk has ended leaves the batch: nobody waits for the longest.
-    """
-    rows, most = latent.shape[0], autoencoder.chunking.max_bytes
-    device, model = latent.device, autoencoder.settings
-    u = torch.stack([torch.rand(most + 1, generator=g) for g in generators]).to(device)
-    latent = latent[:, None]
-    doc_start = torch.tensor(opens, device=device)[:, None]
-    known = autoencoder.from_trunk(encoder.known * ~doc_start)[:, None] if model.trunk_layers else None
-    emitted = torch.full((rows, most + 1), END_OF_CHUNK, device=device)  # what each event emits
-    features = latent.new_zeros(rows, most, encoder.feature.shape[1]) if model.reads_text else None
-    ends = (encoder.griffin, decoder.griffin)
-
-    # of the rows still writing
-    live = torch.arange(rows, device=device)
-    states = ends
-    feature = encoder.feature[:, None]
-    symbol = torch.full((rows, 1), START, device=device)
-    for index in range(most + 1):
-        reading, writing = states
-        first = torch.zeros_like(symbol)
-        start = torch.full_like(symbol, index == 0, dtype=torch.bool)
-        opening = doc_start & start
-        told = known
-        if features is not None:
-            text = autoencoder.from_text(feature) * ~opening[..., None]
-            told = text if known is None else text + known
-        logits, writing = autoencoder.decode(
-            symbol, latent, first, opening, start, writing, place=first + index, told=told
-        )
-        logits = logits[:, 0].float()
-        if index == 0:  # no chunk is empty
-            logits[:, END_OF_CHUNK:] = float("-inf")
-        if index == most:  # and none is longer
-            logits[:, :END_OF_CHUNK] = float("-inf")
-        symbol = pick(logits, u[live, index], settings.decoder_temperature, settings.top_p)[:, None]
-        emitted[live, index] = symbol[:, 0]
-        states = (reading, writing)
-        done = symbol[:, 0] >= END_OF_CHUNK
-        if bool(done.any()):
-            ends = put_rows(ends, live[done], take_rows(states, done))
-            if bool(done.all()):
-                break
-            go_on = ~done
-            live, symbol, latent, doc_start, opening, start, states, known = take_rows(
-                (live, symbol, latent, doc_start, opening, start, states, known), go_on
-            )
-        if features is not None:
-            reading, writing = states
-            feature, reading = autoencoder.read_byte(symbol, opening, start, reading)
-            features[live, index] = feature[:, 0]
-            states = (reading, writing)
-    pieces = [
-        Piece(bytes(s for s in row if s < END_OF_CHUNK), any(s == END_OF_DOCUMENT for s in row))
-        for row in emitted.tolist()
-    ]
-    return Written(pieces, features, *ends)
-
-
 class ByteWriter:
     """The twin: writes byte by byte, a chunk's worth of them at a time."""
 
@@ -378,32 +274,11 @@ class ByteWriter:
 
     def write(self) -> list[Piece]:
         """Write max_bytes symbols a row, or up to the end of the document."""
-        rows, count = len(self.generators), self.autoencoder.chunking.max_bytes
-        u = torch.stack([torch.rand(count, generator=g) for g in self.generators]).to(self.device)
-        texts = [bytearray() for _ in range(rows)]
-        ended = [False] * rows
-        for index in range(count):
-            opens = torch.tensor(self.opens, device=self.device)
-            symbol = torch.where(opens, START, self.state.symbol)
-            logits, griffin = self.autoencoder.decode(
-                symbol[:, None],
-                None,
-                torch.zeros_like(symbol)[:, None],
-                opens[:, None],
-                opens[:, None],
-                self.state.griffin,
-            )
-            logits = logits[:, 0].float()
-            logits[:, END_OF_CHUNK] = float("-inf")
-            chosen = pick(logits, u[:, index], self.settings.decoder_temperature, self.settings.top_p)
-            self.state = DecoderState(griffin, chosen)
-            for row, value in enumerate(chosen.tolist()):
-                if ended[row]:
-                    continue
-                self.opens[row] = ended[row] = value == END_OF_DOCUMENT
-                if not ended[row]:
-                    texts[row].append(value)
-        return [Piece(bytes(text), end) for text, end in zip(texts, ended, strict=True)]
+        pieces, self.state = write_bytes(
+            self.autoencoder, self.state, self.opens, self.settings, self.generators
+        )
+        self.opens = [piece.ends_document for piece in pieces]
+        return pieces
 
 
 def make_writer(

@@ -330,6 +330,11 @@ class Griffin(nn.Module):
         blocks = cast("Iterable[ResidualBlock]", self.blocks)
         return tuple(block.temporal.initial_state(batch, device, dtype) for block in blocks)
 
+    def rotation(self) -> Tensor:
+        """RoPE of the distances 0 to s = window: (s+1 1 p) complex64, p pairs being half of a head."""
+        pairs = self.config.width // self.config.heads // 4
+        return _rotation(self.window + 1, pairs, torch.complex64, self.norm.scale.device)
+
     def forward(
         self,
         x: Tensor,
@@ -347,9 +352,7 @@ class Griffin(nn.Module):
         """
         self._check(x, state, doc_start, chunk_start, length)
         if length is None and can_step(self, x, state):
-            pairs = self.config.width // self.config.heads // 4
-            rotation = _rotation(self.window + 1, pairs, torch.complex64, x.device)
-            return griffin_step(self, x, state, doc_start, chunk_start, rotation)
+            return griffin_step(self, x, state, doc_start, chunk_start, self.rotation())
         layout = Layout.of(doc_start, chunk_start, length, self.config.conv_width)
         states = []
         for block, carried in zip(self.blocks, state, strict=True):

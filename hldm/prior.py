@@ -10,8 +10,9 @@ encoder's features beside them, never bytes.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -280,6 +281,16 @@ class Contextualiser(nn.Module):
         return context, next_state
 
 
+class BlockContext(NamedTuple):
+    """What a block of the denoiser makes of the context: the same for every draw and every step."""
+
+    shared: Tensor  # (b n 1 4d) shifts and scales of both halves
+    gates: Tensor  # (b n 1 2d)
+    key: Tensor  # (b h c e)
+    value: Tensor  # (b h c e)
+    bias: Tensor  # (b h n c) -inf at what is not visible
+
+
 class DenoiserBlock(nn.Module):
     """Cross-attention and MLP under adaptive layer norm; one latent is one position."""
 
@@ -301,21 +312,26 @@ class DenoiserBlock(nn.Module):
             nn.init.zeros_(linear.weight)
         nn.init.zeros_(self.from_context.bias)
 
-    def forward(self, x: Tensor, time: Tensor, context: Context) -> Tensor:
-        """x: (b n m d); time: (b n m e)."""
-        b, n, m, d = x.shape
+    def read(self, context: Context) -> BlockContext:
+        """What `forward` needs of the context."""
+        d = self.query.in_features
         shared, gates = self.from_context(context.summary)[:, :, None].split([4 * d, 2 * d], dim=-1)
-        shift_a, scale_a, shift_b, scale_b = (shared + self.from_gamma(time)).chunk(4, dim=-1)
-        gate_a, gate_b = gates.chunk(2, dim=-1)
+        pairs = rearrange(self.key_value(context.memory), "b c (two h e) -> two b h c e", two=2, h=self.heads)
+        bias = self.bias(context.level, context.distance)
+        bias = bias.masked_fill(~context.visible[:, None], float("-inf"))
+        return BlockContext(shared, gates, key=pairs[0], value=pairs[1], bias=bias)
+
+    def forward(self, x: Tensor, time: Tensor, told: BlockContext) -> Tensor:
+        """x: (b n m d); time: (b n m e)."""
+        m, d = x.shape[2:]
+        shift_a, scale_a, shift_b, scale_b = (told.shared + self.from_gamma(time)).chunk(4, dim=-1)
+        gate_a, gate_b = told.gates.chunk(2, dim=-1)
         y = F.layer_norm(x, (d,)) * (1 + scale_a) + shift_a
-        key, value = self.key_value(context.memory).chunk(2, dim=-1)
-        bias = self.bias(context.level, context.distance)  # (b h n c)
         # All draws of a chunk see the same entries: fold them into the query axis.
-        query = rearrange(self.query(y), "b n m d -> b (n m) d")
-        bias = bias.repeat_interleave(m, dim=2)
-        mask = context.visible.repeat_interleave(m, dim=1)
-        y = attend(query, key, value, bias, mask, self.heads)
-        y = self.attended(rearrange(y, "b (n m) d -> b n m d", m=m))
+        query = rearrange(self.query(y), "b n m (h e) -> b h (n m) e", h=self.heads)
+        bias = told.bias if m == 1 else told.bias.repeat_interleave(m, dim=2)
+        y = F.scaled_dot_product_attention(query, told.key, told.value, attn_mask=bias)
+        y = self.attended(rearrange(y, "b h (n m) e -> b n m (h e)", m=m))
         x = x + self.dropout((1 + gate_a) * y)
         y = F.layer_norm(x, (d,)) * (1 + scale_b) + shift_b
         return x + self.dropout((1 + gate_b) * self.mlp(y))
@@ -341,14 +357,25 @@ class Denoiser(nn.Module):
         nn.init.zeros_(self.outputs.weight)
         nn.init.zeros_(self.outputs.bias)
 
-    def forward(self, z: Tensor, gamma: Tensor, context: Context, estimate: Tensor) -> Tensor:
+    def read(self, context: Context) -> tuple[BlockContext, ...]:
+        """What `forward` needs of the context: as much again as a step, once for all of them."""
+        return tuple(block.read(context) for block in cast("Iterable[DenoiserBlock]", self.blocks))
+
+    def forward(self, z: Tensor, gamma: Tensor, told: tuple[BlockContext, ...], estimate: Tensor) -> Tensor:
         """z, estimate: (b n m z); gamma: (b n m). Returns (b n m z)."""
         angle = gamma[..., None] * self.frequencies
         time = self.time(torch.cat([angle.sin(), angle.cos()], dim=-1))
         x = self.inputs(torch.cat([z, estimate], dim=-1))
-        for block in self.blocks:
-            x = block(x, time, context)
+        for block, part in zip(self.blocks, told, strict=True):
+            x = block(x, time, part)
         return self.outputs(F.layer_norm(x, x.shape[-1:]))
+
+
+class Told(NamedTuple):
+    """What denoising needs of a context, however many steps it takes."""
+
+    log_weights: Tensor | None  # (b n 1 k) of the mixture, if there is one
+    blocks: tuple[BlockContext, ...]
 
 
 class Prior(SavedModel):
@@ -410,18 +437,28 @@ class Prior(SavedModel):
         feature = context.feature * ~hidden[..., None]
         return context._replace(summary=summary, visible=shown, feature=feature)
 
-    def denoise(self, z: Tensor, gamma: Tensor, context: Context, estimate: Tensor | None = None) -> Tensor:
+    def tell(self, context: Context) -> Told:
+        """The part of `denoise` that does not depend on the noise."""
+        log_weights = None
+        if self.mixture is not None:
+            log_weights = self.mixture.log_weights(context.feature)[:, :, None]
+        return Told(log_weights, self.denoiser.read(context))
+
+    def denoise(
+        self, z: Tensor, gamma: Tensor, context: Context | Told, estimate: Tensor | None = None
+    ) -> Tensor:
         """x0_hat(z_gamma, gamma, context). z: (b n m z); gamma: (b n m); estimate: an earlier x0_hat.
 
+        context: as it is or, over several steps, as `tell` reads it.
         With a mixture: its own estimate, corrected by sigma times what the network says.
         """
-        if self.mixture is not None:
-            log_weights = self.mixture.log_weights(context.feature)[:, :, None]  # (b n 1 k)
-            estimate = self.mixture.denoise(z, gamma, log_weights)
+        told = self.tell(context) if isinstance(context, Context) else context
+        if self.mixture is not None and told.log_weights is not None:
+            estimate = self.mixture.denoise(z, gamma, told.log_weights)
             _, sigma = alpha_sigma(gamma.unsqueeze(-1))
-            return estimate + sigma * self.denoiser(z, gamma, context, estimate)
+            return estimate + sigma * self.denoiser(z, gamma, told.blocks, estimate)
         estimate = torch.zeros_like(z) if estimate is None else estimate
-        prediction = self.denoiser(z, gamma, context, estimate)
+        prediction = self.denoiser(z, gamma, told.blocks, estimate)
         return x0_from(prediction, z, gamma, self.diffusion.target)
 
     def estimate(

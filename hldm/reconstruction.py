@@ -12,8 +12,9 @@ from hldm.autoencoder import Autoencoder, DecoderState, Encoding
 from hldm.config import GenerationConfig
 from hldm.data import Batch, Windows
 from hldm.diffusion import alpha_sigma
-from hldm.generation import row_generators, write_chunks
+from hldm.generation import row_generators
 from hldm.objectives import noisy_latents, read_chunks, read_latents
+from hldm.writing import write_chunks
 
 ENOUGH_CHUNKS = 4096  # the standard error of a share is then below 0.8 points: 0.5 / sqrt(4096)
 

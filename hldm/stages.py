@@ -28,7 +28,7 @@ from hldm.chunking import Chunker, make_chunker
 from hldm.config import Config, ConfigError, TrainingConfig, to_dict
 from hldm.corpus import Corpus, load_corpora
 from hldm.data import Batch, Windows, cache_latents, load_latents
-from hldm.generation import Continuation, row_generators, write_chunks, write_on
+from hldm.generation import Continuation, row_generators, write_on
 from hldm.mixture import MixturePredictor
 from hldm.objectives import AutoencoderObjective, CachedLatents, PriorObjective, read_latents
 from hldm.pipeline import HLDMPipeline
@@ -42,6 +42,7 @@ from hldm.signals import Interrupted, Stopped
 from hldm.sizes import require_room
 from hldm.text import to_ids
 from hldm.training import Totals, Trainer, make_accelerator
+from hldm.writing import write_chunks
 
 MAY_CHANGE = ("name", "training.", "checkpoint.", "logging.", "generation.")  # on resume
 SEGMENTER_SHARE = 0.2  # of stage one's minutes, at most, for what cuts its text

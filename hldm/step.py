@@ -26,7 +26,7 @@ _TEMPORAL = {
 _MLP = ("mlp_norm.scale", "mlp.gate.weight", "mlp.up.weight", "mlp.down.weight")
 
 
-class _Stack:
+class Stack:
     """Where a stack's parameters are found, and where they were last."""
 
     def __init__(self, model: nn.Module, kinds: tuple[str, ...]) -> None:
@@ -48,32 +48,54 @@ class _Stack:
         addresses = [0 if p is None else p.data_ptr() for p in parameters]
         if addresses != self.addresses:
             self.pointers = None
-            if all(_is_plain(p) for p in parameters):
+            if all(is_plain(p) for p in parameters):
                 self.pointers = (ctypes.c_void_p * len(addresses))(*addresses)
             self.addresses = addresses
         return self.pointers is not None
 
+    def shape(self, model: Any, batch: int) -> Any:
+        """Sizes in the order of `Shape` in hldm/cpp/stack.h."""
+        config = model.config
+        sizes = [batch, config.width, config.heads, self.hidden, config.conv_width, model.window]
+        return (ctypes.c_int64 * 8)(*sizes, len(self.kinds), torch.get_num_threads())
 
-_STACKS: WeakKeyDictionary[nn.Module, _Stack] = WeakKeyDictionary()
+
+_STACKS: WeakKeyDictionary[nn.Module, Stack] = WeakKeyDictionary()
 
 
-def _is_plain(x: Tensor | None) -> bool:
+def is_plain(x: Tensor | None) -> bool:
+    """Whether the kernels can read a parameter where it is."""
     return x is not None and x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous()
+
+
+def kernels_can_compute() -> bool:
+    """Whether there are kernels, and nothing going on around that only torch knows of."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or library() is None:
+        return False
+    return not torch.is_autocast_enabled("cpu")
+
+
+def stack_of(model: nn.Module, state: Any, batch: int) -> Stack | None:
+    """Where a Griffin's parameters are; None when the kernels cannot read them, do what it does, or read its state."""
+    config: Any = model.config
+    if (model.training and config.dropout) or batch == 0:
+        return None
+    stack = _STACKS.get(model)
+    if stack is None:
+        stack = _STACKS[model] = Stack(model, config.blocks)
+    return stack if stack.find() and all(_fits(block, model, batch) for block in state) else None
+
+
+def found_stack(model: nn.Module) -> Stack:
+    """What `stack_of` has just found."""
+    return _STACKS[model]
 
 
 def can_step(model: nn.Module, x: Tensor, state: Any) -> bool:
     """Whether `griffin_step` does what the stack itself would, for x (b t d): one float32 position, no gradients."""
-    if x.shape[1] != 1 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if x.shape[1] != 1 or type(x) is not Tensor or x.device.type != "cpu" or x.dtype != torch.float32:
         return False
-    if type(x) is not Tensor or x.device.type != "cpu" or x.dtype != torch.float32 or library() is None:
-        return False
-    config: Any = model.config
-    if (model.training and config.dropout) or torch.is_autocast_enabled("cpu") or x.shape[0] == 0:
-        return False
-    stack = _STACKS.get(model)
-    if stack is None:
-        stack = _STACKS[model] = _Stack(model, config.blocks)
-    return stack.find() and all(_fits(block, model, len(x)) for block in state)
+    return kernels_can_compute() and stack_of(model, state, len(x)) is not None
 
 
 def _fits(block: Any, model: Any, batch: int) -> bool:
@@ -99,24 +121,14 @@ def griffin_step(
     state: as `Griffin.initial_state` gives it;  doc_start, chunk_start: (b 1) bool
     rotation: (s+1 1 p) complex64, RoPE of the distances 0 to s = window
     """
-    stack, kernels = _STACKS[model], library()
+    stack, kernels = found_stack(model), library()
     assert kernels is not None and stack.pointers is not None
-    config: Any = model.config
-    sizes: list[int] = [
-        len(x),
-        config.width,
-        config.heads,
-        stack.hidden,
-        config.conv_width,
-        len(rotation) - 1,
-    ]
-    sizes += [len(stack.kinds), torch.get_num_threads()]
     before = [part.contiguous() for block in state for part in block]
     after = [torch.empty_like(part) for part in before]
     x, doc_start, chunk_start = x.contiguous(), doc_start.contiguous(), chunk_start.contiguous()
     y = torch.empty_like(x)
     kernels.hldm_griffin_step(
-        (ctypes.c_int64 * 8)(*sizes),
+        stack.shape(model, len(x)),
         stack.kinds,
         stack.pointers,
         ctypes.c_void_p(rotation.data_ptr()),

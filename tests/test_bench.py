@@ -6,11 +6,13 @@ import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from hldm import bench
+from hldm import bench_training, bench_writing
+from hldm.bench_writing import Case
 from hldm.cli import main
 from hldm.config import to_yaml
 
@@ -20,10 +22,14 @@ def configs(small_config, small_twin, tmp_path, monkeypatch):
     """A folder with small.yaml and small-twin.yaml; what is measured is as little as can be."""
     for config in (small_config, small_twin):
         (tmp_path / f"{config.name}.yaml").write_text(to_yaml(config))
-    monkeypatch.setattr(bench, "GEMM_SIZE", 64)
-    monkeypatch.setattr(bench, "PROFILED_STEPS", 1)
-    monkeypatch.setattr(bench, "WRITTEN_CHARACTERS", 8)
-    monkeypatch.setattr(bench, "WRITING", {"batch_1": (1, 20), "batch_8": (3, 20), "long_prompt": (1, 5000)})
+    monkeypatch.setattr(bench_training, "GEMM_SIZE", 64)
+    monkeypatch.setattr(bench_training, "PROFILED_STEPS", 1)
+    monkeypatch.setattr(bench_writing, "TURNS", 2)
+    monkeypatch.setattr(bench_writing, "CHARACTERS_A_TURN", 4)
+    monkeypatch.setattr(bench_writing, "CASES", {"one": Case(1, 20), "three": Case(3, 20)})
+    monkeypatch.setattr(bench_writing, "LONG_CASES", {"long": Case(1, 5000)})
+    monkeypatch.setattr(bench_writing, "STEPS", (0, 1))
+    monkeypatch.setattr(bench_writing, "GPT2_POSITIONS", 16)
     return tmp_path
 
 
@@ -40,7 +46,19 @@ def finite_numbers(found):
 def test_both_stages_and_the_twin_are_measured_in_training_and_writing(configs, capsys):
     target = configs / "bench.json"
     assert (
-        main(["bench", "--config", str(configs / "small.yaml"), "--steps", "2", "--json", str(target)]) == 0
+        main(
+            [
+                "bench",
+                "--config",
+                str(configs / "small.yaml"),
+                "--steps",
+                "2",
+                "--long",
+                "--json",
+                str(target),
+            ]
+        )
+        == 0
     )
     found = json.loads(target.read_text())
     assert min(finite_numbers(found)) >= 0
@@ -58,16 +76,66 @@ def test_both_stages_and_the_twin_are_measured_in_training_and_writing(configs, 
     for stage in ("stage one", "twin"):
         assert training[stage]["profile"]["seconds"]["recurrence"] > 0
 
-    model, twin = found["generation"]["model"], found["generation"]["twin"]
-    for case in ("batch_1", "batch_8", "long_prompt"):
-        assert model[case]["denoiser_calls"] > 0 == twin[case]["denoiser_calls"]
+    generation = found["generation"]
+    assert list(generation) == ["model", "twin", "GPT-2"]
+    model, twin, gpt2 = generation.values()
+    for case in ("one", "three", "long"):
+        assert (
+            model[case]["denoiser_calls"] > 0 == twin[case]["denoiser_calls"] == gpt2[case]["denoiser_calls"]
+        )
+        assert model[case]["over_twin"] > 0 and model[case]["over_GPT-2"] > 0
+        if Path("/proc/self/clear_refs").exists():
+            assert all(who[case]["peak_bytes"] > who[case]["growth_bytes"] for who in generation.values())
     # both prompts go on with the same text, so that only its cost can differ
-    assert model["batch_1"]["characters"] == model["long_prompt"]["characters"] >= 8
+    assert model["one"]["characters"] == model["long"]["characters"] >= 8
+    assert model["long"]["over_short_prompt"] > 0 and "over_short_prompt" not in model["one"]
+    # this prior has no mixture, so at least one step
+    assert set(model) - set(twin) == {"1 with 1 denoising steps"} and set(twin) == set(gpt2)
+    assert model["1 with 1 denoising steps"]["over_twin"] > 0
 
     printed = capsys.readouterr()
     assert found["machine"]["cpu"] in printed.out and f"torch {found['machine']['torch']}" in printed.out
-    for words in ("over the twin's", "of the peak", "recurrence", "denoiser calls", "long prompt over short"):
+    for words in ("over the twin's", "of the peak", "recurrence", "denoiser calls", "after the short prompt"):
         assert words in printed.out
+
+
+@pytest.mark.parametrize("half", ["training", "writing"])
+def test_half_of_it_can_be_measured_alone(configs, half, monkeypatch):
+    monkeypatch.setattr(bench_writing, "CASES", {"one": Case(1, 20)})
+    target = configs / "bench.json"
+    arguments = ["--config", str(configs / "small.yaml"), "--steps", "1", "--json", str(target)]
+    assert main(["bench", *arguments, "--only", half]) == 0
+    found = json.loads(target.read_text())
+    assert ("training" in found, "generation" in found) == (half == "training", half == "writing")
+
+
+def test_the_gpt2_has_as_many_parameters_as_it_is_compared_with():
+    for wanted in (300_000, 1_700_000, 124_000_000):
+        width, layers = bench_writing.gpt2_shape(wanted)
+        found = 12 * layers * width**2 + (258 + bench_writing.GPT2_POSITIONS) * width
+        assert found == pytest.approx(wanted, rel=0.03) and width % layers == 0
+
+
+def test_the_gpt2_with_its_cache_writes_what_it_writes_without(monkeypatch):
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    monkeypatch.setattr(bench_writing, "GPT2_POSITIONS", 16)
+    torch.manual_seed(0)
+    shape = GPT2Config(vocab_size=258, n_positions=16, n_embd=8, n_layer=2, n_head=2)
+    model = GPT2LMHeadModel(shape).eval()
+    torch.nn.init.normal_(model.transformer.wpe.weight)  # else it writes one letter for ever
+    prompts = [b"And the king", b"In the beginn"[:12]]
+    with torch.no_grad():
+        writer = bench_writing.GPT2Writer(model, prompts)
+        pieces = [writer.write() for _ in range(4)]
+        for row, prompt in enumerate(prompts):
+            known, text = list(prompt[-8:]), []
+            while len(text) < 32:
+                text.append(int(model(torch.tensor([known])).logits[0, -1, :256].argmax()))
+                known = [*known, text[-1]]
+                known = known if len(known) <= 16 else known[-8:]
+            assert b"".join(piece[row].text for piece in pieces) == bytes(text)
 
 
 def test_a_profile_counts_the_products_of_a_step_exactly():
@@ -78,16 +146,16 @@ def test_a_profile_counts_the_products_of_a_step_exactly():
     batch = torch.randn(2, 5, 4)
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True, acc_events=True) as seen:
         x @ weight  # outside of a step: not counted
-        with record_function(bench.STEP):
+        with record_function(bench_training.STEP):
             x @ weight
             torch.addmm(torch.zeros(3), x, weight)
             batch @ batch.mT
             torch.zeros(2, 5, 5).baddbmm_(batch, batch.mT)
             torch.randn(6, 4).exp().sum()
-    found = bench.sum_by_group(seen.events())
+    found = bench_training.sum_by_group(seen.events())
     flops = 2 * (2 * 6 * 4 * 3) + 2 * (2 * 2 * 5 * 4 * 5)
-    assert found["matrix_gflop"] == pytest.approx(flops / 1e9 / bench.PROFILED_STEPS)
-    assert set(found["seconds"]) == set(bench.GROUPS)
+    assert found["matrix_gflop"] == pytest.approx(flops / 1e9 / bench_training.PROFILED_STEPS)
+    assert set(found["seconds"]) == set(bench_training.GROUPS)
 
 
 @pytest.mark.parametrize(
@@ -112,12 +180,12 @@ def test_a_profile_counts_the_products_of_a_step_exactly():
     ],
 )
 def test_an_operator_belongs_to_the_group_it_works_for(callers, group):
-    assert bench.group_of([bench.STEP, *callers.split()]) == group
+    assert bench_training.group_of([bench_training.STEP, *callers.split()]) == group
 
 
 def test_shares_of_the_peak_are_while_products_run_and_over_the_step():
     profile = {"seconds": {"matrix products": 0.2, "other": 0.3}, "matrix_gflop": 6.0}
-    found = bench.rate_products(profile, seconds_per_step=0.4, peak=60.0)
+    found = bench_training.rate_products(profile, seconds_per_step=0.4, peak=60.0)
     assert found["matrix_share"] == pytest.approx(0.4)
     assert (found["peak_share_inside"], found["peak_share_whole"]) == pytest.approx((0.5, 0.25))
 
@@ -128,7 +196,7 @@ def test_the_decoder_writes_chunks_about_as_long_as_the_corpus_has_them():
 
     outputs = torch.nn.Linear(4, 258)
     corpus = SimpleNamespace(text=np.frombuffer(b"aab" * 10, np.uint8))
-    bench.write_like(SimpleNamespace(outputs=outputs), corpus, chunks=6)  # 5 bytes each, and an end
+    bench_writing.write_like(SimpleNamespace(outputs=outputs), corpus, chunks=6)  # 5 bytes each, and an end
     p = outputs(torch.randn(4)).softmax(dim=-1)
     assert p[256].item() == pytest.approx(1 / 6) and p[257].item() == 0
     assert p[ord("a")].item() == pytest.approx(20 / 36)

@@ -20,7 +20,7 @@ from hldm.config import (
     HierarchyConfig,
     PriorConfig,
 )
-from hldm.generation import LatentWriter, _cut, _window, pick, row_generators, write_on
+from hldm.generation import LatentWriter, _cut, _window, row_generators, write_on
 from hldm.pipeline import ByteTokenizer, HLDMPipeline, read_pipeline
 from hldm.prior import Prior
 from hldm.text import END_OF_DOCUMENT, count_characters
@@ -154,16 +154,6 @@ def test_the_twin_writes_what_it_scores():
             events.symbol, None, events.chunk, events.doc_start, events.unit_start, state.griffin
         )
     assert bytes(logits[0, len(prompt) :, :256].argmax(-1).tolist()) == text
-
-
-def test_nucleus_and_temperature_pick_as_they_should():
-    logits = torch.log(torch.tensor([[0.5, 0.3, 0.2]])).expand(1000, 3)
-    u = (torch.arange(1000) + 0.5) / 1000
-    counts = torch.bincount(pick(logits, u, 1.0, 1.0), minlength=3)
-    assert (counts - torch.tensor([500, 300, 200])).abs().max() <= 1
-    counts = torch.bincount(pick(logits, u, 1.0, 0.6), minlength=3)
-    assert (counts - torch.tensor([625, 375, 0])).abs().max() <= 1
-    assert pick(logits, u, 0.0, 1.0).eq(0).all()
 
 
 def test_cutting_never_splits_a_character():

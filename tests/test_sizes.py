@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from hldm import bench, cli, machine, sizes
+from hldm import bench_training, cli, machine, sizes
 from hldm.autoencoder import Autoencoder
 from hldm.carry import named_tensors
 from hldm.config import Config, ConfigError, load_config, to_yaml
@@ -100,9 +100,11 @@ def test_a_config_says_its_text(tmp_path):
 
 def trainer_of(config: Config, stage: str, folder: Path) -> Trainer:
     """A stage ready to train, in a folder of its own."""
-    windows = bench._windows(config, load_corpus(config.data, "train"))
-    objective = bench._stage_one(config) if stage == "autoencoder" else bench._stage_two(config, windows)
-    trainer = bench._trainer(config, stage, objective, windows)
+    windows = bench_training.windows_of(config, load_corpus(config.data, "train"))
+    objective: AutoencoderObjective | PriorObjective = bench_training.stage_one(config)
+    if stage == "prior":
+        objective = bench_training.stage_two(config, windows)
+    trainer = bench_training.trainer_of(config, stage, objective, windows)
     folder.mkdir()
     trainer.run = Run(folder, is_main=True, say=print)
     return trainer
