@@ -20,7 +20,8 @@ from torch import Tensor
 from hldm.autoencoder import Autoencoder, DecoderState, EncoderState
 from hldm.carry import select_rows
 from hldm.config import Config, GenerationConfig
-from hldm.diffusion import sample
+from hldm.denoise_step import can_denoise, denoise_steps
+from hldm.diffusion import draw_noise, sample, sampler_steps
 from hldm.prior import Context, ContextState, Prior
 from hldm.sizes import require_room_to_write
 from hldm.text import count_characters, split_incomplete, to_ids
@@ -115,6 +116,9 @@ class LatentWriter:
         self.generators = generators
         self.device = next(autoencoder.parameters()).device
         self.calls = 0
+        self.plan = None
+        if settings.steps:
+            self.plan = sampler_steps(settings.scheduler, prior.schedule, settings.steps)
         rows = len(prompts)
         self.encoder: EncoderState = autoencoder.encoder_state(rows, self.device)
         self.decoder: DecoderState = autoencoder.decoder_state(rows, self.device)
@@ -181,7 +185,7 @@ class LatentWriter:
 
     def sample_latents(self) -> Tensor:
         """z_0 of the next chunk of every row. (b z)."""
-        if self.settings.steps == 0:
+        if self.plan is None:
             mixture = self.prior.mixture
             if mixture is None:
                 raise ValueError("this prior has no mixture to draw from: take 1 step or more")
@@ -208,15 +212,22 @@ class LatentWriter:
                 estimate = x0
             return x0[:, 0, 0]
 
+        shape, temperature = (len(self.generators), self.prior.latent_dim), self.settings.temperature
+        if guidance == 1 and can_denoise(self.prior, told, self.plan):
+            self.calls += self.settings.steps
+            draws = 1 + self.settings.steps if self.plan.draws else 1
+            noise = [draw_noise(shape, self.generators, temperature, self.device) for _ in range(draws)]
+            return denoise_steps(self.prior, told, self.plan, noise[0], noise[1:])
         return sample(
             denoise,
-            (len(self.generators), self.prior.latent_dim),
+            shape,
             self.prior.schedule,
             steps=self.settings.steps,
             scheduler=self.settings.scheduler,
             generators=self.generators,
-            temperature=self.settings.temperature,
+            temperature=temperature,
             device=self.device,
+            plan=self.plan,
         )
 
     def write(self) -> list[Piece]:

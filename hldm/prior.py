@@ -361,10 +361,14 @@ class Denoiser(nn.Module):
         """What `forward` needs of the context: as much again as a step, once for all of them."""
         return tuple(block.read(context) for block in cast("Iterable[DenoiserBlock]", self.blocks))
 
+    def by_level(self, gamma: Tensor) -> Tensor:
+        """Features of a noise level. (...) -> (... e)."""
+        angle = gamma[..., None] * self.frequencies
+        return self.time(torch.cat([angle.sin(), angle.cos()], dim=-1))
+
     def forward(self, z: Tensor, gamma: Tensor, told: tuple[BlockContext, ...], estimate: Tensor) -> Tensor:
         """z, estimate: (b n m z); gamma: (b n m). Returns (b n m z)."""
-        angle = gamma[..., None] * self.frequencies
-        time = self.time(torch.cat([angle.sin(), angle.cos()], dim=-1))
+        time = self.by_level(gamma)
         x = self.inputs(torch.cat([z, estimate], dim=-1))
         for block, part in zip(self.blocks, told, strict=True):
             x = block(x, time, part)

@@ -35,7 +35,17 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("config", "runs", "plots", "reports", "write_step"),
     ("shapes",),
     ("griffin", "chunking", "events", "hierarchy", "diffusion", "corpus", "metrics", "sizes"),
-    ("samplers", "mixture", "data", "doctor", "segmenter", "chunk_writer", "corruption", "bench_layers"),
+    (
+        "samplers",
+        "mixture",
+        "denoise_step",
+        "data",
+        "doctor",
+        "segmenter",
+        "chunk_writer",
+        "corruption",
+        "bench_layers",
+    ),
     (
         "autoencoder",
         "prior",
