@@ -273,21 +273,22 @@ class Autoencoder(SavedModel):
 
     def close_chunk(
         self, y: Tensor, griffin: GriffinState, length: Tensor, opens: Tensor, state: EncoderState
-    ) -> tuple[Tensor, EncoderState]:
-        """`close_chunks` for one chunk a row: its latent (b 1 z), and the state after it. For generation: no sums.
+    ) -> EncoderState:
+        """The state that `close_chunks` leaves, for one chunk a row, as it is written.
 
         y: (b l d) features of its bytes, griffin: the state after them;  length: (b), at least 1;  opens: (b 1) bool
         """
-        place = torch.arange(y.shape[1], device=y.device)
-        share = (place < length[:, None])[:, None] / length[:, None, None]  # (b 1 l) of each byte in a mean
-        read = self.to_latent
-        latent = self.normaliser(read.outer(share @ read.features(read.inner(y), place)))
         feature = _rows(y, length[:, None] - 1)  # (b 1 d)
         known, trunk = feature, state.trunk
         if self.settings.trunk_layers:
-            summary = self.to_trunk(torch.cat([feature, share @ y], dim=-1))
+            summary = self.to_trunk(torch.cat([feature, _shares(y, length) @ y], dim=-1))
             known, trunk = self.trunk(summary, state.trunk, opens, opens)
-        return latent, EncoderState(griffin, feature[:, 0], trunk, known[:, 0])
+        return EncoderState(griffin, feature[:, 0], trunk, known[:, 0])
+
+    def latent_of_chunk(self, y: Tensor, length: Tensor) -> Tensor:
+        """The latent that `close_chunks` gives one chunk a row (b 1 z), from y (b l d) and length (b)."""
+        read, place = self.to_latent, torch.arange(y.shape[1], device=y.device)
+        return self.normaliser(read.outer(_shares(y, length) @ read.features(read.inner(y), place)))
 
     def read_byte(
         self, symbol: Tensor, doc_start: Tensor, chunk_start: Tensor, griffin: GriffinState
@@ -373,6 +374,12 @@ class Autoencoder(SavedModel):
     def hide_bytes(self, symbol: Tensor, hidden: Tensor) -> Tensor:
         """Byte dropout: replace inputs where hidden (b t'), except the start of a unit."""
         return torch.where(hidden & (symbol != START), HIDDEN, symbol)
+
+
+def _shares(y: Tensor, length: Tensor) -> Tensor:
+    """(b 1 l): of each byte of y (b l d) in the mean over the first length (b)."""
+    place = torch.arange(y.shape[1], device=y.device)
+    return (place < length[:, None])[:, None] / length[:, None, None]
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:

@@ -32,8 +32,9 @@ from hldm.tables import align, row
 from hldm.text import END_OF_CHUNK, count_characters
 from hldm.writing import Piece
 
-TURNS = 5
-CHARACTERS_A_TURN = 40  # of each continuation, at least
+TURNS = 7
+CHARACTERS_A_TURN = 30  # of each continuation, at least
+CHARACTERS_AT_LEAST = 240  # of a turn: less than a tenth of a second tells nothing
 GPT2_POSITIONS = 1024  # as the smallest GPT-2
 GPT2_PIECE = 8  # bytes a call of its writer
 
@@ -191,7 +192,7 @@ class Continuing:
     def _write(self) -> tuple[int, float]:
         """Characters of a turn, and its seconds."""
         characters, began = 0, time.perf_counter()
-        while characters < CHARACTERS_A_TURN * self.rows:
+        while characters < max(CHARACTERS_A_TURN * self.rows, CHARACTERS_AT_LEAST):
             pieces = self.writer.write()
             wait_for_device()
             # a byte is a character to a GPT-2, which writes no text

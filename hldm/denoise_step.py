@@ -7,7 +7,6 @@ on the noise level alone is worked out in torch for all steps at once. `hldm.gen
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -59,10 +58,10 @@ def can_denoise(prior: Any, told: Any, plan: Steps) -> bool:
     return all(map(is_plain, parameters))
 
 
-def denoise_steps(prior: Any, told: Any, plan: Steps, latent: Tensor, noise: Sequence[Tensor]) -> Tensor:
+def denoise_steps(prior: Any, told: Any, plan: Steps, latent: Tensor, noise: Tensor) -> Tensor:
     """z_0 (b z) after all steps of a plan, from noise (b z); call only where `can_denoise`.
 
-    told: `Prior.tell` of one context a row;  noise: (b z) of each step, nothing where steps add none
+    told: `Prior.tell` of one context a row;  noise: (steps b z), or (0 b z) where steps add none
     """
     kernels, (rows, z), steps = library(), latent.shape, len(plan.weights)
     assert kernels is not None and len(noise) in (0, steps)
@@ -71,7 +70,7 @@ def denoise_steps(prior: Any, told: Any, plan: Steps, latent: Tensor, noise: Seq
     tensors = {
         "levels": torch.stack(alpha_sigma(gammas), dim=1),
         "solver": plan.weights,
-        "noise": torch.stack(list(noise)) if noise else latent.new_zeros(steps, rows, z),
+        "noise": noise if len(noise) else latent.new_zeros(steps, rows, z),
         "log_weights": told.log_weights,
         "prototypes": mixture.prototypes,
         "square": (2 * mixture.log_deviation).exp(),

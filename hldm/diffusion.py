@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from hldm.config import ConfigError, DiffusionConfig
@@ -303,13 +302,18 @@ def sampler_steps(name: SchedulerName, schedule: Schedule, steps: int) -> Steps:
 
 
 def draw_noise(
+    draws: int,
     shape: tuple[int, int],
     generators: Sequence[torch.Generator],
     temperature: float,
     device: torch.device | str,
 ) -> Tensor:
-    """temperature times standard normal numbers (b z), each row's from its own generator."""
-    return temperature * randn_tensor(shape, list(generators), torch.device(device))
+    """temperature times standard normal numbers (draws b z), one draw after another from each row's own generator."""
+    rows = [
+        torch.stack([torch.randn(shape[1], generator=g, device=g.device) for _ in range(draws)])
+        for g in generators
+    ]
+    return temperature * torch.stack(rows, dim=1).to(device)
 
 
 @torch.no_grad()
@@ -335,12 +339,12 @@ def sample(
     if len(generators) != shape[0]:
         raise ValueError(f"sample needs one generator a row, got {len(generators)} for {shape[0]} rows")
     plan = plan or sampler_steps(scheduler, schedule, steps)
-    z = draw_noise(shape, generators, temperature, device)
+    z = draw_noise(1, shape, generators, temperature, device)[0]
     before, draws = torch.zeros_like(z), plan.draws
     for gamma, weights in zip(plan.gammas[:-1].to(device), plan.weights.tolist(), strict=True):
         x0_hat = denoise(z, gamma.expand(shape[0])).to(z)
         z = weights[0] * z + weights[1] * x0_hat + weights[2] * before
         if draws:
-            z = z + weights[3] * draw_noise(shape, generators, temperature, device)
+            z = z + weights[3] * draw_noise(1, shape, generators, temperature, device)[0]
         before = x0_hat
     return z

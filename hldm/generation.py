@@ -170,10 +170,13 @@ class LatentWriter:
         else:
             length = torch.tensor([len(piece.text) for piece in pieces], device=self.device)
             opens = torch.tensor(self.opens, device=self.device)[:, None]
-            latent, self.encoder = self.autoencoder.close_chunk(
-                written.features, written.encoder, length, opens, self.encoder
+            features = written.features
+            self.encoder = self.autoencoder.close_chunk(
+                features, written.encoder, length, opens, self.encoder
             )
-            self._remember(latent, torch.ones_like(opens), opens, self.encoder.known[:, None])
+            if self.settings.steps:
+                latent = self.autoencoder.latent_of_chunk(features, length)
+                self._remember(latent, torch.ones_like(opens), opens, self.encoder.known[:, None])
         last = torch.tensor([piece.text[-1] for piece in pieces], device=self.device)
         self.decoder = DecoderState(written.decoder, last)
 
@@ -216,7 +219,7 @@ class LatentWriter:
         if guidance == 1 and can_denoise(self.prior, told, self.plan):
             self.calls += self.settings.steps
             draws = 1 + self.settings.steps if self.plan.draws else 1
-            noise = [draw_noise(shape, self.generators, temperature, self.device) for _ in range(draws)]
+            noise = draw_noise(draws, shape, self.generators, temperature, self.device)
             return denoise_steps(self.prior, told, self.plan, noise[0], noise[1:])
         return sample(
             denoise,

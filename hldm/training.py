@@ -43,6 +43,13 @@ from hldm.runs import Run
 from hldm.signals import Interrupt, Interrupted, Stopped
 
 Tensors: TypeAlias = tuple[Tensor, ...] | list[Tensor]
+# How `accelerate launch` tells its processes that weights or optimizer states are to be split over them.
+SHARDING = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "its parallelism config",
+}
 MAX_SKIPPED_STEPS = 3  # non-finite steps in a row before a run gives up
 
 
@@ -82,6 +89,12 @@ def make_accelerator(config: TrainingConfig, logging: LoggingConfig, folder: str
             "accelerate launch --cpu --num_processes N starts one process, not N: "
             "use `accelerate launch --multi_gpu --num_processes N` (it works on CPU, too)"
         )
+    for name, what in SHARDING.items():
+        if os.environ.get(name, "").lower() in ("1", "true", "yes"):
+            raise ConfigError(
+                f"accelerate was asked for {what}, but every rank of this trainer keeps all weights: "
+                "use `accelerate launch --multi_gpu` or a file of configs/accelerate"
+            )
     return Accelerator(
         cpu=not torch.cuda.is_available(),  # other accelerators lack float64 or operators used here
         mixed_precision=config.mixed_precision,

@@ -26,6 +26,7 @@ def configs(small_config, small_twin, tmp_path, monkeypatch):
     monkeypatch.setattr(bench_training, "PROFILED_STEPS", 1)
     monkeypatch.setattr(bench_writing, "TURNS", 2)
     monkeypatch.setattr(bench_writing, "CHARACTERS_A_TURN", 4)
+    monkeypatch.setattr(bench_writing, "CHARACTERS_AT_LEAST", 4)
     monkeypatch.setattr(bench_writing, "CASES", {"one": Case(1, 20), "three": Case(3, 20)})
     monkeypatch.setattr(bench_writing, "LONG_CASES", {"long": Case(1, 5000)})
     monkeypatch.setattr(bench_writing, "STEPS", (0, 1))

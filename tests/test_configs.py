@@ -39,3 +39,18 @@ def test_a_twin_has_its_models_size_text_and_time(path):
     assert twin.training.autoencoder.minutes == pytest.approx(sum(stage.minutes for stage in stages))
     if not twin.training.autoencoder.minutes:
         assert twin.training.autoencoder.steps == sum(stage.steps for stage in stages)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs/accelerate").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_accelerate_reads_every_file_of_configs_accelerate(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    launch = load_config_from_file(str(path))
+    assert launch.distributed_type == "MULTI_GPU"  # replicas: what the trainer can do
+    assert launch.num_processes == {"two_processes": 2, "8_gpus": 8, "8_nodes": 64}[path.stem]
+    assert launch.num_machines == (8 if path.stem == "8_nodes" else 1)
+    # the lanes of the largest config can be shared out evenly
+    lanes = load_config([ROOT / "configs/large.yaml"]).data.lanes
+    assert lanes % launch.num_processes == 0

@@ -65,7 +65,7 @@ def test_one_call_draws_what_torch_draws(plain_torch, scheduler, layers, rows):
         return prior.denoise(z[:, None, None], gamma[:, None, None], told)[:, 0, 0]
 
     generators = row_generators(1, rows)
-    noise = [draw_noise((rows, Z), generators, 0.9, "cpu") for _ in range(6 if plan.draws else 1)]
+    noise = draw_noise(6 if plan.draws else 1, (rows, Z), generators, 0.9, "cpu")
     with torch.no_grad():
         assert can_denoise(prior, told, plan)
         found = denoise_steps(prior, told, plan, noise[0], noise[1:])

@@ -24,7 +24,15 @@ from hldm.corpus import load_corpora
 from hldm.data import Batch, Windows
 from hldm.objectives import AutoencoderObjective
 from hldm.stages import train_autoencoder, train_diffusion
-from hldm.training import Interrupted, Trainer, TrainingDiverged, learning_rate, step_seed
+from hldm.training import (
+    SHARDING,
+    Interrupted,
+    Trainer,
+    TrainingDiverged,
+    learning_rate,
+    make_accelerator,
+    step_seed,
+)
 
 
 def weights(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
@@ -372,3 +380,11 @@ def test_the_launch_that_silently_starts_one_process_is_refused(tmp_path, small_
         [*launch, *arguments, *small_overrides], cwd=tmp_path, capture_output=True, text=True, timeout=120
     )
     assert done.returncode != 0 and "--multi_gpu" in done.stderr
+
+
+@pytest.mark.parametrize(("variable", "what"), list(SHARDING.items()))
+def test_sharding_is_refused_in_one_line(monkeypatch, small_config, variable, what):
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(ConfigError, match=f"asked for {what}, but every rank") as refused:
+        make_accelerator(small_config.training.autoencoder, small_config.logging, ".")
+    assert "\n" not in str(refused.value)
