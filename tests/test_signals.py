@@ -282,7 +282,7 @@ def test_a_signal_ends_a_sample_and_saves(every, step, train, monkeypatch):
     assert newest_checkpoint(Path("runs/small/autoencoder")).step == step
 
 
-@pytest.mark.parametrize("name", ["load_corpora", "_windows", "open_run"])
+@pytest.mark.parametrize("name", ["load_corpora", "make_chunker", "open_run"])
 def test_a_signal_before_training_leaves_in_one_line(name, train, monkeypatch):
     signal_at(1, monkeypatch, stages, name)
     assert train() == (143, "hldm: stopped by SIGTERM\n")
