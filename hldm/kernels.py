@@ -1,6 +1,6 @@
 """C++ kernels, compiled when one is first asked for, and nothing at all where that cannot be done.
 
-The sources in hldm/cpp become one shared library with a plain C interface, called through ctypes: two seconds of the
+The sources in hldm/cpp become one shared library with a plain C interface, called through ctypes: some seconds of the
 machine's own compiler, no headers of torch, no lock held while it computes. It is kept in the user's cache folder under
 a hash of all that it depends on. Without a compiler (or with HLDM_KERNELS=0) `library()` is None, and callers do the
 same in torch. Knows nothing of what the kernels mean.
@@ -27,7 +27,7 @@ SOURCES = Path(__file__).parent / "cpp"
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 # What the compiler may do beyond the architecture's common ground; the second where it knows no first.
 TUNINGS = (("-march=native",), ())
-SECONDS = 120  # for the compiler, at most; measured: 3
+SECONDS = 120  # for the compiler, at most; measured: 8
 
 _WANTED = ContextVar("wanted", default=True)
 
@@ -100,12 +100,14 @@ def build(folder: Path) -> Path:
     path = folder / f"kernels-{digest.hexdigest()[:16]}.so"
     if path.exists():
         return path
-    units = [str(source) for source in sources if source.suffix == ".cpp"]
+    units = [source for source in sources if source.suffix == ".cpp"]
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        unfinished = Path(scratch) / path.name
+        unfinished, whole = Path(scratch) / path.name, Path(scratch) / "kernels.cpp"
+        # all in one: what they share is compiled once
+        whole.write_text("".join(f'#include "{unit.resolve()}"\n' for unit in units))
         for tuning in TUNINGS:
             try:
-                _run(compiler, *FLAGS, *tuning, *units, "-o", str(unfinished))
+                _run(compiler, *FLAGS, *tuning, str(whole), "-o", str(unfinished))
                 break
             except subprocess.CalledProcessError:
                 if tuning == TUNINGS[-1]:

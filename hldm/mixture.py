@@ -72,15 +72,14 @@ class MixturePredictor(SavedModel):
 
         temperature: scales the noise, and sharpens the weights to w^(1 / temperature); 0 takes the likeliest.
         """
-        rows, z = len(generators), self.prototypes.shape[1]
-        device = self.prototypes.device
+        z, device = self.prototypes.shape[1], self.prototypes.device
         u = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators]).to(device)
         noise = torch.stack([torch.randn(z, generator=g) for g in generators]).to(device)
         sharp = log_weights.double() / max(temperature, 1e-6)
         cdf = sharp.softmax(dim=-1).cumsum(dim=-1)
         chosen = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0]
-        alpha, sigma = (x.unsqueeze(-1) for x in alpha_sigma(torch.full((rows,), gamma, device=device)))
-        deviation = (alpha.square() * (2 * self.log_deviation).exp() + sigma.square()).sqrt()
+        alpha, sigma = (float(x) for x in alpha_sigma(torch.tensor(gamma, dtype=torch.float64)))
+        deviation = (alpha**2 * (2 * self.log_deviation).exp() + sigma**2).sqrt()
         mean = alpha * self.prototypes[chosen.clamp(max=len(self.prototypes) - 1)]
         return mean + temperature * deviation * noise
 
