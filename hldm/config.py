@@ -382,7 +382,7 @@ class LoggingConfig:
 class GenerationConfig:
     """Defaults of generate.py and of the pipeline."""
 
-    steps: int = 4  # denoising steps a latent (docs/results.md has what more give); 0: a draw from the mixture
+    steps: int = 4  # denoising steps a latent; 0: a draw from the mixture (docs/results.md compares them)
     scheduler: Literal["ancestral", "ddim", "dpm", "flow"] = "ancestral"
     guidance: float = 1.0  # 1: none
     temperature: float = 1.0  # scale of the latent's noise
