@@ -56,7 +56,8 @@ def plot_diagnosis(diagnosis: Mapping[str, Any], path: Path) -> None:
     ax.bar(names, latent, color=LATENT, label="latent")
     ax.bar(names, [row["decoder"] for row in far], bottom=latent, color=DECODER, label="decoder")
     ax.set(title="by distance from the document's start", xlabel="bytes, from", ylabel="bits per character")
-    ax.legend()
+    ax.tick_params(axis="x", rotation=45)
+    ax.legend(loc="lower left")
     _save(figure, path)
 
 
