@@ -1,4 +1,4 @@
-"""Wall-clock time of a piece of work, that of an accelerator included."""
+"""Wall-clock time of a piece of work, that of an accelerator included; and the clock that training stops by."""
 
 from __future__ import annotations
 
@@ -15,6 +15,13 @@ def seconds_of(work: Callable[[], Any]) -> float:
     work()
     wait_for_device()
     return time.perf_counter() - began
+
+
+def clock_named(name: str) -> Callable[[], float]:
+    """Seconds that pass ("wall"), or that each thread of this process computed ("cpu")."""
+    if name == "wall":
+        return time.monotonic
+    return lambda: time.process_time() / torch.get_num_threads()
 
 
 def wait_for_device() -> None:

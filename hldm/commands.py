@@ -60,6 +60,15 @@ def diagnose(argv: Sequence[str] | None = None) -> int:
     return guarded(work)
 
 
+def _add_clock(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--clock",
+        choices=["wall", "cpu"],
+        default="wall",
+        help="what minutes count: cpu on a machine that is busy",
+    )
+
+
 def rate_curve(argv: Sequence[str] | None = None) -> int:
     """`hldm rate-curve`."""
     parser = argparse.ArgumentParser(
@@ -71,13 +80,14 @@ def rate_curve(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--only", action="append", default=[], metavar="DIAL", help="may repeat; default: all"
     )
+    _add_clock(parser)
     arguments = parser.parse_args(argv)
 
     def work() -> int:
         from hldm.plots import plot_rate_curve
         from hldm.rate_curve import run_curve, table
 
-        curve = run_curve(arguments.config, arguments.minutes, only=arguments.only)
+        curve = run_curve(arguments.config, arguments.minutes, only=arguments.only, clock=arguments.clock)
         target = Path("runs") / f"{arguments.config.stem}-curve" / "rate-curve.png"
         plot_rate_curve(curve, target)
         print(f"{table(curve)}\n\nrate-curve.json and rate-curve.png are in {target.parent}")
@@ -96,6 +106,7 @@ def chunkers(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, required=True, metavar="M", help="of training, each")
     parser.add_argument("--only", nargs="+", default=[], metavar="STRATEGY", help="default: all")
     parser.add_argument("--targets", nargs="+", type=int, default=[6, 12], metavar="N", help="bytes a latent")
+    _add_clock(parser)
     arguments = parser.parse_args(argv)
 
     def work() -> int:
@@ -103,7 +114,11 @@ def chunkers(argv: Sequence[str] | None = None) -> int:
         from hldm.plots import plot_league
 
         league = run_league(
-            arguments.config, arguments.minutes, only=arguments.only, targets=arguments.targets
+            arguments.config,
+            arguments.minutes,
+            only=arguments.only,
+            targets=arguments.targets,
+            clock=arguments.clock,
         )
         folder = Path("runs") / f"{arguments.config.stem}-league"
         plot_league(league, folder / "league.png")

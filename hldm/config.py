@@ -304,7 +304,10 @@ class TrainingConfig:
     """One stage's optimisation. Progress runs from 0 to 1 over `steps`, or `minutes` if sooner."""
 
     steps: int = 1000
-    minutes: float = 0.0  # wall clock limit, schedule included; 0: none
+    minutes: float = 0.0  # limit, schedule included; 0: none
+    # What minutes count: time that passes, or, on CPUs, what a thread computed, so that runs on a machine that does
+    # other work, too, can be compared.
+    clock: Literal["wall", "cpu"] = "wall"
     optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 2e-3  # peak
     weight_decay: float = 0.01

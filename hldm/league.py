@@ -36,7 +36,11 @@ class Entry(NamedTuple):
 
 
 def entries(
-    path: Path, minutes: float, only: Sequence[str] = (), targets: Sequence[int] = TARGETS
+    path: Path,
+    minutes: float,
+    only: Sequence[str] = (),
+    targets: Sequence[int] = TARGETS,
+    clock: str = "wall",
 ) -> list[Entry]:
     """A run a strategy and target, all of the same minutes. Raises ConfigError."""
     base = load_config([path])
@@ -53,7 +57,7 @@ def entries(
     for target in targets:
         for strategy in only or STRATEGIES:
             chunking = chunking_for(base, strategy, target)
-            config = replace(timed(base, minutes), chunking=chunking)
+            config = replace(timed(base, minutes, clock), chunking=chunking)
             found.append(Entry(f"{strategy}-{target}", strategy, target, config))
     return found
 
@@ -90,6 +94,7 @@ def run_league(
     *,
     only: Sequence[str] = (),
     targets: Sequence[int] = TARGETS,
+    clock: str = "wall",
     root: Path = Path("runs"),
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
@@ -98,10 +103,11 @@ def run_league(
     Leaves root/<config>-league/<entry>/, and beside them league.json and league.md, rewritten after each.
     Raises ValueError or OSError.
     """
-    todo = entries(path, minutes, only, targets)
-    twin = timed(load_config([path.with_name(f"{path.stem}-twin.yaml")]), minutes)
+    todo = entries(path, minutes, only, targets, clock)
+    twin = timed(load_config([path.with_name(f"{path.stem}-twin.yaml")]), minutes, clock)
     folder = root / f"{path.stem}-league"
-    league: dict[str, Any] = {"config": str(path), "minutes": minutes, "split": "test", "chunkers": []}
+    league: dict[str, Any] = {"config": str(path), "minutes": minutes, "clock": clock, "split": "test"}
+    league["chunkers"] = []
     for entry in [Entry("twin", "twin", math.nan, twin), *todo]:
         say(f"{entry.name}: {minutes:g} minutes")
         league["chunkers"].append(_measured(entry, folder))

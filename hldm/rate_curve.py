@@ -40,7 +40,7 @@ class Point(NamedTuple):
     config: Config
 
 
-def points(path: Path, minutes: float, only: Sequence[str] = ()) -> list[Point]:
+def points(path: Path, minutes: float, only: Sequence[str] = (), clock: str = "wall") -> list[Point]:
     """The config as it is, then with one dial turned at a time, each for `minutes` over both stages."""
     base = load_config([path])
     if base.is_twin:
@@ -48,25 +48,28 @@ def points(path: Path, minutes: float, only: Sequence[str] = ()) -> list[Point]:
     for dial in only:
         if dial not in DIALS:
             raise ConfigError(f"--only takes {', '.join(DIALS)}, got {dial!r}")
-    found = [Point("base", "base", math.nan, timed(base, minutes))]
+    found = [Point("base", "base", math.nan, timed(base, minutes, clock))]
     for dial, (key, values) in DIALS.items():
         if only and dial not in only:
             continue
         for value in values:
             config = load_config([path], [f"{key}={value:g}"])
             if config != base:
-                found.append(Point(f"{dial}-{value:g}", dial, value, timed(config, minutes)))
+                found.append(Point(f"{dial}-{value:g}", dial, value, timed(config, minutes, clock)))
     return found
 
 
-def timed(config: Config, minutes: float) -> Config:
-    """The config with so many minutes for all its training, shared between the stages as they are now."""
+def timed(config: Config, minutes: float, clock: str = "wall") -> Config:
+    """The config with so many minutes for all its training, shared between the stages as they are now.
+
+    clock: what minutes count (hldm.config.TrainingConfig)
+    """
     first, second = config.training.autoencoder.minutes, config.training.prior.minutes
     share = 1.0 if config.is_twin else first / (first + second) if first and second else 0.5
-    config = stage_training(config, "autoencoder", minutes=minutes * share, steps=10**9)
-    return (
-        config if share == 1 else stage_training(config, "prior", minutes=minutes * (1 - share), steps=10**9)
-    )
+    for stage, part in (("autoencoder", share), ("prior", 1 - share)):
+        if part:
+            config = stage_training(config, stage, minutes=minutes * part, clock=clock, steps=10**9)
+    return config
 
 
 def run_curve(
@@ -74,6 +77,7 @@ def run_curve(
     minutes: float,
     *,
     only: Sequence[str] = (),
+    clock: str = "wall",
     root: Path = Path("runs"),
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
@@ -84,9 +88,9 @@ def run_curve(
     """
     if not (math.isfinite(minutes) and minutes > 0):
         raise ConfigError(f"--minutes must be positive and finite, got {minutes:g}")
-    twin = timed(load_config([path.with_name(f"{path.stem}-twin.yaml")]), minutes)
+    twin = timed(load_config([path.with_name(f"{path.stem}-twin.yaml")]), minutes, clock)
     folder = root / f"{path.stem}-curve"
-    todo = [Point("twin", "twin", math.nan, twin), *points(path, minutes, only)]
+    todo = [Point("twin", "twin", math.nan, twin), *points(path, minutes, only, clock)]
     curve: dict[str, Any] = {
         "config": str(path),
         "minutes": minutes,

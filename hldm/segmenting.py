@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import torch
 from hldm.autoencoder import Autoencoder
 from hldm.carry import map_carry
 from hldm.checkpoints import atomic_write, fingerprint
+from hldm.clock import clock_named
 from hldm.config import ChunkingConfig, ConfigError
 from hldm.corpus import Corpus
 from hldm.entropy_segmenter import EntropySegmenter
@@ -47,12 +47,13 @@ def train_segmenter(
     *,
     seed: int = 0,
     minutes: float = math.inf,
+    clock: str = "wall",
     say: Callable[[str], None] = lambda line: None,
     at_step: Callable[[], object] = lambda: None,
 ) -> Segmenter:
     """A segmenter of the strategy that `chunking` names, trained on a corpus, its threshold set on a sample of it.
 
-    minutes: a limit beside the settings' own;  at_step: called before every step
+    minutes: a limit beside the settings' own, clock: what they count (hldm.clock);  at_step: called before every step
     With no limit but steps it is a pure function of corpus, settings and seed.
     """
     settings = chunking.segmenter
@@ -70,7 +71,8 @@ def train_segmenter(
     is_doc_start[corpus.offsets[:-1]] = True
     state = model.initial_state(settings.lanes)
     most_minutes = min(minutes, settings.minutes or math.inf)
-    began, progress, step = time.monotonic(), 0.0, 0
+    now = clock_named(clock)
+    began, progress, step = now(), 0.0, 0
     model.train()
     while progress < 1:
         at_step()
@@ -91,7 +93,7 @@ def train_segmenter(
         state = map_carry(lambda tensor: tensor.detach(), state)
         step += 1
         progress = step / settings.steps
-        progress = max(progress, (time.monotonic() - began) / (60 * most_minutes))
+        progress = max(progress, (now() - began) / (60 * most_minutes))
         if step % EVERY == 0 or progress >= 1:
             say(f"segmenter, step {step}: loss {float(loss.detach()):.3f}")
     model.eval()

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from hldm.autoencoder import Autoencoder
 from hldm.checkpoints import atomic_write, checkpoints_in, fingerprint, naming
 from hldm.chunking import Chunker, make_chunker
+from hldm.clock import clock_named
 from hldm.config import Config, ConfigError, TrainingConfig, to_dict
 from hldm.corpus import Corpus, load_corpora
 from hldm.data import Batch, Windows, cache_latents, load_latents
@@ -59,7 +59,7 @@ class Stage:
     accelerator: Accelerator
     say: Callable[[str], None]  # prints on the main process
     resume: bool
-    opened: float  # time.monotonic() of the start
+    opened: float  # what the clock of its training showed at the start
 
     def fit(
         self,
@@ -84,7 +84,7 @@ class Stage:
             logging=config.logging,
             accelerator=self.accelerator,
             extras={"corpus": windows.corpus.fingerprint, **(bound_to or {})},
-            spent=time.monotonic() - self.opened,
+            spent=clock_named(self.training.clock)() - self.opened,
         )
         if self.resume:
             trainer.restore(self.say)
@@ -123,6 +123,7 @@ class Stage:
                 corpus,
                 seed=self.config.seed,
                 minutes=SEGMENTER_SHARE * self.training.minutes or math.inf,
+                clock=self.training.clock,
                 say=self.say,
                 at_step=self.beat,
             )
@@ -190,7 +191,7 @@ def open_stage(config: Config, name: str, resume: bool, root: Path) -> Iterator[
     roll_call = make_roll_call()
     try:
         torch.manual_seed(config.seed)
-        yield Stage(config, training, run, accelerator, say, resume, time.monotonic())
+        yield Stage(config, training, run, accelerator, say, resume, clock_named(training.clock)())
         accelerator.wait_for_everyone()
         accelerator.end_training()
     except Stopped as stopped:  # outside the training loop; what that has saved stands

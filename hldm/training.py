@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from hldm.checkpoints import (
     save_checkpoint,
     unflatten_optimizer,
 )
+from hldm.clock import clock_named
 from hldm.config import CheckpointConfig, ConfigError, LoggingConfig, TrainingConfig
 from hldm.data import Batch, Windows
 from hldm.health import Spikes, gradients, nonfinite_names
@@ -389,7 +389,8 @@ class Trainer:
         on_sample: called every `logging.sample_every` steps, and at the end, on the averaged model.
         Raises Interrupted after saving when a signal came, TrainingDiverged on non-finite numbers.
         """
-        clock = time.monotonic()
+        clock = clock_named(self.config.clock)
+        began = clock()
         before = self.totals.seconds
         self.model.train()
         with (
@@ -398,7 +399,7 @@ class Trainer:
         ):
             while (progress := self.progress()) < 1:
                 metrics = self.step(progress)
-                seconds = before + time.monotonic() - clock
+                seconds = before + clock() - began
                 self.totals = Totals(self.totals.steps, seconds, self.totals.characters)
                 step = self.totals.steps
                 if metrics is None:
