@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from hldm.autoencoder import Autoencoder, DecoderState, Encoding
+from hldm.contextualiser import Context
 from hldm.corpus import Corpus
 from hldm.data import Batch, Windows
 from hldm.diffusion import alpha_sigma
 from hldm.mixture import MixturePredictor
 from hldm.objectives import draw_normal, noisy_latents, price_latents, read_chunks, read_latents
-from hldm.prior import Context, Prior
+from hldm.prior import Prior
 from hldm.text import count_characters
 
 LANES, WINDOW_BYTES = 16, 512  # measured, configs/tiny.yaml on a CPU: 256 and 1024 bytes take longer

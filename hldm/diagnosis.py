@@ -21,13 +21,14 @@ from torch import Tensor
 from hldm.autoencoder import Autoencoder, DecoderState, Encoding
 from hldm.bound import held_out_windows
 from hldm.config import load_config
+from hldm.contextualiser import Context
 from hldm.corpus import Split, load_corpora
 from hldm.data import Batch, Windows
 from hldm.diffusion import BINS, alpha_sigma, diffuse, sample
 from hldm.events import place_in_chunk
 from hldm.objectives import draw_normal, noisy_latents, price_latents, read_chunks, read_latents
 from hldm.pipeline import read_pipeline
-from hldm.prior import Context, Prior
+from hldm.prior import Prior
 
 NOISE_LEVELS = 9  # points of the curve of accuracy against noise
 ENOUGH_CHUNKS = 4000  # where a figure needs a pass of its own: a standard error of about 1 % of it

@@ -20,9 +20,10 @@ from torch import Tensor
 from hldm.autoencoder import Autoencoder, DecoderState, EncoderState
 from hldm.carry import select_rows
 from hldm.config import Config, GenerationConfig
+from hldm.contextualiser import Context, ContextState
 from hldm.denoise_step import can_denoise, denoise_steps
 from hldm.diffusion import draw_noise, sample, sampler_steps
-from hldm.prior import Context, ContextState, Prior
+from hldm.prior import Prior
 from hldm.sizes import require_room_to_write
 from hldm.text import count_characters, split_incomplete, to_ids
 from hldm.writing import Piece, Written, write_bytes, write_chunks

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from hldm.autoencoder import Autoencoder, DecoderState, EncoderState, Encoding
 from hldm.carry import map_carry
 from hldm.config import AutoencoderConfig
+from hldm.contextualiser import Context, ContextState
 from hldm.data import Batch
 from hldm.diffusion import alpha_sigma, diffuse, end_term, stratified
 from hldm.events import positions, sum_by_chunk, symbol_nats
 from hldm.mixture import MixturePredictor
-from hldm.prior import Context, ContextState, Prior
+from hldm.prior import Prior
 
 
 class Carry(NamedTuple):

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from hldm.config import AutoencoderConfig, DiffusionConfig, GriffinConfig, HierarchyConfig, PriorConfig
 from hldm.denoise_step import can_denoise, denoise_steps
+from hldm.denoiser import Told
 from hldm.diffusion import draw_noise, sample, sampler_steps
 from hldm.generation import row_generators
-from hldm.prior import Prior, Told
+from hldm.prior import Prior
 
 Z = 3
 

@@ -45,10 +45,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "chunk_writer",
         "corruption",
         "bench_layers",
+        "contextualiser",
     ),
     (
-        "autoencoder",
-        "prior",
+        "denoiser",
         "prompts",
         "entropy_segmenter",
         "state_segmenter",
@@ -56,6 +56,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "policy_segmenter",
         "select_segmenter",
     ),
+    ("autoencoder", "prior"),
     ("objectives", "writing", "training", "segmenting"),
     ("generation",),
     (
