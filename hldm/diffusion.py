@@ -49,14 +49,10 @@ def noise_from(x0: Tensor, z: Tensor, gamma: Tensor) -> Tensor:
     return (z - alpha * x0) / sigma
 
 
-def target_from(x0: Tensor, noise: Tensor, gamma: Tensor, target: Target) -> Tensor:
-    """What the denoiser regresses: x0, the noise, or v = alpha noise - sigma x0 (arXiv 2202.00512)."""
-    alpha, sigma = alpha_sigma(gamma.unsqueeze(-1))
-    return {"x0": x0, "eps": noise, "v": alpha * noise - sigma * x0}[target]
-
-
 def x0_from(prediction: Tensor, z: Tensor, gamma: Tensor, target: Target) -> Tensor:
-    """The estimate of x0 a prediction stands for. prediction, z: (... z); gamma: (...), float32 at least.
+    """The estimate of x0 that a prediction of x0, of the noise or of v = alpha noise - sigma x0 stands for.
+
+    prediction, z: (... z); gamma: (...), float32 at least.  v: arXiv 2202.00512.
 
     An error in eps counts exp(gamma / 2) times in x0, so keep to v or x0 where gamma_1 is large; the
     bound multiplies the square by exp(-gamma) and stays 1/2 ||eps - eps_hat||^2.
