@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeAlias
 
@@ -64,6 +64,7 @@ class Totals:
     steps: int = 0
     seconds: float = 0.0
     characters: int = 0
+    prepared: float = 0.0  # of the seconds, those before the first step
 
 
 def step_seed(seed: int, step: int, stream: int) -> int:
@@ -203,7 +204,7 @@ class Trainer:
         self.optimizers = make_optimizers(objective, config)
         self.model = accelerator.prepare(objective)
         self.carries = [objective.initial_carry(self.rows, accelerator.device) for _ in range(parts)]
-        self.totals = Totals(seconds=spent)
+        self.totals = Totals(seconds=spent, prepared=spent)
         self.recent = Recent()
         self.spikes = Spikes()
         self.quiet_until = 0  # step before which no more spikes are said
@@ -238,6 +239,7 @@ class Trainer:
             state = {
                 "seconds": self.totals.seconds,
                 "characters": self.totals.characters,
+                "prepared": self.totals.prepared,
                 "optimizers": states,
                 "threads": torch.get_num_threads(),
                 "processes": self.accelerator.num_processes,
@@ -277,7 +279,9 @@ class Trainer:
 
             self.carries[part] = map_carry(own, self.carries[part])
         self.spikes.norms.extend(saved.state.get("gradient_norms", []))  # only what is said depends on it
-        self.totals = Totals(saved.step, saved.state["seconds"], saved.state["characters"])
+        self.totals = Totals(
+            saved.step, saved.state["seconds"], saved.state["characters"], saved.state.get("prepared", 0.0)
+        )
         return True
 
     def _check(self, saved: Checkpoint, states: list[dict[str, Any]], say: Callable[[str], None]) -> None:
@@ -365,7 +369,9 @@ class Trainer:
             self.carries = [self.objective.initial_carry(self.rows, accelerator.device) for _ in range(parts)]
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        self.totals = Totals(step + 1, self.totals.seconds, self.totals.characters + int(characters))
+        self.totals = replace(
+            self.totals, steps=step + 1, characters=self.totals.characters + int(characters)
+        )
         if not finite:
             return None
         return {"learning_rate": rate, "gradient_norm": float(norm)} | self.recent.add(values, characters)
@@ -373,11 +379,17 @@ class Trainer:
     # --- the loop ------------------------------------------------------------------------------
 
     def progress(self) -> float:
-        """Share of the training done: by steps, or by the clock of rank 0 when that is further."""
+        """Share of the training done: by steps, or by the clock of rank 0 when that is further.
+
+        What was spent before the first step leaves fewer minutes, but a schedule that begins at its beginning: a
+        segmenter's minute counted as progress skipped the warm-up, and training fell apart.
+        """
         by_steps = self.totals.steps / self.config.steps
         if not self.config.minutes:
             return by_steps
-        share = torch.tensor(self.totals.seconds / (60 * self.config.minutes), dtype=torch.float64)
+        left = 60 * self.config.minutes - self.totals.prepared
+        done = (self.totals.seconds - self.totals.prepared) / left if left > 0 else 1.0
+        share = torch.tensor(done, dtype=torch.float64)
         if self.accelerator.num_processes > 1:
             share = share.to(self.accelerator.device)
             torch.distributed.broadcast(share, src=0)
@@ -400,7 +412,7 @@ class Trainer:
             while (progress := self.progress()) < 1:
                 metrics = self.step(progress)
                 seconds = before + clock() - began
-                self.totals = Totals(self.totals.steps, seconds, self.totals.characters)
+                self.totals = replace(self.totals, seconds=seconds)
                 step = self.totals.steps
                 if metrics is None:
                     say(f"step {step}: loss or gradient is not finite; step skipped")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hldm.config import Config, SegmenterConfig
+from hldm.config import Config, SegmenterConfig, stage_training
 from hldm.evaluation import evaluate_run
 from hldm.pipeline import read_pipeline
 from hldm.runs import export_run
@@ -59,6 +59,19 @@ def test_stage_one_resumes_with_the_segmenter_it_has(run, config, tmp_path):
     shutil.copytree(run / "autoencoder", tmp_path / name / "autoencoder")
     train_autoencoder(replace(config, name=name), resume=True, root=tmp_path)
     assert weights.read_bytes() == before
+
+
+def test_minutes_that_a_segmenter_took_do_not_skip_the_warm_up(config, tmp_path):
+    segmenter = replace(config.chunking.segmenter, steps=10**6, minutes=1.0)
+    config = replace(config, chunking=replace(config.chunking, segmenter=segmenter))
+    config = replace(config, logging=replace(config.logging, every=1))
+    run = train_autoencoder(stage_training(config, "autoencoder", minutes=0.25, steps=10**6), root=tmp_path)
+    logged = [json.loads(line) for line in (run / "autoencoder" / "metrics.jsonl").read_text().splitlines()]
+    rates = [line["learning_rate"] for line in logged if "learning_rate" in line]
+    assert rates[0] < max(rates) / 2 and rates[-1] < max(rates) / 2
+    assert (
+        json.loads((run / "autoencoder" / "totals.json").read_text())["prepared"] >= 3
+    )  # a fifth of 15 seconds
 
 
 def test_a_segmenter_of_another_run_is_refused(run, config, tmp_path):
