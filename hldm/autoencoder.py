@@ -111,6 +111,17 @@ class LatentNormaliser(nn.Module):
         count = torch.full_like(self.sums[0], raw.shape[0])
         self.sums += torch.stack([count, raw.sum(dim=0), raw.square().sum(dim=0)])
 
+    def hold(self, latents: Tensor) -> Tensor:
+        """What keeps raw latents at unit scale around 0: nats whose gradient says so, from mu (... z). (...).
+
+        The loss knows mu alone, but the scale of raw latents has a gradient all the same, for mean and deviation
+        are of steps before: unopposed it makes them ever larger or ever smaller, a ten-thousandth and less,
+        and then every step of the optimizer turns latents into others. 1/2 tanh(log deviation) mu^2 + tanh(mean /
+        deviation) mu is a sum over chunks, hence the same for any split of the batch.
+        """
+        scale, place = self.deviation.log().tanh(), (self.mean / self.deviation).tanh()
+        return (0.5 * scale * latents.square() + place * latents).sum(dim=-1)
+
     @torch.no_grad()
     def update(self, skipped: bool = False) -> None:
         """Fold the sums into mean and deviation, once an optimizer step; forget them if it was skipped."""

@@ -277,6 +277,8 @@ class AutoencoderObjective(nn.Module):
         reading, decoder = read_chunks(autoencoder, batch, z_0, carry.decoder, encoding, hidden)
         paid_for = {"decoder": reading.nats.sum(), **rates}
         loss = paid_for["decoder"] + rate_weight(settings, progress) * sum(rates.values())
+        if encoding is not None:
+            loss = loss + (autoencoder.normaliser.hold(encoding.latents) * encoding.mask).sum()
         return Step(
             loss / batch.total_bytes,
             {name: value.detach() for name, value in paid_for.items()},
