@@ -20,7 +20,7 @@ from torch import Tensor
 from hldm.config import GriffinConfig
 from hldm.griffin import RGLRU, AttentionBlock, Griffin, Layout
 from hldm.kernels import kernels, library, without_kernels
-from hldm.scan import BACKENDS, linear_scan
+from hldm.scan import BACKENDS, can_run, linear_scan
 
 BYTES_FORWARD, BYTES_BOTH = 12, 32  # that a scan must move, of float32, an element
 WARM_UP = 2
@@ -77,7 +77,7 @@ def time_scan(shape: tuple[int, int, int], repeats: int) -> dict[str, Any]:
     """Forward, and forward and backward, of every backend but the loop, beside sums of arrays of the same size."""
     a, b = (torch.rand(shape, requires_grad=True) for _ in range(2))
     x, y, z = (torch.rand(shape) for _ in range(3))
-    names = [name for name in BACKENDS if name != "loop" and (name != "cpp" or library())]
+    names = [name for name in BACKENDS if name != "loop" and can_run(name, a)]
     scans = {name: partial(lambda backend: linear_scan(a, b, backend=backend)[0], name) for name in names}
 
     def forward(scan: Callable[[], Tensor]) -> None:

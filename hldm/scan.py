@@ -1,14 +1,17 @@
 """The linear recurrence h_t = a_t h_{t-1} + b_t along time, and nothing about what a and b mean.
 
 One door, `linear_scan`, and a dict of backends behind it: the plain loop that says what is computed, a chunked form in
-torch that runs anywhere, and a pass of C++ where it can be compiled. None divides by a product of decays nor takes its
-logarithm, as the closed forms do: a decay of exactly 0 starts a document, and both would turn it into NaN. Griffin
-(arXiv 2402.19427), section 2.4.
+torch that runs anywhere, and one pass of C++ or, on a GPU, of Triton, where these can be compiled. None divides by a
+product of decays nor takes its logarithm, as the closed forms do: a decay of exactly 0 starts a document, and both
+would turn it into NaN. Griffin (arXiv 2402.19427), section 2.4.
 """
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -20,13 +23,15 @@ from hldm import operators
 # Measured on one CPU core: a call on few numbers costs about as much as one on 30 thousand; more leave the cache.
 NUMBERS_PER_CALL = 32_768
 
+logger = logging.getLogger(__name__)
+
 
 def linear_scan(
     a: Tensor,
     b: Tensor,
     h0: Tensor | None = None,
     *,
-    backend: Literal["auto", "loop", "chunked", "cpp"] = "auto",
+    backend: Literal["auto", "loop", "chunked", "cpp", "triton"] = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Run h_t = a_t h_{t-1} + b_t along time, differentiably in a, b and h0.
 
@@ -54,13 +59,22 @@ def linear_scan(
         if t == 1:
             backend = "loop"
         else:
-            backend = "cpp" if operators.available(b_exact) else "chunked"
-    elif backend == "cpp" and not operators.available(b_exact):
-        raise ValueError(
-            "backend 'cpp' needs a CPU and a C++ compiler: hldm doctor says more; or pass 'auto'"
-        )
+            compiled: Literal["cpp", "triton"] = "triton" if b_exact.is_cuda else "cpp"
+            backend = compiled if can_run(compiled, b_exact) else "chunked"
+    elif not can_run(backend, b_exact):
+        raise ValueError(f"backend {backend!r} needs {NEEDS[backend]}; or pass 'auto'")
     h, h_last = BACKENDS[backend](a_exact, b_exact, h0)
     return h.to(b.dtype), h_last
+
+
+def can_run(backend: str, x: Tensor) -> bool:
+    """Whether a backend takes x, in float32 or float64, on this machine."""
+    if backend == "cpp":
+        return operators.available(x)
+    if backend == "triton":
+        # On the CPU only its interpreter could, slowly, as the tests do.
+        return (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1") and _trust_triton(x.device, x.dtype)
+    return True
 
 
 def scan_by_loop(a: Tensor, b: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,22 +93,54 @@ def scan_by_chunks(a: Tensor, b: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
 
 def scan_by_cpp(a: Tensor, b: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
     """The recurrence as a loop over time of vector instructions, at the speed of memory."""
-    return _CppScan.apply(a, b, h0)
+    return _OnePassScan.apply(a, b, h0, False)
 
 
-class _CppScan(torch.autograd.Function):
-    """As `_ChunkedScan`, each direction in one pass."""
+def scan_by_triton(a: Tensor, b: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
+    """The recurrence as a loop over time in every warp of a GPU. Not run on one yet."""
+    return _OnePassScan.apply(a, b, h0, True)
+
+
+class _OnePassScan(torch.autograd.Function):
+    """As `_ChunkedScan`, each direction in one pass of a kernel."""
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
-        h = operators.scan(a, b, h0)
+    def forward(ctx: Any, a: Tensor, b: Tensor, h0: Tensor, in_triton: bool) -> tuple[Tensor, Tensor]:
+        h = (torch.ops.hldm.triton_scan if in_triton else operators.scan)(a, b, h0)
         ctx.save_for_backward(a, h0, h)
+        ctx.in_triton = in_triton
         return h, h[:, -1].clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dh: Tensor, dh_last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return operators.scan_back(*ctx.saved_tensors, dh, dh_last)
+    def backward(ctx: Any, dh: Tensor, dh_last: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        scan_back = torch.ops.hldm.triton_scan_back if ctx.in_triton else operators.scan_back
+        return *scan_back(*ctx.saved_tensors, dh, dh_last), None
+
+
+@torch.compiler.assume_constant_result
+def _trust_triton(device: torch.device, dtype: torch.dtype) -> bool:
+    return _triton_agrees(device, dtype)
+
+
+@cache
+def _triton_agrees(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether triton is there, compiles the kernels for the device, and says there what the loop says."""
+    try:
+        import hldm.triton_scan  # noqa: F401  defines the operators
+
+        with torch.inference_mode(False), torch.enable_grad():
+            numbers = torch.linspace(-1, 1, 3 * 5 * 34, dtype=dtype, device=device)
+            a, b = (x.view(3, 5, 34).requires_grad_() for x in (numbers, numbers.flip(0)))
+            found, expected = (
+                torch.autograd.grad(scan(a, b, a[:, 1])[0].square().sum(), [a, b])
+                for scan in (scan_by_triton, scan_by_loop)
+            )
+        torch.testing.assert_close(found, expected)
+    except Exception as error:  # whatever a compiler, a driver or a version of triton may raise
+        logger.debug("no scan in Triton on %s: %s", device, error)
+        return False
+    return True
 
 
 class _ChunkedScan(torch.autograd.Function):
@@ -185,4 +231,9 @@ BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] =
     "loop": scan_by_loop,
     "chunked": scan_by_chunks,
     "cpp": scan_by_cpp,
+    "triton": scan_by_triton,
+}
+NEEDS = {
+    "cpp": "a CPU and a C++ compiler: hldm doctor says more",
+    "triton": "a CUDA device and triton",
 }

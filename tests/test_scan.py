@@ -4,10 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hldm.kernels import library
-from hldm.scan import BACKENDS, linear_scan
+from hldm.scan import BACKENDS, can_run, linear_scan
 
-HERE = sorted(name for name in BACKENDS if name != "cpp" or library() is not None)
+HERE = sorted(name for name in BACKENDS if can_run(name, torch.ones(1)))
 FAST = [name for name in HERE if name != "loop"]
 
 
@@ -43,6 +42,24 @@ def test_every_backend_agrees_with_the_loop(backend: str, decay: str, t: int) ->
     inputs = random_inputs(2, t, 3, decay=decay)
     for ours, loop in zip(gradients(inputs, backend), gradients(inputs, "loop"), strict=True):
         torch.testing.assert_close(ours, loop, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize("decay", ["any", "zeros", "near one", "one"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-14)])
+def test_rounding_is_all_that_is_lost(backend: str, decay: str, dtype: torch.dtype, tolerance: float) -> None:
+    inputs = random_inputs(2, 61, 3, decay=decay, dtype=dtype)
+    _, dh, dh_last = (x.detach() for x in random_inputs(2, 61, 3, dtype=dtype))
+
+    def both_ways(x: list[Tensor], backend: str) -> list[Tensor]:
+        states = linear_scan(*x, backend=backend)
+        gradient = [dh.to(states[0].dtype), dh_last.to(states[0].dtype)]
+        return [*states, *torch.autograd.grad(states, x, gradient)]
+
+    exact = both_ways([x.detach().double().requires_grad_() for x in inputs], "loop")
+    for ours, truth in zip(both_ways(inputs, backend), exact, strict=True):
+        assert ours.dtype == dtype
+        assert (ours - truth).abs().max() <= tolerance * truth.abs().max()
 
 
 @pytest.mark.parametrize("shape", [(16, 65, 160), (9, 37, 512), (1, 300, 257)])
