@@ -1,7 +1,7 @@
 """Bytes to one latent a chunk, and back: Griffin encoder, normaliser, trunk over chunks, Griffin decoder.
 
-The encoder reads a page and carries its state from chunk to chunk; a chunk's latent mu is the mean of
-its bytes' features, projected and standardised. The trunk, a wider Griffin that takes one step a chunk
+The encoder reads a page and carries its state from chunk to chunk; a chunk's latent mu is what its bytes'
+features make together (hldm.readouts), standardised. The trunk, a wider Griffin that takes one step a chunk
 (`trunk_layers`), turns what the encoder made of each chunk into what is known before the next one: who
 predicts the next latent and who writes its bytes both read it. The decoder writes bytes from one latent
 until it emits an end, and may read the encoder's feature at the byte before, too (`reads_text`). Its
@@ -16,8 +16,6 @@ from dataclasses import asdict
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
@@ -25,6 +23,7 @@ from hldm.chunking import Chunker, make_chunker, pool_by_chunk, segments
 from hldm.config import AutoencoderConfig, ChunkingConfig, section_from_dict
 from hldm.events import Events, decoder_events, ends_of, place_in_chunk, positions
 from hldm.griffin import Griffin, GriffinState
+from hldm.readouts import LatentNormaliser, MeanReadout, PlacedReadout, StridedReadout, shares
 from hldm.text import HIDDEN, START, VOCABULARY
 from hldm.weights import SavedModel
 
@@ -58,92 +57,6 @@ class Encoding(NamedTuple):
     features: Tensor  # (b t+1 d) encoder feature at the byte before the window, then at each of its bytes
 
 
-class PlacedReadout(nn.Module):
-    """A two-layer perceptron that knows how far into its chunk it is: W_2 gelu(W_1 x + p_k).
-
-    A mean over bytes forgets their order, and a latent must say which byte comes where: with the place k
-    inside the nonlinearity both sides can read and write letter by letter from the first steps on.
-    """
-
-    def __init__(self, inputs: int, outputs: int, places: int):
-        super().__init__()
-        hidden = 2 * max(inputs, outputs)
-        self.inner = nn.Linear(inputs, hidden)
-        self.place = nn.Embedding(places, hidden)
-        self.outer = nn.Linear(hidden, outputs)
-
-    def features(self, inner: Tensor, place: Tensor) -> Tensor:
-        """gelu(W_1 x + p_k), from W_1 x (b t d) and k (b t)."""
-        return F.gelu(inner + self.place(place.clamp(max=self.place.num_embeddings - 1)))
-
-
-class LatentNormaliser(nn.Module):
-    """mu = (raw - mean) / deviation per dimension: measured, saved, never trained.
-
-    Statistics of raw latents are summed up in training and folded in once an optimizer step, so
-    that they are the same for any split of the batch over ranks and micro-batches.
-    """
-
-    mean: Tensor
-    deviation: Tensor
-    seen: Tensor
-    sums: Tensor
-
-    # Averages over about 20 steps: long enough to be quiet, short enough to follow a young encoder.
-    MOMENTUM = 0.95
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(dim))
-        self.register_buffer("deviation", torch.ones(dim))
-        self.register_buffer("seen", torch.zeros((), dtype=torch.long))  # steps folded in
-        # count, sum and sum of squares since the last step
-        self.register_buffer("sums", torch.zeros(3, dim), persistent=False)
-
-    def forward(self, raw: Tensor) -> Tensor:
-        """Raw latents (... z) -> unit-scale ones."""
-        return (raw - self.mean) / self.deviation
-
-    @torch.no_grad()
-    def observe(self, raw: Tensor) -> None:
-        """Add raw latents (k z) to the running sums."""
-        raw = raw.detach().float()
-        count = torch.full_like(self.sums[0], raw.shape[0])
-        self.sums += torch.stack([count, raw.sum(dim=0), raw.square().sum(dim=0)])
-
-    def hold(self, latents: Tensor) -> Tensor:
-        """What keeps raw latents at unit scale around 0: nats whose gradient says so, from mu (... z). (...).
-
-        The loss knows mu alone, but the scale of raw latents has a gradient all the same, for mean and deviation
-        are of steps before: unopposed it makes them ever larger or ever smaller, a ten-thousandth and less,
-        and then every step of the optimizer turns latents into others. 1/2 tanh(log deviation) mu^2 + tanh(mean /
-        deviation) mu is a sum over chunks, hence the same for any split of the batch.
-        """
-        scale, place = self.deviation.log().tanh(), (self.mean / self.deviation).tanh()
-        return (0.5 * scale * latents.square() + place * latents).sum(dim=-1)
-
-    @torch.no_grad()
-    def update(self, skipped: bool = False) -> None:
-        """Fold the sums into mean and deviation, once an optimizer step; forget them if it was skipped."""
-        sums = self.sums.clone()
-        self.sums.zero_()
-        if skipped:
-            return
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(sums)
-        if sums[0, 0] < 2:
-            return
-        mean, second = sums[1] / sums[0], sums[2] / sums[0]
-        self.seen += 1
-        # Debiased: the first step counts in full, later ones ever less down to 1 - momentum.
-        share = max(1 - self.MOMENTUM, 1 / int(self.seen))
-        old_second = self.deviation.square() + self.mean.square()
-        new_mean = self.mean.lerp(mean, share)
-        variance = old_second.lerp(second, share) - new_mean.square()
-        self.mean.copy_(new_mean)
-        self.deviation.copy_(variance.clamp(min=1e-8).sqrt())
-
-
 class Autoencoder(SavedModel):
     """Griffin encoder and decoder around one latent a chunk."""
 
@@ -161,7 +74,8 @@ class Autoencoder(SavedModel):
         if z:
             self.read = nn.Embedding(VOCABULARY, encoder.width)
             self.encoder = Griffin(encoder, window=self.chunking.max_bytes)
-            self.to_latent = PlacedReadout(encoder.width, z, self.chunking.max_bytes)
+            readout = StridedReadout if self.settings.pooling == "strided" else MeanReadout
+            self.to_latent = readout(encoder.width, z, self.chunking.max_bytes)
             self.normaliser = LatentNormaliser(z)
             self.from_latent = PlacedReadout(z, decoder.width, self.chunking.max_bytes + 1)
             if self.settings.reads_text:
@@ -230,7 +144,7 @@ class Autoencoder(SavedModel):
         state: EncoderState,
         chunks: int | None = None,
     ) -> tuple[Encoding, EncoderState]:
-        """mu of each chunk: the mean of its bytes' features, projected and standardised.
+        """mu of each chunk: its bytes' features in one, projected and standardised.
 
         text (b t) bytes, a whole number of chunks; length (b); doc_start, chunk_start (b t) bool;
         chunks: pad to so many per row (the most in any row when None).
@@ -258,9 +172,7 @@ class Autoencoder(SavedModel):
         b, t, d = y.shape
         where = segments(chunk_start, length)
         n = int(where.count.max()) if chunks is None and b else (chunks or 0)
-        read = self.to_latent
-        features = read.features(read.inner(y), place_in_chunk(chunk_start))
-        raw = read.outer(pool_by_chunk(features, where, n))  # (b n z)
+        raw = self.to_latent.of_chunks(y, where, place_in_chunk(chunk_start), n)  # (b n z)
         mask = torch.arange(n, device=y.device) < where.count[:, None]
         if self.training:
             self.normaliser.observe(raw[mask])
@@ -292,14 +204,13 @@ class Autoencoder(SavedModel):
         feature = _rows(y, length[:, None] - 1)  # (b 1 d)
         known, trunk = feature, state.trunk
         if self.settings.trunk_layers:
-            summary = self.to_trunk(torch.cat([feature, _shares(y, length) @ y], dim=-1))
+            summary = self.to_trunk(torch.cat([feature, shares(y, length) @ y], dim=-1))
             known, trunk = self.trunk(summary, state.trunk, opens, opens)
         return EncoderState(griffin, feature[:, 0], trunk, known[:, 0])
 
     def latent_of_chunk(self, y: Tensor, length: Tensor) -> Tensor:
         """The latent that `close_chunks` gives one chunk a row (b 1 z), from y (b l d) and length (b)."""
-        read, place = self.to_latent, torch.arange(y.shape[1], device=y.device)
-        return self.normaliser(read.outer(_shares(y, length) @ read.features(read.inner(y), place)))
+        return self.normaliser(self.to_latent.of_chunk(y, length))
 
     def read_byte(
         self, symbol: Tensor, doc_start: Tensor, chunk_start: Tensor, griffin: GriffinState
@@ -385,12 +296,6 @@ class Autoencoder(SavedModel):
     def hide_bytes(self, symbol: Tensor, hidden: Tensor) -> Tensor:
         """Byte dropout: replace inputs where hidden (b t'), except the start of a unit."""
         return torch.where(hidden & (symbol != START), HIDDEN, symbol)
-
-
-def _shares(y: Tensor, length: Tensor) -> Tensor:
-    """(b 1 l): of each byte of y (b l d) in the mean over the first length (b)."""
-    place = torch.arange(y.shape[1], device=y.device)
-    return (place < length[:, None])[:, None] / length[:, None, None]
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:

@@ -258,3 +258,17 @@ def pool_by_chunk(x: Tensor, segments: Segments, chunks: int | None = None) -> T
     size = values.new_zeros(b * (n + 1)).index_add(0, index, values.new_ones(len(index)))
     mean = total / size.clamp(min=1)[:, None]
     return mean.view(b, n + 1, d)[:, :n].to(x.dtype)  # (b n d)
+
+
+def lay_by_chunk(x: Tensor, segments: Segments, place: Tensor, chunks: int, most: int) -> Tensor:
+    """The bytes of each chunk side by side, zeros after its last. (b t d) -> (b n l d).
+
+    place: (b t) of each byte in its chunk, below `most` = l;  chunks: n
+    """
+    b, _, d = x.shape
+    # one row of places for all, with a spare one at the end for padding
+    size = b * chunks * most
+    chunk = segments.chunk_id + chunks * torch.arange(b, device=x.device)[:, None]
+    index = torch.where(segments.chunk_id < 0, size, chunk * most + place).flatten()
+    laid = x.new_zeros(size + 1, d).index_copy(0, index, x.flatten(0, 1))
+    return laid[:-1].view(b, chunks, most, d)

@@ -141,6 +141,11 @@ class ChunkingConfig:
         )
 
     @property
+    def has_constant_length(self) -> bool:
+        """Whether chunks hold max_bytes, but for a document's last and a character that would be split."""
+        return self.strategy == "fixed" and self.min_bytes == self.max_bytes
+
+    @property
     def needs_segmenter(self) -> bool:
         """Whether the strategy asks a model, which is then trained first."""
         return self.strategy in get_args(ModelStrategy)
@@ -186,6 +191,9 @@ class AutoencoderConfig:
     """Bytes to one latent a chunk and back."""
 
     latent_dim: int = 16  # z; 0 is the twin: a plain autoregressive Griffin without latents
+    # A latent from its chunk's features: their mean, each with its place; or, where chunks have a constant length, a
+    # causal convolution with that kernel and stride.
+    pooling: Literal["mean", "strided"] = "mean"
     encoder: GriffinConfig = field(default_factory=GriffinConfig)
     decoder: GriffinConfig = field(default_factory=GriffinConfig)
     trunk_layers: int = 0  # recurrent blocks that take a step a chunk: what is known before the next one
@@ -426,6 +434,13 @@ class Config:
         _require(
             re.fullmatch(r"([A-Za-z0-9_-][A-Za-z0-9._-]{0,63})?", self.name) is not None,
             f"name must be a folder name of at most 64 letters, digits and ._- , got {self.name[:80]!r}",
+        )
+        chunking = self.chunking
+        _require(
+            self.autoencoder.pooling != "strided" or chunking.has_constant_length,
+            "autoencoder.pooling=strided needs chunks of a constant length: set chunking.strategy=fixed and "
+            f"chunking.min_bytes to chunking.max_bytes, got {chunking.strategy}, {chunking.min_bytes} and "
+            f"{chunking.max_bytes}",
         )
 
     @property

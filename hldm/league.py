@@ -19,7 +19,8 @@ from hldm.config import ChunkingConfig, Config, ConfigError, Strategy, load_conf
 from hldm.rate_curve import timed
 from hldm.reports import save_report
 
-STRATEGIES = get_args(Strategy)
+# the last is fixed chunks again, their latents by autoencoder.pooling=strided
+STRATEGIES = (*get_args(Strategy), "strided")
 TARGETS = (6, 12)  # bytes a latent
 FITTED_BYTES = 200_000  # of training text, on which the limits of strategies without a threshold are set
 CORRUPTED_BYTES = 30_000  # of test text whose bound is taken once clean and once for each corruption
@@ -57,7 +58,8 @@ def entries(
     for target in targets:
         for strategy in only or STRATEGIES:
             chunking = chunking_for(base, strategy, target)
-            config = replace(timed(base, minutes, clock), chunking=chunking)
+            autoencoder = replace(base.autoencoder, pooling="strided" if strategy == "strided" else "mean")
+            config = replace(timed(base, minutes, clock), chunking=chunking, autoencoder=autoencoder)
             found.append(Entry(f"{strategy}-{target}", strategy, target, config))
     return found
 
@@ -69,8 +71,9 @@ def chunking_for(base: Config, strategy: str, target: int) -> ChunkingConfig:
     spaces the least bytes move, for sentences and paragraphs, which are longer, the most bytes.
     """
     settings: dict[str, Any] = {"strategy": strategy, "target_bytes": target, "max_bytes": 2 * target}
-    if strategy == "fixed":
-        return replace(base.chunking, **{**settings, "min_bytes": target, "max_bytes": target})
+    if strategy in ("fixed", "strided"):
+        limits = {"strategy": "fixed", "min_bytes": target, "max_bytes": target}
+        return replace(base.chunking, **{**settings, **limits})
     chunking = replace(base.chunking, **settings, min_bytes=max(1, target // 3))
     if chunking.needs_segmenter:
         return chunking

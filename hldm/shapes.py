@@ -75,7 +75,10 @@ def autoencoder_weights(config: Config) -> list[Weight]:
     weights = [_embedding(VOCABULARY, decoder.width), *_griffin(decoder), *_linear(decoder.width, OUTPUTS)]
     if z:
         weights += [_embedding(VOCABULARY, encoder.width), *_griffin(encoder)]
-        weights += _placed_readout(encoder.width, z, chunking.max_bytes)
+        if settings.pooling == "strided":
+            weights += _linear(encoder.width * chunking.max_bytes, z)
+        else:
+            weights += _placed_readout(encoder.width, z, chunking.max_bytes)
         weights += _placed_readout(z, decoder.width, chunking.max_bytes + 1)
         if settings.reads_text:
             weights += _linear(encoder.width, decoder.width)
@@ -251,9 +254,9 @@ def activation_bytes(config: Config, stage: str, rows: int) -> int:
     length = config.data.window_bytes + chunking.max_bytes
     chunks = length // chunk_bytes(chunking) + 1
     events = length + (0 if config.is_twin else chunks)
-    reading = stack_numbers(encoder, length, chunking.max_bytes, recompute) + length * 14 * max(
-        encoder.width, z
-    )
+    # a strided readout keeps its input, laid out by chunk, and makes its gradient, twice each
+    readout = 4 * encoder.width if settings.pooling == "strided" else 14 * max(encoder.width, z)
+    reading = stack_numbers(encoder, length, chunking.max_bytes, recompute) + length * readout
     reading += stack_numbers(settings.trunk, chunks, 1, recompute) if settings.trunk_layers else 0
     writing = stack_numbers(decoder, events, chunking.max_bytes + 1, recompute) + events * 6 * OUTPUTS
     writing += 0 if config.is_twin else events * 14 * max(decoder.width, z)

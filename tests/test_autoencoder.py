@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from hldm.autoencoder import Autoencoder, LatentNormaliser
+from hldm.autoencoder import Autoencoder
 from hldm.chunking import make_chunker
 from hldm.config import AutoencoderConfig, ChunkingConfig, GriffinConfig
 from hldm.events import sum_by_chunk, symbol_nats
@@ -12,15 +12,17 @@ from hldm.text import END_OF_CHUNK, END_OF_DOCUMENT, START
 
 GRIFFIN = GriffinConfig(width=16, blocks=("recurrent", "attention"), heads=2)
 CHUNKING = ChunkingConfig(strategy="words", min_bytes=2, max_bytes=6)
+CONSTANT = ChunkingConfig(strategy="fixed", min_bytes=6, max_bytes=6)
 TEXT = b"In the beginning was the word. And then? Nothing much, it seems."
 
 
-def make_autoencoder(carry_state: bool = False, latent_dim: int = 4) -> Autoencoder:
+def make_autoencoder(carry_state: bool = False, latent_dim: int = 4, pooling: str = "mean") -> Autoencoder:
     torch.manual_seed(0)
     settings = AutoencoderConfig(
-        latent_dim=latent_dim, encoder=GRIFFIN, decoder=GRIFFIN, carry_state=carry_state
+        latent_dim=latent_dim, encoder=GRIFFIN, decoder=GRIFFIN, carry_state=carry_state, pooling=pooling
     )
     chunking = CHUNKING if latent_dim else replace(CHUNKING, strategy="fixed")
+    chunking = CONSTANT if pooling == "strided" else chunking
     return Autoencoder.from_settings(settings, chunking).double().eval()
 
 
@@ -86,9 +88,9 @@ def test_the_twin_reads_whole_documents_without_ends_inside():
     assert events.symbol[0].tolist() == [START, *TEXT]
 
 
-@pytest.mark.parametrize("latent_dim", [0, 4])
-def test_a_document_cut_between_chunks_reads_like_one_piece(latent_dim):
-    model = make_autoencoder(carry_state=True, latent_dim=latent_dim)
+@pytest.mark.parametrize(("latent_dim", "pooling"), [(0, "mean"), (4, "mean"), (4, "strided")])
+def test_a_document_cut_between_chunks_reads_like_one_piece(latent_dim, pooling):
+    model = make_autoencoder(carry_state=True, latent_dim=latent_dim, pooling=pooling)
     w = read(model, TEXT)
     chunks = w["chunk_start"][0].nonzero()[:, 0].tolist()
     cut = chunks[len(chunks) // 2]
@@ -151,8 +153,9 @@ def test_a_latent_is_a_function_of_its_chunk_and_the_text_before():
     assert not torch.allclose(after[:, chunk], latents[:, chunk])
 
 
-def test_padding_and_neighbours_change_nothing():
-    model = make_autoencoder()
+@pytest.mark.parametrize("pooling", ["mean", "strided"])
+def test_padding_and_neighbours_change_nothing(pooling):
+    model = make_autoencoder(pooling=pooling)
     texts = [TEXT, TEXT[:23], b"a"]
     alone = [encode(model, read(model, text))[0].latents[0] for text in texts]
     rows = [read(model, text) for text in texts]
@@ -166,20 +169,6 @@ def test_padding_and_neighbours_change_nothing():
     for row, latents in enumerate(alone):
         torch.testing.assert_close(encoding.latents[row, : len(latents)], latents)
         assert not encoding.latents[row, len(latents) :].any()
-
-
-def test_the_normaliser_measures_what_it_saw_however_it_was_split():
-    raw = 3 + 2 * torch.randn(1000, 5, generator=torch.Generator().manual_seed(0))
-    one, two = LatentNormaliser(5), LatentNormaliser(5)
-    one.observe(raw)
-    for part in raw.split(300):
-        two.observe(part)
-    for normaliser in (one, two):
-        normaliser.update()
-        standardised = normaliser(raw)
-        torch.testing.assert_close(standardised.mean(0), torch.zeros(5), atol=1e-5, rtol=0)
-        torch.testing.assert_close(standardised.std(0, correction=0), torch.ones(5), atol=1e-5, rtol=0)
-    torch.testing.assert_close(one.state_dict(), two.state_dict())
 
 
 def test_saving_and_loading_gives_the_same_model(tmp_path):

@@ -147,6 +147,14 @@ def test_an_unknown_key_in_a_file_is_named_with_its_line(tmp_path):
         ),
         ("chunking: {min_bytes: 90}", "x.yaml:1:23: chunking.min_bytes must not exceed chunking.max_bytes"),
         ("seed: -1", "x.yaml:1:7: seed must lie in 0..2^63-1, got -1"),
+        (
+            "autoencoder: {pooling: strided}",
+            "x.yaml:1:24: autoencoder.pooling=strided needs chunks of a constant length: set chunking.strategy=fixed",
+        ),
+        (
+            "autoencoder: {pooling: strided}\nchunking: {strategy: fixed, min_bytes: 4, max_bytes: 8}",
+            "x.yaml:1:24: autoencoder.pooling=strided needs chunks of a constant length",
+        ),
         ("name: ../up", "x.yaml:1:7: name must be a folder name of at most 64"),
     ],
 )

@@ -36,6 +36,7 @@ def make_model(
     reads_text: bool = False,
     rate: str = "diffusion",
     trunk_layers: int = 0,
+    pooling: str = "mean",
 ) -> tuple[Autoencoder, Prior | None]:
     torch.manual_seed(0)
     settings = AutoencoderConfig(
@@ -48,9 +49,10 @@ def make_model(
         trunk_width=24,
         rate=rate,
         components=4,
+        pooling=pooling,
     )
-    strategy = "words" if latent_dim else "fixed"
-    chunking = ChunkingConfig(strategy=strategy, min_bytes=2, max_bytes=6)
+    strategy = "words" if latent_dim and pooling == "mean" else "fixed"
+    chunking = ChunkingConfig(strategy=strategy, min_bytes=6 if pooling == "strided" else 2, max_bytes=6)
     autoencoder = Autoencoder.from_settings(settings, chunking).eval()
     if not latent_dim:
         return autoencoder, None
@@ -80,6 +82,8 @@ LATENT = [
     TRUNK,
     dict(reads_text=True, **TRUNK),
     dict(carry_state=True, reads_text=True, **TRUNK),
+    dict(pooling="strided"),
+    dict(reads_text=True, pooling="strided"),
 ]
 MODELS = [*LATENT, dict(latent_dim=0, carry_state=True)]
 

@@ -43,6 +43,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "doctor",
         "segmenter",
         "chunk_writer",
+        "readouts",
         "corruption",
         "bench_layers",
         "contextualiser",

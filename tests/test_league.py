@@ -36,6 +36,13 @@ def test_every_strategy_has_its_length_and_the_same_minutes():
             assert len(starts) / starts.sum() == pytest.approx(entry.target, rel=0.1), entry.name
 
 
+def test_a_convolution_reads_the_fixed_chunks_of_its_own_entry_alone():
+    found = {entry.name: entry.config for entry in entries(TINY, 6, ["fixed", "strided"], [6])}
+    assert found["strided-6"].chunking == found["fixed-6"].chunking
+    pooling = [found[name].autoencoder.pooling for name in ("fixed-6", "strided-6")]
+    assert pooling == ["mean", "strided"]
+
+
 def test_what_cannot_be_compared_is_refused():
     with pytest.raises(ConfigError, match="--only takes fixed, words.*'verse'"):
         entries(TINY, 6, ["verse"])

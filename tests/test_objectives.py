@@ -73,6 +73,10 @@ CHOICES = [
     ["diffusion.target=eps", "diffusion.schedule=cosine"],
     ["hierarchy.levels=0"],
     ["chunking.strategy=sentence", "chunking.max_bytes=30"],
+    [
+        "autoencoder.pooling=strided",
+        *("chunking.strategy=fixed", "chunking.min_bytes=7", "chunking.max_bytes=7"),
+    ],
 ]
 
 

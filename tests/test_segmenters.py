@@ -18,8 +18,10 @@ from hldm.chunk_writer import ChunkWriter
 from hldm.chunking import TEXT_STRATEGIES
 from hldm.config import ChunkingConfig, ConfigError, ModelStrategy, SegmenterConfig, TextStrategy
 from hldm.corpus import make_corpus
+from hldm.policy_segmenter import PolicySegmenter, sentence_starts
 from hldm.segmenter import ChunkStream, Segmenter
 from hldm.segmenting import SEGMENTERS, cached_starts, read_segmenter, train_segmenter
+from hldm.text import to_ids
 
 FORMS = [(name, {}) for name in SEGMENTERS if name not in ("entropy", "select")]
 FORMS += [("entropy", {"entropy_form": form}) for form in ("threshold", "rise", "budget")]
@@ -141,6 +143,33 @@ def test_what_is_trained_has_gradients(strategy, form):
     }
     # the policy's last layer starts at 0, so nothing below it moves in the first step
     assert without <= {"policy.0.weight", "policy.0.bias"}
+
+
+def test_sentences_start_at_the_white_space_after_one_in_each_row_for_itself():
+    rows = [b"It was. Was it? No", b"Mr. Smith: 3.5! No", "世界。和平 ok. Yes.\n".encode()[:18]]
+    found = sentence_starts(torch.stack([torch.from_numpy(to_ids(row)) for row in rows]))
+    assert [row.nonzero()[:, 0].tolist() for row in found] == [[7, 15], [15], [9]]
+
+
+def test_the_policy_waits_while_its_decoder_learns_from_sentences_and_random_chunks(monkeypatch):
+    torch.manual_seed(0)
+    segmenter = SEGMENTERS["reinforce"].from_settings(untrained("reinforce").chunking)
+    assert isinstance(segmenter, PolicySegmenter)
+    cuts, write = [], segmenter.writer.forward
+    monkeypatch.setattr(
+        segmenter.writer, "forward", lambda text, start: cuts.append(start.bool()) or write(text, start)
+    )
+    text = torch.from_numpy(to_ids(TEXT[:60])).expand(32, -1)
+    doc_start = torch.zeros_like(text, dtype=torch.bool)
+    sentences = sentence_starts(text)
+    sentences[:, 0] = True
+    generator = torch.Generator().manual_seed(0)
+    for progress, moves in ((0.2, False), (0.3, True)):
+        segmenter.zero_grad()
+        segmenter.loss(text, doc_start, segmenter.initial_state(32), progress, generator)[0].backward()
+        assert (segmenter.policy[2].weight.grad is not None) == moves
+    lanes = [(cut == sentences).all(dim=1).sum().item() for cut in cuts]
+    assert 8 <= lanes[0] <= 24 and lanes[1] == 0
 
 
 def test_a_decoder_of_chunks_knows_nothing_from_before_a_start():

@@ -51,6 +51,11 @@ OTHERS = [  # settings around configs/tiny.yaml that the shipped files do not sh
         "training.prior.joint=0.5",
     ],
     ["autoencoder.rate=mixture", "autoencoder.reads_text=true", "prior.reads_text=true"],
+    [
+        "autoencoder.pooling=strided",
+        "autoencoder.latent_dim=40",
+        *("chunking.strategy=fixed", "chunking.min_bytes=9", "chunking.max_bytes=9"),
+    ],
     ["autoencoder.trunk_layers=3", "autoencoder.trunk_width=64", "autoencoder.reads_text=false"],
 ]
 CASES = [(path, ()) for path in CONFIGS] + [(TINY, tuple(overrides)) for overrides in OTHERS]
