@@ -27,7 +27,7 @@ class EntropySegmenter(Segmenter):
         if self.chunking.entropy_form == "budget":
             spent = -log_p.gather(2, text[..., None])[..., 0].cumsum(dim=1) + state.carry
             return spent[..., None], after._replace(carry=spent[:, -1:])
-        entropy = -(log_p.exp() * log_p).sum(dim=-1)
+        entropy = -(log_p.exp2() * log_p).sum(dim=-1)
         if self.chunking.entropy_form == "rise":
             signal = entropy - torch.cat([state.carry, entropy[:, :-1]], dim=1)
             return signal[..., None], after._replace(carry=entropy[:, -1:])

@@ -143,6 +143,18 @@ def test_what_is_trained_has_gradients(strategy, form):
     assert without <= {"policy.0.weight", "policy.0.bias"}
 
 
+def test_the_entropy_of_a_byte_is_in_bits():
+    chunking = untrained("entropy", entropy_form="threshold").chunking
+    segmenter = SEGMENTERS["entropy"].from_settings(chunking)
+    torch.nn.init.zeros_(segmenter.outputs.weight)
+    text, doc_start = torch.zeros(1, 5, dtype=torch.long), torch.zeros(1, 5, dtype=torch.bool)
+    with torch.no_grad():
+        for bias, bits in ((0.0, 8.0), (100.0, 7.0)):  # all bytes alike; half of them impossible
+            segmenter.outputs.bias[:128] = bias
+            entropy, _ = segmenter.signal(text, doc_start, segmenter.initial_state(1))
+            torch.testing.assert_close(entropy, torch.full_like(entropy, bits))
+
+
 def test_a_decoder_of_chunks_knows_nothing_from_before_a_start():
     torch.manual_seed(0)
     writer = ChunkWriter(16).double()
