@@ -56,7 +56,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "policy_segmenter",
         "select_segmenter",
     ),
-    ("objectives", "writing", "training", "segmenting"),
+    ("objectives", "writing", "training", "segmenting", "model_segmenters"),
     ("generation",),
     (
         "pipeline",
