@@ -43,6 +43,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "doctor",
         "segmenter",
         "chunk_writer",
+        "chunk_level",
         "corruption",
         "bench_layers",
     ),
