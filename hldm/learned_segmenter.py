@@ -7,8 +7,9 @@ in `learned_form` "forget" no chunk level crosses the border, so there is nothin
 
 "hnet" has that level (hldm.chunk_level): hard chunks, smoothing, repetition, straight-through confidence. Its own
 gradient makes surer of whatever cuts there are. F1 of boundaries in the language of tests/languages.py after 0.2
-million bytes: H-Net alone 0.08 (0.27 a byte late), its decoder forgetting at starts, straight-through, 0.30, to some
-extent 0.42 with a tenth of the level's gradient and 0.73 with none; "forget" 0.76, and 0.99 after a million.
+to 0.4 million bytes: H-Net alone 0.08 (0.27 a byte late), its decoder forgetting at starts,
+straight-through, 0.30, to some extent 0.42 with a tenth of the gradient and 0.73 with none; "forget" 0.76, and 0.99
+after a million.
 """
 
 from __future__ import annotations
