@@ -13,7 +13,9 @@ import numpy as np
 from hldm.chunking import TEXT_STRATEGIES, make_chunker
 from hldm.config import ChunkingConfig, ConfigError, DataConfig, load_config
 from hldm.corpus import load_corpus
-from hldm.segmenting import SEGMENTERS, read_segmenter, train_segmenter
+from hldm.model_segmenters import MODEL_SEGMENTERS, shipped_segmenter
+from hldm.segmenter import Signaller
+from hldm.segmenting import SEGMENTERS, read_segmenter, sample_of, train_segmenter
 from hldm.text import printable, tinted
 
 TINTS = ("#cfe8ff", "#ffe6b3")  # light blue and light orange, told apart without colour vision
@@ -22,6 +24,7 @@ STYLE = (
     "p{white-space:pre-wrap;overflow-wrap:anywhere}h2{font-size:1em;margin:1.5em 0 0}"
     f"p span{{background:{TINTS[0]}}}p span:nth-child(even){{background:{TINTS[1]}}}"
 )
+SAMPLE_BYTES = 16_384  # of text that sets a shipped model's threshold: half a second of reading
 PAGE_MARK = b"<!doctype html><!-- hldm chunk -->"  # how such a page begins
 
 
@@ -36,7 +39,8 @@ def cut_text(
     """Chunks of a text by strategy, then by the chunking of each run.
 
     chunking: the limits of strategies that are named, and the mean length of those that ask a model
-    minutes: of training a segmenter for each of these on the built-in text; 0: they take a run
+    minutes: of training a segmenter for each of these on the built-in text; 0: the shipped run is asked for its
+        states, gates or its twin's entropy, its threshold set on the built-in text; other strategies take a run
     Raises ConfigError for a strategy that is unknown or lacks a segmenter, ValueError or OSError for a run.
     """
     cuts = {}
@@ -45,18 +49,21 @@ def cut_text(
             raise ConfigError(
                 f"--strategy takes {', '.join([*TEXT_STRATEGIES, *SEGMENTERS])}, got {strategy!r:.80}"
             )
-        if strategy in SEGMENTERS and not minutes:
+        if strategy in SEGMENTERS and strategy not in MODEL_SEGMENTERS and not minutes:
             raise ConfigError(
                 f"--strategy {strategy} asks a model: pass a --run trained with it, or --minutes to train one now"
             )
     for strategy in strategies:
-        settings, segmenter = chunking, None
+        segmenter: Signaller | None = None
+        settings = replace(chunking, strategy=strategy)  # type: ignore[arg-type]
         if strategy in SEGMENTERS:
-            limits = replace(chunking.segmenter, minutes=minutes, steps=10**9)
-            settings = replace(chunking, strategy=strategy, segmenter=limits)  # type: ignore[arg-type]
-            segmenter = train_segmenter(settings, load_corpus(DataConfig(), "train"))
-        else:
-            settings = replace(chunking, strategy=strategy)  # type: ignore[arg-type]
+            corpus = load_corpus(DataConfig(), "train")
+            if minutes:
+                limits = replace(chunking.segmenter, minutes=minutes, steps=10**9)
+                settings = replace(settings, segmenter=limits)
+                segmenter = train_segmenter(settings, corpus)
+            else:
+                segmenter = shipped_segmenter(settings, sample_of(corpus, SAMPLE_BYTES))
         cuts[strategy] = split(text, make_chunker(settings, segmenter).chunk_start(text))
     for run in runs:
         path = run / "autoencoder" / "config.yaml"

@@ -199,7 +199,7 @@ def chunk(argv: Sequence[str] | None = None) -> int:
         type=float,
         default=0.0,
         metavar="M",
-        help="train a model for each strategy that takes one",
+        help="train a segmenter for each strategy that takes one (default: ask the shipped run, where it can tell)",
     )
     parser.add_argument("--json", action="store_true", help="bytes of each chunk, as JSON")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page there instead")

@@ -123,6 +123,7 @@ class ChunkingConfig:
     entropy_form: Literal["threshold", "rise", "budget"] = (
         "threshold"  # of 'entropy': bits, their rise, their sum
     )
+    learned_form: Literal["forget", "hnet"] = "forget"  # of 'learned': a decoder that forgets, H-Net's recipe
     select_form: Literal["last", "attention"] = "last"  # of 'select': a kept state, or those before it pooled
     segmenter: SegmenterConfig = field(default_factory=SegmenterConfig)  # of strategies that ask one
 

@@ -224,19 +224,21 @@ def continue_prompts(
     max_characters: int,
     seed: int,
 ) -> dict[str, Any]:
-    """ROUGE, diversity and speed of continuations written in one batch; each None without prompts.
+    """ROUGE, diversity, re-chunking and speed of continuations written in one batch; each None without prompts.
 
     ROUGE compares with the true continuation, and so does it two baselines that read nothing: the
-    prompt's last words repeated, and a random passage of the training text.
+    prompt's last words repeated, and a random passage of the training text. Re-chunking: the share of written
+    chunks that start where the strategy starts one, reading what was written; None for the twin.
     """
     import torch
 
+    from hldm.border_agreement import rechunked
     from hldm.generation import Continuation, write_on
     from hldm.metrics import diversity, random_passage, repeat_last_words
     from hldm.text import count_characters
 
     if not prompts:
-        return {"prompts": 0, "rouge": None, "diversity": None, "speed": None}
+        return {"prompts": 0, "rouge": None, "diversity": None, "rechunked": None, "speed": None}
     wanted = [prompt.continuation for prompt in prompts]
     generator = torch.Generator().manual_seed(seed)
     baselines = {
@@ -268,6 +270,7 @@ def continue_prompts(
             "baselines": {name: _rouge(texts, wanted) for name, texts in baselines.items()},
         },
         "diversity": {**diversity(written), "reference": diversity(wanted)},
+        "rechunked": None if prior is None else rechunked(rows, autoencoder.chunker),
         "speed": {
             "characters_per_second": sum(count_characters(row.text) for row in rows) / seconds,
             "denoising_calls": calls,
@@ -364,6 +367,7 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
             ("  of the true text", f"diversity.reference.{key}", form),
         )
     ),
+    ("written chunks, cut again the same", "rechunked", ".2%"),
     ("speed, characters per second", "speed.characters_per_second", ",.0f"),
     ("  denoising calls", "speed.denoising_calls", ",.0f"),
     ("cost, parameters", "cost.parameters", ",.0f"),

@@ -49,10 +49,53 @@ class Features(NamedTuple):
     before: Tensor  # (b t d) having read those before it; zeros where a document starts
 
 
-class Segmenter(SavedModel):
-    """Bytes -> Griffin -> next byte, and the signal of a strategy."""
+class Signaller(nn.Module):
+    """What gives every byte a signal, and has a threshold for it: a segmenter, or a trained run asked instead."""
 
     rule: Literal["level", "movement"] = "level"
+    chunking: ChunkingConfig
+    threshold: Tensor  # ()
+
+    def initial_state(self, batch: int) -> SegmenterState:
+        """The state before any text."""
+        raise NotImplementedError
+
+    def signal(self, text: Tensor, doc_start: Tensor, state: SegmenterState) -> tuple[Tensor, SegmenterState]:
+        """(b t k) whose level, or movement, makes a border of a byte; a function of the bytes up to it."""
+        raise NotImplementedError
+
+    def chunker(self, min_bytes: int, max_bytes: int) -> SegmenterChunker:
+        """The strategy within limits, as the weights are now."""
+        return SegmenterChunker(self, min_bytes, max_bytes)
+
+    @torch.no_grad()
+    def calibrate(self, documents: Sequence[np.ndarray]) -> float:
+        """Set the threshold so that chunks of these documents have the wanted mean length; returns theirs."""
+        chunker = self.chunker(self.chunking.min_bytes, self.chunking.max_bytes)
+        signals = [chunker.signals(document) for document in documents]
+        total = sum(map(len, documents))
+
+        def mean_bytes(threshold: float) -> float:
+            cut = (
+                chunker.cut(document.tobytes(), signal, threshold)
+                for document, signal in zip(documents, signals, strict=True)
+            )
+            return total / sum(int(is_start.sum()) for is_start in cut)
+
+        joined = np.concatenate(signals)
+        if self.rule == "movement":
+            low, high = -1.0, float(np.ptp(joined, axis=0).sum())
+        else:
+            low, high = float(joined.min()) - 1, float(joined.max()) + 1
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            low, high = (low, middle) if mean_bytes(middle) > self.chunking.target_bytes else (middle, high)
+        self.threshold.fill_(low)
+        return mean_bytes(float(self.threshold))
+
+
+class Segmenter(SavedModel, Signaller):
+    """Bytes -> Griffin -> next byte, and the signal of a strategy."""
 
     @property
     def carried(self) -> int:
@@ -71,7 +114,6 @@ class Segmenter(SavedModel):
         nn.init.normal_(self.embed.weight, std=0.5)
         nn.init.normal_(self.outputs.weight, std=0.5 * settings.width**-0.5)
         nn.init.zeros_(self.outputs.bias)
-        self.threshold: Tensor
         self.register_buffer("threshold", torch.zeros(()))
         self.build()
 
@@ -117,39 +159,6 @@ class Segmenter(SavedModel):
         """-ln p(byte | bytes before it). (b t)."""
         return F.cross_entropy(self.outputs(features.before).mT, text, reduction="none")
 
-    def signal(self, text: Tensor, doc_start: Tensor, state: SegmenterState) -> tuple[Tensor, SegmenterState]:
-        """(b t k) whose level, or movement, makes a border of a byte; a function of the bytes up to it."""
-        raise NotImplementedError
-
-    def chunker(self, min_bytes: int, max_bytes: int) -> SegmenterChunker:
-        """The strategy within limits, as the weights are now."""
-        return SegmenterChunker(self, min_bytes, max_bytes)
-
-    @torch.no_grad()
-    def calibrate(self, documents: Sequence[np.ndarray]) -> float:
-        """Set the threshold so that chunks of these documents have the wanted mean length; returns theirs."""
-        chunker = self.chunker(self.chunking.min_bytes, self.chunking.max_bytes)
-        signals = [chunker.signals(document) for document in documents]
-        total = sum(map(len, documents))
-
-        def mean_bytes(threshold: float) -> float:
-            cut = (
-                chunker.cut(document.tobytes(), signal, threshold)
-                for document, signal in zip(documents, signals, strict=True)
-            )
-            return total / sum(int(is_start.sum()) for is_start in cut)
-
-        joined = np.concatenate(signals)
-        if self.rule == "movement":
-            low, high = -1.0, float(np.ptp(joined, axis=0).sum())
-        else:
-            low, high = float(joined.min()) - 1, float(joined.max()) + 1
-        for _ in range(BISECTIONS):
-            middle = (low + high) / 2
-            low, high = (low, middle) if mean_bytes(middle) > self.chunking.target_bytes else (middle, high)
-        self.threshold.fill_(low)
-        return mean_bytes(float(self.threshold))
-
 
 class SegmenterChunker(Chunker):
     """Chunks by a segmenter's signal, whole documents or a stretch at a time.
@@ -158,7 +167,7 @@ class SegmenterChunker(Chunker):
     than the same page read a byte at a time.
     """
 
-    def __init__(self, segmenter: Segmenter, min_bytes: int, max_bytes: int) -> None:
+    def __init__(self, segmenter: Signaller, min_bytes: int, max_bytes: int) -> None:
         super().__init__(min_bytes, max_bytes)
         self.segmenter = copy.deepcopy(segmenter).double().eval()
         self.threshold = float(segmenter.threshold)

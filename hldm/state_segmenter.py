@@ -24,7 +24,7 @@ class Recurrence(NamedTuple):
 
 
 @contextmanager
-def _watched(trunk: nn.Module) -> Iterator[list[Recurrence]]:
+def watched(trunk: nn.Module) -> Iterator[list[Recurrence]]:
     """The recurrences of all blocks of a trunk, while it runs, first to last."""
     found: list[Recurrence] = []
 
@@ -60,7 +60,7 @@ class ForgettingSegmenter(Segmenter):
         self, text: Tensor, doc_start: Tensor, state: SegmenterState
     ) -> tuple[Features, Recurrence, SegmenterState]:
         """Features, and the recurrence of the taught channels."""
-        with _watched(self.trunk) as found:
+        with watched(self.trunk) as found:
             features, state = self.read(text, doc_start, state)
         return features, Recurrence(*(part[..., : self.channels] for part in found[-1])), state
 
@@ -99,6 +99,15 @@ class GateSegmenter(ForgettingSegmenter):
 
     def signal(self, text: Tensor, doc_start: Tensor, state: SegmenterState) -> tuple[Tensor, SegmenterState]:
         _, recurrence, after = self.recurrence(text, doc_start, state)
-        kept = 1 - recurrence.gates.mean(dim=-1)  # (b t)
-        fall = torch.cat([state.carry, kept[:, :-1]], dim=1) - kept
-        return fall[..., None], after._replace(carry=kept[:, -1:])
+        fall, carry = fall_of_memory(recurrence.gates, state.carry)
+        return fall, after._replace(carry=carry)
+
+
+def fall_of_memory(gates: Tensor, carry: Tensor) -> tuple[Tensor, Tensor]:
+    """How much less recurrence gates (b t d) keep than a byte before (b t 1), and what the last keeps (b 1).
+
+    carry: (b 1) what the byte before these keeps
+    """
+    kept = 1 - gates.mean(dim=-1)  # (b t)
+    fall = torch.cat([carry, kept[:, :-1]], dim=1) - kept
+    return fall[..., None], kept[:, -1:]

@@ -31,8 +31,8 @@ def test_every_form_of_the_cuts_holds_the_whole_text():
 
 
 def test_a_strategy_that_asks_a_model_takes_a_run_or_minutes(tmp_path):
-    with pytest.raises(ConfigError, match="entropy asks a model: pass a --run"):
-        cut_text(TEXT, ["words", "entropy"], chunking=ChunkingConfig())
+    with pytest.raises(ConfigError, match="learned asks a model: pass a --run"):
+        cut_text(TEXT, ["words", "learned"], chunking=ChunkingConfig())
     with pytest.raises(ConfigError, match="--strategy takes fixed, words.*'verse'"):
         cut_text(TEXT, ["verse"], chunking=ChunkingConfig())
     with pytest.raises(FileNotFoundError, match="holds no run"):

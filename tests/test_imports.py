@@ -44,6 +44,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "segmenter",
         "chunk_writer",
         "readouts",
+        "chunk_level",
         "corruption",
         "bench_layers",
         "contextualiser",
@@ -58,7 +59,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "select_segmenter",
     ),
     ("autoencoder", "prior"),
-    ("objectives", "writing", "training", "segmenting"),
+    ("objectives", "writing", "training", "segmenting", "model_segmenters"),
     ("generation",),
     (
         "pipeline",

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from languages import boundary_f1, unsegmented
 from test_chunking import any_bytes, limits, valid_text
 
+from hldm.chunk_level import ChunkLevel
 from hldm.chunk_writer import ChunkWriter
 from hldm.chunking import TEXT_STRATEGIES
 from hldm.config import ChunkingConfig, ConfigError, ModelStrategy, SegmenterConfig, TextStrategy
@@ -23,12 +24,15 @@ from hldm.segmenter import ChunkStream, Segmenter
 from hldm.segmenting import SEGMENTERS, cached_starts, read_segmenter, train_segmenter
 from hldm.text import to_ids
 
-FORMS = [(name, {}) for name in SEGMENTERS if name not in ("entropy", "select")]
+FORMS = [(name, {}) for name in SEGMENTERS if name not in ("entropy", "learned", "select")]
 FORMS += [("entropy", {"entropy_form": form}) for form in ("threshold", "rise", "budget")]
+FORMS += [("learned", {"learned_form": form}) for form in ("forget", "hnet")]
 FORMS += [("select", {"select_form": form}) for form in ("last", "attention")]
 IDS = ["-".join([name, *form.values()]) for name, form in FORMS]
 every_strategy = pytest.mark.parametrize(("strategy", "form"), FORMS, ids=IDS)
 TEXT = ("It was. Was it? 世界和平 😀😀\n\ndef f(x):\n    return x\n" * 6).encode()
+
+ABC = make_corpus("abc", [b"abcde abc " * 200])
 
 
 @lru_cache
@@ -172,6 +176,18 @@ def test_the_policy_waits_while_its_decoder_learns_from_sentences_and_random_chu
     assert 8 <= lanes[0] <= 24 and lanes[1] == 0
 
 
+def test_the_entropy_of_a_byte_is_in_bits():
+    chunking = untrained("entropy", entropy_form="threshold").chunking
+    segmenter = SEGMENTERS["entropy"].from_settings(chunking)
+    torch.nn.init.zeros_(segmenter.outputs.weight)
+    text, doc_start = torch.zeros(1, 5, dtype=torch.long), torch.zeros(1, 5, dtype=torch.bool)
+    with torch.no_grad():
+        for bias, bits in ((0.0, 8.0), (100.0, 7.0)):  # all bytes alike; half of them impossible
+            segmenter.outputs.bias[:128] = bias
+            entropy, _ = segmenter.signal(text, doc_start, segmenter.initial_state(1))
+            torch.testing.assert_close(entropy, torch.full_like(entropy, bits))
+
+
 def test_a_decoder_of_chunks_knows_nothing_from_before_a_start():
     torch.manual_seed(0)
     writer = ChunkWriter(16).double()
@@ -182,6 +198,40 @@ def test_a_decoder_of_chunks_knows_nothing_from_before_a_start():
     other[0, :5] = 7
     torch.testing.assert_close(writer(text, start)[0, 5:], writer(other, start)[0, 5:])
     assert (writer(text, 0 * start)[0, 6:] != writer(other, 0 * start)[0, 6:]).all()
+
+
+def test_the_chunk_level_is_h_nets_chunk_by_chunk():
+    torch.manual_seed(0)
+    level = ChunkLevel(width=6, numbers=3).double()
+    states, p = torch.randn(1, 11, 6, dtype=torch.float64), torch.rand(1, 11, dtype=torch.float64)
+    p.requires_grad_()
+    starts = [0, 3, 4, 9]
+    start = torch.zeros(1, 11, dtype=torch.float64)
+    start[0, starts] = 1
+    told = level(states, p, start)
+    h = z = torch.zeros(3, dtype=torch.float64)
+    for at, end in zip(starts, [*starts[1:], 11], strict=True):
+        gate, value = level.gate_and_value(states[0, at]).chunk(2)
+        h = gate.sigmoid() * h + (1 - gate.sigmoid()) * value
+        z = p[0, at] * h + (1 - p[0, at]) * z  # equation 5
+        expected = level.linear_out(z).expand(
+            end - at, 6
+        )  # equations 7 and 8: a confidence of 1, going forward
+        torch.testing.assert_close(told[0, at:end], expected)
+    # equation 6, going backward: at a byte within a chunk a higher p is less confidence in there being no start
+    (gradient,) = torch.autograd.grad(told[0, 10].sum(), p)
+    torch.testing.assert_close(gradient[0, 10], -(z @ level.linear_out.weight.sum(dim=0)))
+    assert gradient[0, starts].abs().min() > 0 and gradient[0, [1, 2, 5, 6, 7, 8]].abs().max() == 0
+
+
+def test_training_the_form_of_h_net_lowers_its_loss():
+    settings = SegmenterConfig(width=16, layers=1, lanes=4, window_bytes=64, steps=80, minutes=0)
+    chunking = ChunkingConfig(strategy="learned", learned_form="hnet", min_bytes=1, segmenter=settings)
+    said: list[str] = []
+    train_segmenter(replace(chunking, segmenter=replace(settings, steps=1)), ABC, say=said.append)
+    train_segmenter(chunking, ABC, say=said.append)
+    first, last = (float(line.split()[-1]) for line in said if "loss" in line)
+    assert last < 0.7 * first
 
 
 def test_boundaries_of_a_corpus_are_read_from_disk_unless_damaged(tmp_path, monkeypatch):
