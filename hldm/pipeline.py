@@ -25,7 +25,7 @@ from hldm.prior import Prior
 from hldm.segmenter import Segmenter
 from hldm.segmenting import attach_segmenter, read_segmenter
 from hldm.text import StreamDecoder, to_bytes
-from hldm.weights import SAVED_BY_DIFFUSERS, first_line, read_json
+from hldm.weights import SAVED_BY_DIFFUSERS, SavedModel, first_line, read_json
 
 
 class ByteTokenizer(PreTrainedTokenizer):
@@ -131,7 +131,8 @@ class HLDMPipeline(DiffusionPipeline):
         """Write the folder that `read_pipeline` reads."""
         super().save_pretrained(folder, **options)
         if self.segmenter is not None:
-            self.segmenter.save_pretrained(str(Path(folder) / "segmenter"))
+            segmenter: SavedModel = self.segmenter
+            segmenter.save_pretrained(str(Path(folder) / "segmenter"))
 
     @property
     def settings(self) -> GenerationConfig:
