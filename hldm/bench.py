@@ -77,14 +77,22 @@ def measure(
     from hldm import bench_training, bench_writing
     from hldm.corpus import load_corpus
     from hldm.runs import describe_environment
+    from hldm.segmenting import attach_segmenter
 
     corpora = {data: load_corpus(data, "train") for data in {config.data, twin.data}}
     corpus = corpora[config.data]
     torch.manual_seed(config.seed)
-    windows = bench_training.windows_of(config, corpus)
-    twin_windows = bench_training.windows_of(twin, corpora[twin.data])
+    segmenters = {
+        part.chunking: bench_training.quick_segmenter(part, corpora[part.data]) for part in (config, twin)
+    }
+    windows = bench_training.windows_of(config, corpus, segmenters[config.chunking])
+    twin_windows = bench_training.windows_of(twin, corpora[twin.data], segmenters[twin.chunking])
     one, two = bench_training.stage_one(config), bench_training.stage_two(config, windows)
     plain = bench_training.stage_one(twin)
+    for objective in (one, two, plain):
+        segmenter = segmenters[objective.autoencoder.chunking]
+        if segmenter is not None:
+            attach_segmenter(objective.autoencoder, segmenter)
     stages = {
         "stage one": bench_training.trainer_of(config, "autoencoder", one, windows),
         "stage two": bench_training.trainer_of(config, "prior", two, windows),

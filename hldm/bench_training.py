@@ -10,6 +10,7 @@ import math
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,12 +23,14 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from hldm.autoencoder import Autoencoder
 from hldm.chunking import make_chunker
 from hldm.clock import seconds_of
-from hldm.config import Config, ConfigError, LoggingConfig
+from hldm.config import Config, LoggingConfig
 from hldm.corpus import Corpus
 from hldm.data import Windows
 from hldm.objectives import AutoencoderObjective, CachedLatents, PriorObjective
 from hldm.prior import Prior
 from hldm.runs import Run
+from hldm.segmenter import Segmenter
+from hldm.segmenting import train_segmenter
 from hldm.tables import align, row
 from hldm.training import Trainer, TrainingDiverged, make_accelerator
 
@@ -38,20 +41,26 @@ GEMM_SIZE, GEMM_REPEATS = 1024, 20  # the peak: n^3 products in float32, the bes
 WARM_UP_STEPS = 2  # before the clock starts: allocator, caches, optimizer state
 PROFILED_STEPS = 3
 SAVES = 3  # timed, of each
+SEGMENTER_STEPS = 20  # a policy that has never moved starts everywhere or nowhere, whatever the threshold
 STEP = "hldm.bench: a training step"  # marks a step in the profile; its own time is what no operator took
 
 
 # ---- the parts, as hldm.stages puts them together
 
 
-def windows_of(config: Config, corpus: Corpus) -> Windows:
-    """What a config trains on. Raises ConfigError where that takes a segmenter."""
+def quick_segmenter(config: Config, corpus: Corpus) -> Segmenter | None:
+    """What the config's strategy asks, hardly trained, its chunks as long as is wanted; None where it asks none."""
+    chunking = config.chunking
+    if not chunking.needs_segmenter:
+        return None
+    few = replace(chunking.segmenter, steps=SEGMENTER_STEPS, minutes=0.0)
+    return train_segmenter(replace(chunking, segmenter=few), corpus, seed=config.seed)
+
+
+def windows_of(config: Config, corpus: Corpus, segmenter: Segmenter | None = None) -> Windows:
+    """What a config trains on. Raises ConfigError where that takes a segmenter and none is given."""
     data = config.data
-    if config.chunking.needs_segmenter:
-        raise ConfigError(
-            f"hldm bench trains nothing, so no segmenter: chunking.strategy={config.chunking.strategy} has no figures"
-        )
-    chunker = make_chunker(config.chunking)
+    chunker = make_chunker(config.chunking, segmenter)
     return Windows(corpus, chunker, lanes=data.lanes, window_bytes=data.window_bytes, seed=config.seed)
 
 

@@ -17,6 +17,7 @@ FLOAT = 4  # bytes of a float32
 INTEGER = 8  # bytes of an int64
 OUTPUTS = 258  # of the decoder: bytes and the two ends
 TIME_WIDTH = 32  # of the denoiser's embedding of gamma
+CHUNK_NUMBERS = 4  # of a chunk, in the segmenter of hldm.learned_segmenter
 MUON_WIDTH = 32  # narrower matrices are AdamW's (hldm.training)
 
 
@@ -131,6 +132,34 @@ def rate_weights(config: Config) -> list[Weight]:
         return mixture_weights(config)
     d = settings.known_width
     return [*[Weight((d,))] * 2, *_linear(d, 2 * d), *_linear(2 * d, 2 * settings.latent_dim)]
+
+
+def segmenter_weights(chunking: ChunkingConfig) -> list[Weight]:
+    """Parameters of the segmenter that the strategy asks (hldm.segmenting), none where it asks none."""
+    if not chunking.needs_segmenter:
+        return []
+    d = chunking.segmenter.width
+    weights = [_embedding(256, d), *_griffin(segmenter_trunk(chunking)), *_linear(d, 256)]
+    perceptron = [*_linear(d, 2 * d), *_linear(2 * d, d)]
+    if chunking.strategy in ("learned", "reinforce"):  # hldm.chunk_writer
+        layer = [*[Weight((d,))] * 2, *_linear(d, 2 * d), *_linear(d, d), *perceptron]
+        weights += [_embedding(257, d), *layer * 2, *_linear(d, 256)]
+    if chunking.strategy == "learned":
+        weights += [*_linear(d, d, bias=False) * 2, *perceptron]
+        if chunking.learned_form == "hnet":  # hldm.chunk_level
+            weights += [*_linear(d, 2 * CHUNK_NUMBERS), *_linear(CHUNK_NUMBERS, d)]
+    elif chunking.strategy == "reinforce":
+        weights += [*_linear(d, d), *_linear(d, 1)] * 2
+    elif chunking.strategy == "select":
+        weights += [*_linear(d, d), *_linear(d, 1), *[_embedding(257, d)] * 2]
+        weights += [*_linear(2 * d, 2 * d), *_linear(2 * d, 256)]
+    return weights
+
+
+def segmenter_trunk(chunking: ChunkingConfig) -> GriffinConfig:
+    """The byte model inside of a segmenter."""
+    settings = chunking.segmenter
+    return GriffinConfig(width=settings.width, blocks=("recurrent",) * settings.layers)
 
 
 def _recurrent_contextualiser(config: Config) -> GriffinConfig:

@@ -15,7 +15,7 @@ from glob import glob
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hldm.config import Config, ConfigError, DataConfig, config_from_dict
+from hldm.config import ChunkingConfig, Config, ConfigError, DataConfig, config_from_dict
 from hldm.machine import available_memory, free_disk, gpu_memory
 from hldm.shapes import (
     FLOAT,
@@ -29,6 +29,8 @@ from hldm.shapes import (
     prior_numbers,
     prior_weights,
     rate_weights,
+    segmenter_trunk,
+    segmenter_weights,
     stack_numbers,
     state_bytes,
     state_parts,
@@ -39,6 +41,7 @@ BIBLE_BYTES = 4_200_000  # the built-in corpus
 TENSOR_RECORD = 150  # bytes of a safetensors header a tensor: name, shape and offsets in JSON
 GENERATOR_BYTES = 5_100  # of a torch.Generator on the CPU: a Mersenne twister's 624 words as int64
 PROMPT_WINDOW = 4096  # bytes of a prompt read at once (hldm.generation)
+BYTES = 256  # what a segmenter predicts
 CHUNK_BYTES = 100  # Python's own of a chunk written: a bytes object, its place in lists
 
 
@@ -86,6 +89,7 @@ WAY_OUT = {
     "corpus": "lower data.max_bytes",
     "activations": "lower data.lanes, data.window_bytes or the widths, or raise training.{stage}.accumulation",
     "carried states": "lower data.lanes",
+    "segmenter": "lower chunking.segmenter's width, layers, lanes or window_bytes",
     "cached latents": "set data.cache_latents=false",
     "checkpoints": "lower checkpoint.keep or the widths, or free some",
 }
@@ -144,6 +148,7 @@ def stage_sizes(config: Config, stage: str, processes: int = 1) -> Sizes:
     checkpoint = model + average + optimizer + data.lanes * states + 4 * len(weights) * TENSOR_RECORD
     text = text_bytes(data)
     chunks = text // chunk_bytes(config.chunking)
+    segmenter = FLOAT * count(segmenter_weights(config.chunking))
     exported = {name: FLOAT * count(part) for name, part in parts.items()}
     return Sizes(
         device={
@@ -161,15 +166,30 @@ def stage_sizes(config: Config, stage: str, processes: int = 1) -> Sizes:
             "corpus": 4 * text + 2 * INTEGER * chunks,
             # indices of every byte of a global batch, ten of them
             "batch": 10 * INTEGER * data.lanes * (data.window_bytes + config.chunking.max_bytes),
+            "segmenter": segmenter_bytes(config.chunking) if stage == "autoencoder" else 3 * segmenter,
         },
         disk={
             "checkpoints": checkpoint * (config.checkpoint.keep + 1),  # one more while it is written
-            "exported models": 2 * sum(exported.values()),  # the stage's own and the pipeline's
+            "exported models": 2 * (sum(exported.values()) + segmenter),  # the stage's own and the pipeline's
             "cached latents": FLOAT * config.autoencoder.latent_dim * chunks
             if stage == "prior" and data.cache_latents
             else 0,
         },
     )
+
+
+def segmenter_bytes(chunking: ChunkingConfig) -> int:
+    """What training a segmenter takes: weights, gradients, two moments, and activations of its trunk, roughly.
+
+    Afterwards it is there once as it was saved and once in float64, to cut: three numbers a weight, and less.
+    """
+    weights = segmenter_weights(chunking)
+    if not weights:
+        return 0
+    settings = chunking.segmenter
+    positions = settings.lanes * settings.window_bytes
+    activations = stack_numbers(segmenter_trunk(chunking), positions, 1, False) + 6 * BYTES * positions
+    return FLOAT * (4 * count(weights) + activations)
 
 
 def needs(config: Config, stage: str, root: Path = Path("runs")) -> list[Need]:
@@ -218,8 +238,11 @@ def survey(config: Config, root: Path = Path("runs")) -> dict[str, Any]:
     """What every stage of a config needs and what there is, as plain data. `report` makes a table of it."""
     stages: dict[str, Any] = {}
     for stage in ("autoencoder",) if config.is_twin else ("autoencoder", "prior"):
+        parts = stage_weights(config, stage)
+        if stage == "autoencoder":
+            parts["segmenter"] = segmenter_weights(config.chunking)
         stages[stage] = {
-            "parameters": {name: count(part) for name, part in stage_weights(config, stage).items() if part},
+            "parameters": {name: count(part) for name, part in parts.items() if part},
             "needs": [
                 {"what": n.what, "where": n.where, "available": n.available, "total": n.total, "fits": n.fits}
                 | {

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,8 @@ import pytest
 from hldm import bench_training, bench_writing
 from hldm.bench_writing import Case
 from hldm.cli import main
-from hldm.config import to_yaml
+from hldm.config import SegmenterConfig, to_yaml
+from hldm.corpus import load_corpus
 
 
 @pytest.fixture
@@ -32,6 +34,18 @@ def configs(small_config, small_twin, tmp_path, monkeypatch):
     monkeypatch.setattr(bench_writing, "STEPS", (0, 1))
     monkeypatch.setattr(bench_writing, "GPT2_POSITIONS", 16)
     return tmp_path
+
+
+@pytest.mark.parametrize("strategy", ["entropy", "reinforce"])
+def test_a_strategy_that_asks_a_model_gets_one_whose_chunks_are_as_long_as_wanted(small_config, strategy):
+    segmenter = SegmenterConfig(width=16, layers=1, lanes=2, window_bytes=64)
+    chunking = replace(small_config.chunking, strategy=strategy, min_bytes=2, segmenter=segmenter)
+    config = replace(small_config, chunking=chunking)
+    corpus = load_corpus(config.data, "train")
+    found = bench_training.quick_segmenter(config, corpus)
+    windows = bench_training.windows_of(config, corpus, found)
+    assert len(corpus.text) / windows.chunks == pytest.approx(chunking.target_bytes, rel=0.2)
+    assert bench_training.quick_segmenter(small_config, corpus) is None
 
 
 def finite_numbers(found):

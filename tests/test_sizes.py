@@ -24,6 +24,8 @@ from hldm.objectives import AutoencoderObjective, PriorObjective
 from hldm.pipeline import read_pipeline
 from hldm.prior import Prior
 from hldm.runs import Run
+from hldm.segmenting import SEGMENTERS
+from hldm.shapes import segmenter_weights
 from hldm.stages import train_autoencoder
 from hldm.training import Trainer, make_optimizers
 
@@ -72,6 +74,24 @@ def objective_of(config: Config, stage: str) -> AutoencoderObjective | PriorObje
             return AutoencoderObjective(autoencoder, config.autoencoder, 0.0, prior)
         assert prior is not None
         return PriorObjective(prior, autoencoder, config.training.prior.joint)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "form"), [*((name, "forget") for name in SEGMENTERS), ("learned", "hnet")]
+)
+def test_the_weights_of_a_segmenter_are_counted_exactly(strategy, form):
+    settings = [f"strategy={strategy}", f"learned_form={form}", "segmenter.layers=3"]
+    config = load_config([TINY], [f"chunking.{setting}" for setting in settings])
+    with torch.device("meta"):
+        segmenter = SEGMENTERS[strategy].from_settings(config.chunking)
+    shapes = sorted(tuple(p.shape) for p in segmenter.parameters())
+    assert sorted(weight.shape for weight in segmenter_weights(config.chunking)) == shapes
+    found = sizes.survey(config)["stages"]["autoencoder"]
+    assert found["parameters"]["segmenter"] == sum(p.numel() for p in segmenter.parameters())
+    wide = replace(config.chunking, segmenter=replace(config.chunking.segmenter, width=4096, layers=64))
+    with pytest.raises(ConfigError, match=r"are segmenter: lower chunking.segmenter's width"):
+        sizes.require_room(replace(config, chunking=wide), "autoencoder")
+    assert "segmenter" not in sizes.survey(load_config([TINY]))["stages"]["autoencoder"]["parameters"]
 
 
 @pytest.mark.parametrize(("path", "overrides"), CASES)
