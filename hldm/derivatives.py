@@ -1,8 +1,8 @@
 """Norm, convolution and gates of Griffin as autograd functions with their derivatives written out.
 
 Left to autograd these elementwise chains cost a CPU nearly as much as the matrix products; so, 0.6 of that
-(measured, width 128). Where `hldm.operators` has kernels, convolution and gates use them. `hldm.griffin` says what they
-are for; tests/test_griffin.py holds them against transformers' RecurrentGemma and against autograd's own derivatives.
+(measured, width 128). Where `hldm.operators` has kernels all use them. `hldm.griffin` says what they are for;
+tests/test_griffin.py holds them against transformers' RecurrentGemma and against autograd's own derivatives.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from hldm import operators
 
 CACHED_NUMBERS = 65_536  # of a tensor at a time, to stay in a core's cache: 4 % of a training step (measured)
+NUMBERS_A_BLOCK = 131_072  # the same for the MLP's hidden layer, whose products want more rows
 MAX_SQRT_GRADIENT = 1000.0  # recurrentgemma: bounds the gradient of sqrt(1 - a^2) as a nears 1
 
 
@@ -32,6 +33,58 @@ def _row_blocks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
         return [tensors]
     rows = max(CACHED_NUMBERS * first.shape[0] // first.numel(), 1)
     return zip(*(x.split(rows) for x in tensors), strict=True)
+
+
+def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean x^2 + eps) (1 + scale) over the last axis, in float32 at least."""
+    if x.dtype == scale.dtype and operators.available(x):
+        return _KernelRMSNormFunction.apply(x, scale, eps)
+    if not torch.is_grad_enabled():  # torch's own is as good
+        return F.rms_norm(x, scale.shape, 1 + scale, eps)
+    return RMSNormFunction.apply(x.flatten(0, -2), scale, eps).view(x.shape)
+
+
+def add_rms_norm(x: Tensor, branch: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + branch, and the norm of it."""
+    if x.dtype == branch.dtype == scale.dtype and operators.available(x):
+        return _AddRMSNormFunction.apply(x, branch, scale, eps)
+    x = x + branch
+    return x, rms_norm(x, scale, eps)
+
+
+class _KernelRMSNormFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, eps: float) -> Tensor:
+        y, inverse = operators.rms_norm(x, scale, eps)
+        ctx.save_for_backward(x, inverse, scale)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+        dx, dscale = operators.rms_norm_back(*ctx.saved_tensors, dy, None)
+        return dx, dscale.sum(0), None
+
+
+class _AddRMSNormFunction(torch.autograd.Function):
+    """The sum goes on, too: what reaches it in the backward pass is added in the same pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, branch: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        total, y, inverse = operators.add_rms_norm(x, branch, scale, eps)
+        ctx.save_for_backward(total, inverse, scale)
+        ctx.set_materialize_grads(False)  # None where nobody reads the sum, or the norm
+        return total, y
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, dtotal: Tensor | None, dy: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        if dy is None:
+            return dtotal, dtotal, None, None
+        dx, dscale = operators.rms_norm_back(*ctx.saved_tensors, dy, dtotal)
+        return dx, dx, dscale.sum(0), None
 
 
 class RMSNormFunction(torch.autograd.Function):
@@ -212,3 +265,43 @@ class _GeluGateFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
         return operators.gelu_gate_back(*ctx.saved_tensors, dy)
+
+
+def gated_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """down (gelu(gate x) * (up x)) of rows x (... d); gate, up (h d), down (d h)."""
+    plain = torch.is_autocast_enabled(x.device.type) or x.dtype != gate.dtype
+    if plain or not operators.available(x):
+        return F.linear(gelu_gate(F.linear(x, gate), F.linear(x, up)), down)
+    return _GatedMLPFunction.apply(x.reshape(-1, x.shape[-1]), gate, up, down).view(x.shape)
+
+
+class _GatedMLPFunction(torch.autograd.Function):
+    """Rows in blocks, of which everything stays in a core's cache from one product to the next; x (n d)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        y, kept = torch.empty_like(x), []
+        rows = max(NUMBERS_A_BLOCK // len(gate), 1)
+        for x_n, y_n in zip(x.split(rows), y.split(rows), strict=True):
+            gate_n, up_n = x_n @ gate.T, x_n @ up.T
+            torch.mm(operators.gelu_gate(gate_n, up_n), down.T, out=y_n)
+            if any(ctx.needs_input_grad):
+                kept += [gate_n, up_n]
+        ctx.save_for_backward(x, gate, up, down, *kept)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        x, gate, up, down, *kept = ctx.saved_tensors
+        dx = torch.empty_like(x)
+        dgate, dup, ddown = torch.zeros_like(gate), torch.zeros_like(up), torch.zeros_like(down)
+        rows = len(kept[0])
+        blocks = zip(kept[::2], kept[1::2], x.split(rows), dy.split(rows), dx.split(rows), strict=True)
+        for gate_n, up_n, x_n, dy_n, dx_n in blocks:
+            gated, dgate_n, dup_n = operators.gelu_gate_again(gate_n, up_n, dy_n @ down)
+            torch.mm(dgate_n, gate, out=dx_n).addmm_(dup_n, up)
+            dgate.addmm_(dgate_n.T, x_n)
+            dup.addmm_(dup_n.T, x_n)
+            ddown.addmm_(dy_n.T, gated)
+        return dx, dgate, dup, ddown

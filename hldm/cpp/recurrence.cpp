@@ -6,10 +6,9 @@
 #include <vector>
 
 #include "elementwise.h"
+#include "threads.h"
 
 namespace {
-
-constexpr int64_t NUMBERS_A_THREAD = 32768;  // as torch: fewer are not worth waking one
 
 // How many threads `numbers` are worth, and into how many stretches of channels each of b rows must then be cut.
 struct Split {
@@ -17,7 +16,7 @@ struct Split {
     int64_t stretches, width;
 
     Split(int64_t threads_at_most, int64_t b, int64_t t, int64_t d, int64_t unit) {
-        threads = int(std::max<int64_t>(1, std::min(threads_at_most, b * t * d / NUMBERS_A_THREAD)));
+        threads = threads_for(threads_at_most, b * t * d);
         const int64_t units = d / unit;
         stretches = std::min(units, b ? (threads + b - 1) / b : 1);
         width = stretches ? (units + stretches - 1) / stretches * unit : 0;
@@ -260,6 +259,20 @@ void gelu_gate_back(const T* __restrict gate, const T* __restrict x, const T* __
     }
 }
 
+// Both at once, for who did not keep y
+template <typename T>
+void gelu_gate_again(const T* __restrict gate, const T* __restrict x, const T* __restrict dy, T* __restrict y,
+                     T* __restrict dgate, T* __restrict dx, int64_t numbers, int64_t threads) {
+    const Split split(threads, 1, 1, numbers, 1);
+#pragma omp parallel for simd num_threads(split.threads)
+    for (int64_t i = 0; i < numbers; i++) {
+        const T through = gelu(gate[i]);
+        y[i] = through * x[i];
+        dx[i] = dy[i] * through;
+        dgate[i] = dy[i] * x[i] * gelu_slope(gate[i]);
+    }
+}
+
 }  // namespace
 
 #define EXPORT(T, suffix)                                                                                              \
@@ -298,6 +311,10 @@ void gelu_gate_back(const T* __restrict gate, const T* __restrict x, const T* __
     void hldm_gelu_gate_back_##suffix(const T* gate, const T* x, const T* dy, T* dgate, T* dx, int64_t numbers,        \
                                       int64_t threads) {                                                               \
         gelu_gate_back(gate, x, dy, dgate, dx, numbers, threads);                                                      \
+    }                                                                                                                  \
+    void hldm_gelu_gate_again_##suffix(const T* gate, const T* x, const T* dy, T* y, T* dgate, T* dx, int64_t numbers, \
+                                       int64_t threads) {                                                              \
+        gelu_gate_again(gate, x, dy, y, dgate, dx, numbers, threads);                                                  \
     }
 
 extern "C" {
