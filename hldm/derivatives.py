@@ -18,7 +18,6 @@ from torch.autograd.function import once_differentiable
 from hldm import operators
 
 CACHED_NUMBERS = 65_536  # of a tensor at a time, to stay in a core's cache: 4 % of a training step (measured)
-NUMBERS_A_BLOCK = 131_072  # the same for the MLP's hidden layer, whose products want more rows
 MAX_SQRT_GRADIENT = 1000.0  # recurrentgemma: bounds the gradient of sqrt(1 - a^2) as a nears 1
 
 
@@ -265,43 +264,3 @@ class _GeluGateFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
         return operators.gelu_gate_back(*ctx.saved_tensors, dy)
-
-
-def gated_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """down (gelu(gate x) * (up x)) of rows x (... d); gate, up (h d), down (d h)."""
-    plain = torch.is_autocast_enabled(x.device.type) or x.dtype != gate.dtype
-    if plain or not operators.available(x):
-        return F.linear(gelu_gate(F.linear(x, gate), F.linear(x, up)), down)
-    return _GatedMLPFunction.apply(x.reshape(-1, x.shape[-1]), gate, up, down).view(x.shape)
-
-
-class _GatedMLPFunction(torch.autograd.Function):
-    """Rows in blocks, of which everything stays in a core's cache from one product to the next; x (n d)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        y, kept = torch.empty_like(x), []
-        rows = max(NUMBERS_A_BLOCK // len(gate), 1)
-        for x_n, y_n in zip(x.split(rows), y.split(rows), strict=True):
-            gate_n, up_n = x_n @ gate.T, x_n @ up.T
-            torch.mm(operators.gelu_gate(gate_n, up_n), down.T, out=y_n)
-            if any(ctx.needs_input_grad):
-                kept += [gate_n, up_n]
-        ctx.save_for_backward(x, gate, up, down, *kept)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        x, gate, up, down, *kept = ctx.saved_tensors
-        dx = torch.empty_like(x)
-        dgate, dup, ddown = torch.zeros_like(gate), torch.zeros_like(up), torch.zeros_like(down)
-        rows = len(kept[0])
-        blocks = zip(kept[::2], kept[1::2], x.split(rows), dy.split(rows), dx.split(rows), strict=True)
-        for gate_n, up_n, x_n, dy_n, dx_n in blocks:
-            gated, dgate_n, dup_n = operators.gelu_gate_again(gate_n, up_n, dy_n @ down)
-            torch.mm(dgate_n, gate, out=dx_n).addmm_(dup_n, up)
-            dgate.addmm_(dgate_n.T, x_n)
-            dup.addmm_(dup_n.T, x_n)
-            ddown.addmm_(dy_n.T, gated)
-        return dx, dgate, dup, ddown

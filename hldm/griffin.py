@@ -26,7 +26,6 @@ from hldm.derivatives import (
     GatedScanFunction,
     add_rms_norm,
     at_least_float32,
-    gated_mlp,
     gelu_gate,
     rms_norm,
 )
@@ -192,7 +191,7 @@ class GatedMLP(nn.Module):
         self.down = _linear(hidden, width, variance=out_variance)
 
     def forward(self, x: Tensor) -> Tensor:
-        return gated_mlp(x, self.gate.weight, self.up.weight, self.down.weight)
+        return self.down(gelu_gate(self.gate(x), self.up(x)))
 
 
 class RGLRU(nn.Module):

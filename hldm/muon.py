@@ -17,7 +17,10 @@ NUMBERS_AT_ONCE = 2**20  # in bfloat16 what a core's second cache holds; larger 
 
 
 class Muon(torch.optim.Muon):
-    """Momentum, made orthogonal (Jordan et al. 2024), as the update of a matrix; options are torch's."""
+    """Momentum, made orthogonal (Jordan et al. 2024), as the update of a matrix; options are torch's.
+
+    A step uses the gradients up: they hold what is then made orthogonal.
+    """
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -42,7 +45,9 @@ class Muon(torch.optim.Muon):
             return
         buffers = [self.state[p]["momentum_buffer"] for p in params]
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-        updates = torch._foreach_lerp(grads, buffers, group["momentum"]) if group["nesterov"] else buffers
+        if group["nesterov"]:
+            torch._foreach_lerp_(grads, buffers, group["momentum"])
+        updates = grads if group["nesterov"] else buffers
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         batches: dict[tuple[torch.Size, torch.device], list[int]] = {}
         for place, p in enumerate(params):

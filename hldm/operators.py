@@ -213,17 +213,6 @@ def gelu_gate_back(gate: Tensor, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]
     return dgate, dx
 
 
-@_operator(
-    "gelu_gate_again(Tensor gate, Tensor x, Tensor dy) -> (Tensor, Tensor, Tensor)",
-    lambda gate, x, dy: (x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty(x.shape)),
-)
-def gelu_gate_again(gate: Tensor, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """gelu(gate) x once more, and the gradients of gate and x."""
-    y, dgate, dx = (x.new_empty(x.shape) for _ in range(3))
-    _call("gelu_gate_again", gate.contiguous(), x.contiguous(), dy.contiguous(), y, dgate, dx, x.numel())
-    return y, dgate, dx
-
-
 # ---- the norm of rows
 
 

@@ -259,20 +259,6 @@ void gelu_gate_back(const T* __restrict gate, const T* __restrict x, const T* __
     }
 }
 
-// Both at once, for who did not keep y
-template <typename T>
-void gelu_gate_again(const T* __restrict gate, const T* __restrict x, const T* __restrict dy, T* __restrict y,
-                     T* __restrict dgate, T* __restrict dx, int64_t numbers, int64_t threads) {
-    const Split split(threads, 1, 1, numbers, 1);
-#pragma omp parallel for simd num_threads(split.threads)
-    for (int64_t i = 0; i < numbers; i++) {
-        const T through = gelu(gate[i]);
-        y[i] = through * x[i];
-        dx[i] = dy[i] * through;
-        dgate[i] = dy[i] * x[i] * gelu_slope(gate[i]);
-    }
-}
-
 }  // namespace
 
 #define EXPORT(T, suffix)                                                                                              \
@@ -311,10 +297,6 @@ void gelu_gate_again(const T* __restrict gate, const T* __restrict x, const T* _
     void hldm_gelu_gate_back_##suffix(const T* gate, const T* x, const T* dy, T* dgate, T* dx, int64_t numbers,        \
                                       int64_t threads) {                                                               \
         gelu_gate_back(gate, x, dy, dgate, dx, numbers, threads);                                                      \
-    }                                                                                                                  \
-    void hldm_gelu_gate_again_##suffix(const T* gate, const T* x, const T* dy, T* y, T* dgate, T* dx, int64_t numbers, \
-                                       int64_t threads) {                                                              \
-        gelu_gate_again(gate, x, dy, y, dgate, dx, numbers, threads);                                                  \
     }
 
 extern "C" {
