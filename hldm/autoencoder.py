@@ -24,6 +24,7 @@ from hldm.config import AutoencoderConfig, ChunkingConfig, section_from_dict
 from hldm.events import Events, decoder_events, ends_of, place_in_chunk, positions
 from hldm.griffin import Griffin, GriffinState
 from hldm.readouts import LatentNormaliser, MeanReadout, PlacedReadout, StridedReadout, shares
+from hldm.rows import take_rows
 from hldm.text import HIDDEN, START, VOCABULARY
 from hldm.weights import SavedModel
 
@@ -178,9 +179,9 @@ class Autoencoder(SavedModel):
             self.normaliser.observe(raw[mask])
         opens = doc_start.gather(1, positions(chunk_start, n)) & mask
         last = positions(ends_of(chunk_start, length), n)
-        ending = _rows(y, last) * mask[..., None]
+        ending = take_rows(y, last) * mask[..., None]
         count = where.count[:, None]
-        feature = _rows(torch.cat([state.feature[:, None], ending], dim=1), count)[:, 0]
+        feature = take_rows(torch.cat([state.feature[:, None], ending], dim=1), count)[:, 0]
         after, trunk = ending, state.trunk
         if self.settings.trunk_layers and n:
             summary = self.to_trunk(torch.cat([ending, pool_by_chunk(y, where, n)], dim=-1))
@@ -189,7 +190,7 @@ class Autoencoder(SavedModel):
         # before chunk 0, 1, ..., and after the last
         known = torch.cat([state.known[:, None], after], dim=1)
         before = known[:, :n] * (mask & ~opens)[..., None]
-        known = _rows(known, count)[:, 0]
+        known = take_rows(known, count)[:, 0]
         features = torch.cat([state.feature[:, None], y], dim=1)
         encoding = Encoding(self.normaliser(raw) * mask[..., None], mask, opens, after, before, features)
         return encoding, EncoderState(griffin, feature, trunk, known)
@@ -201,7 +202,7 @@ class Autoencoder(SavedModel):
 
         y: (b l d) features of its bytes, griffin: the state after them;  length: (b), at least 1;  opens: (b 1) bool
         """
-        feature = _rows(y, length[:, None] - 1)  # (b 1 d)
+        feature = take_rows(y, length[:, None] - 1)  # (b 1 d)
         known, trunk = feature, state.trunk
         if self.settings.trunk_layers:
             summary = self.to_trunk(torch.cat([feature, shares(y, length) @ y], dim=-1))
@@ -246,10 +247,10 @@ class Autoencoder(SavedModel):
         """
         told = None
         if self.settings.reads_text:  # projected once a byte: some bytes come before two events
-            told = _rows(self.from_text(encoding.features), events.bytes_before)
+            told = take_rows(self.from_text(encoding.features), events.bytes_before)
             told = told * ~events.doc_start[..., None]  # a document knows of no text before it
         if self.settings.trunk_layers:
-            known = _rows(self.from_trunk(encoding.before), events.chunk)
+            known = take_rows(self.from_trunk(encoding.before), events.chunk)
             told = known if told is None else told + known
         return told
 
@@ -283,7 +284,7 @@ class Autoencoder(SavedModel):
         if latent is not None:
             inner = self.from_latent.inner(latent)  # (b n 2d)
             place = place_in_chunk(unit_start) if place is None else place
-            x = x + self.from_latent.outer(self.from_latent.features(_rows(inner, chunk), place))
+            x = x + self.from_latent.outer(self.from_latent.features_at(inner, chunk, place))
         if self.latent_dim and (self.settings.reads_text or self.settings.trunk_layers):
             if told is None:
                 raise ValueError("this decoder knows of the text before: pass what it is told")
@@ -296,8 +297,3 @@ class Autoencoder(SavedModel):
     def hide_bytes(self, symbol: Tensor, hidden: Tensor) -> Tensor:
         """Byte dropout: replace inputs where hidden (b t'), except the start of a unit."""
         return torch.where(hidden & (symbol != START), HIDDEN, symbol)
-
-
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """x (b n d) at index (b t). (b t d)."""
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))

@@ -207,7 +207,7 @@ def group_of(names: Sequence[str]) -> str:
     if own == STEP:
         return "between operators"
     if own.startswith("hldm::"):
-        return "elementwise"
+        return "copies" if own.endswith("_rows") else "elementwise"
     if not own.startswith("aten::") or _VIEW.fullmatch(own):
         return "other"
     return "copies" if _COPY.fullmatch(own) else "elementwise"

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from hldm.config import ChunkingConfig, ConfigError
+from hldm.rows import add_rows
 
 _IS_SPACE = np.zeros(256, bool)
 _IS_SPACE[list(b" \t\n\v\f\r")] = True
@@ -248,16 +249,10 @@ def pool_by_chunk(x: Tensor, segments: Segments, chunks: int | None = None) -> T
             f"x (b t d) and chunk_id (b t) must share b and t, got {tuple(x.shape)} and "
             f"{tuple(segments.chunk_id.shape)}"
         )
-    b, _, d = x.shape
     n = int(segments.count.max()) if chunks is None else chunks
-    # one row of sums for all, with a spare chunk at the end of each document for its padding
-    spare = segments.chunk_id.masked_fill(segments.chunk_id < 0, n)
-    index = (spare + (n + 1) * torch.arange(b, device=x.device)[:, None]).flatten()
-    values = x.flatten(0, 1).to(torch.promote_types(x.dtype, torch.float32))
-    total = values.new_zeros(b * (n + 1), d).index_add(0, index, values)
-    size = values.new_zeros(b * (n + 1)).index_add(0, index, values.new_ones(len(index)))
-    mean = total / size.clamp(min=1)[:, None]
-    return mean.view(b, n + 1, d)[:, :n].to(x.dtype)  # (b n d)
+    values = x.to(torch.promote_types(x.dtype, torch.float32))
+    size = add_rows(values.new_ones(*x.shape[:2], 1), segments.chunk_id, n)
+    return (add_rows(values, segments.chunk_id, n) / size.clamp(min=1)).to(x.dtype)  # (b n d)
 
 
 def lay_by_chunk(x: Tensor, segments: Segments, place: Tensor, chunks: int, most: int) -> Tensor:

@@ -1,8 +1,8 @@
 """Norm, convolution and gates of Griffin as autograd functions with their derivatives written out.
 
 Left to autograd these elementwise chains cost a CPU nearly as much as the matrix products; so, 0.6 of that
-(measured, width 128). Where `hldm.operators` has kernels, convolution and gates use them. `hldm.griffin` says what they
-are for; tests/test_griffin.py holds them against transformers' RecurrentGemma and against autograd's own derivatives.
+(measured, width 128). Where `hldm.operators` has kernels all use them. `hldm.griffin` says what they are for;
+tests/test_griffin.py holds them against transformers' RecurrentGemma and against autograd's own derivatives.
 """
 
 from __future__ import annotations
@@ -32,6 +32,58 @@ def _row_blocks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
         return [tensors]
     rows = max(CACHED_NUMBERS * first.shape[0] // first.numel(), 1)
     return zip(*(x.split(rows) for x in tensors), strict=True)
+
+
+def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean x^2 + eps) (1 + scale) over the last axis, in float32 at least."""
+    if x.dtype == scale.dtype and operators.available(x):
+        return _KernelRMSNormFunction.apply(x, scale, eps)
+    if not torch.is_grad_enabled():  # torch's own is as good
+        return F.rms_norm(x, scale.shape, 1 + scale, eps)
+    return RMSNormFunction.apply(x.flatten(0, -2), scale, eps).view(x.shape)
+
+
+def add_rms_norm(x: Tensor, branch: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + branch, and the norm of it."""
+    if x.dtype == branch.dtype == scale.dtype and operators.available(x):
+        return _AddRMSNormFunction.apply(x, branch, scale, eps)
+    x = x + branch
+    return x, rms_norm(x, scale, eps)
+
+
+class _KernelRMSNormFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, eps: float) -> Tensor:
+        y, inverse = operators.rms_norm(x, scale, eps)
+        ctx.save_for_backward(x, inverse, scale)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+        dx, dscale = operators.rms_norm_back(*ctx.saved_tensors, dy, None)
+        return dx, dscale.sum(0), None
+
+
+class _AddRMSNormFunction(torch.autograd.Function):
+    """The sum goes on, too: what reaches it in the backward pass is added in the same pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, branch: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        total, y, inverse = operators.add_rms_norm(x, branch, scale, eps)
+        ctx.save_for_backward(total, inverse, scale)
+        ctx.set_materialize_grads(False)  # None where nobody reads the sum, or the norm
+        return total, y
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, dtotal: Tensor | None, dy: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        if dy is None:
+            return dtotal, dtotal, None, None
+        dx, dscale = operators.rms_norm_back(*ctx.saved_tensors, dy, dtotal)
+        return dx, dx, dscale.sum(0), None
 
 
 class RMSNormFunction(torch.autograd.Function):

@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from hldm.rows import softmax_nats
 from hldm.text import END_OF_CHUNK, END_OF_DOCUMENT, START
 
 
@@ -102,7 +102,7 @@ def decoder_events(
 
 def symbol_nats(logits: Tensor, events: Events) -> Tensor:
     """-log p of each event's target in nats, 0 where padded. (b t' 258) -> (b t')."""
-    nats = F.cross_entropy(logits.float().flatten(0, 1), events.target.flatten(), reduction="none")
+    nats = softmax_nats(logits.float().flatten(0, 1), events.target.flatten())
     return nats.view_as(events.target) * events.mask
 
 

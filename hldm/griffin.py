@@ -24,9 +24,10 @@ from hldm.derivatives import (
     CausalConvFunction,
     GatedDecayFunction,
     GatedScanFunction,
-    RMSNormFunction,
+    add_rms_norm,
     at_least_float32,
     gelu_gate,
+    rms_norm,
 )
 from hldm.scan import linear_scan
 from hldm.step import can_step, griffin_step
@@ -173,9 +174,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():  # torch's own is as good, and lighter on a single byte
-            return F.rms_norm(x, self.scale.shape, 1 + self.scale, self.eps)
-        return RMSNormFunction.apply(x.flatten(0, -2), self.scale, self.eps).view(x.shape)
+        return rms_norm(x, self.scale, self.eps)
+
+    def of_sum(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x + branch, and the norm of it. None: nothing is to be added."""
+        return (x, self(x)) if branch is None else add_rms_norm(x, branch, self.scale, self.eps)
 
 
 class GatedMLP(nn.Module):
@@ -283,7 +286,7 @@ class AttentionBlock(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """x + temporal(norm(x)), then x + mlp(norm(x))."""
+    """x + temporal(norm(x)), then x + mlp(norm(x)), whose last sum is left to who reads on."""
 
     def __init__(self, kind: str, config: GriffinConfig, window: int) -> None:
         super().__init__()
@@ -299,10 +302,14 @@ class ResidualBlock(nn.Module):
         self.mlp = GatedMLP(config.width, round(config.width * config.mlp_ratio), out_variance=out_variance)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, state: Any, layout: Layout) -> tuple[Tensor, Any]:
-        y, state = self.temporal(self.temporal_norm(x), state, layout)
-        x = x + self.dropout(y)
-        return x + self.dropout(self.mlp(self.mlp_norm(x))), state
+    def forward(
+        self, x: Tensor, branch: Tensor | None, state: Any, layout: Layout
+    ) -> tuple[Tensor, Tensor, Any]:
+        """From the input x + branch to the output, again in two parts, which the next norm adds up as it reads them."""
+        x, normed = self.temporal_norm.of_sum(x, branch)
+        y, state = self.temporal(normed, state, layout)
+        x, normed = self.mlp_norm.of_sum(x, self.dropout(y))
+        return x, self.dropout(self.mlp(normed)), state
 
 
 class Griffin(nn.Module):
@@ -354,14 +361,14 @@ class Griffin(nn.Module):
         if length is None and can_step(self, x, state):
             return griffin_step(self, x, state, doc_start, chunk_start, self.rotation())
         layout = Layout.of(doc_start, chunk_start, length, self.config.conv_width)
-        states = []
+        states, branch = [], None
         for block, carried in zip(self.blocks, state, strict=True):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x, carried = checkpoint(block, x, carried, layout, use_reentrant=False)
+                x, branch, carried = checkpoint(block, x, branch, carried, layout, use_reentrant=False)
             else:
-                x, carried = block(x, carried, layout)
+                x, branch, carried = block(x, branch, carried, layout)
             states.append(carried)
-        return self.norm(x), tuple(states)
+        return self.norm.of_sum(x, branch)[1], tuple(states)
 
     def _check(
         self, x: Tensor, state: GriffinState, doc_start: Tensor, chunk_start: Tensor, length: Tensor | None

@@ -1,4 +1,5 @@
-"""The C++ kernels for training as operators of torch, for the autograd functions of `hldm.scan` and `hldm.derivatives`.
+"""The C++ kernels for training as operators of torch, for the autograd functions of `hldm.scan`, `hldm.derivatives`
+and `hldm.rows`.
 
 Registered with shapes and dtypes of what they return, so that torch.compile sees through them. An autograd function
 that calls such an operator costs 48 us forward and backward on a few numbers; torch.library.custom_op with its own
@@ -19,6 +20,7 @@ from hldm.kernels import library
 
 _LIBRARY = torch.library.Library("hldm", "DEF")
 _SUFFIX = {torch.float32: "float32", torch.float64: "float64"}
+ROWS_A_BLOCK = 64  # whose sums over rows the kernels return apart; hldm/cpp/rows.cpp has it, too
 
 
 def available(x: Tensor) -> bool:
@@ -55,15 +57,21 @@ def _function(name: str, dtype: torch.dtype, arguments: tuple[type, ...]) -> Any
     return function
 
 
-def _call(name: str, *arguments: Tensor | float) -> None:
-    """The kernel on contiguous tensors of one dtype and on numbers, with as many threads as torch has."""
+def _call(name: str, *arguments: Tensor | float | None) -> None:
+    """The kernel with as many threads as torch has.
+
+    arguments: contiguous tensors of one dtype, or None for one that is not there; int64 tensors of indices; numbers
+    """
     first = arguments[0]
     assert isinstance(first, Tensor)
-    assert all(x.dtype == first.dtype and x.is_contiguous() for x in arguments if isinstance(x, Tensor))
-    function = _function(
-        name, first.dtype, (*(Tensor if isinstance(x, Tensor) else type(x) for x in arguments), int)
-    )
-    function(*(x.data_ptr() if isinstance(x, Tensor) else x for x in arguments), torch.get_num_threads())
+    kinds: list[type] = []
+    values: list[float | None] = []
+    for x in arguments:
+        if isinstance(x, Tensor):
+            assert x.dtype in (first.dtype, torch.int64) and x.is_contiguous()
+        kinds.append(Tensor if x is None or isinstance(x, Tensor) else type(x))
+        values.append(x.data_ptr() if isinstance(x, Tensor) else x)
+    _function(name, first.dtype, (*kinds, int))(*values, torch.get_num_threads())
 
 
 # ---- h_t = a_t h_{t-1} + b_t
@@ -203,3 +211,141 @@ def gelu_gate_back(gate: Tensor, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]
     dgate, dx = x.new_empty(x.shape), x.new_empty(x.shape)
     _call("gelu_gate_back", gate.contiguous(), x.contiguous(), dy.contiguous(), dgate, dx, x.numel())
     return dgate, dx
+
+
+# ---- the norm of rows
+
+
+@_operator(
+    "rms_norm(Tensor x, Tensor scale, float eps) -> (Tensor, Tensor)",
+    lambda x, scale, eps: (x.new_empty(x.shape), x.new_empty(x.shape[:-1])),
+)
+def rms_norm(x: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """y = x / sqrt(mean x^2 + eps) (1 + scale) of rows x (... d), scale (d); and what x was multiplied with (...)."""
+    y, inverse = x.new_empty(x.shape), x.new_empty(x.shape[:-1])
+    _call("rms_norm", x.contiguous(), None, scale.contiguous(), None, y, inverse, eps, *_rows_of(x))
+    return y, inverse
+
+
+@_operator(
+    "add_rms_norm(Tensor x, Tensor branch, Tensor scale, float eps) -> (Tensor, Tensor, Tensor)",
+    lambda x, branch, scale, eps: (x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty(x.shape[:-1])),
+)
+def add_rms_norm(x: Tensor, branch: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """x + branch, and `rms_norm` of it."""
+    total, y, inverse = x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty(x.shape[:-1])
+    read = (part.contiguous() for part in (x, branch, scale))
+    _call("rms_norm", *read, total, y, inverse, eps, *_rows_of(x))
+    return total, y, inverse
+
+
+@_operator(
+    "rms_norm_back(Tensor x, Tensor inverse, Tensor scale, Tensor dy, Tensor? dx) -> (Tensor, Tensor)",
+    lambda x, inverse, scale, dy, dx: (
+        x.new_empty(x.shape),
+        x.new_empty(-(-inverse.numel() // ROWS_A_BLOCK), x.shape[-1]),
+    ),
+)
+def rms_norm_back(
+    x: Tensor, inverse: Tensor, scale: Tensor, dy: Tensor, dx: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x, added to what else reaches it, and by block of rows that of scale."""
+    n, d = _rows_of(x)
+    total, dscale = x.new_empty(x.shape), x.new_empty(-(-n // ROWS_A_BLOCK), d)
+    others = None if dx is None else dx.contiguous()
+    read = (part.contiguous() for part in (x, inverse, scale, dy))
+    _call("rms_norm_back", *read, others, total, dscale, n, d)
+    return total, dscale
+
+
+def _rows_of(x: Tensor) -> tuple[int, int]:
+    return x.shape[:-1].numel(), x.shape[-1]
+
+
+# ---- softmax
+
+
+@_operator(
+    "softmax_nats(Tensor x, Tensor target) -> (Tensor, Tensor)",
+    lambda x, target: (x.new_empty(len(x)), x.new_empty(len(x))),
+)
+def softmax_nats(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """-log softmax(x)_target of rows x (n v), target (n), and the logarithms of the sums."""
+    nats, log_sum = x.new_empty(len(x)), x.new_empty(len(x))
+    _call("softmax_nats", x.contiguous(), target.contiguous(), nats, log_sum, *x.shape)
+    return nats, log_sum
+
+
+@_operator(
+    "softmax_nats_back(Tensor x, Tensor target, Tensor log_sum, Tensor dnats) -> Tensor",
+    lambda x, target, log_sum, dnats: x.new_empty(x.shape),
+)
+def softmax_nats_back(x: Tensor, target: Tensor, log_sum: Tensor, dnats: Tensor) -> Tensor:
+    """Gradient of x."""
+    dx = x.new_empty(x.shape)
+    read = (part.contiguous() for part in (x, target, log_sum, dnats))
+    _call("softmax_nats_back", *read, dx, *x.shape)
+    return dx
+
+
+# ---- rows by their number
+
+
+def _check_range(index: Tensor, least: int, n: int) -> None:
+    """Kernels go where they are told: raise IndexError rather than leave a tensor. 10 us for 2,000 of them."""
+    if index.numel():
+        low, high = (int(x) for x in torch.aminmax(index))
+        if low < least or high >= n:
+            raise IndexError(f"an index must lie within {least}..{n - 1}, got {low}..{high}")
+
+
+@_operator(
+    "placed_gelu(Tensor x, Tensor index, Tensor table, Tensor place) -> Tensor",
+    lambda x, index, table, place: x.new_empty(*index.shape, x.shape[2]),
+)
+def placed_gelu(x: Tensor, index: Tensor, table: Tensor, place: Tensor) -> Tensor:
+    """gelu(x_index + table_place), exact: x (b n d), index and place (b t), table (k d) -> (b t d)."""
+    _check_range(index, 0, x.shape[1])
+    _check_range(place, 0, len(table))
+    y = x.new_empty(*index.shape, x.shape[2])
+    read = (part.contiguous() for part in (x, index, table, place))
+    _call("placed_gelu", *read, y, *x.shape[:2], *y.shape[1:])
+    return y
+
+
+@_operator(
+    "placed_gelu_back(Tensor x, Tensor index, Tensor table, Tensor place, Tensor dy) -> (Tensor, Tensor)",
+    lambda x, index, table, place, dy: (x.new_empty(x.shape), x.new_empty(len(x), *table.shape)),
+)
+def placed_gelu_back(
+    x: Tensor, index: Tensor, table: Tensor, place: Tensor, dy: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x, and by row that of the table (b k d)."""
+    dx, dtable = x.new_empty(x.shape), x.new_empty(len(x), *table.shape)
+    read = (part.contiguous() for part in (x, index, table, place, dy))
+    _call("placed_gelu_back", *read, dx, dtable, *x.shape[:2], *dy.shape[1:], len(table))
+    return dx, dtable
+
+
+@_operator(
+    "take_rows(Tensor x, Tensor index) -> Tensor",
+    lambda x, index: x.new_empty(*index.shape, x.shape[2]),
+)
+def take_rows(x: Tensor, index: Tensor) -> Tensor:
+    """x (b n d) at index (b t), 0 where that is -1. (b t d)."""
+    _check_range(index, -1, x.shape[1])
+    y = x.new_empty(*index.shape, x.shape[2])
+    _call("take_rows", x.contiguous(), index.contiguous(), y, *x.shape[:2], *y.shape[1:])
+    return y
+
+
+@_operator(
+    "add_rows(Tensor y, Tensor index, int n) -> Tensor",
+    lambda y, index, n: y.new_empty(len(y), n, y.shape[2]),
+)
+def add_rows(y: Tensor, index: Tensor, n: int) -> Tensor:
+    """Sums of the y (b t d) of one index (b t) below n, without those where it is -1. (b n d)."""
+    _check_range(index, -1, n)
+    x = y.new_empty(len(y), n, y.shape[2])
+    _call("add_rows", y.contiguous(), index.contiguous(), x, len(y), n, *y.shape[1:])
+    return x

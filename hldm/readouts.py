@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hldm.chunking import Segments, lay_by_chunk, pool_by_chunk
+from hldm.rows import placed_gelu
 
 
 class PlacedReadout(nn.Module):
@@ -32,13 +33,19 @@ class PlacedReadout(nn.Module):
         """gelu(W_1 x + p_k), from W_1 x (b t d) and k (b t)."""
         return F.gelu(inner + self.place(place.clamp(max=self.place.num_embeddings - 1)))
 
+    def features_at(self, inner: Tensor, index: Tensor, place: Tensor) -> Tensor:
+        """The same of W_1 x (b n d) at index (b t), in one pass where there is a kernel for it."""
+        place = place.clamp(max=self.place.num_embeddings - 1)
+        return placed_gelu(inner, index, self.place.weight, place)
+
 
 class MeanReadout(PlacedReadout):
     """A chunk's latent from the mean over its bytes k of gelu(W_1 y_k + p_k)."""
 
     def of_chunks(self, y: Tensor, where: Segments, place: Tensor, chunks: int) -> Tensor:
         """Raw latents of a window's chunks (b n z), from y (b t d) and places in them (b t)."""
-        return self.outer(pool_by_chunk(self.features(self.inner(y), place), where, chunks))
+        every = torch.arange(y.shape[1], device=y.device).expand(y.shape[:2])
+        return self.outer(pool_by_chunk(self.features_at(self.inner(y), every, place), where, chunks))
 
     def of_chunk(self, y: Tensor, length: Tensor) -> Tensor:
         """The same of one chunk a row (b 1 z), from y (b l d) and length (b)."""

@@ -15,15 +15,15 @@ from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from torch.optim.swa_utils import AveragedModel
 
+from hldm.average import Average
 from hldm.carry import map_carry, named_tensors
 from hldm.checkpoints import (
     Checkpoint,
@@ -38,11 +38,12 @@ from hldm.clock import clock_named
 from hldm.config import CheckpointConfig, ConfigError, LoggingConfig, TrainingConfig
 from hldm.data import Batch, Windows
 from hldm.health import Spikes, gradients, nonfinite_names
+from hldm.heap import keep_heap
+from hldm.muon import Muon
 from hldm.progress import Progress
 from hldm.runs import Run
 from hldm.signals import Interrupt, Interrupted, Stopped
 
-Tensors: TypeAlias = tuple[Tensor, ...] | list[Tensor]
 # How `accelerate launch` tells its processes that weights or optimizer states are to be split over them.
 SHARDING = {
     "ACCELERATE_USE_FSDP": "FSDP",
@@ -50,6 +51,7 @@ SHARDING = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "its parallelism config",
 }
+CLIP_EPS = 1e-6  # what torch's clipping adds to the norm
 MAX_SKIPPED_STEPS = 3  # non-finite steps in a row before a run gives up
 
 
@@ -127,12 +129,12 @@ def make_optimizers(model: nn.Module, config: TrainingConfig) -> list[torch.opti
     ]
     # beta_2 below torch's 0.999: a run of some hundred steps would hardly warm that average up. Not swept.
     adamw = torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=config.learning_rate, betas=(0.9, 0.97), foreach=True
+        [g for g in groups if g["params"]], lr=config.learning_rate, betas=(0.9, 0.97), fused=True
     )
     optimizers: list[torch.optim.Optimizer] = [adamw]
     if matrices:
         optimizers.append(
-            torch.optim.Muon(
+            Muon(
                 matrices,
                 lr=config.learning_rate,
                 weight_decay=config.weight_decay,
@@ -141,18 +143,6 @@ def make_optimizers(model: nn.Module, config: TrainingConfig) -> list[torch.opti
             )
         )
     return optimizers
-
-
-def make_average(model: nn.Module, decay: float) -> AveragedModel | None:
-    """Exponential moving average whose decay warms up as (1 + n) / (10 + n)."""
-    if not decay:
-        return None
-
-    def lerp(averaged: Tensors, current: Tensors, count: Tensor | int) -> None:
-        n = int(count)
-        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + n) / (10 + n)))
-
-    return AveragedModel(model, multi_avg_fn=lerp)
 
 
 class Recent:
@@ -199,8 +189,10 @@ class Trainer:
             )
         self.rows = windows.lanes // (ranks * parts)
         objective.to(accelerator.device)
+        if accelerator.device.type == "cpu":
+            keep_heap()
         self.objective = objective
-        self.average = make_average(objective, config.ema_decay)
+        self.average = Average(objective, config.ema_decay) if config.ema_decay else None
         self.optimizers = make_optimizers(objective, config)
         self.model = accelerator.prepare(objective)
         self.carries = [objective.initial_carry(self.rows, accelerator.device) for _ in range(parts)]
@@ -349,7 +341,8 @@ class Trainer:
         finite = math.isfinite(sum(values.values())) and math.isfinite(float(norm))
         self.objective.end_step(skipped=not finite)
         if finite:
-            clip_grads_with_norm_(given, self.config.clip_norm, norm)
+            if float(norm) + CLIP_EPS > self.config.clip_norm:  # else it would multiply by 1
+                clip_grads_with_norm_(given, self.config.clip_norm, norm)
             for optimizer in self.optimizers:
                 optimizer.step()
             if self.average is not None:
@@ -367,8 +360,8 @@ class Trainer:
                 }
             )
             self.carries = [self.objective.initial_carry(self.rows, accelerator.device) for _ in range(parts)]
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        for parameter in given:
+            parameter.grad = None
         self.totals = replace(
             self.totals, steps=step + 1, characters=self.totals.characters + int(characters)
         )

@@ -189,6 +189,8 @@ def test_a_profile_counts_the_products_of_a_step_exactly():
         ("aten::gelu", "elementwise"),
         ("_GeluGateFunction hldm::gelu_gate", "elementwise"),
         ("aten::contiguous aten::clone aten::copy_", "copies"),
+        ("_TakeRowsFunction hldm::take_rows", "copies"),
+        ("_AddRMSNormFunction hldm::add_rms_norm", "norm"),
         ("aten::transpose", "other"),
         ("MmBackward0", "other"),
         ("", "between operators"),

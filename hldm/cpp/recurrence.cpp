@@ -6,10 +6,9 @@
 #include <vector>
 
 #include "elementwise.h"
+#include "threads.h"
 
 namespace {
-
-constexpr int64_t NUMBERS_A_THREAD = 32768;  // as torch: fewer are not worth waking one
 
 // How many threads `numbers` are worth, and into how many stretches of channels each of b rows must then be cut.
 struct Split {
@@ -17,7 +16,7 @@ struct Split {
     int64_t stretches, width;
 
     Split(int64_t threads_at_most, int64_t b, int64_t t, int64_t d, int64_t unit) {
-        threads = int(std::max<int64_t>(1, std::min(threads_at_most, b * t * d / NUMBERS_A_THREAD)));
+        threads = threads_for(threads_at_most, b * t * d);
         const int64_t units = d / unit;
         stretches = std::min(units, b ? (threads + b - 1) / b : 1);
         width = stretches ? (units + stretches - 1) / stretches * unit : 0;

@@ -1,0 +1,11 @@
+// How many threads a pass is worth.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+constexpr int64_t NUMBERS_A_THREAD = 32768;  // as torch: fewer are not worth waking one
+
+inline int threads_for(int64_t at_most, int64_t numbers) {
+    return int(std::max<int64_t>(1, std::min(at_most, numbers / NUMBERS_A_THREAD)));
+}
