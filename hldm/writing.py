@@ -1,7 +1,8 @@
 """The bytes of a chunk, or of a stretch of the twin's text: from what is known before it to symbols drawn one by one.
 
 Where there are kernels all of it is one call (`hldm.write_step`); the loops here, a decoder step and a draw at a time,
-are what that is held to, and what runs everywhere else. Every row draws from its own generator.
+are what that is held to, and what runs everywhere else. A decoder that writes a chunk at once needs neither. Every
+row draws from its own generator.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from hldm.autoencoder import Autoencoder, DecoderState, EncoderState
 from hldm.carry import put_rows, take_rows
 from hldm.config import GenerationConfig
 from hldm.griffin import GriffinState
+from hldm.parallel_decoder import ENDS, ParallelDecoder
 from hldm.text import END_OF_CHUNK, END_OF_DOCUMENT, START
 from hldm.write_step import Emitted, can_write, write_events
 
@@ -31,8 +33,8 @@ class Written(NamedTuple):
     """Chunks as written, and what the models know after them, so that nothing is read twice."""
 
     pieces: list[Piece]
-    features: Tensor | None  # (b t d) the encoder's, at each byte; None where the decoder does not read text
-    encoder: GriffinState  # after the last byte; as it was, where the decoder does not read text
+    features: Tensor | None  # (b t d) the encoder's, at each byte; None where the decoder does not read them
+    encoder: GriffinState  # after the last byte; as it was, where the decoder does not read it
     decoder: GriffinState  # after the last symbol
 
 
@@ -70,6 +72,13 @@ def write_chunks(
     u = _draws(generators, most + 1, device)
     doc_start = torch.tensor(opens, device=device)
     known = autoencoder.from_trunk(encoder.known * ~doc_start[:, None]) if model.trunk_layers else None
+    if isinstance(autoencoder.decoder, ParallelDecoder):
+        if model.reads_text:
+            text = autoencoder.from_text(encoder.feature) * ~doc_start[:, None]
+            known = text if known is None else text + known
+        told = autoencoder.told_by_latent(latent, known)
+        symbols = _write_at_once(autoencoder.decoder, told, u, settings)
+        return Written(_pieces(symbols), None, encoder.griffin, decoder.griffin)
     if can_write(autoencoder, encoder.griffin, decoder.griffin, len(latent)):
         always = torch.ones_like(doc_start)
         emitted = write_events(
@@ -89,6 +98,19 @@ def write_chunks(
     else:
         emitted = _write_by_event(autoencoder, latent, known, u, encoder, decoder, doc_start, settings)
     return Written(_pieces(emitted.symbols), emitted.features, emitted.encoder, emitted.decoder)
+
+
+def _write_at_once(decoder: ParallelDecoder, told: Tensor, u: Tensor, settings: GenerationConfig) -> Tensor:
+    """Symbols (b e) of a chunk a row: its length is picked first, then all bytes. told (b e d), u (b e)."""
+    heat, top_p = settings.decoder_temperature, settings.top_p
+    chosen = pick(decoder.length_logits(told[:, -1]).float(), u[:, -1], heat, top_p)
+    length = chosen // ENDS + 1
+    longest = int(length.max())
+    logits = decoder.byte_logits(told[:, : longest + 1], length)[:, :longest].float()
+    symbols = pick(logits.flatten(0, 1), u[:, :longest].flatten(), heat, top_p).view(-1, longest)
+    ends = (END_OF_CHUNK + chosen % ENDS)[:, None]
+    written = torch.arange(longest, device=told.device) < length[:, None]
+    return torch.cat([torch.where(written, symbols, ends), ends], dim=1)
 
 
 def _draws(generators: Sequence[torch.Generator], events: int, device: torch.device) -> Tensor:

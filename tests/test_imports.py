@@ -38,6 +38,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "samplers",
         "mixture",
+        "parallel_decoder",
         "denoise_step",
         "data",
         "doctor",
