@@ -33,8 +33,8 @@ class Written(NamedTuple):
     """Chunks as written, and what the models know after them, so that nothing is read twice."""
 
     pieces: list[Piece]
-    features: Tensor | None  # (b t d) the encoder's, at each byte; None where the decoder does not read them
-    encoder: GriffinState  # after the last byte; as it was, where the decoder does not read it
+    features: Tensor | None  # (b t d) the encoder's, at each byte; None where they have not been read
+    encoder: GriffinState  # after the last byte; as it was, where they have not been read
     decoder: GriffinState  # after the last symbol
 
 
@@ -78,7 +78,8 @@ def write_chunks(
             known = text if known is None else text + known
         told = autoencoder.told_by_latent(latent, known)
         symbols = _write_at_once(autoencoder.decoder, told, u, settings)
-        return Written(_pieces(symbols), None, encoder.griffin, decoder.griffin)
+        features, griffin = _read_back(autoencoder, symbols, doc_start, encoder)
+        return Written(_pieces(symbols), features, griffin, decoder.griffin)
     if can_write(autoencoder, encoder.griffin, decoder.griffin, len(latent)):
         always = torch.ones_like(doc_start)
         emitted = write_events(
@@ -111,6 +112,26 @@ def _write_at_once(decoder: ParallelDecoder, told: Tensor, u: Tensor, settings: 
     ends = (END_OF_CHUNK + chosen % ENDS)[:, None]
     written = torch.arange(longest, device=told.device) < length[:, None]
     return torch.cat([torch.where(written, symbols, ends), ends], dim=1)
+
+
+def _read_back(
+    autoencoder: Autoencoder, symbols: Tensor, opens: Tensor, encoder: EncoderState
+) -> tuple[Tensor, GriffinState]:
+    """The encoder's features at the bytes of chunks (b e-1 w), and its state after them; symbols (b e), opens (b)."""
+    rows, events = symbols.shape
+    features = encoder.feature.new_zeros(rows, events - 1, encoder.feature.shape[1])
+    # of the rows with bytes left; byte by byte, for which there is a kernel
+    live, doc_start = torch.arange(rows, device=symbols.device), opens[:, None]
+    ends = state = encoder.griffin
+    for index in range(events - 1):
+        start = torch.full_like(doc_start, index == 0)
+        y, state = autoencoder.read_byte(symbols[live, index, None], doc_start & start, start, state)
+        features[live, index] = y[:, 0]
+        done = symbols[live, index + 1] >= END_OF_CHUNK
+        if bool(done.any()):
+            ends = put_rows(ends, live[done], take_rows(state, done))
+            live, doc_start, state = take_rows((live, doc_start, state), ~done)
+    return features, ends
 
 
 def _draws(generators: Sequence[torch.Generator], events: int, device: torch.device) -> Tensor:

@@ -82,7 +82,7 @@ LATENT = [
     TRUNK,
     dict(reads_text=True, **TRUNK),
     dict(carry_state=True, reads_text=True, **TRUNK),
-    dict(writes="chunks"),
+    dict(writes="chunks", reads_text=True),
     dict(writes="chunks", reads_text=True, **TRUNK),
 ]
 MODELS = [*LATENT, dict(latent_dim=0, carry_state=True)]
