@@ -4,10 +4,10 @@ The encoder reads a page and carries its state from chunk to chunk; a chunk's la
 features make together (hldm.readouts), standardised. The trunk, a wider Griffin that takes one step a chunk
 (`trunk_layers`), turns what the encoder made of each chunk into what is known before the next one: who
 predicts the next latent and who writes its bytes both read it. The decoder writes bytes from one latent
-until it emits an end, and may read the encoder's feature at the byte before, too (`reads_text`). Its
-latent is z_0 = alpha_0 mu + sigma_0 eps, the diffusion state at gamma_0 (hldm.diffusion), but it draws no
-noise itself. With latent_dim 0 encoder and trunk are gone, the decoder's unit is the document, and what
-remains is a plain autoregressive character Griffin: the twin.
+until it emits an end, and may read the encoder's feature at the byte before, too (`reads_text`); or all of
+them at once (`writes`, hldm.parallel_decoder). Its latent is z_0 = alpha_0 mu + sigma_0 eps, the diffusion
+state at gamma_0 (hldm.diffusion), but it draws no noise itself. With latent_dim 0 encoder and trunk are gone,
+the decoder's unit is the document, and what remains is a plain autoregressive character Griffin: the twin.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from hldm.chunking import Chunker, make_chunker, pool_by_chunk, segments
 from hldm.config import AutoencoderConfig, ChunkingConfig, section_from_dict
 from hldm.events import Events, decoder_events, ends_of, place_in_chunk, positions
 from hldm.griffin import Griffin, GriffinState
+from hldm.parallel_decoder import ParallelDecoder
 from hldm.readouts import LatentNormaliser, MeanReadout, PlacedReadout, StridedReadout, shares
 from hldm.rows import take_rows
 from hldm.text import HIDDEN, START, VOCABULARY
@@ -85,14 +86,19 @@ class Autoencoder(SavedModel):
                 self.to_trunk = nn.Linear(2 * encoder.width, self.settings.trunk_width)
                 self.trunk = Griffin(self.settings.trunk, window=1)
                 self.from_trunk = nn.Linear(self.settings.trunk_width, decoder.width)
-        self.write = nn.Embedding(VOCABULARY, decoder.width)
-        # One position more than a chunk's bytes: the event that ends it.
-        self.decoder = Griffin(decoder, window=self.chunking.max_bytes + 1)
-        self.outputs = nn.Linear(decoder.width, OUTPUTS)
+        self.decoder: Griffin | ParallelDecoder
+        if self.settings.writes == "chunks":
+            self.decoder = ParallelDecoder(decoder, self.chunking.max_bytes)
+        else:
+            self.write = nn.Embedding(VOCABULARY, decoder.width)
+            # One position more than a chunk's bytes: the event that ends it.
+            self.decoder = Griffin(decoder, window=self.chunking.max_bytes + 1)
+            self.outputs = nn.Linear(decoder.width, OUTPUTS)
         for embedding in (m for m in self.modules() if isinstance(m, nn.Embedding)):
             nn.init.normal_(embedding.weight, std=0.5)
-        nn.init.normal_(self.outputs.weight, std=0.5 * decoder.width**-0.5)
-        nn.init.zeros_(self.outputs.bias)
+        if self.settings.writes == "bytes":
+            nn.init.normal_(self.outputs.weight, std=0.5 * decoder.width**-0.5)
+            nn.init.zeros_(self.outputs.bias)
 
     @classmethod
     def from_settings(
@@ -118,7 +124,7 @@ class Autoencoder(SavedModel):
     def enable_gradient_checkpointing(self) -> None:
         """Recompute the stacks' activations in the backward pass: less memory, more time."""
         for module in self.modules():
-            if isinstance(module, Griffin):
+            if isinstance(module, Griffin | ParallelDecoder):
                 module.gradient_checkpointing = True
 
     def encoder_state(self, batch: int, device: torch.device | None = None) -> EncoderState:
@@ -134,7 +140,8 @@ class Autoencoder(SavedModel):
     def decoder_state(self, batch: int, device: torch.device | None = None) -> DecoderState:
         """State before the first symbol."""
         symbol = torch.full((batch,), START, device=device)
-        return DecoderState(self.decoder.initial_state(batch, device), symbol)
+        griffin = self.decoder.initial_state(batch, device) if isinstance(self.decoder, Griffin) else ()
+        return DecoderState(griffin, symbol)
 
     def encode(
         self,
@@ -243,12 +250,17 @@ class Autoencoder(SavedModel):
     def tell(self, events: Events, encoding: Encoding) -> Tensor | None:
         """What the decoder is told of the text before each event. (b t' d), None for a fresh decoder.
 
-        The encoder's feature at the byte before the event, and what is known before the event's chunk.
+        The encoder's feature at the byte before the event, and what is known before the event's chunk. Whoever
+        writes chunks at once knows of no byte of them: the feature is the one before the chunk.
         """
         told = None
         if self.settings.reads_text:  # projected once a byte: some bytes come before two events
-            told = take_rows(self.from_text(encoding.features), events.bytes_before)
-            told = told * ~events.doc_start[..., None]  # a document knows of no text before it
+            before, opens = events.bytes_before, events.doc_start
+            if self.settings.writes == "chunks":
+                before = before - place_in_chunk(events.unit_start)
+                opens = encoding.doc_start.gather(1, events.chunk)
+            told = take_rows(self.from_text(encoding.features), before.clamp(min=0))
+            told = told * ~opens[..., None]  # a document knows of no text before it
         if self.settings.trunk_layers:
             known = take_rows(self.from_trunk(encoding.before), events.chunk)
             told = known if told is None else told + known
@@ -278,21 +290,33 @@ class Autoencoder(SavedModel):
         symbol, chunk, doc_start, unit_start: (b t'); latent: (b n z) z_0 of each chunk;
         told: (b t' d) of the text before each event (see `tell`); None for a fresh decoder and the twin;
         place: (b t') events since the unit's start, worked out from unit_start when None.
-        Returns (b t' 258).
+        Returns (b t' 258); of a decoder that writes chunks at once, which takes whole chunks, see `ParallelDecoder`.
         """
+        if self.latent_dim and told is None and (self.settings.reads_text or self.settings.trunk_layers):
+            raise ValueError("this decoder knows of the text before: pass what it is told")
+        if isinstance(self.decoder, ParallelDecoder):
+            assert latent is not None and length is not None
+            # one place for every end: where it lies is for the decoder to say
+            place = place_in_chunk(unit_start).masked_fill(
+                ends_of(unit_start, length), self.chunking.max_bytes
+            )
+            x = self._spread(latent, chunk, place)
+            return self.decoder(x if told is None else x + told, unit_start, length), griffin
         x = self.write(symbol)
         if latent is not None:
-            inner = self.from_latent.inner(latent)  # (b n 2d)
             place = place_in_chunk(unit_start) if place is None else place
-            x = x + self.from_latent.outer(self.from_latent.features_at(inner, chunk, place))
-        if self.latent_dim and (self.settings.reads_text or self.settings.trunk_layers):
-            if told is None:
-                raise ValueError("this decoder knows of the text before: pass what it is told")
+            x = x + self._spread(latent, chunk, place)
+        if told is not None and self.latent_dim:
             x = x + told
         # A fresh decoder knows nothing but the latent: the state is reset at every chunk.
         reset = doc_start if self.settings.carry_state else unit_start
         y, griffin = self.decoder(x, griffin, reset, unit_start, length)
         return self.outputs(y), griffin
+
+    def _spread(self, latent: Tensor, chunk: Tensor, place: Tensor) -> Tensor:
+        """Latents (b n z) at the places of their chunks' events: chunk, place (b t'). (b t' d)."""
+        inner = self.from_latent.inner(latent)  # (b n 2d)
+        return self.from_latent.outer(self.from_latent.features_at(inner, chunk, place))
 
     def hide_bytes(self, symbol: Tensor, hidden: Tensor) -> Tensor:
         """Byte dropout: replace inputs where hidden (b t'), except the start of a unit."""

@@ -27,6 +27,7 @@ from hldm.config import Config
 from hldm.corpus import Corpus
 from hldm.generation import Writer, make_writer, row_generators
 from hldm.machine import kibibytes
+from hldm.parallel_decoder import ParallelDecoder
 from hldm.prior import Prior
 from hldm.tables import align, row
 from hldm.text import END_OF_CHUNK, count_characters
@@ -77,12 +78,27 @@ def write_like(autoencoder: Autoencoder, corpus: Corpus, chunks: int) -> None:
     Its own chunks would have all the length they may, which flatters a model that pays by the chunk. Documents
     never end. And prompts of any length are continued by the same text, so that only its cost can differ.
     """
-    count = torch.zeros_like(autoencoder.outputs.bias)
+    count = torch.zeros(OUTPUTS)
     count[:256] = torch.from_numpy(np.bincount(corpus.text, minlength=256))
     count[END_OF_CHUNK] = chunks
+    decoder = autoencoder.decoder
+    if isinstance(decoder, ParallelDecoder):
+        lengths = _log_lengths(count, autoencoder.chunking.max_bytes)
+        readouts = [(decoder.bytes, count[:256].log()), (decoder.lengths, lengths)]
+    else:
+        readouts = [(autoencoder.outputs, count.log())]
     with torch.no_grad():
-        autoencoder.outputs.weight.zero_()
-        autoencoder.outputs.bias.copy_(count.log())
+        for readout, bias in readouts:
+            readout.weight.zero_()
+            readout.bias.copy_(bias)
+
+
+def _log_lengths(count: Tensor, most: int) -> Tensor:
+    """Of 1, 2, ... bytes, without and with a document's end, as symbols drawn by their `count` make chunks."""
+    goes_on = count[:256].sum() / count.sum()
+    log_p = torch.arange(most) * goes_on.log()
+    log_p[:-1] += (1 - goes_on).log()
+    return torch.stack([log_p, torch.full_like(log_p, -torch.inf)], dim=1).flatten()
 
 
 def contestant(autoencoder: Autoencoder, prior: Prior | None, config: Config, corpus: Corpus) -> Contestant:

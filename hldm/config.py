@@ -199,6 +199,7 @@ class AutoencoderConfig:
     decoder: GriffinConfig = field(default_factory=GriffinConfig)
     trunk_layers: int = 0  # recurrent blocks that take a step a chunk: what is known before the next one
     trunk_width: int = 256
+    writes: Literal["bytes", "chunks"] = "bytes"  # decoder: byte after byte, or all of a chunk at once
     carry_state: bool = False  # decoder: keep the recurrent state from chunk to chunk, or start fresh
     reads_text: bool = False  # decoder: sees the encoder's feature at the byte before each, too
     byte_dropout: float = 0.0  # share of the decoder's input bytes hidden in training
@@ -225,8 +226,21 @@ class AutoencoderConfig:
         )
         if self.trunk_layers:
             _ = self.trunk  # its own checks
+        if self.writes == "chunks":
+            self._require_no_bytes_before()
         _require(
             self.rate_weight >= 0, f"autoencoder.rate_weight must not be negative, got {self.rate_weight}"
+        )
+
+    def _require_no_bytes_before(self) -> None:
+        """What a decoder that writes all bytes of a chunk at once cannot have."""
+        at_once = "autoencoder.writes=chunks writes all bytes of a chunk at once"
+        _require(self.latent_dim > 0, f"{at_once}, from a latent: autoencoder.latent_dim must not be 0")
+        _require(not self.carry_state, f"{at_once}: autoencoder.carry_state must be false")
+        _require(self.byte_dropout == 0, f"{at_once}, and reads none: autoencoder.byte_dropout must be 0")
+        _require(
+            set(self.decoder.blocks) == {"attention"},
+            f"{at_once}: autoencoder.decoder.blocks must all be attention, got {list(self.decoder.blocks)}",
         )
 
     @property

@@ -84,7 +84,7 @@ class TwinEntropy(ModelSegmenter):
         self.rule = "movement" if chunking.entropy_form == "budget" else "level"
 
     def initial_state(self, batch: int) -> SegmenterState:
-        return self.state(self.model.decoder.initial_state(batch), batch, carried=2)  # a byte, and the form's
+        return self.state(self.model.decoder_state(batch).griffin, batch, carried=2)  # a byte, and the form's
 
     def signal(self, text: Tensor, doc_start: Tensor, state: SegmenterState) -> tuple[Tensor, SegmenterState]:
         before = torch.cat([state.carry[:, :1].long(), text[:, :-1]], dim=1)

@@ -26,7 +26,8 @@ def reconstruct(
     """Accuracy from latents as the decoder gets them (`noisy`, at gamma_0) and without noise (`clean`).
 
     byte_accuracy:    share of symbols (bytes and ends) that the decoder finds likeliest, given its latent and
-                      the true bytes before in the chunk (and, with a carried state, in the document)
+                      the true bytes before in the chunk (and, with a carried state, in the document); where it
+                      writes chunks at once, given the true length in place of bytes
     chunk_accuracy:   share of chunks written without a fault
     written_accuracy: the decoder writes each chunk freely and greedily, byte k of it is compared with byte k
                       of the true one, and every byte too few or too many is wrong: one slip costs the rest.

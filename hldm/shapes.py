@@ -1,7 +1,7 @@
 """The shapes that a config's modules, states and activations will have, in arithmetic alone.
 
-A second description of hldm.griffin, hldm.autoencoder, hldm.mixture and hldm.prior, held equal to them by
-tests/test_sizes.py: weights and states to the number, activations as an estimate. No torch.
+A second description of hldm.griffin, hldm.parallel_decoder, hldm.autoencoder, hldm.mixture and hldm.prior, held equal
+to them by tests/test_sizes.py: weights and states to the number, activations as an estimate. No torch.
 """
 
 from __future__ import annotations
@@ -64,6 +64,16 @@ def _griffin(config: GriffinConfig) -> Iterator[Weight]:
     yield Weight((d,))
 
 
+def _parallel_decoder(config: GriffinConfig, max_bytes: int) -> list[Weight]:
+    """hldm.parallel_decoder.ParallelDecoder."""
+    d = config.width
+    hidden = round(d * config.mlp_ratio)
+    block = [*[Weight((d,))] * 2, *_linear(d, 3 * d, bias=False), *_linear(d, d)]
+    block += [*_linear(d, hidden, bias=False) * 2, *_linear(hidden, d, bias=False)]
+    readouts = [*_linear(d, 256), *_linear(d, 2 * max_bytes)]
+    return [_embedding(max_bytes, d), *block * len(config.blocks), Weight((d,)), *readouts]
+
+
 def _placed_readout(inputs: int, outputs: int, places: int) -> Iterator[Weight]:
     hidden = 2 * max(inputs, outputs)
     yield from (*_linear(inputs, hidden), _embedding(places, hidden), *_linear(hidden, outputs))
@@ -74,6 +84,8 @@ def autoencoder_weights(config: Config) -> list[Weight]:
     settings, chunking = config.autoencoder, config.chunking
     encoder, decoder, z = settings.encoder, settings.decoder, settings.latent_dim
     weights = [_embedding(VOCABULARY, decoder.width), *_griffin(decoder), *_linear(decoder.width, OUTPUTS)]
+    if settings.writes == "chunks":
+        weights = _parallel_decoder(decoder, chunking.max_bytes)
     if z:
         weights += [_embedding(VOCABULARY, encoder.width), *_griffin(encoder)]
         if settings.pooling == "strided":
@@ -200,7 +212,7 @@ def state_parts(config: Config) -> dict[str, int]:
     """Bytes of a row's state by part, as Carry in hldm.objectives names them."""
     settings, prior, hierarchy = config.autoencoder, config.prior, config.hierarchy
     window = config.chunking.max_bytes
-    decoder = _griffin_state(settings.decoder, window + 1) + INTEGER
+    decoder = INTEGER + (_griffin_state(settings.decoder, window + 1) if settings.writes == "bytes" else 0)
     if config.is_twin:
         return {"decoder": decoder}
     recurrent = prior.contextualiser == "griffin"

@@ -213,7 +213,8 @@ def test_the_decoder_writes_chunks_about_as_long_as_the_corpus_has_them():
 
     outputs = torch.nn.Linear(4, 258)
     corpus = SimpleNamespace(text=np.frombuffer(b"aab" * 10, np.uint8))
-    bench_writing.write_like(SimpleNamespace(outputs=outputs), corpus, chunks=6)  # 5 bytes each, and an end
+    model = SimpleNamespace(outputs=outputs, decoder=None)
+    bench_writing.write_like(model, corpus, chunks=6)  # 5 bytes each, and an end
     p = outputs(torch.randn(4)).softmax(dim=-1)
     assert p[256].item() == pytest.approx(1 / 6) and p[257].item() == 0
     assert p[ord("a")].item() == pytest.approx(20 / 36)

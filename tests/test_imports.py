@@ -41,6 +41,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "samplers",
         "mixture",
+        "parallel_decoder",
         "denoise_step",
         "data",
         "doctor",

@@ -59,6 +59,11 @@ OTHERS = [  # settings around configs/tiny.yaml that the shipped files do not sh
         *("chunking.strategy=fixed", "chunking.min_bytes=9", "chunking.max_bytes=9"),
     ],
     ["autoencoder.trunk_layers=3", "autoencoder.trunk_width=64", "autoencoder.reads_text=false"],
+    [
+        "autoencoder.writes=chunks",
+        "autoencoder.decoder.blocks=[attention,attention]",
+        "training.prior.joint=0.5",
+    ],
 ]
 CASES = [(path, ()) for path in CONFIGS] + [(TINY, tuple(overrides)) for overrides in OTHERS]
 
