@@ -82,9 +82,12 @@ def _window(
         chunk_start[row, : len(piece)] = start
         if opening and piece:
             doc_start[row, 0] = True
-    length = torch.tensor([len(piece) for piece in pieces])
-    arrays = (torch.from_numpy(text), length, torch.from_numpy(doc_start), torch.from_numpy(chunk_start))
-    return _Window(*(tensor.to(device) for tensor in arrays))
+    return _Window(
+        torch.from_numpy(text).to(device),
+        torch.tensor([len(piece) for piece in pieces]).to(device),
+        torch.from_numpy(doc_start).to(device),
+        torch.from_numpy(chunk_start).to(device),
+    )
 
 
 def _prompt_windows(
