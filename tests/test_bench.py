@@ -73,6 +73,12 @@ def test_both_stages_and_the_twin_are_measured_in_training_and_writing(configs, 
         for group in ("matrix products", "optimizer", "norm", "embedding", "elementwise", "copies"):
             assert seconds[group] > 0, group
         assert 0 < figures["profile"]["matrix_share"] < 1
+        if Path("/proc/self/clear_refs").exists():
+            memory = figures["memory"]
+            # weights, their average and at least one number a weight in the optimizer; then a gradient each
+            assert memory["held_bytes"] > 3 * 4 * figures["parameters"]
+            assert memory["step_bytes"] > 4 * figures["parameters"]
+            assert memory["peak_bytes"] == memory["held_bytes"] + memory["step_bytes"]
         assert seconds["other"] < 0.5 * sum(seconds.values())
     for stage in ("stage one", "twin"):
         assert training[stage]["profile"]["seconds"]["recurrence"] > 0
@@ -96,7 +102,14 @@ def test_both_stages_and_the_twin_are_measured_in_training_and_writing(configs, 
 
     printed = capsys.readouterr()
     assert found["machine"]["cpu"] in printed.out and f"torch {found['machine']['torch']}" in printed.out
-    for words in ("over the twin's", "of the peak", "recurrence", "denoiser calls", "after the short prompt"):
+    for words in (
+        "over the twin's",
+        "of the peak",
+        "peak memory",
+        "recurrence",
+        "denoiser calls",
+        "after the short prompt",
+    ):
         assert words in printed.out
 
 

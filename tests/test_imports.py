@@ -32,7 +32,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "weights",
         "machine",
     ),
-    ("config", "runs", "plots", "reports", "write_step"),
+    ("config", "runs", "plots", "reports", "write_step", "memory"),
     ("shapes",),
     ("griffin", "chunking", "events", "hierarchy", "diffusion", "corpus", "metrics", "sizes"),
     (
