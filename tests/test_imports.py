@@ -61,6 +61,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "pipeline",
         "bound",
+        "context_length",
         "reconstruction",
         "exits",
         "chunk_view",
