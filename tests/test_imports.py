@@ -69,7 +69,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "bench_training",
         "bench_writing",
     ),
-    ("stages",),
+    ("stages", "bench_processes"),
     ("evaluation", "bench", "diagnosis", "judge"),
     ("demo", "rate_curve"),
     ("league",),
