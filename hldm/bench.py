@@ -2,7 +2,8 @@
 
 Whatever is compared is measured in one process and in turns, a piece of each again and again, and every figure stands
 beside its twin's. Models are untrained: a step costs the same whatever it has learned. Here are the command and the
-tables' heads; `bench_training`, `bench_writing` and `bench_layers` measure. Imports torch only once there is work.
+tables' heads; `bench_training`, `bench_writing`, `bench_layers` and `bench_processes` measure. Imports torch only once
+there is work.
 """
 
 from __future__ import annotations
@@ -28,7 +29,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--layers", action="store_true", help="scan, layers and a byte's step instead of training"
     )
     parser.add_argument("--twin", type=Path, metavar="FILE", help="default: <config>-twin.yaml beside it")
-    parser.add_argument("--only", choices=("training", "writing"), help="one half of it")
+    parser.add_argument(
+        "--only",
+        choices=("training", "writing", "processes"),
+        help="one half of it; or stage one on one process and on several, which nothing else measures",
+    )
+    parser.add_argument(
+        "--launch",
+        type=Path,
+        metavar="FILE",
+        help="for --only processes: of configs/accelerate (default two_processes.yaml)",
+    )
     parser.add_argument(
         "--long", action="store_true", help="also write after 100,000 and 1,000,000 bytes: minutes of reading"
     )
@@ -48,9 +59,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             save_report(target, layers)
         print(bench_layers.report(layers))
         return 0
+    if arguments.launch is not None and arguments.only != "processes":
+        raise ConfigError("--launch says how --only processes starts them: pass both")
     config = load_config(path)
-    twin = load_config(arguments.twin or path.with_name(f"{path.stem}-twin{path.suffix}"))
-    found = measure(config, twin, steps=arguments.steps, only=arguments.only, long=arguments.long)
+    if arguments.only == "processes":
+        found = measure_processes(config, steps=arguments.steps, launch=arguments.launch)
+    else:
+        twin = load_config(arguments.twin or path.with_name(f"{path.stem}-twin{path.suffix}"))
+        found = measure(config, twin, steps=arguments.steps, only=arguments.only, long=arguments.long)
     if target is not None:
         save_report(target, found)
     print(report(found))
@@ -76,7 +92,6 @@ def measure(
 
     from hldm import bench_training, bench_writing
     from hldm.corpus import load_corpus
-    from hldm.runs import describe_environment
     from hldm.segmenting import attach_segmenter
 
     corpora = {data: load_corpus(data, "train") for data in {config.data, twin.data}}
@@ -99,14 +114,7 @@ def measure(
         "twin": bench_training.trainer_of(twin, "autoencoder", plain, twin_windows),
     }
     device = stages["twin"].accelerator.device
-    environment = describe_environment()
-    machine = {name: environment[name] for name in ("cpu", "cores", "threads", "torch", "platform", "commit")}
-    found: dict[str, Any] = {
-        "machine": {**machine, "device": str(device)},
-        "config": config.name,
-        "steps": steps,
-        "bytes_per_step": config.data.lanes * config.data.window_bytes,
-    }
+    found = _head(config, steps, str(device))
     if only != "writing":
         found |= bench_training.measure(stages, steps)
     if only != "training":
@@ -124,6 +132,28 @@ def measure(
     return found
 
 
+def measure_processes(config: Config, *, steps: int = 10, launch: Path | None = None) -> dict[str, Any]:
+    """Stage one on one process beside several, started by accelerate with the file `launch`."""
+    from hldm import bench_processes
+
+    found = bench_processes.measure(config, steps, launch or bench_processes.TWO_PROCESSES)
+    return {**_head(config, steps, found["one process"]["device"]), "processes": found}
+
+
+def _head(config: Config, steps: int, device: str) -> dict[str, Any]:
+    """What was measured, and on what."""
+    from hldm.runs import describe_environment
+
+    environment = describe_environment()
+    machine = {name: environment[name] for name in ("cpu", "cores", "threads", "torch", "platform", "commit")}
+    return {
+        "machine": {**machine, "device": device},
+        "config": config.name,
+        "steps": steps,
+        "bytes_per_step": config.data.lanes * config.data.window_bytes,
+    }
+
+
 def report(found: Mapping[str, Any]) -> str:
     """What `measure` found, as aligned tables; `-` where there is nothing."""
     from hldm import bench_training, bench_writing
@@ -132,6 +162,13 @@ def report(found: Mapping[str, Any]) -> str:
     tables = [
         f"{machine['cpu']}, {machine['device']}, {machine['threads']} thread(s), torch {machine['torch']}"
     ]
+    if "processes" in found:
+        from hldm import bench_processes
+
+        tables[0] += (
+            f"\n{found['config']}: {found['bytes_per_step']:,} bytes a step, {found['steps']} steps a turn"
+        )
+        tables.append(bench_processes.report(found["processes"]))
     if "training" in found:
         n = bench_training.GEMM_SIZE
         tables[0] += (

@@ -18,14 +18,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from hldm.autoencoder import Autoencoder
+from hldm.carry import named_tensors
 from hldm.chunking import make_chunker
 from hldm.clock import seconds_of
 from hldm.config import Config, LoggingConfig
 from hldm.corpus import Corpus
 from hldm.data import Windows
+from hldm.memory import peak_memory
 from hldm.objectives import AutoencoderObjective, CachedLatents, PriorObjective
 from hldm.prior import Prior
 from hldm.runs import Run
@@ -164,6 +167,29 @@ def time_saving(trainer: Trainer, seconds_per_step: float) -> dict[str, float]:
     }
 
 
+def memory_of(trainer: Trainer) -> dict[str, int] | None:
+    """Bytes that training takes at its peak: those held from step to step, and those of a step; None off the CPU.
+
+    Held are weights, their average, what the optimizers keep and what is carried from window to window; in a step
+    come gradients and activations. Without what Python, torch and the text take.
+    """
+    _, step = peak_memory(partial(_step, trainer))
+    if step is None or trainer.accelerator.device.type != "cpu":
+        return None
+    models = [trainer.objective, *([] if trainer.average is None else [trainer.average])]
+    held = [tensor for model in models for tensor in model.state_dict().values()]
+    held += [
+        value
+        for optimizer in trainer.optimizers
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, Tensor)
+    ]
+    held += [tensor for carry in trainer.carries for _, tensor in named_tensors(carry)]
+    size = sum(tensor.nbytes for tensor in held)
+    return {"held_bytes": size, "step_bytes": step, "peak_bytes": size + step}
+
+
 # Who an operator works for is the first of these that knows it or one of its callers; see group_of.
 _CALLERS = {
     "optimizer": r"Optimizer\.|aten::_foreach_|aten::_fused_adam",  # clipping and averaging, too
@@ -265,12 +291,17 @@ def rate_products(profile: dict[str, Any], seconds_per_step: float, peak: float)
 
 
 def measure(stages: Mapping[str, Trainer], steps: int) -> dict[str, Any]:
-    """Speed, saving and profile of every stage, the last being the twin's, and the peak that products are rated by."""
+    """Speed, saving, memory and profile of every stage, the last being the twin's.
+
+    And the peak that products are rated by.
+    """
     device = next(iter(stages.values())).accelerator.device
     peak = gemm_peak(device)
     training = time_steps(stages, steps)
     for name, trainer in stages.items():
         training[name] |= time_saving(trainer, training[name]["seconds_per_step"])
+    for name, trainer in stages.items():
+        training[name]["memory"] = memory_of(trainer)
     profiles = {name: profile_steps(trainer) for name, trainer in stages.items()}
     peak = max(peak, gemm_peak(device))  # before or after: whichever was disturbed less
     for name, found in training.items():
@@ -289,6 +320,8 @@ def report(training: Mapping[str, Any]) -> str:
         row("milliseconds a step", ",.1f", training, "seconds_per_step", scale=1e3),
         row("milliseconds a save", ",.1f", training, "seconds_per_save", scale=1e3),
         row("  share of training, at checkpoint.every", ".2%", training, "saving_share"),
+        row("peak memory, MiB", ",.1f", training, "memory", "peak_bytes", scale=2**-20),
+        row("  held from step to step", ",.1f", training, "memory", "held_bytes", scale=2**-20),
         row("matrix products, GFLOP a step", ",.2f", training, "profile", "matrix_gflop"),
         row("  share of the profiled step", ".1%", training, "profile", "matrix_share"),
         row("  of the peak, while they run", ".1%", training, "profile", "peak_share_inside"),

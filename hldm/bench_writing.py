@@ -7,14 +7,11 @@ knows no more than its last `GPT2_POSITIONS` bytes, and once those are used up i
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,7 +23,7 @@ from hldm.clock import wait_for_device
 from hldm.config import Config
 from hldm.corpus import Corpus
 from hldm.generation import Writer, make_writer, row_generators
-from hldm.machine import kibibytes
+from hldm.memory import peak_memory
 from hldm.parallel_decoder import ParallelDecoder
 from hldm.prior import Prior
 from hldm.tables import align, row
@@ -235,23 +232,6 @@ class Continuing:
             "peak_bytes": self.peak,
             "growth_bytes": self.growth,
         }
-
-
-def peak_memory(work: Callable[[], Any]) -> tuple[int | None, int | None]:
-    """The largest resident set of this process during some work, and how far above the one before; None off Linux."""
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)  # else the work takes what was freed before, and nothing grows
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    except OSError:
-        work()
-        return None, None
-    before = kibibytes("/proc/self/status")["VmRSS"]
-    work()
-    peak = kibibytes("/proc/self/status")["VmHWM"]
-    return peak, max(peak - before, 0)
 
 
 def measure(contestants: Mapping[str, Contestant], *, long: bool = False) -> dict[str, dict[str, Any]]:

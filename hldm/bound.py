@@ -24,20 +24,29 @@ from hldm.diffusion import alpha_sigma
 from hldm.mixture import MixturePredictor
 from hldm.objectives import draw_normal, noisy_latents, price_latents, read_chunks, read_latents
 from hldm.prior import Prior
+from hldm.prompts import prompt_chunker
 from hldm.text import count_characters
 
 LANES, WINDOW_BYTES = 16, 512  # measured, configs/tiny.yaml on a CPU: 256 and 1024 bytes take longer
 PASSES = 2  # independent estimates of the latent model's terms: the least that shows how far they differ
 
 
-def held_out_windows(autoencoder: Autoencoder, corpus: Corpus) -> Windows:
-    """A corpus laid out for reading whole documents in order, a few at a time."""
+def held_out_windows(
+    autoencoder: Autoencoder, corpus: Corpus, chunk_start: np.ndarray | None = None
+) -> Windows:
+    """A corpus laid out for reading whole documents in order, a few at a time.
+
+    chunk_start: (t,) bool where its chunks start, if that is known already. The twin's, which change nothing for it,
+    are the default words: costs are known by chunk, and its own are as long as its attention sees.
+    """
+    chunker = prompt_chunker(autoencoder.chunker, is_twin=autoencoder.latent_dim == 0)
     return Windows(
         corpus,
-        autoencoder.chunker,
+        chunker,
         lanes=LANES,
-        window_bytes=max(WINDOW_BYTES, 2 * autoencoder.chunking.max_bytes),
+        window_bytes=max(WINDOW_BYTES, 2 * chunker.max_bytes),
         shuffle=False,
+        chunk_start=chunk_start,
     )
 
 
@@ -49,6 +58,7 @@ class Bound(NamedTuple):
     end: np.ndarray  # (documents,) KL(q(z_1) || N(0, I))
     variance: float  # nats^2 of the sum of all, from the draws of noise and noise levels alone
     characters: np.ndarray  # (documents,)
+    by_chunk: np.ndarray  # (chunks,) nats of all three terms
     importance: np.ndarray | None = None  # (documents,) the bound of `importance_nats`, if it was asked for
 
     @property
@@ -118,7 +128,7 @@ def evaluate_bound(
     rows, corpus = windows.lanes, windows.corpus
     document_of = np.searchsorted(corpus.offsets, np.flatnonzero(windows.chunk_start), side="right") - 1
     nats = np.zeros((3, len(corpus)))  # decoder, latent, end of every document
-    importance = np.zeros(len(corpus))
+    importance, by_chunk = np.zeros(len(corpus)), np.zeros(windows.chunks)
     variance = 0.0
 
     decoders = [autoencoder.decoder_state(rows, device) for _ in range(1 if prior is None else PASSES)]
@@ -127,7 +137,8 @@ def evaluate_bound(
     for step in range(windows.windows_per_epoch):
         batch = windows.batch(step)
         is_chunk = batch.chunk_index >= 0  # (b n)
-        document = document_of[batch.chunk_index[is_chunk].numpy()]
+        chunk = batch.chunk_index[is_chunk].numpy()
+        document = document_of[chunk]
         batch = batch.to(device)
         passes = []
         if prior is None:
@@ -160,6 +171,7 @@ def evaluate_bound(
         estimate = torch.stack(passes).double().mean(dim=0).cpu()  # (3 b n)
         for total, term in zip(nats, estimate, strict=True):
             np.add.at(total, document, term[is_chunk].numpy())
+        by_chunk[chunk] = estimate.sum(dim=0)[is_chunk].numpy()
         difference = (passes[0] - passes[-1]).double().sum(dim=0)  # (b n)
         if autoencoder.settings.carry_state:
             difference = difference.sum(dim=1)
@@ -170,7 +182,13 @@ def evaluate_bound(
     characters = [count_characters(corpus.document(index).tobytes()) for index in range(len(corpus))]
     decoder_nats, latent_nats, end_nats = nats
     return Bound(
-        decoder_nats, latent_nats, end_nats, variance, np.array(characters), importance if samples else None
+        decoder_nats,
+        latent_nats,
+        end_nats,
+        variance,
+        np.array(characters),
+        by_chunk,
+        importance if samples else None,
     )
 
 

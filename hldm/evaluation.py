@@ -50,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             text=arguments.text,
             draws=arguments.draws,
             samples=arguments.samples,
+            contexts=arguments.context,
             prompts=arguments.prompts,
             max_characters=arguments.max_characters,
             seed=arguments.seed,
@@ -92,6 +93,15 @@ def _parser() -> argparse.ArgumentParser:
         metavar="K",
         help="also the bound that K importance-weighted draws give (default 0: not)",
     )
+    parser.add_argument(
+        "--context",
+        type=int,
+        nargs="+",
+        default=(),
+        metavar="N",
+        help="also with documents cut every N bytes, to see what context from farther away saves: each N takes as "
+        "long as the bound itself",
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of all noise (default 0)")
     return parser
 
@@ -103,6 +113,7 @@ def evaluate_run(
     text: Path | None = None,
     draws: int = 16,
     samples: int = 0,
+    contexts: Sequence[int] = (),
     prompts: int = 24,
     max_characters: int = 200,
     seed: int = 0,
@@ -142,6 +153,7 @@ def evaluate_run(
             pipeline.settings,
             draws=draws,
             samples=samples,
+            contexts=contexts,
             prompts=prompts,
             max_characters=max_characters,
             seed=seed,
@@ -162,6 +174,7 @@ def evaluate_model(
     *,
     draws: int = 16,
     samples: int = 0,
+    contexts: Sequence[int] = (),
     prompts: int = 24,
     max_characters: int = 200,
     seed: int = 0,
@@ -169,10 +182,12 @@ def evaluate_model(
     """Measure a model, None where it has nothing to measure: the twin has no latents, some texts no prompts.
 
     training_text: what random passages, a baseline of the continuations, are taken from
+    contexts: bytes that documents are cut every so many of, see `hldm.context_length`
     """
     import torch
 
     from hldm.bound import evaluate_bound, held_out_windows
+    from hldm.context_length import by_distance, compare_contexts, cut_documents
     from hldm.prompts import choose_prompts, prompt_chunker
     from hldm.reconstruction import reconstruct
 
@@ -181,6 +196,7 @@ def evaluate_model(
         ("prompts", prompts, 0),
         ("max_characters", max_characters, 1),
         ("seed", seed, 0),
+        *(("context", length, 2) for length in contexts),
     )
     for name, value, least in limits:
         if value < least:
@@ -191,6 +207,12 @@ def evaluate_model(
     # the twin's likelihood needs no bound
     samples = 0 if prior is None else samples
     bound = evaluate_bound(autoencoder, prior, windows, draws=draws, samples=samples, generator=generator)
+
+    def cut(every: int) -> dict[str, Any] | None:
+        pieces = held_out_windows(autoencoder, cut_documents(windows, every), windows.chunk_start)
+        short = evaluate_bound(autoencoder, prior, pieces, draws=draws, generator=generator)
+        return compare_contexts(bound.by_chunk, short.by_chunk, windows, pieces, every)
+
     return {
         "seed": seed,
         "draws": draws,
@@ -211,6 +233,8 @@ def evaluate_model(
             max_characters=max_characters,
             seed=seed,
         ),
+        "by_distance": by_distance(bound.by_chunk, windows),
+        "context": {str(every): cut(every) for every in contexts} or None,
     }
 
 
@@ -378,8 +402,10 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
 
 def compare(columns: Mapping[str, Mapping[str, Any]]) -> str:
     """Evaluations side by side as an aligned table: a column each, named by its key, `-` where it has no value."""
+    from hldm.context_length import rows
+
     table = [["", *columns]]
-    for label, key, form in _ROWS:
+    for label, key, form in (*_ROWS, *rows(columns.values())):
         values = [_look_up(evaluation, key) for evaluation in columns.values()]
         table.append([label, *("-" if value is None else format(value, form) for value in values)])
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]

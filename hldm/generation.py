@@ -24,11 +24,9 @@ from hldm.contextualiser import Context, ContextState
 from hldm.denoise_step import can_denoise, denoise_steps
 from hldm.diffusion import draw_noise, sample, sampler_steps
 from hldm.prior import Prior
-from hldm.sizes import require_room_to_write
+from hldm.sizes import PROMPT_WINDOW, require_room_to_write
 from hldm.text import count_characters, split_incomplete, to_ids
 from hldm.writing import Piece, Written, write_bytes, write_chunks
-
-PROMPT_WINDOW = 4096  # bytes of a prompt read at once: bounds memory whatever its length
 
 
 class Writer(Protocol):
@@ -65,13 +63,19 @@ class _Window(NamedTuple):
     length: Tensor
     doc_start: Tensor
     chunk_start: Tensor
+    chunks: int | None = None  # a row, padded; None: the most in any
 
 
 def _window(
-    pieces: Sequence[bytes], starts: Sequence[np.ndarray], opens: Sequence[bool], device: torch.device
+    pieces: Sequence[bytes],
+    starts: Sequence[np.ndarray],
+    opens: Sequence[bool],
+    device: torch.device,
+    width: int | None = None,
 ) -> _Window:
-    longest = max((len(piece) for piece in pieces), default=0)
-    text = np.zeros((len(pieces), longest), dtype=np.int64)
+    """width: pad to so many bytes a row (those of the longest when None)."""
+    width = max((len(piece) for piece in pieces), default=0) if width is None else width
+    text = np.zeros((len(pieces), width), dtype=np.int64)
     chunk_start = np.zeros(text.shape, dtype=bool)
     doc_start = np.zeros(text.shape, dtype=bool)
     for row, (piece, start, opening) in enumerate(zip(pieces, starts, opens, strict=True)):
@@ -79,27 +83,38 @@ def _window(
         chunk_start[row, : len(piece)] = start
         if opening and piece:
             doc_start[row, 0] = True
-    length = torch.tensor([len(piece) for piece in pieces])
-    arrays = (torch.from_numpy(text), length, torch.from_numpy(doc_start), torch.from_numpy(chunk_start))
-    return _Window(*(tensor.to(device) for tensor in arrays))
+    return _Window(
+        torch.from_numpy(text).to(device),
+        torch.tensor([len(piece) for piece in pieces]).to(device),
+        torch.from_numpy(doc_start).to(device),
+        torch.from_numpy(chunk_start).to(device),
+    )
 
 
 def _prompt_windows(
     prompts: Sequence[bytes], starts: Sequence[np.ndarray], device: torch.device
 ) -> Iterator[_Window]:
-    """Cut prompts at chunk borders into windows of about PROMPT_WINDOW bytes; short ones run out early."""
-    cuts = []
+    """Cut prompts at chunk borders into windows of about PROMPT_WINDOW bytes in all; short ones run out early.
+
+    All have one shape, so that the memory which one gives back fits the next. Tensors of ever other sizes leave
+    glibc's heap in pieces, the more of them the longer the text.
+    """
+    size = max(PROMPT_WINDOW // max(len(prompts), 1), 1)
+    cuts, width, chunks = [], 0, 0
     for prompt, start in zip(prompts, starts, strict=True):
         borders = np.append(np.flatnonzero(start), len(prompt))
-        wanted = np.arange(0, len(prompt) + PROMPT_WINDOW, PROMPT_WINDOW)
-        cuts.append(np.unique(borders[np.searchsorted(borders, wanted).clip(max=len(borders) - 1)]))
+        wanted = np.arange(0, len(prompt) + size, size)
+        at = np.unique(np.searchsorted(borders, wanted).clip(max=len(borders) - 1))
+        cuts.append(borders[at])
+        width = max(width, *np.diff(borders[at]).tolist(), 0)
+        chunks = max(chunks, *np.diff(at).tolist(), 0)
     for index in range(max((len(cut) for cut in cuts), default=1) - 1):
         pieces, flags = [], []
         for prompt, start, cut in zip(prompts, starts, cuts, strict=True):
             part = slice(cut[index], cut[index + 1]) if index + 1 < len(cut) else slice(0, 0)
             pieces.append(prompt[part])
             flags.append(start[part])
-        yield _window(pieces, flags, [index == 0] * len(prompts), device)
+        yield _window(pieces, flags, [index == 0] * len(prompts), device, width)._replace(chunks=chunks)
 
 
 class LatentWriter:
@@ -140,10 +155,12 @@ class LatentWriter:
 
     def _read(self, window: _Window) -> None:
         """Take in whole chunks of a prompt: advance encoder, pyramid and a carried decoder."""
-        encoding, self.encoder = self.autoencoder.encode(*window, self.encoder)
+        text, length, doc_start, chunk_start, chunks = window
+        encoding, self.encoder = self.autoencoder.encode(
+            text, length, doc_start, chunk_start, self.encoder, chunks
+        )
         self._remember(encoding.latents, encoding.mask, encoding.doc_start, encoding.after)
         if self.autoencoder.settings.carry_state:
-            text, length, doc_start, chunk_start = window
             never = torch.zeros_like(doc_start)
             events = self.autoencoder.events(text, length, doc_start, never, chunk_start, self.decoder)
             # the mean of what the decoder was trained on
@@ -166,7 +183,7 @@ class LatentWriter:
         if written.features is None:
             starts = [np.arange(len(piece.text)) == 0 for piece in pieces]
             window = _window([piece.text for piece in pieces], starts, self.opens, self.device)
-            encoding, self.encoder = self.autoencoder.encode(*window, self.encoder)
+            encoding, self.encoder = self.autoencoder.encode(*window[:4], self.encoder)
             self._remember(encoding.latents, encoding.mask, encoding.doc_start, encoding.after)
         else:
             length = torch.tensor([len(piece.text) for piece in pieces], device=self.device)
@@ -272,7 +289,7 @@ class ByteWriter:
         self.state = autoencoder.decoder_state(rows, self.device)
         starts = [autoencoder.chunker.chunk_start(prompt) for prompt in prompts]
         for window in _prompt_windows(prompts, starts, self.device):
-            text, length, doc_start, chunk_start = window
+            text, length, doc_start, chunk_start, _ = window
             never = torch.zeros_like(doc_start)
             events = autoencoder.events(text, length, doc_start, never, chunk_start, self.state)
             _, griffin = autoencoder.decode(

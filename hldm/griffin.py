@@ -109,7 +109,9 @@ def _rotate(x: Tensor, first: int) -> Tensor:
     """x (... n h e) with the first half of each head turned, in pairs, for the positions first, first + 1, ..."""
     half = x.shape[-1] // 2
     pairs = torch.view_as_complex(at_least_float32(x[..., :half]).unflatten(-1, (-1, 2)))
-    rotation = _rotation(first + x.shape[-3], half // 2, pairs.dtype, x.device)[first:]
+    last = first + x.shape[-3]
+    # of powers of two: texts of ever other lengths share a few tables
+    rotation = _rotation(1 << (last - 1).bit_length(), half // 2, pairs.dtype, x.device)[first:last]
     return torch.cat([torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype), x[..., half:]], dim=-1)
 
 

@@ -40,7 +40,8 @@ RUNTIME = 400 * 2**20  # Python with torch, diffusers and transformers imported:
 BIBLE_BYTES = 4_200_000  # the built-in corpus
 TENSOR_RECORD = 150  # bytes of a safetensors header a tensor: name, shape and offsets in JSON
 GENERATOR_BYTES = 5_100  # of a torch.Generator on the CPU: a Mersenne twister's 624 words as int64
-PROMPT_WINDOW = 4096  # bytes of a prompt read at once (hldm.generation)
+# bytes of prompts read at once, all together: bounds memory whatever their length and number
+PROMPT_WINDOW = 1024
 BYTES = 256  # what a segmenter predicts
 CHUNK_BYTES = 100  # Python's own of a chunk written: a bytes object, its place in lists
 
@@ -276,7 +277,7 @@ def report(found: dict[str, Any]) -> str:
 
 def writing_bytes(config: Config, rows: int, characters: int, prompt_bytes: int) -> int:
     """Memory to continue `rows` prompts, the longest of so many bytes, by `characters` each. A rough estimate."""
-    read = min(prompt_bytes, PROMPT_WINDOW)
+    read = min(prompt_bytes, PROMPT_WINDOW // max(rows, 1) + config.chunking.max_bytes)
     stack = config.autoencoder.decoder if config.is_twin else config.autoencoder.encoder
     # nothing is kept for a backward pass: one block's, and one layer's
     numbers = stack_numbers(replace(stack, blocks=stack.blocks[:1]), read, config.chunking.max_bytes, False)

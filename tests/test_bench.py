@@ -87,6 +87,8 @@ def test_both_stages_and_the_twin_are_measured_in_training_and_writing(configs, 
         for group in ("matrix products", "optimizer", "norm", "embedding", "elementwise", "copies"):
             assert seconds[group] > 0, group
         assert 0 < figures["profile"]["matrix_share"] < 1
+        if Path("/proc/self/clear_refs").exists():
+            assert figures["memory"]["peak_bytes"] > figures["memory"]["held_bytes"] > 0
         assert seconds["other"] < 0.5 * sum(seconds.values())
     for stage in ("stage one", "twin"):
         assert training[stage]["profile"]["seconds"]["recurrence"] > 0
@@ -110,7 +112,14 @@ def test_both_stages_and_the_twin_are_measured_in_training_and_writing(configs, 
 
     printed = capsys.readouterr()
     assert found["machine"]["cpu"] in printed.out and f"torch {found['machine']['torch']}" in printed.out
-    for words in ("over the twin's", "of the peak", "recurrence", "denoiser calls", "after the short prompt"):
+    for words in (
+        "over the twin's",
+        "of the peak",
+        "peak memory",
+        "recurrence",
+        "denoiser calls",
+        "after the short prompt",
+    ):
         assert words in printed.out
 
 
@@ -122,6 +131,22 @@ def test_half_of_it_can_be_measured_alone(configs, half, monkeypatch):
     assert main(["bench", *arguments, "--only", half]) == 0
     found = json.loads(target.read_text())
     assert ("training" in found, "generation" in found) == (half == "training", half == "writing")
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is measured on Linux alone")
+def test_training_holds_three_numbers_a_weight_and_a_step_adds_a_gradient_each(small_config):
+    from hldm.corpus import load_corpus
+
+    windows = bench_training.windows_of(small_config, load_corpus(small_config.data, "train"))
+    objective = bench_training.stage_one(small_config)
+    trainer = bench_training.trainer_of(small_config, "autoencoder", objective, windows)
+    trainer.step(0.1)
+    memory = bench_training.memory_of(trainer)
+    weights = sum(p.nbytes for p in objective.parameters())
+    # weights, their average, one or two of each in the optimizers; states and buffers are small
+    assert 3 * weights < memory["held_bytes"] < 5 * weights
+    assert memory["step_bytes"] > weights
+    assert memory["peak_bytes"] == memory["held_bytes"] + memory["step_bytes"]
 
 
 def test_the_gpt2_has_as_many_parameters_as_it_is_compared_with():

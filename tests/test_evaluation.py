@@ -25,7 +25,7 @@ FEW = ["--prompts", "3", "--max-characters", "20", "--draws", "2"]
 
 KEYS = {  # of every evaluation: the latent model's and the twin's
     "": "run split commit seed draws samples characters bits_per_character perplexity characters_per_chunk "
-    "reconstruction prompts rouge diversity rechunked speed cost",
+    "reconstruction prompts rouge diversity rechunked speed cost by_distance context",
     "bits_per_character": "bound standard_error standard_error_text latent decoder end importance",
     "perplexity": "character word",
     "rouge": "rouge1 rouge2 rougeL baselines",
@@ -34,6 +34,10 @@ KEYS = {  # of every evaluation: the latent model's and the twin's
     "diversity": "distinct1 distinct2 entropy repetition reference",
     "diversity.reference": "distinct1 distinct2 entropy repetition",
     "speed": "characters_per_second denoising_calls",
+    "by_distance": "0 100 1000 10000",
+    "by_distance.100": "characters bits_per_character standard_error",
+    "context": "100",
+    "context.100": "characters bits_per_character whole saved standard_error",
     "cost": "parameters train_seconds train_characters",
 }
 RECONSTRUCTION_KEYS = {
@@ -88,12 +92,20 @@ def test_a_latent_model_and_its_twin_have_the_same_keys_in_json_and_table(runs, 
     columns = {}
     for name in ("model", "twin"):
         path = tmp_path / f"{name}.json"
-        assert main(["--run", str(runs / name), "--json", str(path), *FEW]) == 0
+        assert main(["--run", str(runs / name), "--json", str(path), "--context", "100", *FEW]) == 0
         columns[name] = json.loads(path.read_text())
         for key, names in (KEYS | (RECONSTRUCTION_KEYS if name == "model" else {})).items():
             assert set(look_up(columns[name], key)) == set(names.split()), key
         table = capsys.readouterr().out
-        for words in ("bits per character", "perplexity", "ROUGE-L", "diversity", "speed", "cost"):
+        for words in (
+            "bits per character",
+            "perplexity",
+            "ROUGE-L",
+            "diversity",
+            "speed",
+            "cost",
+            "cut every 100",
+        ):
             assert words in table
 
     model, twin = columns["model"], columns["twin"]
@@ -156,6 +168,7 @@ def test_no_prompts_leave_their_entries_empty(runs):
         (["--run", "{runs}/model", "--draws", "3"], "draws must be even"),
         (["--run", "{runs}/model", "--max-characters", "0"], "max_characters must be at least 1"),
         (["--run", "{runs}/twin", "--text", "{tmp}/blank"], "0 words"),
+        (["--run", "{runs}/twin", "--context", "100", "1"], "context must be at least 2"),
     ],
 )
 def test_what_cannot_be_measured_is_told_in_one_line(runs, tmp_path, capsys, arguments, says):

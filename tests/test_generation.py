@@ -20,9 +20,18 @@ from hldm.config import (
     HierarchyConfig,
     PriorConfig,
 )
-from hldm.generation import LatentWriter, _cut, _window, row_generators, write_on
+from hldm.generation import (
+    LatentWriter,
+    _cut,
+    _prompt_windows,
+    _window,
+    make_writer,
+    row_generators,
+    write_on,
+)
 from hldm.pipeline import ByteTokenizer, HLDMPipeline, read_pipeline
 from hldm.prior import Prior
+from hldm.sizes import PROMPT_WINDOW
 from hldm.text import END_OF_DOCUMENT, count_characters
 
 GRIFFIN = GriffinConfig(width=16, blocks=("recurrent", "attention"), heads=2)
@@ -135,6 +144,39 @@ def test_a_prompt_read_in_many_windows_is_the_same_prompt(monkeypatch):
     whole = write(model, prompts)
     monkeypatch.setattr("hldm.generation.PROMPT_WINDOW", 16)
     assert write(model, prompts) == whole
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_prompts_leave_the_same_state_whatever_the_window(kind, monkeypatch):
+    autoencoder, prior = make_model(**kind)
+    prompts = [b"In the beginning was the word, and so on. " * 3, b"", b"Short one"]
+
+    def states(window):
+        monkeypatch.setattr("hldm.generation.PROMPT_WINDOW", window)
+        with torch.no_grad():
+            writer = make_writer(autoencoder, prior, prompts, SETTINGS, row_generators(3, 3))
+        if prior is None:
+            return writer.state, writer.opens
+        return writer.encoder, writer.decoder, writer.context.summary, writer.memory.partial, writer.opens
+
+    whole = states(100_000)
+    for window in (1, 16, 200):
+        torch.testing.assert_close(states(window), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_windows_of_prompts_have_one_shape_and_as_many_bytes_whatever_the_number_of_rows():
+    autoencoder, _ = make_model()
+    text = b"In the beginning was the word, and so on, and so on. " * 60
+    for rows in (1, 3, 16):
+        prompts = [text[row:] for row in range(rows)]
+        starts = [autoencoder.chunker.chunk_start(prompt) for prompt in prompts]
+        windows = list(_prompt_windows(prompts, starts, torch.device("cpu")))
+        assert len({(window.text.shape, window.chunks) for window in windows}) == 1
+        assert windows[0].text.numel() <= PROMPT_WINDOW + rows * autoencoder.chunking.max_bytes
+        for row, prompt in enumerate(prompts):
+            read = [bytes(window.text[row, : window.length[row]].tolist()) for window in windows]
+            assert b"".join(read) == prompt
+            assert max(int(window.chunk_start[row].sum()) for window in windows) <= windows[0].chunks
 
 
 def test_memory_of_the_context_does_not_grow_with_the_text():

@@ -35,7 +35,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "weights",
         "machine",
     ),
-    ("config", "runs", "plots", "reports", "write_step"),
+    ("config", "runs", "plots", "reports", "write_step", "memory"),
     ("shapes",),
     ("griffin", "chunking", "events", "hierarchy", "diffusion", "corpus", "metrics", "sizes"),
     (
@@ -68,6 +68,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "pipeline",
         "bound",
+        "context_length",
         "reconstruction",
         "exits",
         "chunk_view",
@@ -75,7 +76,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "bench_training",
         "bench_writing",
     ),
-    ("stages",),
+    ("stages", "bench_processes"),
     ("evaluation", "bench", "diagnosis", "judge"),
     ("demo", "rate_curve"),
     ("league",),
