@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hldm.autoencoder import Autoencoder
 from hldm.config import ChunkingConfig
@@ -25,7 +25,7 @@ from hldm.text import START
 BYTES = 256  # of the twin's symbols; the others end things, and the text goes on
 
 
-class ModelSegmenter(Signaller):
+class ModelSegmenter(Signaller, nn.Module):
     """An autoencoder, asked."""
 
     def __init__(self, chunking: ChunkingConfig, model: Autoencoder) -> None:

@@ -49,7 +49,7 @@ class Features(NamedTuple):
     before: Tensor  # (b t d) having read those before it; zeros where a document starts
 
 
-class Signaller(nn.Module):
+class Signaller:
     """What gives every byte a signal, and has a threshold for it: a segmenter, or a trained run asked instead."""
 
     rule: Literal["level", "movement"] = "level"
@@ -169,7 +169,9 @@ class SegmenterChunker(Chunker):
 
     def __init__(self, segmenter: Signaller, min_bytes: int, max_bytes: int) -> None:
         super().__init__(min_bytes, max_bytes)
-        self.segmenter = copy.deepcopy(segmenter).double().eval()
+        self.segmenter = copy.deepcopy(segmenter)
+        assert isinstance(self.segmenter, nn.Module)  # as each is
+        self.segmenter.double().eval()
         self.threshold = float(segmenter.threshold)
 
     def chunk_start(self, text: bytes | np.ndarray) -> np.ndarray:

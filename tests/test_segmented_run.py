@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from hldm.config import Config, SegmenterConfig, stage_training
 from hldm.evaluation import evaluate_run
@@ -15,6 +19,23 @@ from hldm.pipeline import read_pipeline
 from hldm.runs import export_run
 from hldm.segmenting import read_segmenter
 from hldm.stages import train_autoencoder, train_diffusion, train_run
+
+# what each rank's autoencoder is bound to, and cuts a text into
+TELLING = """
+import os, sys
+from pathlib import Path
+from hldm import cli, stages
+
+attach = stages.attach_segmenter
+
+def telling(autoencoder, segmenter):
+    attach(autoencoder, segmenter)
+    starts = autoencoder.chunker.chunk_start(b"And the king said to his servants, Go.").tolist()
+    Path(f"rank-{os.environ['RANK']}").write_text(f"{autoencoder.config['segmenter']} {starts}")
+
+stages.attach_segmenter = telling
+sys.exit(cli.train_autoencoder(sys.argv[1:]))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +121,22 @@ def test_a_segmenter_cut_short_is_made_anew(config, tmp_path):
     (leftover / "config.json").write_text(json.dumps({}))
     run = train_autoencoder(config, root=tmp_path)
     assert not leftover.exists() and (run / "segmenter" / "model" / "config.json").is_file()
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_segmenter_and_both_cut_by_it(tmp_path, small_overrides):
+    (tmp_path / "telling.py").write_text(TELLING)
+    segmenter = [f"chunking.segmenter.{name}" for name in ("width=16", "layers=1", "lanes=2", "steps=5")]
+    arguments = ["--config", str(ROOT / "configs/tiny.yaml"), "--name", "two", *small_overrides, *segmenter]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    port = ["--main_process_port", str(29_500 + os.getpid() % 1000)]
+    two = subprocess.run(
+        [*launch, *port, "telling.py", *arguments, "chunking.strategy=state_change", "chunking.min_bytes=2"],
+        cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert two.returncode == 0, two.stderr[-3000:]
+    told = [(tmp_path / f"rank-{rank}").read_text() for rank in (0, 1)]
+    assert told[0] == told[1] and "True" in told[0].partition("[True")[2]
+    assert two.stdout.count("bytes a chunk at threshold") == 1  # rank 1 trained none
+    assert len(list((tmp_path / "runs/two/segmenter").glob("boundaries-*"))) == 1
