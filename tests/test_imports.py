@@ -32,13 +32,12 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "weights",
         "machine",
     ),
-    ("config", "runs", "plots", "reports", "write_step"),
+    ("config", "runs", "plots", "reports", "write_step", "close_step"),
     ("shapes",),
     ("griffin", "chunking", "events", "hierarchy", "diffusion", "corpus", "metrics", "sizes"),
     (
         "samplers",
         "mixture",
-        "denoise_step",
         "data",
         "doctor",
         "segmenter",
@@ -56,7 +55,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "policy_segmenter",
         "select_segmenter",
     ),
-    ("autoencoder", "prior"),
+    ("autoencoder", "prior", "context_step", "denoise_step"),
     ("objectives", "writing", "training", "segmenting"),
     ("generation",),
     (
