@@ -123,9 +123,9 @@ def test_going_on_from_carried_state_equals_reading_everything_again(kind):
 def test_kernels_write_what_torch_writes_through_the_ends_of_documents(plain_torch, kind):
     autoencoder, prior = make_model(**kind)
     autoencoder.outputs.bias.data[END_OF_DOCUMENT] = 4.0
-    rows = write((autoencoder, prior), PROMPTS, seed=5, characters=200, through_ends=True)
+    rows = write((autoencoder, prior), PROMPTS, seed=5, characters=40, through_ends=True)
     with plain_torch():
-        assert rows == write((autoencoder, prior), PROMPTS, seed=5, characters=200, through_ends=True)
+        assert rows == write((autoencoder, prior), PROMPTS, seed=5, characters=40, through_ends=True)
 
 
 def test_a_prompt_read_in_many_windows_is_the_same_prompt(monkeypatch):
