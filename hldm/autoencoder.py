@@ -20,6 +20,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from hldm.chunking import Chunker, make_chunker, pool_by_chunk, segments
+from hldm.close_step import can_close, close_step
 from hldm.config import AutoencoderConfig, ChunkingConfig, section_from_dict
 from hldm.events import Events, decoder_events, ends_of, place_in_chunk, positions
 from hldm.griffin import Griffin, GriffinState
@@ -204,21 +205,21 @@ class Autoencoder(SavedModel):
 
     def close_chunk(
         self, y: Tensor, griffin: GriffinState, length: Tensor, opens: Tensor, state: EncoderState
-    ) -> EncoderState:
-        """The state that `close_chunks` leaves, for one chunk a row, as it is written.
+    ) -> tuple[Tensor, EncoderState]:
+        """The latent (b 1 z) and the state that `close_chunks` gives, for one chunk a row, as it is written.
 
         y: (b l d) features of its bytes, griffin: the state after them;  length: (b), at least 1;  opens: (b 1) bool
         """
+        if can_close(self, y, state.trunk):
+            latents, feature, trunk, known = close_step(self, y, length, opens, state.trunk)
+            return latents[:, None], EncoderState(griffin, feature, trunk, known)
+        latents = self.normaliser(self.to_latent.of_chunk(y, length))
         feature = take_rows(y, length[:, None] - 1)  # (b 1 d)
         known, trunk = feature, state.trunk
         if self.settings.trunk_layers:
             summary = self.to_trunk(torch.cat([feature, shares(y, length) @ y], dim=-1))
             known, trunk = self.trunk(summary, state.trunk, opens, opens)
-        return EncoderState(griffin, feature[:, 0], trunk, known[:, 0])
-
-    def latent_of_chunk(self, y: Tensor, length: Tensor) -> Tensor:
-        """The latent that `close_chunks` gives one chunk a row (b 1 z), from y (b l d) and length (b)."""
-        return self.normaliser(self.to_latent.of_chunk(y, length))
+        return latents, EncoderState(griffin, feature[:, 0], trunk, known[:, 0])
 
     def read_byte(
         self, symbol: Tensor, doc_start: Tensor, chunk_start: Tensor, griffin: GriffinState
@@ -265,13 +266,6 @@ class Autoencoder(SavedModel):
             known = take_rows(self.from_trunk(encoding.before), events.chunk)
             told = known if told is None else told + known
         return told
-
-    def told_by_latent(self, latent: Tensor, known: Tensor | None) -> Tensor:
-        """What `decode` adds to the symbols of a whole chunk, text left out. latent (b z), known (b d): (b e d)."""
-        read = self.from_latent
-        place = torch.arange(self.chunking.max_bytes + 1, device=latent.device)
-        told = read.outer(read.features(read.inner(latent)[:, None], place))  # (b e d)
-        return told if known is None else told + known[:, None]
 
     def decode(
         self,

@@ -1,7 +1,8 @@
 """All denoising steps of a batch of latents in a single call of C++: mixture, network and solver in turns.
 
 What `hldm.diffusion.sample` does with `Prior.denoise`, to rounding, for a prior that corrects a mixture. What depends
-on the noise level alone is worked out in torch for all steps at once. `hldm.generation` asks `can_denoise` first.
+on the noise level alone is worked out in torch, once for a text: weights do not change while it is written.
+`hldm.generation` asks `can_denoise` first.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hldm.denoiser import Told
 from hldm.diffusion import Steps, alpha_sigma
 from hldm.kernels import library
 from hldm.step import is_plain, kernels_can_compute
@@ -48,60 +50,74 @@ def _parameters(prior: Any) -> list[Tensor]:
     ]
 
 
-def can_denoise(prior: Any, told: Any, plan: Steps) -> bool:
-    """Whether `denoise_steps` does what `sample` would with `Prior.denoise`, told of the context as `tell` does."""
+def can_denoise(prior: Any, plan: Steps) -> bool:
+    """Whether `PlannedSteps` does what `sample` would with `Prior.denoise`."""
     if not kernels_can_compute() or prior.mixture is None or len(plan.weights) > MOST_STEPS:
         return False
-    if told.log_weights.shape[0] == 0 or (prior.training and prior.settings.dropout):
+    if prior.training and prior.settings.dropout:
         return False
     parameters = [*_layers(prior).values(), *_parameters(prior), prior.mixture.prototypes]
     return all(map(is_plain, parameters))
 
 
-def denoise_steps(prior: Any, told: Any, plan: Steps, latent: Tensor, noise: Tensor) -> Tensor:
-    """z_0 (b z) after all steps of a plan, from noise (b z); call only where `can_denoise`.
+class PlannedSteps:
+    """A plan's steps, with all worked out that is the same for every latent; make one only where `can_denoise`."""
 
-    told: `Prior.tell` of one context a row;  noise: (steps b z), or (0 b z) where steps add none
-    """
-    kernels, (rows, z), steps = library(), latent.shape, len(plan.weights)
-    assert kernels is not None and len(noise) in (0, steps)
-    denoiser, mixture, gammas = prior.denoiser, prior.mixture, plan.gammas[:-1]
-    time = denoiser.by_level(gammas)
-    tensors = {
-        "levels": torch.stack(alpha_sigma(gammas), dim=1),
-        "solver": plan.weights,
-        "noise": noise if len(noise) else latent.new_zeros(steps, rows, z),
-        "log_weights": told.log_weights,
-        "prototypes": mixture.prototypes,
-        "square": (2 * mixture.log_deviation).exp(),
-        **_layers(prior),
-        "latent": latent.clone(memory_format=torch.contiguous_format),
-    }
-    lists = {
-        "parameters": _parameters(prior),
-        "told": [part for block in told.blocks for part in block],
-        "by_level": [block.from_gamma(time) for block in denoiser.blocks],
-    }
-    tensors = {name: tensor.float().contiguous() for name, tensor in tensors.items()}
-    lists = {name: [part.float().contiguous() for part in parts] for name, parts in lists.items()}
-    pointers = {
-        name: (ctypes.c_void_p * len(parts))(*(part.data_ptr() for part in parts))
-        for name, parts in lists.items()
-    }
-    call = _Denoising(
-        rows=rows,
-        steps=steps,
-        z=z,
-        d=denoiser.inputs.out_features,
-        width=prior.settings.width,
-        heads=prior.settings.heads,
-        entries=told.blocks[0].key.shape[2] if told.blocks else 0,
-        components=len(mixture.prototypes),
-        hidden=denoiser.blocks[0].mlp[0].out_features if told.blocks else 0,
-        blocks=len(told.blocks),
-        threads=torch.get_num_threads(),
-        **{name: tensor.data_ptr() for name, tensor in tensors.items()},
-        **{name: ctypes.addressof(array) for name, array in pointers.items()},
-    )
-    kernels.hldm_denoise(ctypes.byref(call))
-    return tensors["latent"]
+    def __init__(self, prior: Any, plan: Steps):
+        kernels, denoiser, mixture = library(), prior.denoiser, prior.mixture
+        assert kernels is not None
+        self._run, self._steps = kernels.hldm_denoise, len(plan.weights)
+        gammas = plan.gammas[:-1]
+        time = denoiser.by_level(gammas)
+        self._tensors = {
+            "levels": torch.stack(alpha_sigma(gammas), dim=1).contiguous(),
+            "solver": plan.weights.contiguous(),
+            "prototypes": mixture.prototypes,
+            "square": (2 * mixture.log_deviation).exp(),
+            **_layers(prior),
+        }
+        self._lists = {
+            "parameters": _parameters(prior),
+            "by_level": [block.from_gamma(time) for block in denoiser.blocks],
+        }
+        self._pointers = {name: _pointers(parts) for name, parts in self._lists.items()}
+        self._call = _Denoising(
+            steps=self._steps,
+            z=prior.latent_dim,
+            d=denoiser.inputs.out_features,
+            width=prior.settings.width,
+            heads=prior.settings.heads,
+            components=len(mixture.prototypes),
+            hidden=denoiser.blocks[0].mlp[0].out_features,
+            blocks=len(denoiser.blocks),
+            **{name: tensor.data_ptr() for name, tensor in self._tensors.items()},
+            **{name: ctypes.addressof(array) for name, array in self._pointers.items()},
+        )
+
+    def draw(self, told: Told, latent: Tensor, noise: Tensor) -> Tensor:
+        """z_0 (b z) after all steps, from noise (b z).
+
+        told: `Prior.tell` of one context a row;  noise: (steps b z), or (0 b z) where steps add none
+        """
+        call, rows = self._call, len(latent)
+        assert latent.shape == (rows, call.z) and len(noise) in (0, self._steps)
+        noise = noise if len(noise) else latent.new_zeros(self._steps, rows, call.z)
+        latent, noise = latent.clone(memory_format=torch.contiguous_format), noise.contiguous()
+        assert told.log_weights is not None
+        log_weights = told.log_weights.float().contiguous()
+        parts = [part.float().contiguous() for block in told.blocks for part in block]
+        pointers = _pointers(parts)
+        call.rows, call.entries, call.threads = rows, told.blocks[0].key.shape[2], torch.get_num_threads()
+        call.latent, call.noise, call.log_weights = (
+            latent.data_ptr(),
+            noise.data_ptr(),
+            log_weights.data_ptr(),
+        )
+        call.told = ctypes.addressof(pointers)
+        self._run(ctypes.byref(call))
+        return latent
+
+
+def _pointers(tensors: list[Tensor]) -> Any:
+    assert all(map(is_plain, tensors))
+    return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))

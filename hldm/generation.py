@@ -20,8 +20,10 @@ from torch import Tensor
 from hldm.autoencoder import Autoencoder, DecoderState, EncoderState
 from hldm.carry import select_rows
 from hldm.config import Config, GenerationConfig
+from hldm.context_step import KeptContext, can_keep
 from hldm.contextualiser import Context, ContextState
-from hldm.denoise_step import can_denoise, denoise_steps
+from hldm.denoise_step import PlannedSteps, can_denoise
+from hldm.denoiser import Told
 from hldm.diffusion import draw_noise, sample, sampler_steps
 from hldm.prior import Prior
 from hldm.sizes import PROMPT_WINDOW, require_room_to_write
@@ -133,24 +135,25 @@ class LatentWriter:
         self.device = next(autoencoder.parameters()).device
         self.calls = 0
         self.plan = None
+        self.planned: PlannedSteps | None = None
         if settings.steps:
             self.plan = sampler_steps(settings.scheduler, prior.schedule, settings.steps)
         rows = len(prompts)
         self.encoder: EncoderState = autoencoder.encoder_state(rows, self.device)
         self.decoder: DecoderState = autoencoder.decoder_state(rows, self.device)
-        self.memory: ContextState = prior.initial_state(rows, self.device)
-        self.context: Context = self._read_nothing()
+        self.memory: ContextState | KeptContext = prior.initial_state(rows, self.device)
+        self.context: Context | Told = self._read_nothing(self.memory)  # of the next chunk
         self.opens = [True] * rows  # whether the next chunk is the first of its document
         starts = [autoencoder.chunker.chunk_start(prompt) for prompt in prompts]
         for window in _prompt_windows(prompts, starts, self.device):
             self._read(window)
         self.opens = [not prompt for prompt in prompts]
 
-    def _read_nothing(self) -> Context:
-        rows = self.memory.written.shape[0]
+    def _read_nothing(self, memory: ContextState) -> Context:
+        rows = memory.written.shape[0]
         none = torch.zeros(rows, 0, dtype=torch.bool, device=self.device)
         latents = torch.zeros(rows, 0, self.prior.latent_dim, device=self.device)
-        context, _ = self.prior.contextualiser(latents, none, none, self.memory)
+        context, _ = self.prior.contextualiser(latents, none, none, memory)
         return context.first(1)
 
     def _read(self, window: _Window) -> None:
@@ -180,29 +183,49 @@ class LatentWriter:
     def _read_own(self, written: Written) -> None:
         """Take in the chunks just written, from where their writing left the models."""
         pieces = written.pieces
+        closed = torch.tensor([piece.ends_document for piece in pieces], device=self.device)
         if written.features is None:
             starts = [np.arange(len(piece.text)) == 0 for piece in pieces]
             window = _window([piece.text for piece in pieces], starts, self.opens, self.device)
             encoding, self.encoder = self.autoencoder.encode(*window[:4], self.encoder)
-            self._remember(encoding.latents, encoding.mask, encoding.doc_start, encoding.after)
+            self._remember_own(encoding.latents, encoding.doc_start, encoding.after, closed)
         else:
             length = torch.tensor([len(piece.text) for piece in pieces], device=self.device)
             opens = torch.tensor(self.opens, device=self.device)[:, None]
             features = written.features
-            self.encoder = self.autoencoder.close_chunk(
+            latents, self.encoder = self.autoencoder.close_chunk(
                 features, written.encoder, length, opens, self.encoder
             )
-            if self.settings.steps:
-                latent = self.autoencoder.latent_of_chunk(features, length)
-                self._remember(latent, torch.ones_like(opens), opens, self.encoder.known[:, None])
+            self._remember_own(latents, opens, self.encoder.known[:, None], closed)
         last = torch.tensor([piece.text[-1] for piece in pieces], device=self.device)
         self.decoder = DecoderState(written.decoder, last)
 
     def _remember(self, latents: Tensor, mask: Tensor, doc_start: Tensor, after: Tensor) -> None:
         """The context of the next chunk, from those of a window; a mixture alone has no use for the pyramid."""
         if self.settings.steps:
+            assert isinstance(self.memory, ContextState)
             context, self.memory = self.prior.contextualiser(latents, mask, doc_start, self.memory, after)
             self.context = context.of(mask.sum(dim=1, keepdim=True))
+
+    def _remember_own(self, latents: Tensor, opens: Tensor, after: Tensor, closed: Tensor) -> None:
+        """The same for one chunk a row; a document that it closes is followed by a new one, should anyone go on."""
+        if not self.settings.steps:
+            return
+        # what is kept for writing can no longer be hidden
+        if (
+            isinstance(self.memory, ContextState)
+            and self.settings.guidance == 1
+            and can_keep(self.prior, self.memory)
+        ):
+            self.memory = KeptContext(self.prior, self.memory)
+        if isinstance(self.memory, KeptContext):
+            self.context = self.memory.add(latents[:, 0], after[:, 0], closed)
+            return
+        self._remember(latents, torch.ones_like(opens), opens, after)
+        if bool(closed.any()):
+            fresh = self.prior.initial_state(len(closed), self.device)
+            memory: ContextState = select_rows(closed, fresh, self.memory)
+            self.memory, self.context = memory, self._read_nothing(memory)
 
     def sample_latents(self) -> Tensor:
         """z_0 of the next chunk of every row. (b z)."""
@@ -215,9 +238,12 @@ class LatentWriter:
             gamma_0, heat = self.prior.diffusion.gamma_0, self.settings.temperature
             return mixture.sample(gamma_0, weights, self.generators, heat)
         guidance = self.settings.guidance
-        hidden = torch.ones_like(self.context.visible[..., 0])
-        told = self.prior.tell(self.context)
-        blind = self.prior.tell(self.prior.hide(self.context, hidden)) if guidance != 1 else None
+        context, blind = self.context, None
+        told = self.prior.tell(context) if isinstance(context, Context) else context
+        if guidance != 1:
+            assert isinstance(context, Context)
+            hidden = torch.ones_like(context.visible[..., 0])
+            blind = self.prior.tell(self.prior.hide(context, hidden))
         estimate: Tensor | None = None
 
         def denoise(z: Tensor, gamma: Tensor) -> Tensor:
@@ -234,11 +260,13 @@ class LatentWriter:
             return x0[:, 0, 0]
 
         shape, temperature = (len(self.generators), self.prior.latent_dim), self.settings.temperature
-        if guidance == 1 and can_denoise(self.prior, told, self.plan):
+        if self.planned is None and guidance == 1 and can_denoise(self.prior, self.plan):
+            self.planned = PlannedSteps(self.prior, self.plan)
+        if self.planned is not None:
             self.calls += self.settings.steps
             draws = 1 + self.settings.steps if self.plan.draws else 1
             noise = draw_noise(draws, shape, self.generators, temperature, self.device)
-            return denoise_steps(self.prior, told, self.plan, noise[0], noise[1:])
+            return self.planned.draw(told, noise[0], noise[1:])
         return sample(
             denoise,
             shape,
@@ -264,11 +292,6 @@ class LatentWriter:
         )
         self._read_own(written)
         self.opens = [piece.ends_document for piece in written.pieces]
-        if any(self.opens):  # a closed document is followed by a new one, should anyone go on
-            closed = torch.tensor(self.opens, device=self.device)
-            fresh = self.prior.initial_state(len(self.opens), self.device)
-            self.memory = select_rows(closed, fresh, self.memory)
-            self.context = self._read_nothing()
         return written.pieces
 
 

@@ -227,6 +227,15 @@ def state_parts(config: Config) -> dict[str, int]:
     return {"encoder": encoder, "decoder": decoder, "context": context}
 
 
+def kept_bytes(config: Config) -> int:
+    """A row's past while it is written on: keys and values of `hldm.context_step`."""
+    prior = config.prior
+    if config.is_twin or prior.contextualiser == "griffin":
+        return 0
+    pairs = 2 * (prior.layers + prior.denoiser_layers) * prior.width
+    return (capacity(config.hierarchy) + 1) * (pairs * FLOAT + 2 * INTEGER)
+
+
 def state_bytes(config: Config, stage: str) -> int:
     """What a stage carries from window to window for each row."""
     states = state_parts(config)

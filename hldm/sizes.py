@@ -25,6 +25,7 @@ from hldm.shapes import (
     autoencoder_weights,
     chunk_bytes,
     count,
+    kept_bytes,
     optimizer_numbers,
     prior_numbers,
     prior_weights,
@@ -285,9 +286,8 @@ def writing_bytes(config: Config, rows: int, characters: int, prompt_bytes: int)
         once = replace(config.prior, layers=1, denoiser_layers=1, draws=1)
         numbers += prior_numbers(replace(config, prior=once), 1, read // chunk_bytes(config.chunking))
     written = characters + characters // chunk_bytes(config.chunking) * CHUNK_BYTES
-    row = (
-        2 * sum(state_parts(config).values()) + GENERATOR_BYTES + FLOAT * numbers + 2 * prompt_bytes + written
-    )
+    states = 2 * sum(state_parts(config).values()) + kept_bytes(config)
+    row = states + GENERATOR_BYTES + FLOAT * numbers + 2 * prompt_bytes + written
     return RUNTIME + rows * row
 
 

@@ -26,6 +26,15 @@ _TEMPORAL = {
 _MLP = ("mlp_norm.scale", "mlp.gate.weight", "mlp.up.weight", "mlp.down.weight")
 
 
+class StackCall(ctypes.Structure):
+    """`Stack` of hldm/cpp/stack.h."""
+
+    _fields_ = [
+        ("shape", ctypes.c_int64 * 8),
+        *((name, ctypes.c_void_p) for name in ("is_recurrent", "weights", "rotation", "state")),
+    ]
+
+
 class Stack:
     """Where a stack's parameters are found, and where they were last."""
 
@@ -141,3 +150,24 @@ def griffin_step(
     )
     parts = iter(after)
     return y, tuple(type(block)(*(next(parts) for _ in block)) for block in state)
+
+
+def stack_call(model: Any, state: Any, rows: int, kept: list[Any]) -> tuple[StackCall, Any]:
+    """A stack as a kernel takes it, and a copy of its state, which the kernel writes over.
+
+    kept: is given what the call points to, and must live until the kernel returns
+    """
+    stack = found_stack(model)
+    parts = [part.clone(memory_format=torch.contiguous_format) for block in state for part in block]
+    pointers = (ctypes.c_void_p * len(parts))(*(part.data_ptr() for part in parts))
+    rotation = model.rotation()
+    kept += [pointers, rotation, stack]
+    found = StackCall(
+        shape=stack.shape(model, rows),
+        is_recurrent=ctypes.addressof(stack.kinds),
+        weights=ctypes.addressof(stack.pointers),
+        rotation=rotation.data_ptr(),
+        state=ctypes.addressof(pointers),
+    )
+    copies = iter(parts)
+    return found, tuple(type(block)(*(next(copies) for _ in block)) for block in state)

@@ -13,21 +13,12 @@ import torch
 from torch import Tensor
 
 from hldm.kernels import library
-from hldm.step import found_stack, is_plain, kernels_can_compute, stack_of
+from hldm.step import StackCall, is_plain, kernels_can_compute, stack_call, stack_of
 from hldm.text import END_OF_CHUNK
 
-
-class _Stack(ctypes.Structure):
-    """`Stack` of hldm/cpp/write.cpp."""
-
-    _fields_ = [
-        ("shape", ctypes.c_int64 * 8),
-        *((name, ctypes.c_void_p) for name in ("is_recurrent", "weights", "rotation", "state")),
-    ]
-
-
 _TENSORS = (
-    *("write", "told", "outputs", "outputs_bias", "read", "from_text", "from_text_bias", "u"),
+    *("write", "known", "inner", "place", "outer", "outer_bias"),
+    *("outputs", "outputs_bias", "read", "from_text", "from_text_bias", "u"),
     *("doc_start", "resets", "starts", "symbol", "feature", "emitted", "features"),
 )
 
@@ -36,10 +27,10 @@ class _Writing(ctypes.Structure):
     """`Writing` of hldm/cpp/write.cpp."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("rows", "events", "has_chunks", "threads")),
+        *((name, ctypes.c_int64) for name in ("rows", "events", "places", "threads")),
         *((name, ctypes.c_double) for name in ("temperature", "top_p")),
-        ("decoder", _Stack),
-        ("encoder", _Stack),
+        ("decoder", StackCall),
+        ("encoder", StackCall),
         *((name, ctypes.c_void_p) for name in _TENSORS),
     ]
 
@@ -62,6 +53,9 @@ def _parameters(autoencoder: Any) -> dict[str, Tensor]:
         "outputs": autoencoder.outputs.weight,
         "outputs_bias": autoencoder.outputs.bias,
     }
+    if autoencoder.latent_dim:
+        read = autoencoder.from_latent
+        found |= {"place": read.place.weight, "outer": read.outer.weight, "outer_bias": read.outer.bias}
     if autoencoder.latent_dim and autoencoder.settings.reads_text:
         found["read"] = autoencoder.read.weight
         found["from_text"] = autoencoder.from_text.weight
@@ -81,7 +75,8 @@ def can_write(autoencoder: Any, encoder: Any, decoder: Any, rows: int) -> bool:
 
 def write_events(
     autoencoder: Any,
-    told: Tensor | None,
+    latent: Tensor | None,
+    known: Tensor | None,
     u: Tensor,
     symbol: Tensor,
     feature: Tensor | None,
@@ -96,18 +91,20 @@ def write_events(
 ) -> Emitted:
     """Write until a row's end symbol, e events at most; call only where `can_write`.
 
-    told: (b e d) of latent and trunk, None for the twin, which writes no end of a chunk;  u: (b e) in [0, 1)
+    latent: (b z) of the chunk, None for the twin, which writes no end of one
+    known: (b d) what the trunk tells of the text before, if there is one;  u: (b e) in [0, 1)
     symbol: (b) before the first event;  feature: (b w) of the encoder at the byte before, where text is read
     doc_start, resets, starts: (b) bool of the first event: opens a document; resets the decoder; starts its unit
     encoder, decoder: states, left as they are
     """
     kernels, (rows, events) = library(), u.shape
-    assert kernels is not None and (told is None or told.shape[:2] == u.shape)
+    assert kernels is not None
     parameters = _parameters(autoencoder)
     reads = "read" in parameters
     given: dict[str, Tensor | None] = {
         **parameters,
-        "told": None if told is None else told.float(),
+        "known": None if known is None else known.float(),
+        "inner": None if latent is None else autoencoder.from_latent.inner(latent).float(),
         "u": u.float(),
         "doc_start": doc_start,
         "resets": resets,
@@ -121,33 +118,15 @@ def write_events(
     call = _Writing(
         rows=rows,
         events=events,
-        has_chunks=told is not None,
+        places=0 if latent is None else autoencoder.from_latent.inner.out_features,
         threads=torch.get_num_threads(),
         temperature=temperature,
         top_p=top_p,
         **{name: tensor.data_ptr() for name, tensor in tensors.items()},
     )
     kept: list[Any] = []  # what the call points to, alive until it returns
-    call.decoder, decoder = _stack(autoencoder.decoder, decoder, rows, kept)
+    call.decoder, decoder = stack_call(autoencoder.decoder, decoder, rows, kept)
     if reads:
-        call.encoder, encoder = _stack(autoencoder.encoder, encoder, rows, kept)
+        call.encoder, encoder = stack_call(autoencoder.encoder, encoder, rows, kept)
     kernels.hldm_write(ctypes.byref(call))
     return Emitted(tensors["emitted"], tensors.get("features"), encoder, decoder)
-
-
-def _stack(model: Any, state: Any, rows: int, kept: list[Any]) -> tuple[_Stack, Any]:
-    """A stack as the kernel takes it, and a copy of its state, which the kernel writes over."""
-    stack = found_stack(model)
-    parts = [part.clone(memory_format=torch.contiguous_format) for block in state for part in block]
-    pointers = (ctypes.c_void_p * len(parts))(*(part.data_ptr() for part in parts))
-    rotation = model.rotation()
-    kept += [pointers, rotation, stack]
-    found = _Stack(
-        shape=stack.shape(model, rows),
-        is_recurrent=ctypes.addressof(stack.kinds),
-        weights=ctypes.addressof(stack.pointers),
-        rotation=rotation.data_ptr(),
-        state=ctypes.addressof(pointers),
-    )
-    copies = iter(parts)
-    return found, tuple(type(block)(*(next(copies) for _ in block)) for block in state)

@@ -84,7 +84,8 @@ def write_chunks(
         always = torch.ones_like(doc_start)
         emitted = write_events(
             autoencoder,
-            autoencoder.told_by_latent(latent, known),
+            latent,
+            known,
             u,
             torch.full_like(doc_start, START, dtype=torch.long),
             encoder.feature,
@@ -225,6 +226,7 @@ def write_bytes(
     if can_write(autoencoder, (), state.griffin, len(symbol)):
         symbols, _, _, griffin = write_events(
             autoencoder,
+            None,
             None,
             u,
             symbol,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hldm.config import AutoencoderConfig, DiffusionConfig, GriffinConfig, HierarchyConfig, PriorConfig
-from hldm.denoise_step import can_denoise, denoise_steps
+from hldm.denoise_step import PlannedSteps, can_denoise
 from hldm.denoiser import Told
 from hldm.diffusion import draw_noise, sample, sampler_steps
 from hldm.generation import row_generators
@@ -68,10 +68,12 @@ def test_one_call_draws_what_torch_draws(plain_torch, scheduler, layers, rows):
     generators = row_generators(1, rows)
     noise = draw_noise(6 if plan.draws else 1, (rows, Z), generators, 0.9, "cpu")
     with torch.no_grad():
-        assert can_denoise(prior, told, plan)
-        found = denoise_steps(prior, told, plan, noise[0], noise[1:])
+        assert can_denoise(prior, plan)
+        planned = PlannedSteps(prior, plan)
+        found = planned.draw(told, noise[0], noise[1:])
+        torch.testing.assert_close(planned.draw(told, noise[0], noise[1:]), found, rtol=0, atol=0)
     with plain_torch(), torch.no_grad():
-        assert not can_denoise(prior, told, plan)
+        assert not can_denoise(prior, plan)
         expected = sample(
             denoise,
             (rows, Z),
@@ -86,15 +88,15 @@ def test_one_call_draws_what_torch_draws(plain_torch, scheduler, layers, rows):
 
 def test_what_one_call_cannot_do_is_left_to_torch(plain_torch):
     prior = make_prior(dropout=0.1)
-    told, plan = read(prior, 2), sampler_steps("ancestral", prior.schedule, 2)
-    assert not can_denoise(prior, told, plan)  # gradients
+    plan = sampler_steps("ancestral", prior.schedule, 2)
+    assert not can_denoise(prior, plan)  # gradients
     with torch.no_grad():
-        assert can_denoise(prior, told, plan)
-        assert not can_denoise(prior.train(), told, plan)
+        assert can_denoise(prior, plan)
+        assert not can_denoise(prior.train(), plan)
         prior.eval()
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert not can_denoise(prior, told, plan)
+            assert not can_denoise(prior, plan)
         light = make_prior(rate="diffusion")  # without a mixture
-        assert not can_denoise(light, read(light, 2), plan)
+        assert not can_denoise(light, plan)
         prior.denoiser.inputs.double()
-        assert not can_denoise(prior, told, plan)
+        assert not can_denoise(prior, plan)

@@ -22,19 +22,6 @@ struct Denoising {
     float* latent;                    // (b z) in and out
 };
 
-// (x - mean) / sqrt(variance + 1e-5), as torch's layer_norm without weights
-template <int L>
-void standardise(const float* x, float* y, int64_t d) {
-    for (int l = 0; l < L; l++) {
-        float mean = 0, square = 0;
-        for (int64_t i = 0; i < d; i++) mean += x[i * L + l];
-        mean /= d;
-        for (int64_t i = 0; i < d; i++) square += (x[i * L + l] - mean) * (x[i * L + l] - mean);
-        const float inverse = 1.0f / std::sqrt(square / d + 1e-5f);
-        for (int64_t i = 0; i < d; i++) y[i * L + l] = (x[i * L + l] - mean) * inverse;
-    }
-}
-
 template <int L>
 struct Denoiser {
     const Denoising& w;
@@ -157,8 +144,7 @@ struct Denoiser {
                 modulate(told[0], level, 1);
                 multiply<L>(p[4], y, wide, w.hidden, d);
                 add_bias<L>(p[5], wide, w.hidden);
-                for (int64_t i = 0; i < w.hidden * L; i++)  // the exact gelu, as nn.GELU
-                    wide[i] = 0.5f * wide[i] * (1 + std::erf(wide[i] * 0.70710678f));
+                gelu_all(wide, w.hidden * L);
                 multiply<L>(p[6], wide, y, d, w.hidden);
                 add_bias<L>(p[7], y, d);
                 add_gated(y, told[1], 1);

@@ -65,6 +65,19 @@ inline T gelu(T x) {
     return x * sigmoid(twice_root * (x + T(0.044715) * x * x * x));
 }
 
+// x (1 + erf(x / sqrt(2))) / 2, gelu itself. 1 - erf(y), y >= 0, to 1.5e-7: Abramowitz and Stegun, 7.1.26.
+inline float exact_gelu(float x) {
+    const float y = std::fabs(x) * 0.70710678f;
+    const float t = 1.0f / (1.0f + 0.3275911f * y);
+    float sum = 1.061405429f;
+    sum = sum * t - 1.453152027f;
+    sum = sum * t + 1.421413741f;
+    sum = sum * t - 0.284496736f;
+    sum = sum * t + 0.254829592f;
+    const float half = 0.5f * x * sum * t * exponential(-y * y);
+    return x < 0 ? half : x - half;
+}
+
 template <typename T>
 inline T gelu_slope(T x) {
     const T twice_root = T(1.5957691216057308);

@@ -16,6 +16,15 @@ struct Shape {
     int64_t batch, d, heads, hidden, taps, window, blocks, threads;
 };
 
+// A stack of blocks, in hldm/step.py's order; its state is written over.
+struct Stack {
+    Shape shape;
+    const uint8_t* is_recurrent;
+    const float* const* weights;
+    const float* rotation;
+    float* const* state;
+};
+
 constexpr int64_t FLOATS = 16;  // of a vector; compilers split it where the machine's are shorter
 
 template <int N>
@@ -121,6 +130,19 @@ void normalise(const float* x, const float* scale, float* y, int64_t d) {
         for (int l = 0; l < L; l++) y[i * L + l] = x[i * L + l] * inverse[l] * (1.0f + scale[i]);
 }
 
+// (x - mean) / sqrt(variance + 1e-5), as torch's layer_norm without weights
+template <int L>
+void standardise(const float* x, float* y, int64_t d) {
+    for (int l = 0; l < L; l++) {
+        float mean = 0, square = 0;
+        for (int64_t i = 0; i < d; i++) mean += x[i * L + l];
+        mean /= d;
+        for (int64_t i = 0; i < d; i++) square += (x[i * L + l] - mean) * (x[i * L + l] - mean);
+        const float inverse = 1.0f / std::sqrt(square / d + 1e-5f);
+        for (int64_t i = 0; i < d; i++) y[i * L + l] = (x[i * L + l] - mean) * inverse;
+    }
+}
+
 template <int L>
 void add_bias(const float* bias, float* y, int64_t d) {
     for (int64_t i = 0; i < d; i++)
@@ -131,6 +153,41 @@ void add_bias(const float* bias, float* y, int64_t d) {
 void gelu_gate(float* __restrict y, const float* __restrict other, int64_t numbers) {
 #pragma omp simd
     for (int64_t i = 0; i < numbers; i++) y[i] = gelu(y[i]) * other[i];
+}
+
+// y = gelu(y), as nn.GELU
+inline void gelu_all(float* y, int64_t numbers) {
+#pragma omp simd
+    for (int64_t i = 0; i < numbers; i++) y[i] = exact_gelu(y[i]);
+}
+
+// Rows of `width` numbers, one after the other, into (width, L), and back.
+template <int L>
+void into_lanes(const float* from, int64_t rows, int64_t width, float* lanes) {
+    std::fill(lanes, lanes + width * L, 0.0f);
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t i = 0; i < width; i++) lanes[i * L + row] = from[row * width + i];
+}
+
+template <int L>
+void from_lanes(const float* lanes, int64_t rows, int64_t width, float* to) {
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t i = 0; i < width; i++) to[row * width + i] = lanes[i * L + row];
+}
+
+// parameters: weight and bias, of an nn.Linear
+template <int L>
+void linear(const float* const* parameters, const float* x, float* y, int64_t out, int64_t in) {
+    multiply<L>(parameters[0], x, y, out, in);
+    add_bias<L>(parameters[1], y, out);
+}
+
+// parameters: weight and bias, of an nn.LayerNorm
+template <int L>
+void layer_norm(const float* const* parameters, const float* x, float* y, int64_t d) {
+    standardise<L>(x, y, d);
+    for (int64_t i = 0; i < d; i++)
+        for (int l = 0; l < L; l++) y[i * L + l] = y[i * L + l] * parameters[0][i] + parameters[1][i];
 }
 
 // What a group of L rows works with: `rows` of the batch, named by `index`; lanes beyond them hold zeros. The state

@@ -10,21 +10,13 @@ namespace {
 
 constexpr int64_t OUTPUTS = 258, END_OF_CHUNK = 256;  // and 257, the end of the document
 
-// A stack of blocks, in hldm/write_step.py's order; its state is written over.
-struct Stack {
-    Shape shape;
-    const uint8_t* is_recurrent;
-    const float* const* weights;
-    const float* rotation;
-    float* const* state;
-};
-
 // What it is called with, in hldm/write_step.py's order.
 struct Writing {
-    int64_t rows, events, has_chunks, threads;
+    int64_t rows, events, places, threads;
     double temperature, top_p;
     Stack decoder, encoder;
-    const float *write, *told;                       // (v d) embedding, (b events d) or none: what each event is told
+    const float *write, *known;                      // (v d) embedding, (b d) or none: what the trunk tells every event
+    const float *inner, *place, *outer, *outer_bias; // (b k) or none for the twin, (events k), (d k), (d): told by latents
     const float *outputs, *outputs_bias;             // (258 d), (258)
     const float *read, *from_text, *from_text_bias;  // (v w) embedding, (d w), (d); none where bytes are not read
     const float* u;                                  // (b events) in [0, 1)
@@ -72,10 +64,11 @@ struct Writer {
     // Event e of a group: one position of the decoder, and a symbol for each row.
     template <int L>
     void emit(int64_t e, const int64_t* index, int64_t rows) {
-        const int64_t d = w.decoder.shape.d, width = w.encoder.shape.d;
+        const int64_t d = w.decoder.shape.d, width = w.encoder.shape.d, k = w.places;
         static thread_local std::vector<float> lanes;
-        lanes.assign((width + d + OUTPUTS) * L, 0.0f);
+        lanes.assign((width + 2 * d + k + OUTPUTS) * L, 0.0f);
         float *feature = lanes.data(), *text = feature + width * L, *logits = text + d * L;
+        float *placed = logits + OUTPUTS * L, *told = placed + k * L;
         Group<L> group(w.decoder.shape, index, rows, e ? never.data() : w.resets, e ? never.data() : w.starts);
         if (w.from_text) {
             for (int64_t row = 0; row < rows; row++)
@@ -83,12 +76,19 @@ struct Writer {
             multiply<L>(w.from_text, feature, text, d, width);
             add_bias<L>(w.from_text_bias, text, d);
         }
+        if (w.inner) {  // hldm.autoencoder.PlacedReadout
+            for (int64_t row = 0; row < rows; row++)
+                for (int64_t i = 0; i < k; i++) placed[i * L + row] = w.inner[index[row] * k + i] + w.place[e * k + i];
+            gelu_all(placed, k * L);
+            multiply<L>(w.outer, placed, told, d, k);
+            add_bias<L>(w.outer_bias, told, d);
+        }
         for (int64_t row = 0; row < rows; row++) {
             const float* embedded = w.write + symbol[index[row]] * d;
-            const float* told = w.told ? w.told + (index[row] * w.events + e) * d : nullptr;
-            const bool knows = w.from_text && (e || !w.doc_start[index[row]]);
+            const float* known = w.known ? w.known + index[row] * d : nullptr;
+            const bool reads = w.from_text && (e || !w.doc_start[index[row]]);
             for (int64_t i = 0; i < d; i++)
-                group.x[i * L + row] = embedded[i] + (told ? told[i] : 0) + (knows ? text[i * L + row] : 0);
+                group.x[i * L + row] = embedded[i] + told[i * L + row] + (known ? known[i] : 0) + (reads ? text[i * L + row] : 0);
         }
         group.run(w.decoder.is_recurrent, w.decoder.weights, w.decoder.rotation, w.decoder.state, w.decoder.state);
         multiply<L>(w.outputs, group.normed, logits, OUTPUTS, d);
@@ -97,9 +97,9 @@ struct Writer {
         for (int64_t row = 0; row < rows; row++) {
             float own[OUTPUTS];
             for (int64_t i = 0; i < OUTPUTS; i++) own[i] = logits[i * L + row] + w.outputs_bias[i];
-            if (!w.has_chunks) own[END_OF_CHUNK] = never_drawn;
-            if (w.has_chunks && e == 0) std::fill(own + END_OF_CHUNK, own + OUTPUTS, never_drawn);  // no chunk is empty
-            if (w.has_chunks && e == w.events - 1) std::fill(own, own + END_OF_CHUNK, never_drawn);  // none is longer
+            if (!w.inner) own[END_OF_CHUNK] = never_drawn;
+            if (w.inner && e == 0) std::fill(own + END_OF_CHUNK, own + OUTPUTS, never_drawn);  // no chunk is empty
+            if (w.inner && e == w.events - 1) std::fill(own, own + END_OF_CHUNK, never_drawn);  // none is longer
             const int64_t at = index[row] * w.events + e;
             w.emitted[at] = symbol[index[row]] = pick(own, w.u[at], w.temperature, w.top_p);
         }
