@@ -23,6 +23,7 @@ from hldm.config import Config, GenerationConfig
 from hldm.contextualiser import Context, ContextState
 from hldm.denoise_step import can_denoise, denoise_steps
 from hldm.diffusion import draw_noise, sample, sampler_steps
+from hldm.mixture import draw_rows
 from hldm.prior import Prior
 from hldm.sizes import require_room_to_write
 from hldm.text import count_characters, split_incomplete, to_ids
@@ -118,8 +119,10 @@ class LatentWriter:
         self.device = next(autoencoder.parameters()).device
         self.calls = 0
         self.plan = None
-        if settings.steps:
-            self.plan = sampler_steps(settings.scheduler, prior.schedule, settings.steps)
+        if settings.is_one_step:
+            prior.require_one_step()
+        elif settings.steps:
+            self.plan = sampler_steps(settings.solver, prior.schedule, settings.steps)
         rows = len(prompts)
         self.encoder: EncoderState = autoencoder.encoder_state(rows, self.device)
         self.decoder: DecoderState = autoencoder.decoder_state(rows, self.device)
@@ -175,7 +178,7 @@ class LatentWriter:
             self.encoder = self.autoencoder.close_chunk(
                 features, written.encoder, length, opens, self.encoder
             )
-            if self.settings.steps:
+            if self.settings.reads_latents:
                 latent = self.autoencoder.latent_of_chunk(features, length)
                 self._remember(latent, torch.ones_like(opens), opens, self.encoder.known[:, None])
         last = torch.tensor([piece.text[-1] for piece in pieces], device=self.device)
@@ -183,12 +186,17 @@ class LatentWriter:
 
     def _remember(self, latents: Tensor, mask: Tensor, doc_start: Tensor, after: Tensor) -> None:
         """The context of the next chunk, from those of a window; a mixture alone has no use for the pyramid."""
-        if self.settings.steps:
+        if self.settings.reads_latents:
             context, self.memory = self.prior.contextualiser(latents, mask, doc_start, self.memory, after)
             self.context = context.of(mask.sum(dim=1, keepdim=True))
 
     def sample_latents(self) -> Tensor:
         """z_0 of the next chunk of every row. (b z)."""
+        if self.settings.is_one_step:
+            self.calls += 1
+            u, noise = draw_rows(self.prior.latent_dim, self.generators, self.device)
+            heat = self.settings.temperature
+            return self.prior.draw_once(self.context, u[:, None], noise[:, None], heat)[:, 0, 0]
         if self.plan is None:
             mixture = self.prior.mixture
             if mixture is None:
@@ -227,7 +235,7 @@ class LatentWriter:
             shape,
             self.prior.schedule,
             steps=self.settings.steps,
-            scheduler=self.settings.scheduler,
+            scheduler=self.settings.solver,
             generators=self.generators,
             temperature=temperature,
             device=self.device,

@@ -49,6 +49,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     (
         "denoiser",
+        "energy",
         "prompts",
         "entropy_segmenter",
         "state_segmenter",

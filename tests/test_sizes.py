@@ -51,6 +51,8 @@ OTHERS = [  # settings around configs/tiny.yaml that the shipped files do not sh
         "training.prior.joint=0.5",
     ],
     ["autoencoder.rate=mixture", "autoencoder.reads_text=true", "prior.reads_text=true"],
+    ["autoencoder.rate=mixture", "prior.one_step=energy", "prior.energy.layers=3", "prior.energy.width=48"],
+    ["autoencoder.rate=diffusion", "prior.one_step=energy"],
     ["autoencoder.trunk_layers=3", "autoencoder.trunk_width=64", "autoencoder.reads_text=false"],
 ]
 CASES = [(path, ()) for path in CONFIGS] + [(TINY, tuple(overrides)) for overrides in OTHERS]
