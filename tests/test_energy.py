@@ -113,7 +113,7 @@ def test_a_head_beside_the_denoiser_leaves_the_bound_as_it_is(rate):
     without, beside = run(plain, config, steps=2), run(objective, config_beside, steps=2)
     torch.testing.assert_close(beside.nats, without.nats)
     assert not without.scores
-    assert float(beside.loss) > float(without.loss) and float(beside.scores["energy"]) > 0
+    assert beside.loss > without.loss and beside.scores["energy"] > 0
 
 
 def test_the_score_is_reported_and_counted_in_no_sum():
