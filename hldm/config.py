@@ -291,6 +291,28 @@ class DiffusionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EnergyConfig:
+    """A head that draws a latent in one step, trained by the energy score (CALM, arXiv 2510.27688)."""
+
+    width: int = 128  # d of its blocks
+    layers: int = 2
+    samples: int = 8  # N, of the head for each chunk of training
+    targets: int = 16  # M, noisy latents of the chunk that they are compared with
+    exponent: float = 1.0  # beta of the distances
+
+    def __post_init__(self) -> None:
+        _require_positive("prior.energy", self, "width", "layers", "targets")
+        _require(self.width <= 65_536, f"prior.energy.width must be at most 65536, got {self.width}")
+        _require(self.layers <= 512, f"prior.energy.layers: at most 512, got {self.layers}")
+        _require(2 <= self.samples <= 4096, f"prior.energy.samples must lie in 2..4096, got {self.samples}")
+        _require(self.targets <= 4096, f"prior.energy.targets: at most 4096, got {self.targets}")
+        # at 2 the score compares means alone
+        _require(
+            0 < self.exponent < 2, f"prior.energy.exponent must lie between 0 and 2, got {self.exponent}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class PriorConfig:
     """Two towers: a causal contextualiser over latents, a denoiser of the next one."""
 
@@ -305,6 +327,8 @@ class PriorConfig:
     self_conditioning: float = 0.0  # share of steps fed with their own first estimate
     context_dropout: float = 0.1  # share of contexts hidden in training, for guidance
     dropout: float = 0.0
+    one_step: Literal["none", "energy"] = "none"  # a second head that needs no denoising (scheduler: energy)
+    energy: EnergyConfig = field(default_factory=EnergyConfig)  # of one_step 'energy'
 
     def __post_init__(self) -> None:
         _require_positive(
@@ -409,7 +433,8 @@ class GenerationConfig:
     """Defaults of generate.py and of the pipeline."""
 
     steps: int = 4  # denoising steps a latent; 0: a draw from the mixture (docs/results.md compares them)
-    scheduler: Literal["ancestral", "ddim", "dpm", "flow"] = "ancestral"
+    # energy: no denoising but one call of the prior's one-step head, whatever the steps
+    scheduler: Literal["ancestral", "ddim", "dpm", "flow", "energy"] = "ancestral"
     guidance: float = 1.0  # 1: none
     temperature: float = 1.0  # scale of the latent's noise
     decoder_temperature: float = 0.7  # 0: the likeliest byte
@@ -425,6 +450,26 @@ class GenerationConfig:
                 math.isfinite(value) and value >= 0,
                 f"generation.{name} must not be negative, got {value}",
             )
+        _require(
+            not self.is_one_step or self.guidance == 1,
+            f"generation.guidance must be 1 with generation.scheduler=energy, got {self.guidance}: "
+            "choose another scheduler, or none of it",
+        )
+
+    @property
+    def is_one_step(self) -> bool:
+        """Whether latents come from the prior's one-step head."""
+        return self.scheduler == "energy"
+
+    @property
+    def solver(self) -> Literal["ancestral", "ddim", "dpm", "flow"]:
+        """The sampler that a saved pipeline names: ancestral stands for the one-step head, which has none."""
+        return "ancestral" if self.scheduler == "energy" else self.scheduler
+
+    @property
+    def reads_latents(self) -> bool:
+        """Whether the latents of the text so far say anything about the next: a mixture alone asks the text."""
+        return self.is_one_step or self.steps > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -456,6 +501,10 @@ class Config:
             "autoencoder.pooling=strided needs chunks of a constant length: set chunking.strategy=fixed and "
             f"chunking.min_bytes to chunking.max_bytes, got {chunking.strategy}, {chunking.min_bytes} and "
             f"{chunking.max_bytes}",
+        )
+        _require(
+            self.is_twin or not self.generation.is_one_step or self.prior.one_step == "energy",
+            "generation.scheduler=energy needs prior.one_step=energy, got none: set it, or another scheduler",
         )
 
     @property

@@ -114,7 +114,9 @@ class KeptContext:
             None if prior.mixture is None else self._tensors["log_weights"][:, None, None],
             tuple(
                 BlockContext(shared[:, None, None], gates[:, None, None], key, value, bias[:, :, None])
-                for (shared, gates, bias), (key, value) in zip(told, parts[len(context.layers) :], strict=True)
+                for (shared, gates, bias), (key, value) in zip(
+                    told, parts[len(context.layers) :], strict=True
+                )
             ),
         )
         self._lists = _parameters(prior) | {

@@ -25,6 +25,7 @@ from hldm.contextualiser import Context, ContextState
 from hldm.denoise_step import PlannedSteps, can_denoise
 from hldm.denoiser import Told
 from hldm.diffusion import draw_noise, sample, sampler_steps
+from hldm.mixture import draw_rows
 from hldm.prior import Prior
 from hldm.sizes import PROMPT_WINDOW, require_room_to_write
 from hldm.text import count_characters, split_incomplete, to_ids
@@ -136,8 +137,10 @@ class LatentWriter:
         self.calls = 0
         self.plan = None
         self.planned: PlannedSteps | None = None
-        if settings.steps:
-            self.plan = sampler_steps(settings.scheduler, prior.schedule, settings.steps)
+        if settings.is_one_step:
+            prior.require_one_step()
+        elif settings.steps:
+            self.plan = sampler_steps(settings.solver, prior.schedule, settings.steps)
         rows = len(prompts)
         self.encoder: EncoderState = autoencoder.encoder_state(rows, self.device)
         self.decoder: DecoderState = autoencoder.decoder_state(rows, self.device)
@@ -202,19 +205,20 @@ class LatentWriter:
 
     def _remember(self, latents: Tensor, mask: Tensor, doc_start: Tensor, after: Tensor) -> None:
         """The context of the next chunk, from those of a window; a mixture alone has no use for the pyramid."""
-        if self.settings.steps:
+        if self.settings.reads_latents:
             assert isinstance(self.memory, ContextState)
             context, self.memory = self.prior.contextualiser(latents, mask, doc_start, self.memory, after)
             self.context = context.of(mask.sum(dim=1, keepdim=True))
 
     def _remember_own(self, latents: Tensor, opens: Tensor, after: Tensor, closed: Tensor) -> None:
         """The same for one chunk a row; a document that it closes is followed by a new one, should anyone go on."""
-        if not self.settings.steps:
+        if not self.settings.reads_latents:
             return
         # what is kept for writing can no longer be hidden
         if (
             isinstance(self.memory, ContextState)
             and self.settings.guidance == 1
+            and not self.settings.is_one_step
             and can_keep(self.prior, self.memory)
         ):
             self.memory = KeptContext(self.prior, self.memory)
@@ -229,6 +233,12 @@ class LatentWriter:
 
     def sample_latents(self) -> Tensor:
         """z_0 of the next chunk of every row. (b z)."""
+        if self.settings.is_one_step:
+            assert isinstance(self.context, Context)
+            self.calls += 1
+            u, noise = draw_rows(self.prior.latent_dim, self.generators, self.device)
+            heat = self.settings.temperature
+            return self.prior.draw_once(self.context, u[:, None], noise[:, None], heat)[:, 0, 0]
         if self.plan is None:
             mixture = self.prior.mixture
             if mixture is None:
@@ -272,7 +282,7 @@ class LatentWriter:
             shape,
             self.prior.schedule,
             steps=self.settings.steps,
-            scheduler=self.settings.scheduler,
+            scheduler=self.settings.solver,
             generators=self.generators,
             temperature=temperature,
             device=self.device,

@@ -64,7 +64,7 @@ class NGram:
 # the settings that are varied, one at a time, around those that the run comes with
 VARIATIONS: Mapping[str, tuple[Any, ...]] = {
     "steps": (0, 1, 2, 4, 8, 16, 64),
-    "scheduler": ("ancestral", "ddim", "dpm"),
+    "scheduler": ("ancestral", "ddim", "dpm", "energy"),
     "temperature": (0.5, 0.7, 0.85, 1.0),
     "decoder_temperature": (0.0, 0.2, 0.5, 0.7, 1.0),
     "guidance": (1.0, 1.5, 2.0),
@@ -138,10 +138,7 @@ def judge_run(
     found["model"] = write(pipeline, pipeline.settings)
     for name in vary:
         for value in VARIATIONS[name]:
-            no_mixture = pipeline.prior is not None and pipeline.prior.mixture is None
-            if getattr(pipeline.settings, name) != value and not (
-                name == "steps" and not value and no_mixture
-            ):
+            if _makes_sense(pipeline, name, value):
                 say(f"{name} {value}")
                 found[f"{name} {value}"] = write(pipeline, replace(pipeline.settings, **{name: value}))
     return {
@@ -151,6 +148,18 @@ def judge_run(
         "seed": seed,
         "judged": found,
     }
+
+
+def _makes_sense(pipeline: HLDMPipeline, name: str, value: Any) -> bool:
+    """Whether a setting is another than the run's, heeded by its sampler, and one that its prior can do."""
+    settings, prior = pipeline.settings, pipeline.prior
+    assert prior is not None
+    if (name, value) == ("steps", 0) and prior.mixture is None:
+        return False
+    if value == "energy" and (prior.energy is None or settings.guidance != 1):
+        return False
+    heeded = not (settings.is_one_step and name in ("steps", "guidance"))
+    return heeded and getattr(settings, name) != value
 
 
 class _Bench:

@@ -1,7 +1,8 @@
 """The shapes that a config's modules, states and activations will have, in arithmetic alone.
 
-A second description of hldm.griffin, hldm.parallel_decoder, hldm.autoencoder, hldm.mixture and hldm.prior, held equal
-to them by tests/test_sizes.py: weights and states to the number, activations as an estimate. No torch.
+A second description of hldm.griffin, hldm.parallel_decoder, hldm.autoencoder, hldm.mixture, hldm.energy and
+hldm.prior, held equal to them by tests/test_sizes.py: weights and states to the number, activations as an
+estimate. No torch.
 """
 
 from __future__ import annotations
@@ -114,6 +115,8 @@ def prior_weights(config: Config) -> list[Weight]:
         weights += _linear(config.autoencoder.known_width, d, bias=False)
     if config.autoencoder.rate == "mixture":
         weights += mixture_weights(config)
+    if prior.one_step == "energy":
+        weights += _energy_weights(config)
     if prior.contextualiser == "griffin":
         weights += _griffin(_recurrent_contextualiser(config))
     else:
@@ -124,6 +127,17 @@ def prior_weights(config: Config) -> list[Weight]:
     block += [*_linear(d, 6 * wide), *_linear(TIME_WIDTH, 4 * wide, bias=False)]
     weights += [*_linear(2 * z, wide), *_linear(TIME_WIDTH, TIME_WIDTH), *block * prior.denoiser_layers]
     return [*weights, *_linear(wide, z), Weight((d,))]
+
+
+def _energy_weights(config: Config) -> list[Weight]:
+    """Parameters of hldm.energy.EnergyHead."""
+    settings, prior, head = config.autoencoder, config.prior, config.prior.energy
+    reads_features = prior.reads_text or settings.rate == "mixture"
+    known = prior.width + (settings.known_width if reads_features else 0)
+    d, z = head.width, settings.latent_dim
+    block = [*_linear(d, 2 * d), *_linear(2 * d, d)]
+    weights = [*[Weight((known,))] * 2, *_linear(known, 2 * d * head.layers), *_linear(z, d)]
+    return [*weights, *block * head.layers, *_linear(d, z)]
 
 
 def mixture_weights(config: Config) -> list[Weight]:
@@ -289,7 +303,19 @@ def prior_numbers(config: Config, rows: int, chunks: int) -> int:
     settings = config.autoencoder
     ends = chunks * draws * 8 * settings.latent_dim
     mixture = 6 * chunks * draws * settings.components if settings.rate == "mixture" else 0
-    return rows * (context + prior.denoiser_layers * block + ends + mixture)
+    once = chunks * _energy_numbers(config)
+    return rows * (context + prior.denoiser_layers * block + ends + mixture + once)
+
+
+def _energy_numbers(config: Config) -> int:
+    """The same of the one-step head's samples and their distances, a chunk."""
+    prior, head, z = config.prior, config.prior.energy, config.autoencoder.latent_dim
+    if prior.one_step == "none":
+        return 0
+    # norm, scaled, shifted, both sides of the GELU, what the block adds, their sum
+    blocks = head.samples * head.layers * 9 * head.width + 2 * head.layers * head.width
+    pairs = head.samples * (head.targets + (head.samples - 1) // 2)
+    return blocks + 2 * (z + 1) * pairs
 
 
 def activation_bytes(config: Config, stage: str, rows: int) -> int:

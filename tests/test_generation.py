@@ -48,6 +48,7 @@ def make_model(
     trunk_layers: int = 0,
     pooling: str = "mean",
     writes: str = "bytes",
+    one_step: str = "none",
 ) -> tuple[Autoencoder, Prior | None]:
     torch.manual_seed(0)
     settings = AutoencoderConfig(
@@ -70,7 +71,15 @@ def make_model(
         return autoencoder, None
     prior = Prior.from_settings(
         settings,
-        PriorConfig(reads_text=reads_text, width=16, layers=1, heads=2, denoiser_width=16, denoiser_layers=1),
+        PriorConfig(
+            reads_text=reads_text,
+            width=16,
+            layers=1,
+            heads=2,
+            denoiser_width=16,
+            denoiser_layers=1,
+            one_step=one_step,
+        ),
         HierarchyConfig(levels=2, ratio=2, window=2),
         DiffusionConfig(),
     )

@@ -54,6 +54,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     (
         "denoiser",
+        "energy",
         "prompts",
         "entropy_segmenter",
         "state_segmenter",

@@ -73,6 +73,7 @@ CHOICES = [
         "autoencoder.reads_text=true",
     ],
     ["autoencoder.rate=mixture", "autoencoder.components=8"],
+    ["autoencoder.rate=mixture", "prior.one_step=energy", "prior.energy.samples=3"],
     ["prior.self_conditioning=0.99", "prior.context_dropout=0.0"],
     ["diffusion.target=x0", "diffusion.schedule=linear"],
     ["diffusion.target=eps", "diffusion.schedule=cosine"],
