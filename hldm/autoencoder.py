@@ -267,6 +267,13 @@ class Autoencoder(SavedModel):
             told = known if told is None else told + known
         return told
 
+    def told_by_latent(self, latent: Tensor, known: Tensor | None) -> Tensor:
+        """What `decode` adds to the symbols of a whole chunk, text left out. latent (b z), known (b d): (b e d)."""
+        read = self.from_latent
+        place = torch.arange(self.chunking.max_bytes + 1, device=latent.device)
+        told = read.outer(read.features(read.inner(latent)[:, None], place))  # (b e d)
+        return told if known is None else told + known[:, None]
+
     def decode(
         self,
         symbol: Tensor,
