@@ -38,7 +38,6 @@ from hldm.clock import clock_named
 from hldm.config import CheckpointConfig, ConfigError, LoggingConfig, TrainingConfig
 from hldm.data import Batch, Windows
 from hldm.health import Spikes, gradients, nonfinite_names
-from hldm.heap import keep_heap
 from hldm.muon import Muon
 from hldm.progress import Progress
 from hldm.runs import Run
@@ -189,8 +188,6 @@ class Trainer:
             )
         self.rows = windows.lanes // (ranks * parts)
         objective.to(accelerator.device)
-        if accelerator.device.type == "cpu":
-            keep_heap()
         self.objective = objective
         self.average = Average(objective, config.ema_decay) if config.ema_decay else None
         self.optimizers = make_optimizers(objective, config)
