@@ -141,14 +141,12 @@ def measure(run: Path) -> dict[str, Any]:
     """All figures of a trained run on its test text."""
     import torch
 
-    from hldm.border_agreement import describe_chunks, rechunked
+    from hldm.border_agreement import describe_chunks
     from hldm.bound import evaluate_bound, held_out_windows
     from hldm.corpus import bible_verse_starts, load_corpus, make_corpus
     from hldm.corruption import CORRUPTIONS, corrupt
     from hldm.evaluation import evaluate_run
-    from hldm.generation import Continuation, write_on
     from hldm.pipeline import read_pipeline
-    from hldm.prompts import choose_prompts, prompt_chunker
 
     evaluation = evaluate_run(run, prompts=PROMPTS)
     pipeline = read_pipeline(run / "pipeline")
@@ -179,18 +177,10 @@ def measure(run: Path) -> dict[str, Any]:
     is_built_in = not (config.data.path or config.data.dataset)
     verses = bible_verse_starts("test") if is_built_in else None
     chunks = describe_chunks(documents, autoencoder.chunker.chunk_starts(documents), verses)
-    prompts = [
-        prompt.text for prompt in choose_prompts(corpus, prompt_chunker(autoencoder.chunker, False), PROMPTS)
-    ]
-    rows: list[Continuation] = []
-    for rows, _, _ in write_on(  # noqa: B007 - the last yield is the finished text
-        autoencoder, prior, prompts, pipeline.settings, max_characters=200
-    ):
-        pass
     return found | {
         **chunks,
         "latents_per_second": speed["characters_per_second"] / chunks["characters_per_chunk"],
-        "written_agreement": rechunked(rows, autoencoder.chunker),
+        "written_agreement": evaluation["rechunked"],
     }
 
 

@@ -73,3 +73,26 @@ def test_the_normaliser_measures_what_it_saw_however_it_was_split():
         torch.testing.assert_close(standardised.mean(0), torch.zeros(5), atol=1e-5, rtol=0)
         torch.testing.assert_close(standardised.std(0, correction=0), torch.ones(5), atol=1e-5, rtol=0)
     torch.testing.assert_close(one.state_dict(), two.state_dict())
+
+
+@pytest.mark.parametrize("pull", [-1.0, 1.0])
+def test_raw_latents_stay_at_unit_scale_whichever_way_the_loss_pulls_it(pull):
+    generator = torch.Generator().manual_seed(0)
+    deviation = {}
+    for held in (False, True):
+        normaliser = LatentNormaliser(2)
+        log_scale, shift = torch.zeros(2, requires_grad=True), torch.zeros(2, requires_grad=True)
+        optimizer = torch.optim.SGD([log_scale, shift], lr=0.02)
+        for _ in range(300):
+            raw = log_scale.exp() * torch.randn(64, 2, generator=generator) + shift
+            normaliser.observe(raw)
+            mu = normaliser(raw)
+            loss = pull * 0.3 * mu.square().sum(dim=-1).mean()  # of mu alone, whose scale is always 1
+            if held:
+                loss = loss + normaliser.hold(mu).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            normaliser.update()
+        deviation[held] = normaliser.deviation.log().abs().max()
+    assert deviation[False] > 2 > 1 > deviation[True]
