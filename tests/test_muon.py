@@ -25,6 +25,8 @@ def train(kind: type[torch.optim.Muon], steps: int, **options) -> list[torch.Ten
     return [weight.detach() for weight in weights] + momenta
 
 
+# bfloat16, which torch's runs in, has 8 binary digits, of updates about 0.05 large
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.bfloat16, 5e-4), (torch.float32, 2e-3)])
 @pytest.mark.parametrize("at_once", [muon.NUMBERS_AT_ONCE, 2 * 32 * 32])
 @pytest.mark.parametrize(
     "options",
@@ -34,12 +36,38 @@ def train(kind: type[torch.optim.Muon], steps: int, **options) -> list[torch.Ten
         {"ns_steps": 3, "momentum": 0.5},
     ],
 )
-def test_a_step_is_that_of_torch(monkeypatch, at_once, options):
+def test_a_step_is_that_of_torch(monkeypatch, dtype, atol, at_once, options):
     monkeypatch.setattr(muon, "NUMBERS_AT_ONCE", at_once)
+    monkeypatch.setattr(muon, "dtype_on", lambda device: dtype)
     ours, torchs = train(muon.Muon, 3, **options), train(torch.optim.Muon, 3, **options)
     for found, wanted in zip(ours, torchs, strict=True):
-        # bfloat16 has 8 binary digits, of updates about 0.05 large
-        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=5e-4)
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=atol)
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "dtype"),
+    [
+        ("cpu", "AVX2", torch.float32),
+        ("cpu", "DEFAULT", torch.float32),
+        ("cpu", "AVX512", torch.bfloat16),
+        ("cuda", "AVX2", torch.bfloat16),
+    ],
+)
+def test_no_cpu_emulates_bfloat16(monkeypatch, device, capability, dtype):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert muon.dtype_on(torch.device(device)) == dtype
+
+
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+def test_a_step_runs_in_what_the_cpu_multiplies(monkeypatch, capability):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    found = []
+    orthogonalise = muon.orthogonalise
+    monkeypatch.setattr(
+        muon, "orthogonalise", lambda x, *rest: found.append(x.dtype) or orthogonalise(x, *rest)
+    )
+    train(muon.Muon, 1)
+    assert set(found) == {muon.dtype_on(torch.device("cpu"))}
 
 
 def test_the_singular_values_come_near_one():
