@@ -52,9 +52,8 @@ def agree(text: np.ndarray, found: np.ndarray, true: np.ndarray) -> Mapping[str,
     """
     place = np.arange(len(text))
     is_black = ~np.isin(text, WHITE_SPACE)
-    after = np.minimum.accumulate(np.where(is_black, place, len(text))[::-1])[
-        ::-1
-    ]  # the next byte that is none
+    black = np.where(is_black, place, len(text))[::-1]
+    after = np.minimum.accumulate(black)[::-1]  # the next byte that is none
     one, other = (np.unique(after[np.flatnonzero(borders)]) for borders in (found, true))
     both = len(np.intersect1d(one, other))
     return {
@@ -64,12 +63,16 @@ def agree(text: np.ndarray, found: np.ndarray, true: np.ndarray) -> Mapping[str,
 
 
 def rechunked(rows: Sequence[Continuation], chunker: Chunker) -> float | None:
-    """Share of written chunks that start where the strategy, reading what was written, starts one; None of none."""
-    equal = written = 0
+    """F1 of where written chunks start and where the strategy, reading them, starts some: 2 both / (written + found).
+
+    The first chunk of a row is left out: it starts where the prompt ends. None where that leaves nothing.
+    """
+    both = either = 0
     for row in rows:
-        is_start = chunker.chunk_start(row.prompt + row.text)
-        starts = len(row.prompt) + np.cumsum([0, *(len(chunk) for chunk in row.chunks[:-1])])
-        if row.chunks:
-            equal += int(is_start[starts].sum())
-            written += len(starts)
-    return equal / written if written else None
+        first = len(row.prompt)
+        written = first + np.cumsum([len(chunk) for chunk in row.chunks[:-1]], dtype=int)
+        found = np.flatnonzero(chunker.chunk_start(row.prompt + row.text))
+        found = found[found > first]
+        both += len(np.intersect1d(written, found))
+        either += len(written) + len(found)
+    return 2 * both / either if either else None

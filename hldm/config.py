@@ -120,9 +120,8 @@ class ChunkingConfig:
     min_bytes: int = 4  # a chunk ends at a border only once it holds so many bytes
     max_bytes: int = 12  # no chunk is longer
     target_bytes: float = 6.0  # mean length that strategies with a segmenter are set to, on training text
-    entropy_form: Literal["threshold", "rise", "budget"] = (
-        "threshold"  # of 'entropy': bits, their rise, their sum
-    )
+    entropy_form: Literal["threshold", "rise", "budget"] = "threshold"  # of 'entropy': bits, rise, sum
+    gate_form: Literal["first", "last"] = "first"  # of 'gate': the block; gates of the first see four bytes
     learned_form: Literal["forget", "hnet"] = "forget"  # of 'learned': a decoder that forgets, H-Net's recipe
     select_form: Literal["last", "attention"] = "last"  # of 'select': a kept state, or those before it pooled
     segmenter: SegmenterConfig = field(default_factory=SegmenterConfig)  # of strategies that ask one

@@ -8,19 +8,26 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hldm.segmenter import Segmenter, SegmenterState
+from hldm.segmenter import Rule, Segmenter, SegmenterState
+
+EntropyForm = Literal["threshold", "rise", "budget"]
 
 
 class EntropySegmenter(Segmenter):
     """H(x_t | x_<t), bits, of the segmenter's own prediction.
 
     "threshold": a border where it is high;  "rise": where it is so much higher than a byte before;
-    BLT's two forms. "budget" sums what bytes cost, -log2 p(x_t | x_<t): a border where those after the open
-    chunk's first come to a quota. The signal is then all that was spent so far, its movement what a chunk cost.
+    BLT's two forms. "budget" sums what bytes cost, -log2 p(x_t | x_<t): a border once those of the open chunk
+    come to a quota. The signal is then all that was spent before a byte, its movement what the chunk cost.
     """
 
+    @property
+    def carried(self) -> int:
+        """k: bits spent so far, and the last entropy."""
+        return 2
+
     def build(self) -> None:
-        self.rule = "movement" if self.chunking.entropy_form == "budget" else "level"
+        self.rule = rule_of(self.chunking.entropy_form)
 
     def signal(self, text: Tensor, doc_start: Tensor, state: SegmenterState) -> tuple[Tensor, SegmenterState]:
         features, after = self.read(text, doc_start, state)
@@ -29,18 +36,19 @@ class EntropySegmenter(Segmenter):
         return signal, after._replace(carry=carry)
 
 
-def entropy_signal(
-    log_p: Tensor, text: Tensor, form: Literal["threshold", "rise", "budget"], carry: Tensor
-) -> tuple[Tensor, Tensor]:
-    """A form's signal (b t 1) and what it carries on (b 1).
+def rule_of(form: EntropyForm) -> Rule:
+    """What makes a border of a form's signal."""
+    return "movement" if form == "budget" else "level"
 
-    log_p: (b t v) nats of each byte, from those before it;  carry: (b 1) as it came from the bytes before
+
+def entropy_signal(log_p: Tensor, text: Tensor, form: EntropyForm, carry: Tensor) -> tuple[Tensor, Tensor]:
+    """A form's signal (b t 1) and what it carries on (b 2).
+
+    log_p: (b t v) nats of each byte, from those before it;  carry: (b 2) as it came from the bytes before
     """
-    log_p = log_p / math.log(2)
-    if form == "budget":
-        spent = -log_p.gather(2, text[..., None])[..., 0].cumsum(dim=1) + carry
-        return spent[..., None], spent[:, -1:]
-    entropy = -(log_p.exp2() * log_p).sum(dim=-1)
-    if form == "rise":
-        return (entropy - torch.cat([carry, entropy[:, :-1]], dim=1))[..., None], entropy[:, -1:]
-    return entropy[..., None], carry
+    cost = -log_p.gather(2, text[..., None])[..., 0] / math.log(2)  # (b t) bits
+    spent = cost.cumsum(dim=1) + carry[:, :1]
+    entropy = torch.linalg.vecdot(log_p.exp(), log_p) / -math.log(2)
+    before = torch.cat([carry[:, 1:], entropy[:, :-1]], dim=1)
+    signal = {"threshold": entropy, "rise": entropy - before, "budget": spent - cost}[form]
+    return signal[..., None], torch.stack([spent[:, -1], entropy[:, -1]], dim=1)

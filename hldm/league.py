@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from hldm.checkpoints import atomic_write
-from hldm.config import ChunkingConfig, Config, ConfigError, Strategy, load_config
+from hldm.config import ChunkingConfig, Config, ConfigError, StagesConfig, Strategy, load_config
 from hldm.rate_curve import timed
 from hldm.reports import save_report
 
@@ -67,14 +67,15 @@ def entries(
 def chunking_for(base: Config, strategy: str, target: int) -> ChunkingConfig:
     """Settings under which chunks of training text hold `target` bytes on average, or as near as it goes.
 
-    Chunks hold at most twice as many. A strategy that asks a model has a threshold and sets it; for words and
-    spaces the least bytes move, for sentences and paragraphs, which are longer, the most bytes.
+    Chunks hold at most twice as many. A strategy that asks a model has a threshold and sets it, for chunks of at least
+    two thirds as many, as words have here; for words and spaces the least bytes move, for sentences and paragraphs,
+    which are longer, the most bytes.
     """
     settings: dict[str, Any] = {"strategy": strategy, "target_bytes": target, "max_bytes": 2 * target}
     if strategy in ("fixed", "strided"):
         limits = {"strategy": "fixed", "min_bytes": target, "max_bytes": target}
         return replace(base.chunking, **{**settings, **limits})
-    chunking = replace(base.chunking, **settings, min_bytes=max(1, target // 3))
+    chunking = replace(base.chunking, **settings, min_bytes=max(1, 2 * target // 3))
     if chunking.needs_segmenter:
         return chunking
     from hldm.chunking import make_chunker
@@ -103,38 +104,46 @@ def run_league(
 ) -> dict[str, Any]:
     """Train and measure what is not there yet; returns what is known.
 
-    Leaves root/<config>-league/<entry>/, and beside them league.json and league.md, rewritten after each.
-    Raises ValueError or OSError.
+    Leaves root/<config>-league/<entry>/, and beside them league.json and league.md, rewritten after each. Rows of
+    earlier calls, of the same minutes, stay in them. Raises ValueError or OSError.
     """
     todo = entries(path, minutes, only, targets, clock)
     twin = timed(load_config([path.with_name(f"{path.stem}-twin.yaml")]), minutes, clock)
     folder = root / f"{path.stem}-league"
     league: dict[str, Any] = {"config": str(path), "minutes": minutes, "clock": clock, "split": "test"}
-    league["chunkers"] = []
+    trainings = (twin.training, timed(load_config([path]), minutes, clock).training)
     for entry in [Entry("twin", "twin", math.nan, twin), *todo]:
         say(f"{entry.name}: {minutes:g} minutes")
-        league["chunkers"].append(_measured(entry, folder))
+        _measure_entry(entry, folder)
+        league["chunkers"] = _rows(folder, trainings)
         save_report(folder / "league.json", league)
         atomic_write(folder / "league.md", table(league) + "\n")
     return league
 
 
-def _measured(entry: Entry, folder: Path) -> dict[str, Any]:
-    """Train and measure one entry, or read what was measured before."""
+def _rows(folder: Path, trainings: Sequence[StagesConfig]) -> list[dict[str, Any]]:
+    """What was measured of the runs of a league that trained as these do."""
+    return [
+        json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(folder.glob("*/league.json"))
+        if load_config([path.parent / "autoencoder" / "config.yaml"]).training in trainings
+    ]
+
+
+def _measure_entry(entry: Entry, folder: Path) -> None:
+    """Train and measure one entry, unless that was done before."""
     from hldm.stages import train_run
 
     run = train_run(replace(entry.config, name=entry.name), root=folder)
-    target = run / "league.json"
-    if target.is_file():
-        return dict(json.loads(target.read_text(encoding="utf-8")))
+    if (run / "league.json").is_file():
+        return
     found = {
         "name": entry.name,
         "strategy": entry.strategy,
         "target": None if math.isnan(entry.target) else entry.target,
         **measure(run),
     }
-    save_report(target, found)
-    return found
+    save_report(run / "league.json", found)
 
 
 def measure(run: Path) -> dict[str, Any]:

@@ -7,7 +7,6 @@ of its own (hldm.segmenting): its chunks must be known before its encoder is.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import numpy as np
 import torch
@@ -15,10 +14,10 @@ from torch import Tensor, nn
 
 from hldm.autoencoder import Autoencoder
 from hldm.config import ChunkingConfig
-from hldm.entropy_segmenter import entropy_signal
+from hldm.entropy_segmenter import entropy_signal, rule_of
 from hldm.griffin import GriffinState
 from hldm.runs import shipped_run
-from hldm.segmenter import SegmenterState, Signaller
+from hldm.segmenter import Rule, SegmenterState, Signaller
 from hldm.state_segmenter import Recurrence, fall_of_memory, watched
 from hldm.text import START
 
@@ -60,7 +59,7 @@ class EncoderSegmenter(ModelSegmenter):
 class EncoderStates(EncoderSegmenter):
     """`state_change`: how far the encoder's recurrent state has moved since the open chunk began."""
 
-    rule: Literal["level", "movement"] = "movement"
+    rule: Rule = "movement"
 
     def signal(self, text: Tensor, doc_start: Tensor, state: SegmenterState) -> tuple[Tensor, SegmenterState]:
         recurrence, state = self.recurrence(text, doc_start, state)
@@ -81,10 +80,12 @@ class TwinEntropy(ModelSegmenter):
 
     def __init__(self, chunking: ChunkingConfig, model: Autoencoder) -> None:
         super().__init__(chunking, model)
-        self.rule = "movement" if chunking.entropy_form == "budget" else "level"
+        self.rule = rule_of(chunking.entropy_form)
 
     def initial_state(self, batch: int) -> SegmenterState:
-        return self.state(self.model.decoder_state(batch).griffin, batch, carried=2)  # a byte, and the form's
+        return self.state(
+            self.model.decoder_state(batch).griffin, batch, carried=3
+        )  # a byte, and the signal's
 
     def signal(self, text: Tensor, doc_start: Tensor, state: SegmenterState) -> tuple[Tensor, SegmenterState]:
         before = torch.cat([state.carry[:, :1].long(), text[:, :-1]], dim=1)

@@ -157,7 +157,9 @@ def open_run(
             raise ValueError(f"{folder} {found}; pass --resume or choose another --name")
         if is_empty and resume:
             say(f"{folder} has nothing to resume; starting from the beginning")
-        _write_config(folder, config, may_change)
+        check_settings(folder, config, may_change)
+        text = yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
+        atomic_write(folder / "config.yaml", text)
         _write_environment(folder, say)
     except BaseException:
         if is_empty:
@@ -228,27 +230,34 @@ def describe_environment() -> dict[str, Any]:
     }
 
 
-def _write_config(folder: Path, config: dict[str, Any], may_change: tuple[str, ...]) -> None:
-    """Save the settings, having compared them with those the run was started with."""
+def check_settings(folder: Path, config: dict[str, Any], may_change: tuple[str, ...]) -> None:
+    """Refuse settings other than those that a stage was started with; nothing to compare with is no fault.
+
+    may_change: prefixes of dotted keys that may differ. Raises ValueError that names the others.
+    """
     path = folder / "config.yaml"
-    config = json.loads(json.dumps(config))  # tuples as lists, nothing shared: as YAML will give it back
-    if path.exists():
-        try:
-            started = _dotted(yaml.safe_load(path.read_text(encoding="utf-8")))
-        except (yaml.YAMLError, ValueError, RecursionError, AttributeError) as error:
-            raise ValueError(f"{path} is damaged; restore it or choose another --name") from error
-        now = _dotted(config)
-        changes = [
-            f"{key} {started.get(key, 'absent')} -> {now.get(key, 'absent')}"
-            for key in sorted(started.keys() | now.keys())
-            if started.get(key, ...) != now.get(key, ...) and not key.startswith(may_change)
-        ]
-        if changes:
-            raise ValueError(
-                f"{folder} was started with other settings ({', '.join(changes)}); "
-                "set them back or choose another --name"
-            )
-    atomic_write(path, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    if not path.exists():
+        return
+    try:
+        started = _dotted(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, ValueError, RecursionError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged; restore it or choose another --name") from error
+    now = _dotted(_plain(config))
+    changes = [
+        f"{key} {started.get(key, 'absent')} -> {now.get(key, 'absent')}"
+        for key in sorted(started.keys() | now.keys())
+        if started.get(key, ...) != now.get(key, ...) and not key.startswith(may_change)
+    ]
+    if changes:
+        raise ValueError(
+            f"{folder} was started with other settings ({', '.join(changes)}); "
+            "set them back or choose another --name"
+        )
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    """Tuples as lists, nothing shared: as YAML will give it back."""
+    return dict(json.loads(json.dumps(config)))
 
 
 def _dotted(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,11 +1,11 @@
 """A small causal byte model that is asked where chunks begin, and what turns its answers into chunks.
 
 A segmenter is trained first, on the training text alone, and frozen: chunks remain a function of text. Every byte
-gets a signal, from the bytes up to it; a chunk would like to start where the signal lies `threshold` away from
-nothing (`rule` "level") or from where it was when the open chunk began (`rule` "movement"). The threshold is set
-so that chunks of training text have a wanted mean length, by bisection on the real cutter, limits included, and is
-saved with the weights. A strategy is a subclass, in a file of its own, with `signal` and, if next bytes are not
-all there is to learn, `loss`.
+gets a signal, from the bytes up to it; a chunk would like to start where the signal exceeds `threshold` (`rule`
+"level"), or has moved so far, in Euclidean distance, from where it was when the open chunk began ("movement"). The
+threshold is set so that chunks of training text have a wanted mean length, by bisection on the real cutter, limits
+included, and is saved with the weights. A strategy is a subclass, in a file of its own, with `signal` and, if next
+bytes are not all there is to learn, `loss`.
 """
 
 from __future__ import annotations
@@ -28,8 +28,11 @@ from hldm.griffin import Griffin, GriffinState
 from hldm.text import to_ids
 from hldm.weights import SavedModel
 
-BLOCK_BYTES = 16_384  # of text read at once: bounds memory whatever its length
+BLOCK_BYTES = 4096  # of text read at once: bounds memory whatever its length
+NEAR_BYTES = 16  # in which a border by movement is sought first
 BISECTIONS = 24  # halvings of the threshold's range: a relative error of 6e-8, as float32
+
+Rule = Literal["level", "movement"]
 
 S = TypeVar("S", bound="Segmenter")
 
@@ -52,7 +55,7 @@ class Features(NamedTuple):
 class Signaller:
     """What gives every byte a signal, and has a threshold for it: a segmenter, or a trained run asked instead."""
 
-    rule: Literal["level", "movement"] = "level"
+    rule: Rule = "level"
     chunking: ChunkingConfig
     threshold: Tensor  # ()
 
@@ -259,7 +262,7 @@ class ChunkStream:
 
 
 def _cut(
-    text: bytes, signal: np.ndarray, cutter: Cutter, threshold: float, rule: str, origin: np.ndarray | None
+    text: bytes, signal: np.ndarray, cutter: Cutter, threshold: float, rule: Rule, origin: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Chunk starts (t,) of a stretch, and the signal where its last chunk began. No character is split."""
     is_first_byte = np.frombuffer(text, np.uint8) & 0xC0 != 0x80
@@ -284,9 +287,15 @@ def _movement(
 
     def find(start: int, first: int, stop: int) -> int:
         before = signal[start] if start >= 0 else origin
-        moved = signal[first:stop] - before
-        far = (np.einsum("tk,tk->t", moved, moved) > least) & allowed[first:stop]
-        at = int(far.argmax()) if len(far) else 0
-        return first + at if len(far) and far[at] else -1
+        size = NEAR_BYTES  # a border is mostly near; were each look as far as a chunk may go, time would be O(n max)
+        while first < stop:
+            end = min(first + size, stop)
+            moved = signal[first:end] - before
+            far = (np.einsum("tk,tk->t", moved, moved) > least) & allowed[first:end]
+            at = int(far.argmax())
+            if far[at]:
+                return first + at
+            first, size = end, 2 * size
+        return -1
 
     return find

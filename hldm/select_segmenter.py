@@ -56,9 +56,9 @@ class SelectSegmenter(Segmenter):
     def best(self, scores: Tensor) -> Tensor:
         """1 at the k best of each window, 0 elsewhere, with the gradient of the scores' sigmoid. (b t)."""
         k = max(1, round(scores.shape[1] / self.chunking.target_bytes))
-        least = scores.topk(k, dim=1).values[:, -1:]
-        hard = (scores >= least).to(scores.dtype)
-        soft = (scores - least.detach()).sigmoid()
+        best = scores.topk(k, dim=1)
+        hard = torch.zeros_like(scores).scatter(1, best.indices, 1.0)  # of equal scores no more than k
+        soft = (scores - best.values[:, -1:].detach()).sigmoid()
         return hard + soft - soft.detach()
 
 

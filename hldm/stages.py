@@ -35,7 +35,7 @@ from hldm.pipeline import HLDMPipeline
 from hldm.prior import Prior
 from hldm.progress import say_line
 from hldm.ranks import RankLost, is_rank_failure, make_roll_call, missing_ranks
-from hldm.runs import Run, check_run_name, open_run
+from hldm.runs import Run, check_run_name, check_settings, open_run
 from hldm.segmenter import Segmenter
 from hldm.segmenting import attach_segmenter, cached_starts, read_segmenter, train_segmenter
 from hldm.signals import Interrupted, Stopped
@@ -44,7 +44,8 @@ from hldm.text import to_ids
 from hldm.training import Totals, Trainer, make_accelerator
 from hldm.writing import write_chunks
 
-MAY_CHANGE = ("name", "training.", "checkpoint.", "logging.", "generation.")  # on resume
+MAY_CHANGE_ONCE_TRAINED = ("name", "checkpoint.", "logging.", "generation.")
+MAY_CHANGE = (*MAY_CHANGE_ONCE_TRAINED, "training.")  # on resume
 SEGMENTER_SHARE = 0.2  # of stage one's minutes, at most, for what cuts its text
 SAMPLE_BYTES = 160  # of validation text: what samples reconstruct or go on from
 
@@ -290,18 +291,22 @@ def train_diffusion(config: Config, *, resume: bool = False, root: Path = Path("
 
 
 def train_run(config: Config, *, root: Path = Path("runs")) -> Path:
-    """Both stages of a run, or the twin's one: each trained, gone on with, or said to be there already."""
+    """Both stages of a run, or the twin's one: each trained, gone on with, or said to be there already.
+
+    Raises ValueError where what is there was trained with other settings.
+    """
     for stage, train in (("autoencoder", train_autoencoder), ("prior", train_diffusion)):
         folder = root / config.name / stage
         if stage == "prior" and config.is_twin:
             continue
         if (folder / "totals.json").is_file():
+            check_settings(folder, to_dict(config), MAY_CHANGE_ONCE_TRAINED)
             minutes = read_totals(folder).seconds / 60
             print(
                 f"reusing {folder}, trained in {minutes:.1f} minutes (remove it to train again)", flush=True
             )
         else:
-            train(config, resume=(folder / "checkpoints").is_dir(), root=root)
+            train(config, resume=folder.is_dir(), root=root)  # whatever it was stopped at
     return root / config.name
 
 

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
+import yaml
 from conftest import ROOT
 
 from hldm import league
 from hldm.border_agreement import agree, describe_chunks, rechunked
 from hldm.chunking import make_chunker
-from hldm.config import ChunkingConfig, ConfigError
+from hldm.config import ChunkingConfig, ConfigError, stage_training, to_dict
 from hldm.corpus import bible_verse_starts, load_corpus, make_corpus
 from hldm.corruption import CORRUPTIONS, corrupt
 from hldm.generation import Continuation
 from hldm.league import STRATEGIES, entries, measure, run_league, table
 from hldm.plots import plot_league
+from hldm.stages import train_run
 
 TINY = ROOT / "configs/tiny.yaml"
 
@@ -30,7 +33,7 @@ def test_every_strategy_has_its_length_and_the_same_minutes():
         training, chunking = entry.config.training, entry.config.chunking
         assert training.autoencoder.minutes + training.prior.minutes == pytest.approx(6)
         if chunking.needs_segmenter:
-            assert chunking.target_bytes == entry.target
+            assert chunking.target_bytes == entry.target and chunking.min_bytes == entry.target * 2 / 3
         else:
             starts = make_chunker(chunking).chunk_starts(documents)
             assert len(starts) / starts.sum() == pytest.approx(entry.target, rel=0.1), entry.name
@@ -86,9 +89,15 @@ def test_verses_start_after_a_space_of_the_built_in_text():
 
 def test_written_chunks_are_compared_with_those_the_strategy_would_make():
     chunker = make_chunker(ChunkingConfig(min_bytes=1))
-    assert rechunked([Continuation(b"In", [b" the", b" end"])], chunker) == 1.0
-    assert rechunked([Continuation(b"In", [b" the", b" e", b"nd"])], chunker) == pytest.approx(2 / 3)
-    assert rechunked([Continuation(b"In")], chunker) is None
+
+    def agreement(*chunks: bytes) -> float | None:
+        return rechunked([Continuation(b"In", list(chunks))], chunker)
+
+    assert agreement(b" the", b" end", b" of") == 1.0
+    assert agreement(b" the", b" e", b"nd") == pytest.approx(2 * 1 / (2 + 1))  # one start too many
+    assert agreement(b" the end", b" of") == pytest.approx(2 * 1 / (1 + 2))  # one too few
+    assert agreement(b"side", b" the") == 1.0  # where the prompt ends, the prompt says
+    assert agreement(b" the") is None and agreement() is None
 
 
 def test_corrupted_text_differs_a_little_and_always_alike():
@@ -112,6 +121,19 @@ def test_a_trained_run_gives_every_figure(trained_run):
     assert 0 <= found["written_agreement"] <= 1 and found["latents_per_second"] > 0
 
 
+BITS = {"bound": 1.5, "standard_error": 0.0, "standard_error_text": 0.02, "latent": 0.5, "decoder": 1.0}
+ROBUSTNESS = {"clean": 1.5, "typos": 2.0, "case": 1.75, "spaces": 1.7}
+FIGURES = {"reconstruction": 0.9, "training_characters_per_second": 9e3, "robustness": ROBUSTNESS}
+
+
+def pretend_to_train(config, *, root):
+    """Leave what a league reads of a run beside its figures."""
+    folder = root / config.name / "autoencoder"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(to_dict(config)))))
+    return root / config.name
+
+
 def test_a_stopped_league_goes_on_and_measures_nothing_twice(monkeypatch, tmp_path):
     measured: list[str] = []
 
@@ -120,26 +142,9 @@ def test_a_stopped_league_goes_on_and_measures_nothing_twice(monkeypatch, tmp_pa
             measured.append("stop")
             raise KeyboardInterrupt
         measured.append(run.name)
-        bits = {
-            "bound": 1.5,
-            "standard_error": 0.0,
-            "standard_error_text": 0.02,
-            "latent": 0.5,
-            "decoder": 1.0,
-        }
-        robustness = {"clean": 1.5, "typos": 2.0, "case": 1.75, "spaces": 1.7}
-        return {
-            **bits,
-            "reconstruction": 0.9,
-            "training_characters_per_second": 9e3,
-            "robustness": robustness,
-        }
+        return {**BITS, **FIGURES}
 
-    def train(config, *, root):
-        (root / config.name).mkdir(parents=True, exist_ok=True)
-        return root / config.name
-
-    monkeypatch.setattr("hldm.stages.train_run", train)
+    monkeypatch.setattr("hldm.stages.train_run", pretend_to_train)
     monkeypatch.setattr(league, "measure", fake_measure)
     options = dict(only=["words", "gate"], targets=[6], root=tmp_path, say=lambda line: None)
     with pytest.raises(KeyboardInterrupt):
@@ -151,3 +156,36 @@ def test_a_stopped_league_goes_on_and_measures_nothing_twice(monkeypatch, tmp_pa
     assert (tmp_path / "tiny-league/league.md").read_text() == table(found) + "\n"
     plot_league(found, tmp_path / "league.png")
     assert (tmp_path / "league.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rows_of_earlier_calls_stay_if_their_minutes_are_the_same(monkeypatch, tmp_path):
+    monkeypatch.setattr("hldm.stages.train_run", pretend_to_train)
+    monkeypatch.setattr(league, "measure", lambda run: {**BITS, **FIGURES})
+
+    def names(strategy: str, minutes: float) -> list[str]:
+        options = dict(only=[strategy], targets=[6], root=tmp_path, say=lambda line: None)
+        return [row["name"] for row in run_league(TINY, minutes, **options)["chunkers"]]
+
+    assert names("fixed", 6) == ["fixed-6", "twin"]
+    assert names("gate", 6) == ["fixed-6", "gate-6", "twin"]
+    assert names("strided", 3) == ["strided-6", "twin"]  # the twin was trained anew: pretended, here
+
+
+def test_a_run_of_other_minutes_is_no_entry(trained_run, small_config, tmp_path):
+    shutil.copytree(trained_run, tmp_path / "small")
+    assert train_run(small_config, root=tmp_path) == tmp_path / "small"
+    longer = stage_training(small_config, "prior", steps=13)
+    with pytest.raises(ValueError, match=r"started with other settings \(training.prior.steps 12 -> 13\)"):
+        train_run(longer, root=tmp_path)
+
+
+def test_a_stage_that_was_killed_before_its_first_checkpoint_starts_anew(
+    trained_run, small_config, tmp_path, capsys
+):
+    shutil.copytree(trained_run / "autoencoder", tmp_path / "small" / "autoencoder")
+    (tmp_path / "small/autoencoder/totals.json").unlink()
+    shutil.rmtree(tmp_path / "small/autoencoder/checkpoints")
+    train_run(small_config, root=tmp_path)
+    assert "resuming" in capsys.readouterr().out
+    logged = (tmp_path / "small/autoencoder/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in logged] == list(range(1, 13))

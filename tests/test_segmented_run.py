@@ -9,11 +9,12 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from conftest import ROOT
 
-from hldm.config import Config, SegmenterConfig, stage_training
+from hldm.config import Config, SegmenterConfig, Strategy, stage_training
 from hldm.evaluation import evaluate_run
 from hldm.pipeline import read_pipeline
 from hldm.runs import export_run
@@ -49,6 +50,21 @@ def config(small_config: Config) -> Config:
     segmenter = SegmenterConfig(width=16, layers=1, lanes=2, window_bytes=64, steps=5, minutes=0)
     chunking = replace(small_config.chunking, strategy="state_change", min_bytes=2, segmenter=segmenter)
     return replace(small_config, chunking=chunking, data=replace(small_config.data, cache_latents=True))
+
+
+@pytest.mark.parametrize("strategy", get_args(Strategy))
+def test_every_strategy_trains_caches_evaluates_and_writes(strategy, config, tmp_path):
+    config = replace(config, chunking=replace(config.chunking, strategy=strategy))
+    for stage in ("autoencoder", "prior"):
+        config = stage_training(config, stage, steps=2)
+    run = train_run(config, root=tmp_path)
+    assert (run / "latents.safetensors").is_file()
+    evaluation = evaluate_run(run, prompts=2, draws=2)
+    assert 0 < evaluation["bits_per_character"]["bound"] < 100 and 0 <= evaluation["rechunked"] <= 1
+    pipeline = read_pipeline(run / "pipeline")
+    written = pipeline("And the king", max_characters=30)
+    length = [end - begin for begin, end in written.chunk_spans[0]]
+    assert length and min(length) > 0 and max(length) <= config.chunking.max_bytes
 
 
 @pytest.fixture
@@ -90,9 +106,8 @@ def test_minutes_that_a_segmenter_took_do_not_skip_the_warm_up(config, tmp_path)
     logged = [json.loads(line) for line in (run / "autoencoder" / "metrics.jsonl").read_text().splitlines()]
     rates = [line["learning_rate"] for line in logged if "learning_rate" in line]
     assert rates[0] < max(rates) / 2 and rates[-1] < max(rates) / 2
-    assert (
-        json.loads((run / "autoencoder" / "totals.json").read_text())["prepared"] >= 1
-    )  # a fifth of 6 seconds
+    totals = json.loads((run / "autoencoder" / "totals.json").read_text())
+    assert totals["prepared"] >= 1  # a fifth of 6 seconds
 
 
 def test_a_segmenter_of_another_run_is_refused(run, config, tmp_path):

@@ -24,7 +24,8 @@ from hldm.segmenter import ChunkStream, Segmenter
 from hldm.segmenting import SEGMENTERS, cached_starts, read_segmenter, train_segmenter
 from hldm.text import to_ids
 
-FORMS = [(name, {}) for name in SEGMENTERS if name not in ("entropy", "learned", "select")]
+FORMS = [(name, {}) for name in SEGMENTERS if name not in ("entropy", "gate", "learned", "select")]
+FORMS += [("gate", {"gate_form": form}) for form in ("first", "last")]
 FORMS += [("entropy", {"entropy_form": form}) for form in ("threshold", "rise", "budget")]
 FORMS += [("learned", {"learned_form": form}) for form in ("forget", "hnet")]
 FORMS += [("select", {"select_form": form}) for form in ("last", "attention")]
@@ -275,6 +276,7 @@ def test_the_words_of_a_language_without_spaces_are_found(strategy, steps, least
     chunking = ChunkingConfig(
         strategy=strategy,
         entropy_form="rise",
+        gate_form="last",  # four bytes do not tell
         min_bytes=1,
         max_bytes=16,
         target_bytes=language.mean_bytes,

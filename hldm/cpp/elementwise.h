@@ -1,4 +1,4 @@
-// Elementwise functions that a compiler turns into vector code, in float and, exactly, in double.
+// Elementwise functions that a compiler turns into vector code, in float and in double.
 #pragma once
 
 #include <cmath>
@@ -11,47 +11,97 @@ inline float from_bits(int32_t bits) {
     return x;
 }
 
+inline double from_bits(int64_t bits) {
+    double x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
 inline int32_t to_bits(float x) {
     int32_t bits;
     std::memcpy(&bits, &x, sizeof bits);
     return bits;
 }
 
-// exp(x) = scale (1 + q), with q to a relative error of about 1e-7, near x = 0, too; NaN stays NaN.
-// x = k ln 2 + r: scale = 2^k, q = exp(r) - 1 by Taylor, |r| <= ln(2) / 2. x is held within [-60, 60]: what is beyond
-// makes no difference to any use here, and denormal numbers would make all of this ten times slower.
-struct Exponential {
-    float scale, q;
+inline int64_t to_bits(double x) {
+    int64_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
 
-    explicit Exponential(float x) {
-        x = x < -60.0f ? -60.0f : x;
-        x = x > 60.0f ? 60.0f : x;
-        const float magic = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer
-        const float shifted = x * 1.44269504f + magic;
-        const float k = shifted - magic;
-        const float r = (x - k * 0.693359375f) + k * 2.12194440e-4f;  // ln 2 in two parts
+// What an exponential needs to know of its number: how far it goes (what is beyond makes no difference to any use here,
+// and denormal numbers would make all of this ten times slower); 1.5 * 2^mantissa, since what is added to it is rounded
+// to an integer; ln 2 in two parts, the first of so few digits that integers times it are exact; and how the Taylor
+// series of (exp(r) - 1 - r) / r^2 is summed, |r| <= ln(2) / 2.
+template <typename T>
+struct Digits;
+
+template <>
+struct Digits<float> {
+    static constexpr float most = 60.0f, magic = 12582912.0f, ln2 = 0.693359375f, ln2_rest = -2.12194440e-4f;
+    static constexpr int mantissa = 23, bias = 127;
+
+    static float series(float r) {
         float sum = 1.0f / 5040;
         sum = sum * r + 1.0f / 720;
         sum = sum * r + 1.0f / 120;
         sum = sum * r + 1.0f / 24;
         sum = sum * r + 1.0f / 6;
-        sum = sum * r + 0.5f;
-        q = sum * r * r + r;
-        scale = from_bits((to_bits(shifted) - to_bits(magic) + 127) << 23);
+        return sum * r + 0.5f;
     }
 };
 
-inline float exponential(float x) {
-    const Exponential e(x);
+template <>
+struct Digits<double> {
+    static constexpr double most = 700.0, magic = 6755399441055744.0;
+    static constexpr double ln2 = 0.693147180369123816490, ln2_rest = 1.90821492927058770002e-10;
+    static constexpr int mantissa = 52, bias = 1023;
+
+    static double series(double r) {
+        double sum = 1.0 / 6227020800;
+        sum = sum * r + 1.0 / 479001600;
+        sum = sum * r + 1.0 / 39916800;
+        sum = sum * r + 1.0 / 3628800;
+        sum = sum * r + 1.0 / 362880;
+        sum = sum * r + 1.0 / 40320;
+        sum = sum * r + 1.0 / 5040;
+        sum = sum * r + 1.0 / 720;
+        sum = sum * r + 1.0 / 120;
+        sum = sum * r + 1.0 / 24;
+        sum = sum * r + 1.0 / 6;
+        return sum * r + 0.5;
+    }
+};
+
+// exp(x) = scale (1 + q), to a relative error of about 1e-7 or 3e-16, of q, near x = 0, too; NaN stays NaN.
+// x = k ln 2 + r: scale = 2^k, q = exp(r) - 1.
+template <typename T>
+struct Exponential {
+    T scale, q;
+
+    explicit Exponential(T x) {
+        using D = Digits<T>;
+        x = x < -D::most ? -D::most : x;
+        x = x > D::most ? D::most : x;
+        const T shifted = x * T(1.44269504088896340736) + D::magic;
+        const T k = shifted - D::magic;
+        const T r = (x - k * D::ln2) - k * D::ln2_rest;
+        q = D::series(r) * r * r + r;
+        scale = from_bits((to_bits(shifted) - to_bits(T(D::magic)) + D::bias) << D::mantissa);
+    }
+};
+
+template <typename T>
+inline T exponential(T x) {
+    const Exponential<T> e(x);
     return e.scale * e.q + e.scale;
 }
-inline double exponential(double x) { return std::exp(x); }
 
-inline float exp_minus_one(float x) {
-    const Exponential e(x);
-    return e.scale * e.q + (e.scale - 1.0f);
+template <typename T>
+inline T exp_minus_one(T x) {
+    const Exponential<T> e(x);
+    return e.scale * e.q + (e.scale - T(1));
 }
-inline double exp_minus_one(double x) { return std::expm1(x); }
 
 template <typename T>
 inline T sigmoid(T x) {
