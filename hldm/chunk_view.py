@@ -12,10 +12,10 @@ import numpy as np
 
 from hldm.chunking import TEXT_STRATEGIES, make_chunker
 from hldm.config import ChunkingConfig, ConfigError, DataConfig, load_config
-from hldm.corpus import load_corpus
-from hldm.model_segmenters import MODEL_SEGMENTERS, shipped_segmenter
+from hldm.corpus import Corpus, load_corpus
+from hldm.model_segmenters import MODEL_SEGMENTERS, ask_shipped_run
 from hldm.segmenter import Signaller
-from hldm.segmenting import SEGMENTERS, read_segmenter, sample_of, train_segmenter
+from hldm.segmenting import SEGMENTERS, read_segmenter, sample_of, shipped_segmenter, train_segmenter
 from hldm.text import printable, tinted
 
 TINTS = ("#cfe8ff", "#ffe6b3")  # light blue and light orange, told apart without colour vision
@@ -34,36 +34,31 @@ def cut_text(
     runs: Sequence[Path] = (),
     *,
     chunking: ChunkingConfig,
+    whole_bytes: int | None = None,
     minutes: float = 0.0,
 ) -> dict[str, list[bytes]]:
     """Chunks of a text by strategy, then by the chunking of each run.
 
     chunking: the limits of strategies that are named, and the mean length of those that ask a model
-    minutes: of training a segmenter for each of these on the built-in text; 0: the shipped run is asked for its
-        states, gates or its twin's entropy, its threshold set on the built-in text; other strategies take a run
-    Raises ConfigError for a strategy that is unknown or lacks a segmenter, ValueError or OSError for a run.
+    whole_bytes: the most that a sentence or paragraph may hold; None: as any chunk
+    minutes: of training a segmenter for each strategy that asks one, on the built-in text; 0: what comes with hldm is
+        asked, its threshold set on the built-in text: the shipped run's states and gates, its twin's entropy, and
+        small segmenters of the other strategies
+    Raises ConfigError for a strategy that is unknown, ValueError or OSError for a run.
     """
+    known = (*TEXT_STRATEGIES, *SEGMENTERS)
+    for strategy in strategies:
+        if strategy not in known:
+            raise ConfigError(f"--strategy takes {', '.join(known)}, got {strategy!r:.80}")
+    corpus = load_corpus(DataConfig(), "train") if set(strategies) & SEGMENTERS.keys() else None
     cuts = {}
     for strategy in strategies:
-        if strategy not in (*TEXT_STRATEGIES, *SEGMENTERS):
-            raise ConfigError(
-                f"--strategy takes {', '.join([*TEXT_STRATEGIES, *SEGMENTERS])}, got {strategy!r:.80}"
-            )
-        if strategy in SEGMENTERS and strategy not in MODEL_SEGMENTERS and not minutes:
-            raise ConfigError(
-                f"--strategy {strategy} asks a model: pass a --run trained with it, or --minutes to train one now"
-            )
-    for strategy in strategies:
-        segmenter: Signaller | None = None
         settings = replace(chunking, strategy=strategy)  # type: ignore[arg-type]
-        if strategy in SEGMENTERS:
-            corpus = load_corpus(DataConfig(), "train")
-            if minutes:
-                limits = replace(chunking.segmenter, minutes=minutes, steps=10**9)
-                settings = replace(settings, segmenter=limits)
-                segmenter = train_segmenter(settings, corpus)
-            else:
-                segmenter = shipped_segmenter(settings, sample_of(corpus, SAMPLE_BYTES))
+        if strategy in ("sentence", "paragraph") and whole_bytes is not None:
+            settings = replace(settings, max_bytes=whole_bytes)
+        segmenter: Signaller | None = None
+        if corpus is not None and settings.needs_segmenter:
+            segmenter = _segmenter(settings, corpus, minutes)
         cuts[strategy] = split(text, make_chunker(settings, segmenter).chunk_start(text))
     for run in runs:
         path = run / "autoencoder" / "config.yaml"
@@ -75,6 +70,17 @@ def cut_text(
             text, make_chunker(settings, segmenter).chunk_start(text)
         )
     return cuts
+
+
+def _segmenter(chunking: ChunkingConfig, corpus: Corpus, minutes: float) -> Signaller:
+    """Trained now for so many minutes, or what comes with hldm."""
+    if minutes:
+        limits = replace(chunking.segmenter, minutes=minutes, steps=10**9)
+        return train_segmenter(replace(chunking, segmenter=limits), corpus)
+    sample = sample_of(corpus, SAMPLE_BYTES)
+    if chunking.strategy in MODEL_SEGMENTERS:
+        return ask_shipped_run(chunking, sample)
+    return shipped_segmenter(chunking, sample)
 
 
 def split(text: bytes, is_start: np.ndarray) -> list[bytes]:

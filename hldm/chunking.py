@@ -112,10 +112,14 @@ class WordsChunker(Chunker):
     """Borders at the first byte of white space: a word carries the space before it, as in GPT-2."""
 
     def borders(self, text: bytes) -> np.ndarray:
-        is_space = _IS_SPACE[np.frombuffer(text, np.uint8)]
-        is_border = is_space.copy()
-        is_border[1:] &= ~is_space[:-1]
-        return is_border
+        return _run_starts(_IS_SPACE[np.frombuffer(text, np.uint8)])
+
+
+def _run_starts(is_in: np.ndarray) -> np.ndarray:
+    """(t,) bool: the first of each run of true ones."""
+    is_first = is_in.copy()
+    is_first[1:] &= ~is_in[:-1]
+    return is_first
 
 
 # What SpaceByte (arXiv 2404.14408) takes for a space: all but letters, digits and the later bytes of characters.
@@ -128,10 +132,7 @@ class SpaceChunker(Chunker):
     """Borders at the first of each run of space-like bytes (SpaceByte, arXiv 2404.14408, section 3)."""
 
     def borders(self, text: bytes) -> np.ndarray:
-        is_space = _IS_SPACE_LIKE[np.frombuffer(text, np.uint8)]
-        is_border = is_space.copy()
-        is_border[1:] &= ~is_space[:-1]
-        return is_border
+        return _run_starts(_IS_SPACE_LIKE[np.frombuffer(text, np.uint8)])
 
 
 _CJK_MARK = re.compile(rb"\xe3\x80\x82|\xef\xbc[\x81\x9f]")  # 。 ！ ？
@@ -143,7 +144,7 @@ _SENTENCE_END = re.compile(
 _ELLIPSIS = b".\xe2\x80\xa6"  # the bytes of . and …
 _LAST_WORD = re.compile(rb"[A-Za-z.]+$")
 _ABBREVIATIONS = frozenset(
-    b"mr mrs ms dr prof st jr sr rev gen col capt lt sgt vs etc cf e.g i.e a.m p.m u.s no vol fig pp".split()
+    b"mr mrs ms dr prof st mt jr sr rev gen col capt lt sgt vs etc cf e.g i.e a.m p.m u.s vol fig pp".split()
 )
 
 

@@ -8,8 +8,9 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
-from hldm.config import ChunkingConfig, ConfigError, load_config
+from hldm.config import ChunkingConfig, ConfigError, Strategy, load_config
 from hldm.exits import guarded
 from hldm.runs import export_run
 from hldm.sizes import report, survey
@@ -184,13 +185,15 @@ def chunk(argv: Sequence[str] | None = None) -> int:
         action="append",
         default=[],
         metavar="NAME",
-        help="may repeat (default: all that read text alone)",
+        help="may repeat (default: every one)",
     )
     parser.add_argument(
         "--run", action="append", default=[], type=Path, help="cut as this run does; may repeat"
     )
     parser.add_argument("--min-bytes", type=int, default=4, metavar="N", help="of a chunk (default 4)")
-    parser.add_argument("--max-bytes", type=int, default=12, metavar="N", help="of a chunk (default 12)")
+    parser.add_argument(
+        "--max-bytes", type=int, metavar="N", help="of a chunk (default 12, of a sentence or paragraph 1024)"
+    )
     parser.add_argument(
         "--target-bytes", type=float, default=6.0, metavar="N", help="mean, of strategies with a model"
     )
@@ -199,27 +202,35 @@ def chunk(argv: Sequence[str] | None = None) -> int:
         type=float,
         default=0.0,
         metavar="M",
-        help="train a segmenter for each strategy that takes one (default: ask the shipped run, where it can tell)",
+        help="train a segmenter for each strategy that takes one (default: ask the models that come with hldm)",
     )
     parser.add_argument("--json", action="store_true", help="bytes of each chunk, as JSON")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page there instead")
     arguments = parser.parse_args(argv)
 
     def work() -> int:
-        limits = ("min_bytes", "max_bytes", "target_bytes")
-        chunking = ChunkingConfig(**{name: getattr(arguments, name) for name in limits})
+        chunking = ChunkingConfig(
+            min_bytes=arguments.min_bytes,
+            max_bytes=12 if arguments.max_bytes is None else arguments.max_bytes,
+            target_bytes=arguments.target_bytes,
+        )
         if not 0 <= arguments.minutes < math.inf:
             raise ConfigError(f"--minutes must not be negative, got {arguments.minutes:g}")
         text = read_input(arguments.text, MAX_PROMPT_BYTES)
         from hldm.checkpoints import atomic_write
         from hldm.chunk_view import PAGE_MARK, as_json, as_page, as_text, cut_text
-        from hldm.chunking import TEXT_STRATEGIES
         from hldm.reports import check_page_path
 
         if arguments.html is not None:
             check_page_path(arguments.html, PAGE_MARK)
-        names = arguments.strategy or ([] if arguments.run else list(TEXT_STRATEGIES))
-        cuts = cut_text(text, names, arguments.run, chunking=chunking, minutes=arguments.minutes)
+        cuts = cut_text(
+            text,
+            arguments.strategy or ([] if arguments.run else get_args(Strategy)),
+            arguments.run,
+            chunking=chunking,
+            whole_bytes=1024 if arguments.max_bytes is None else None,
+            minutes=arguments.minutes,
+        )
         if arguments.html is not None:
             atomic_write(arguments.html, as_page(cuts))
         else:

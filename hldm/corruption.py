@@ -12,9 +12,10 @@ RATE = 0.05  # share of the bytes, or of the spaces, that are touched
 
 
 def typos(text: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Letters changed places, left out or struck twice, as often each. text (t,) uint8."""
-    is_letter = (np.isin(text, np.frombuffer(b" .,", np.uint8), invert=True)) & (text < 128)
+    """Letters changed places with the next, left out or struck twice, as often each. text (t,) uint8."""
+    is_letter = ((text | 0x20) >= ord("a")) & ((text | 0x20) <= ord("z"))
     hit = is_letter & (rng.random(len(text)) < RATE)
+    hit[1:] &= ~hit[:-1]  # no letter is touched twice
     kind = rng.integers(0, 3, len(text))
     swapped = np.flatnonzero(hit & (kind == 0))
     swapped = swapped[swapped + 1 < len(text)]

@@ -196,7 +196,7 @@ def measure(run: Path) -> dict[str, Any]:
 def table(league: Mapping[str, Any]) -> str:
     """The league as a Markdown table, least bits first within a length."""
     head = (
-        "| chunker | bound | ± | latents | decoder | bytes right | characters a latent | variation "
+        "| chunker | bound | ± | latents | decoder | bytes right | characters a latent | variation | kinds "
         "| at words | at sentences | at verses | written alike | latents/s | trained, characters/s "
         "| typos | case | spaces |"
     )
@@ -216,6 +216,7 @@ def _cells(row: Mapping[str, Any]) -> Iterator[str]:
     yield form(row["reconstruction"], ".1%")
     yield form(row.get("characters_per_chunk"), ".2f")
     yield form(row.get("variation"), ".2f")
+    yield form(row.get("kinds"), ".1%")
     for name in ("word", "sentence", "verse"):  # precision / recall
         found = row.get("borders", {}).get(name, {})
         yield "/".join(form(found.get(key), ".0%") for key in ("precision", "recall")) if found else "-"

@@ -27,10 +27,8 @@ RATIO_WEIGHT = 3.0  # alpha; H-Net's 0.03 is for chunks that gain from being sho
 CURRICULUM = 0.3  # share of the progress in which the target shortens from half as much again as is wanted
 LEVEL_GRADIENT = 0.03  # of what smoothing and confidence tell the router: see above
 NUMBERS = 4  # of a chunk that H-Net's form tells the decoder
-SHARPNESS, NOISE = (
-    3.0,
-    1.5,
-)  # of a start's log odds, and of the logistic noise that training adds, less and less
+SHARPNESS = 3.0  # of a start's log odds
+NOISE = 1.5  # logistic, that training adds to them, less and less
 
 
 class LearnedSegmenter(Segmenter):

@@ -104,7 +104,7 @@ MODEL_SEGMENTERS: dict[str, Callable[[ChunkingConfig, Autoencoder], ModelSegment
 }
 
 
-def shipped_segmenter(chunking: ChunkingConfig, documents: Sequence[np.ndarray]) -> ModelSegmenter:
+def ask_shipped_run(chunking: ChunkingConfig, documents: Sequence[np.ndarray]) -> ModelSegmenter:
     """What the shipped run, or for `entropy` its twin, gives as signal, its threshold set on these documents.
 
     Raises FileNotFoundError in a copy of hldm without it.

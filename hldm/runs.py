@@ -169,12 +169,17 @@ def open_run(
     return run
 
 
-def shipped_run(twin: bool = False) -> Path:
-    """The trained run that comes with hldm, or its twin. Raises FileNotFoundError in a copy without it."""
-    folder = Path(__file__).parent / "pretrained" / ("small-twin" if twin else "small")
+def shipped(name: str) -> Path:
+    """A folder of what comes with hldm. Raises FileNotFoundError in a copy without it."""
+    folder = Path(__file__).parent / "pretrained" / name
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not there: pass --run with a run that you have trained")
     return folder
+
+
+def shipped_run(twin: bool = False) -> Path:
+    """The trained run that comes with hldm, or its twin. Raises FileNotFoundError in a copy without it."""
+    return shipped("small-twin" if twin else "small")
 
 
 def export_run(folder: Path, target: Path) -> None:

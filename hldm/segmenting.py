@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from hldm.corpus import Corpus
 from hldm.entropy_segmenter import EntropySegmenter
 from hldm.learned_segmenter import LearnedSegmenter
 from hldm.policy_segmenter import PolicySegmenter
+from hldm.runs import shipped
 from hldm.segmenter import Segmenter
 from hldm.select_segmenter import SelectSegmenter
 from hldm.state_segmenter import GateSegmenter, StateSegmenter
@@ -131,6 +133,19 @@ def read_segmenter(folder: Path, chunking: ChunkingConfig) -> Segmenter | None:
             f"{folder} was made with other settings of chunking: set them back, or choose another --name"
         )
     return segmenter.eval()
+
+
+def shipped_segmenter(chunking: ChunkingConfig, documents: Sequence[np.ndarray]) -> Segmenter:
+    """The segmenter of a strategy that comes with hldm, within these limits, its threshold set on these documents.
+
+    Raises FileNotFoundError in a copy without it.
+    """
+    folder = shipped(f"segmenters/{chunking.strategy}")
+    segmenter = SEGMENTERS[chunking.strategy].from_pretrained(folder).eval()
+    limits = {name: getattr(chunking, name) for name in ("min_bytes", "max_bytes", "target_bytes")}
+    segmenter.chunking = replace(segmenter.chunking, **limits)
+    segmenter.calibrate(documents)
+    return segmenter
 
 
 def attach_segmenter(autoencoder: Autoencoder, segmenter: Segmenter) -> None:

@@ -6,13 +6,14 @@ import json
 import re
 from html import unescape
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from hldm.chunk_view import as_json, as_page, as_text, cut_text
 from hldm.chunking import TEXT_STRATEGIES
 from hldm.cli import main
-from hldm.config import ChunkingConfig, ConfigError
+from hldm.config import ChunkingConfig, ConfigError, Strategy
 
 TEXT = 'He said: "<b>Go & come</b>".\n\nThen 世界 \x1b[31m.'.encode()
 
@@ -30,15 +31,33 @@ def test_every_form_of_the_cuts_holds_the_whole_text():
     assert as_text(cuts, colour=False).replace("|", "").count(safe) == len(cuts)
 
 
-def test_a_strategy_that_asks_a_model_takes_a_run_or_minutes(tmp_path):
-    with pytest.raises(ConfigError, match="learned asks a model: pass a --run"):
-        cut_text(TEXT, ["words", "learned"], chunking=ChunkingConfig())
+def test_a_strategy_that_asks_a_model_takes_what_ships_a_run_or_minutes(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="--strategy takes fixed, words.*'verse'"):
         cut_text(TEXT, ["verse"], chunking=ChunkingConfig())
     with pytest.raises(FileNotFoundError, match="holds no run"):
         cut_text(TEXT, [], [tmp_path], chunking=ChunkingConfig())
     cuts = cut_text(TEXT, ["entropy"], chunking=ChunkingConfig(), minutes=1e-4)
     assert b"".join(cuts["entropy"]) == TEXT
+    monkeypatch.setattr("hldm.runs.__file__", str(tmp_path / "runs.py"))
+    with pytest.raises(FileNotFoundError, match="segmenters/learned is not there: pass --run"):
+        cut_text(TEXT, ["learned"], chunking=ChunkingConfig())
+
+
+@pytest.mark.parametrize("strategy", ["learned", "reinforce", "select"])
+def test_a_segmenter_that_ships_keeps_to_the_limits_it_is_given(strategy):
+    text = b"And the king said to his servants, Let them go in peace. " * 20
+    chunking = ChunkingConfig(min_bytes=3, max_bytes=20, target_bytes=8)
+    length = [len(chunk) for chunk in cut_text(text, [strategy], chunking=chunking)[strategy]]
+    assert (
+        min(length[:-1]) >= 3 and max(length) <= 20 and sum(length) / len(length) == pytest.approx(8, rel=0.3)
+    )
+
+
+def test_sentences_are_whole_unless_chunks_are_limited():
+    text = b"And the king said to his servants, Go. And they went out."
+    limits = ChunkingConfig()
+    assert len(cut_text(text, ["sentence"], chunking=limits, whole_bytes=1024)["sentence"]) == 2
+    assert len(cut_text(text, ["sentence"], chunking=limits)["sentence"]) > 4
 
 
 def test_the_command_prints_writes_a_page_and_spares_other_files(tmp_path, capsys, trained_run):
@@ -52,7 +71,7 @@ def test_the_command_prints_writes_a_page_and_spares_other_files(tmp_path, capsy
     assert sum(found[0]["bytes"]) == len(TEXT)
     for _ in range(2):  # its own page may be replaced
         assert main(["chunk", "--text", str(text), "--html", str(page)]) == 0
-    assert page.read_text().count("<h2>") == len(TEXT_STRATEGIES)
+    assert re.findall("<h2>(.*?):", page.read_text()) == list(get_args(Strategy))
     other.write_text("<p>")
     assert main(["chunk", "--text", str(text), "--html", str(other)]) == 2
     assert main(["chunk", "--text", str(text), "--min-bytes", "20"]) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -13,6 +14,7 @@ from conftest import ROOT
 from hldm import league
 from hldm.border_agreement import agree, describe_chunks, rechunked
 from hldm.chunking import make_chunker
+from hldm.cli import main
 from hldm.config import ChunkingConfig, ConfigError, stage_training, to_dict
 from hldm.corpus import bible_verse_starts, load_corpus, make_corpus
 from hldm.corruption import CORRUPTIONS, corrupt
@@ -114,6 +116,20 @@ def test_corrupted_text_differs_a_little_and_always_alike():
     )
 
 
+def test_typing_errors_touch_letters_alone_and_none_twice():
+    text = np.frombuffer(b"ab 12\n;cd. " * 300, np.uint8)
+    bad = CORRUPTIONS["typos"](text, np.random.default_rng(0))
+    assert bytes(byte for byte in bad if not chr(byte).isalpha()) == b" 12\n;. " * 300
+    slips = b"ab aab abb a b ba cd ccd cdd c d dc".split()
+    assert set(re.findall(rb"[a-z]+", bad.tobytes())) == set(slips)
+
+
+def test_kinds_are_different_chunks_a_chunk():
+    text = np.frombuffer(b"In the the end", np.uint8)
+    is_start = make_chunker(ChunkingConfig(min_bytes=1)).chunk_start(text)
+    assert describe_chunks([text], is_start)["kinds"] == 3 / 4
+
+
 def test_a_trained_run_gives_every_figure(trained_run):
     found = measure(trained_run)
     assert found["borders"]["word"]["precision"] > 0.5 and found["borders"].get("verse") is None
@@ -189,3 +205,14 @@ def test_a_stage_that_was_killed_before_its_first_checkpoint_starts_anew(
     assert "resuming" in capsys.readouterr().out
     logged = (tmp_path / "small/autoencoder/metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in logged] == list(range(1, 13))
+
+
+def test_the_command_leaves_a_report_a_table_and_a_figure(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("hldm.stages.train_run", pretend_to_train)
+    monkeypatch.setattr(league, "measure", lambda run: {**BITS, **FIGURES})
+    asked = ["chunkers", "--config", str(TINY), "--minutes", "6", "--only", "fixed", "--targets", "6"]
+    assert main(asked) == 0
+    assert "| fixed-6 | 1.500 |" in capsys.readouterr().out
+    left = {path.name for path in (tmp_path / "runs/tiny-league").iterdir() if path.is_file()}
+    assert left == {"league.json", "league.md", "league.png"}
