@@ -125,6 +125,7 @@ class GateSegmenter(ForgettingSegmenter):
     def signal(self, text: Tensor, doc_start: Tensor, state: SegmenterState) -> tuple[Tensor, SegmenterState]:
         _, recurrence, after = self.recurrence(text, doc_start, state)
         fall, kept = fall_of_memory(recurrence.gates, state.carry[:, :1])
+        fall = fall.masked_fill(doc_start[..., None], 0.0)  # not from another document's last byte
         before = torch.cat([state.carry[:, None, 1:], fall[:, :-1]], dim=1)
         return before, after._replace(carry=torch.cat([kept, fall[:, -1]], dim=1))
 
