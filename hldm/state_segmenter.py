@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hldm.griffin import RGLRU
+from hldm.griffin import RGLRU, Layout, ResidualBlock
 from hldm.segmenter import Features, Rule, Segmenter, SegmenterState
 
 TEACHING_WEIGHT = 0.3  # of the gates' cross-entropy, a mean over channels, beside nats a byte; not swept
@@ -123,11 +123,25 @@ class GateSegmenter(ForgettingSegmenter):
         return 2
 
     def signal(self, text: Tensor, doc_start: Tensor, state: SegmenterState) -> tuple[Tensor, SegmenterState]:
-        _, recurrence, after = self.recurrence(text, doc_start, state)
-        fall, kept = fall_of_memory(recurrence.gates, state.carry[:, :1])
+        if self.chunking.gate_form == "first":
+            gates, after = self.first_gates(text, doc_start, state)
+        else:
+            _, (_, gates), after = self.recurrence(text, doc_start, state)
+        fall, kept = fall_of_memory(gates, state.carry[:, :1])
         fall = fall.masked_fill(doc_start[..., None], 0.0)  # not from another document's last byte
         before = torch.cat([state.carry[:, None, 1:], fall[:, :-1]], dim=1)
         return before, after._replace(carry=torch.cat([kept, fall[:, -1]], dim=1))
+
+    def first_gates(
+        self, text: Tensor, doc_start: Tensor, state: SegmenterState
+    ) -> tuple[Tensor, SegmenterState]:
+        """The taught gates (b t d) without what comes after the first recurrence: a quarter of the time."""
+        block, (carried, *others) = self.trunk.blocks[0], state.griffin
+        assert isinstance(block, ResidualBlock)
+        layout = Layout.of(doc_start, doc_start, None, self.trunk.config.conv_width)
+        with watched(block) as found:
+            _, carried = block.temporal(block.temporal_norm(self.embed(text)), carried, layout)
+        return found[0].gates[..., : self.channels], state._replace(griffin=(carried, *others))
 
 
 def fall_of_memory(gates: Tensor, carry: Tensor) -> tuple[Tensor, Tensor]:
