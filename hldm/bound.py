@@ -25,7 +25,7 @@ from hldm.mixture import MixturePredictor
 from hldm.objectives import draw_normal, noisy_latents, price_latents, read_chunks, read_latents
 from hldm.prior import Prior
 from hldm.prompts import prompt_chunker
-from hldm.text import count_characters
+from hldm.text import END_OF_CHUNK, END_OF_DOCUMENT, count_characters
 
 LANES, WINDOW_BYTES = 16, 512  # measured, configs/tiny.yaml on a CPU: 256 and 1024 bytes take longer
 PASSES = 2  # independent estimates of the latent model's terms: the least that shows how far they differ
@@ -240,3 +240,25 @@ def importance_nats(
         ratios.append((log_p - log_q - reading.nats).double())
     tight = math.log(samples) - torch.stack(ratios).logsumexp(dim=0)
     return tight * encoding.mask
+
+
+@torch.no_grad()
+def bits_of_ends(autoencoder: Autoencoder, windows: Windows, generator: torch.Generator) -> float:
+    """What of the decoder's bits a character says where chunks end: -log2 of ending, or of going on, at each symbol.
+
+    Nothing for ends that are known beforehand; a strategy whose cuts nothing but itself can tell pays here.
+    """
+    encoder = autoencoder.encoder_state(windows.lanes)
+    decoder = autoencoder.decoder_state(windows.lanes)
+    nats = 0.0
+    for step in range(windows.windows_per_epoch):
+        batch = windows.batch(step)
+        encoding, encoder = read_latents(autoencoder, batch, encoder)
+        latent = noisy_latents(autoencoder, encoding, autoencoder.config["gamma_0"], batch, generator)
+        reading, decoder = read_chunks(autoencoder, batch, latent, decoder, encoding)
+        log_p = reading.logits.float().log_softmax(dim=-1)
+        ending = log_p[..., END_OF_CHUNK : END_OF_DOCUMENT + 1].logsumexp(dim=-1)
+        going_on = log_p[..., :END_OF_CHUNK].logsumexp(dim=-1)
+        told = torch.where(reading.target >= END_OF_CHUNK, ending, going_on)
+        nats -= float((told * reading.mask).sum())
+    return nats / math.log(2) / count_characters(windows.corpus.text.tobytes())

@@ -157,7 +157,7 @@ def measure(run: Path) -> dict[str, Any]:
     import torch
 
     from hldm.border_agreement import describe_chunks
-    from hldm.bound import evaluate_bound, held_out_windows
+    from hldm.bound import bits_of_ends, evaluate_bound, held_out_windows
     from hldm.corpus import bible_verse_starts, load_corpus, make_corpus
     from hldm.corruption import CORRUPTIONS, corrupt
     from hldm.evaluation import evaluate_run
@@ -192,8 +192,10 @@ def measure(run: Path) -> dict[str, Any]:
     is_built_in = not (config.data.path or config.data.dataset)
     verses = bible_verse_starts("test") if is_built_in else None
     chunks = describe_chunks(documents, autoencoder.chunker.chunk_starts(documents), verses)
+    generator = torch.Generator().manual_seed(0)
     return found | {
         **chunks,
+        "ends": bits_of_ends(autoencoder, held_out_windows(autoencoder, part), generator),
         "latents_per_second": speed["characters_per_second"] / chunks["characters_per_chunk"],
         "written_agreement": evaluation["rechunked"],
     }
@@ -202,8 +204,8 @@ def measure(run: Path) -> dict[str, Any]:
 def table(league: Mapping[str, Any]) -> str:
     """The league as a Markdown table, least bits first within a length."""
     head = (
-        "| chunker | bound | ± | latents | decoder | bytes right | characters a latent | variation | kinds "
-        "| at words | at sentences | at verses | written alike | latents/s | trained, characters/s "
+        "| chunker | bound | ± | latents | decoder | of it ends | bytes right | characters a latent | variation "
+        "| kinds | at words | at sentences | at verses | written alike | latents/s | trained, characters/s "
         "| typos | case | spaces |"
     )
     lines = [head, "|" + "---|" * (head.count("|") - 1)]
@@ -219,6 +221,7 @@ def _cells(row: Mapping[str, Any]) -> Iterator[str]:
     yield row["name"]
     for key in ("bound", "standard_error", "latent", "decoder"):
         yield form(row[key], ".3f")
+    yield form(row.get("ends"), ".3f")
     yield form(row["reconstruction"], ".1%")
     yield form(row.get("characters_per_chunk"), ".2f")
     yield form(row.get("variation"), ".2f")

@@ -67,7 +67,7 @@ def dtype_on(device: torch.device) -> torch.dtype:
     """What the iterations run in: bfloat16, on a CPU without AVX-512 float32.
 
     There torch multiplies bfloat16 number by number: 15 times the time (measured, AVX2, 7 matrices of 160 by 360),
-    four times that of a whole step of configs/small-twin.yaml.
+    and a whole step of configs/small-twin.yaml took three times as long.
     """
     if device.type == "cpu" and torch.backends.cpu.get_cpu_capability() != "AVX512":
         return torch.float32

@@ -72,6 +72,8 @@ class Reading(NamedTuple):
 
     nats: Tensor  # (b n) -log p of each chunk's bytes and end
     symbol_nats: Tensor  # (b t') of each event
+    logits: Tensor  # (b t' v) of its symbol
+    target: Tensor  # (b t') that symbol
     correct: Tensor  # (b t') bool: the likeliest symbol is the right one
     mask: Tensor  # (b t') bool: real events
     chunk: Tensor  # (b t') chunk of each event
@@ -108,7 +110,7 @@ def read_chunks(
     nats = symbol_nats(logits, events)
     by_chunk = sum_by_chunk(nats, events, batch.chunk_index.shape[1])
     correct = (logits.argmax(dim=-1) == events.target) & events.mask
-    reading = Reading(by_chunk, nats, correct, events.mask, events.chunk)
+    reading = Reading(by_chunk, nats, logits, events.target, correct, events.mask, events.chunk)
     return reading, DecoderState(griffin, events.last)
 
 

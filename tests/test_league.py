@@ -135,6 +135,7 @@ def test_a_trained_run_gives_every_figure(trained_run):
     assert found["borders"]["word"]["precision"] > 0.5 and found["borders"].get("verse") is None
     assert set(found["robustness"]) == {"clean", *CORRUPTIONS}
     assert 0 <= found["written_agreement"] <= 1 and found["latents_per_second"] > 0
+    assert 0 < found["ends"] < found["decoder"]
 
 
 BITS = {"bound": 1.5, "standard_error": 0.0, "standard_error_text": 0.02, "latent": 0.5, "decoder": 1.0}
@@ -168,7 +169,7 @@ def test_a_stopped_league_goes_on_and_measures_nothing_twice(monkeypatch, tmp_pa
     found = run_league(TINY, 6, **options)
     assert measured == ["twin", "words-6", "stop", "gate-6"]
     assert json.loads((tmp_path / "tiny-league/league.json").read_text()) == found
-    assert "| gate-6 | 1.500 | 0.000 | 0.500 | 1.000 | 90.0% |" in table(found)
+    assert "| gate-6 | 1.500 | 0.000 | 0.500 | 1.000 | - | 90.0% |" in table(found)
     assert (tmp_path / "tiny-league/league.md").read_text() == table(found) + "\n"
     plot_league(found, tmp_path / "league.png")
     assert (tmp_path / "league.png").read_bytes().startswith(b"\x89PNG")
