@@ -134,10 +134,24 @@ def test_a_paragraph_starts_after_a_blank_line(text, expected):
     assert chunks("paragraph", text) == expected
 
 
+UNITS = [
+    b"a",
+    b" ",
+    b".",
+    b"\n",
+    b"\x80",
+    b"word ",
+    b"Mr. ",
+    b'."',
+    b"\n \n",
+    "。".encode(),
+    "👩\u200d👧".encode(),
+]
+UNITS += [b"if x:\n    return f(x)\n", np.random.default_rng(0).bytes(1000)]
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize(
-    "unit", [b"a", b" ", b".", b"\n", b"\x80", b"word ", b"Mr. ", b'."', b"\n \n", "。".encode()]
-)
+@pytest.mark.parametrize("unit", UNITS, ids=[repr(unit[:8]) for unit in UNITS])
 def test_time_grows_with_the_text_only(strategy, unit):
     text = unit * (300_000 // len(unit))
     start = time.process_time()
