@@ -107,8 +107,8 @@ def test_time_grows_with_the_text_only(strategy, form):
     chunker = untrained(strategy, **form).chunker(2, 64)
     for unit in (b"a", b"\x80", b"word ", "👩\u200d👧世界".encode(), np.random.default_rng(0).bytes(1000)):
         began = time.process_time()
-        chunker.chunk_start(unit * (50_000 // len(unit)))
-        assert time.process_time() - began < 10  # measured: below 0.5 s; a quadratic one takes minutes
+        chunker.chunk_start(unit * (20_000 // len(unit)))
+        assert time.process_time() - began < 5  # measured: below 0.5 s; a quadratic one takes half a minute
 
 
 @every_strategy
