@@ -51,7 +51,7 @@ class ForgettingSegmenter(Segmenter):
     tests/languages.py: F1 0.2, no better than chance, also when change or memory had a price).
     So the recurrence gates of a block's first channels are taught, by cross-entropy, to open at the byte after which
     entropy rises most, as often as chunks are wanted: their state holds within a chunk. The next byte then starts
-    one. What cuts before a byte has not read it: a writer, who does not have it yet, ends its chunk alike.
+    one. What cuts before a byte has not read it: nor has a writer, who is to end its chunk there.
     """
 
     block = -1  # whose channels are taught
