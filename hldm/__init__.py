@@ -16,24 +16,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hldm.autoencoder import Autoencoder
     from hldm.config import Config, load_config
-    from hldm.griffin import Griffin
-    from hldm.pipeline import HLDMPipeline, HLDMPipelineOutput
-    from hldm.prior import Prior
-    from hldm.scan import linear_scan
+    from hldm.generation.pipeline import HLDMPipeline, HLDMPipelineOutput
+    from hldm.kernels.scan import linear_scan
+    from hldm.model.autoencoder import Autoencoder
+    from hldm.model.griffin import Griffin
+    from hldm.model.prior import Prior
 
 __version__ = "0.1.0"
 
 # Where each public name lives; imported on first use (PEP 562), so that `import hldm` needs no torch.
 _HOMES = {
-    "Autoencoder": "autoencoder",
+    "Autoencoder": "model.autoencoder",
     "Config": "config",
-    "Griffin": "griffin",
-    "HLDMPipeline": "pipeline",
-    "HLDMPipelineOutput": "pipeline",
-    "Prior": "prior",
-    "linear_scan": "scan",
+    "Griffin": "model.griffin",
+    "HLDMPipeline": "generation.pipeline",
+    "HLDMPipelineOutput": "generation.pipeline",
+    "Prior": "model.prior",
+    "linear_scan": "kernels.scan",
     "load_config": "config",
 }
 __all__ = [

@@ -18,11 +18,11 @@ from typing import Any
 
 from hldm import commands
 from hldm.config import Config, ConfigError, GenerationConfig, load_config, stage_training, to_yaml
-from hldm.exits import guarded
-from hldm.runs import shipped_run
-from hldm.signals import Stopped
-from hldm.sizes import read_model_settings, require_room, require_room_to_write
-from hldm.text import MAX_PROMPT_BYTES, read_input
+from hldm.runs.exits import guarded
+from hldm.runs.folder import shipped_run
+from hldm.runs.signals import Stopped
+from hldm.text.bytes import MAX_PROMPT_BYTES, read_input
+from hldm.training.sizes import read_model_settings, require_room, require_room_to_write
 
 STAGES = {
     "autoencoder": "Stage one: train the autoencoder, or a twin, from a config.",
@@ -107,7 +107,7 @@ def _train(stage: str, argv: Sequence[str] | None) -> int:
             print(to_yaml(config), end="")
             return 0
         require_room(config, stage)  # here, too: before torch is imported
-        from hldm import stages
+        from hldm.training import stages
 
         train = stages.train_autoencoder if stage == "autoencoder" else stages.train_diffusion
         train(config, resume=arguments.resume)
@@ -184,7 +184,7 @@ def generate(argv: Sequence[str] | None = None) -> int:
         replace(GenerationConfig(), **_given(arguments))  # refuses what is out of range
         _require_room_to_write(folder, arguments)
         prompts = _prompts(arguments)
-        from hldm.pipeline import read_pipeline
+        from hldm.generation.pipeline import read_pipeline
 
         pipeline = read_pipeline(folder)
         _write(pipeline, prompts, arguments)
@@ -212,9 +212,9 @@ def _require_room_to_write(pipeline: Path, arguments: argparse.Namespace) -> Non
 
 def _write(pipeline: object, prompts: list[bytes], arguments: argparse.Namespace) -> None:
     """Write to standard output: streamed for one continuation, each whole for several."""
-    from hldm.generation import Continuation, write_on
-    from hldm.pipeline import HLDMPipeline
-    from hldm.text import StreamDecoder, count_characters, printable, tinted
+    from hldm.generation.pipeline import HLDMPipeline
+    from hldm.generation.writer import Continuation, write_on
+    from hldm.text.bytes import StreamDecoder, count_characters, printable, tinted
 
     assert isinstance(pipeline, HLDMPipeline)
     settings = replace(pipeline.settings, **_given(arguments))

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import get_args
 
 from hldm.config import ChunkingConfig, ConfigError, Strategy, load_config
-from hldm.exits import guarded
-from hldm.runs import export_run
-from hldm.sizes import report, survey
-from hldm.text import MAX_PROMPT_BYTES, read_input
+from hldm.runs.exits import guarded
+from hldm.runs.folder import export_run
+from hldm.text.bytes import MAX_PROMPT_BYTES, read_input
+from hldm.training.sizes import report, survey
 
 
 def evaluate(argv: Sequence[str] | None = None) -> int:
     """`hldm evaluate`, the same as `python -m hldm.evaluation`."""
-    from hldm import evaluation
+    from hldm.evaluation import evaluate as evaluation
 
     return evaluation.main(argv)
 
@@ -39,8 +39,8 @@ def diagnose(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
 
     def work() -> int:
-        from hldm.diagnosis import diagnose_run, summary
-        from hldm.reports import check_picture_path, check_report_path, save_report
+        from hldm.runs.reports import check_picture_path, check_report_path, save_report
+        from hldm.studies.diagnosis import diagnose_run, summary
 
         if arguments.json is not None:
             check_report_path(arguments.json, "latent_by_dimension")
@@ -53,7 +53,7 @@ def diagnose(argv: Sequence[str] | None = None) -> int:
         if arguments.json is not None:
             save_report(arguments.json, diagnosis)
         if arguments.png is not None:
-            from hldm.plots import plot_diagnosis
+            from hldm.studies.plots import plot_diagnosis
 
             plot_diagnosis(diagnosis, arguments.png)
         return 0
@@ -85,8 +85,8 @@ def rate_curve(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
 
     def work() -> int:
-        from hldm.plots import plot_rate_curve
-        from hldm.rate_curve import run_curve, table
+        from hldm.studies.plots import plot_rate_curve
+        from hldm.studies.rate_curve import run_curve, table
 
         curve = run_curve(arguments.config, arguments.minutes, only=arguments.only, clock=arguments.clock)
         target = Path("runs") / f"{arguments.config.stem}-curve" / "rate-curve.png"
@@ -111,8 +111,8 @@ def chunkers(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
 
     def work() -> int:
-        from hldm.league import run_league, table
-        from hldm.plots import plot_league
+        from hldm.studies.league import run_league, table
+        from hldm.studies.plots import plot_league
 
         league = run_league(
             arguments.config,
@@ -152,8 +152,8 @@ def judge(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
 
     def work() -> int:
-        from hldm.judge import judge_run, table
-        from hldm.reports import check_report_path, save_report
+        from hldm.runs.reports import check_report_path, save_report
+        from hldm.studies.judge import judge_run, table
 
         if arguments.json is not None:
             check_report_path(arguments.json, "judged")
@@ -217,9 +217,9 @@ def chunk(argv: Sequence[str] | None = None) -> int:
         if not 0 <= arguments.minutes < math.inf:
             raise ConfigError(f"--minutes must not be negative, got {arguments.minutes:g}")
         text = read_input(arguments.text, MAX_PROMPT_BYTES)
-        from hldm.checkpoints import atomic_write
-        from hldm.chunk_view import PAGE_MARK, as_json, as_page, as_text, cut_text
-        from hldm.reports import check_page_path
+        from hldm.chunking.view import PAGE_MARK, as_json, as_page, as_text, cut_text
+        from hldm.runs.checkpoints import atomic_write
+        from hldm.runs.reports import check_page_path
 
         if arguments.html is not None:
             check_page_path(arguments.html, PAGE_MARK)
@@ -244,7 +244,7 @@ def bench(argv: Sequence[str] | None = None) -> int:
     """`hldm bench`."""
 
     def work() -> int:
-        from hldm import bench as benchmark
+        from hldm.studies import bench as benchmark
 
         return benchmark.main(argv)
 

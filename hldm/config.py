@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 
-from hldm.strict_yaml import (
+from hldm.settings import (
     ConfigError,
     Setting,
     build_dataclass,

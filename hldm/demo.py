@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hldm.config import Config, load_config
-from hldm.sizes import require_room
+from hldm.training.sizes import require_room
 
 PROMPTS = 3
 
@@ -22,13 +22,13 @@ def run_demo(path: Path, name: str | None = None, root: Path = Path("runs")) -> 
     for planned, stage in ((config, "autoencoder"), (config, "prior"), (twin, "autoencoder")):
         require_room(planned, stage, root)  # before the first of them takes an hour
 
-    from hldm.stages import train_run
+    from hldm.training.stages import train_run
 
     train_run(config, root=root)
     train_run(twin, root=root)
 
-    from hldm.evaluation import compare, evaluate_run
-    from hldm.reports import save_report
+    from hldm.evaluation.evaluate import compare, evaluate_run
+    from hldm.runs.reports import save_report
 
     columns = {}
     for label, run in (("model", name), ("twin", twin.name)):
@@ -44,9 +44,9 @@ def run_demo(path: Path, name: str | None = None, root: Path = Path("runs")) -> 
 
 def _write(config: Config, folder: Path) -> None:
     """Three continuations of held-out prompts."""
-    from hldm.pipeline import HLDMPipelineOutput, read_pipeline
-    from hldm.prompts import held_out_prompts, prompt_chunker
-    from hldm.text import printable
+    from hldm.evaluation.prompts import held_out_prompts, prompt_chunker
+    from hldm.generation.pipeline import HLDMPipelineOutput, read_pipeline
+    from hldm.text.bytes import printable
 
     pipeline = read_pipeline(folder / "pipeline")
     chunker = prompt_chunker(pipeline.autoencoder.chunker, config.is_twin)

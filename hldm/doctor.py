@@ -86,7 +86,7 @@ def check_machine() -> Iterator[Finding]:
     """Device, threads, kernels, memory, disk."""
     import torch
 
-    from hldm.kernels import kernels
+    from hldm.kernels.library import kernels
 
     if torch.accelerator.is_available():
         name = torch.accelerator.current_accelerator()
@@ -103,7 +103,7 @@ def check_machine() -> Iterator[Finding]:
 
 def check_corpus() -> Iterator[Finding]:
     """Whether the built-in corpus can be read."""
-    from hldm.corpus import bible_verses
+    from hldm.text.corpus import bible_verses
 
     try:
         yield Finding(f"built-in corpus: {len(bible_verses()):,} verses of the Bible in Basic English")
@@ -113,7 +113,7 @@ def check_corpus() -> Iterator[Finding]:
 
 def check_hub() -> Iterator[Finding]:
     """Whether datasets could be fetched by name; nothing else needs that."""
-    from hldm.corpus import require_hub
+    from hldm.text.corpus import require_hub
 
     try:
         require_hub("Hugging Face hub")

@@ -50,7 +50,7 @@ SMALL = [
 def corpus_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twenty short documents of the built-in text."""
     from hldm.config import DataConfig
-    from hldm.corpus import load_corpus
+    from hldm.text.corpus import load_corpus
 
     text = load_corpus(DataConfig(), "validation").text[:8000].tobytes().decode()
     path = tmp_path_factory.mktemp("corpus") / "text.txt"
@@ -80,7 +80,7 @@ def small_twin(small_overrides: list[str]) -> Config:
 @pytest.fixture(scope="session")
 def trained_run(tmp_path_factory: pytest.TempPathFactory, corpus_path: Path) -> Path:
     """runs/small with both stages of `small_config` trained. Read only: copy it to change it."""
-    from hldm.stages import train_autoencoder, train_diffusion
+    from hldm.training.stages import train_autoencoder, train_diffusion
 
     overrides = [*SMALL, f"data.path={corpus_path}", 'data.separator="\\n\\n"']
     config = replace(load_config([ROOT / "configs/tiny.yaml"], overrides), name="small")
@@ -92,7 +92,7 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory, corpus_path: Path) -> 
 @pytest.fixture
 def plain_torch() -> Callable[[], AbstractContextManager[None]]:
     """`with plain_torch():` as on a machine without a compiler; skips where that is all there is."""
-    from hldm import kernels
+    from hldm.kernels import library as kernels
 
     if kernels.library() is None:
         pytest.skip(f"C++ kernels: {kernels.kernels().told}")

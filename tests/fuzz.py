@@ -2,7 +2,7 @@
 
     python tests/fuzz.py 100000 0        count, seed
 
-A fault is an error that `hldm.exits.guarded` would show as a traceback, a message of several lines, more than
+A fault is an error that `hldm.runs.exits.guarded` would show as a traceback, a message of several lines, more than
 SECONDS for one input, or more than BYTES of memory in all. Each is reported with the input that did it.
 """
 
@@ -26,9 +26,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from hldm.autoencoder import Autoencoder
-from hldm.checkpoints import fingerprint, load_checkpoint, save_checkpoint, unflatten_optimizer
-from hldm.chunking import make_chunker
+from hldm.chunking.chunker import make_chunker
 from hldm.config import (
     AutoencoderConfig,
     ChunkingConfig,
@@ -42,12 +40,14 @@ from hldm.config import (
     load_config,
     to_yaml,
 )
-from hldm.corpus import load_corpora, make_corpus
-from hldm.data import Windows, cache_latents, load_latents
-from hldm.pipeline import ByteTokenizer, HLDMPipeline, read_pipeline
-from hldm.prior import Prior
-from hldm.strict_yaml import parse_override
-from hldm.text import StreamDecoder, count_characters, printable, split_incomplete, to_bytes, to_ids
+from hldm.generation.pipeline import ByteTokenizer, HLDMPipeline, read_pipeline
+from hldm.model.autoencoder import Autoencoder
+from hldm.model.prior import Prior
+from hldm.runs.checkpoints import fingerprint, load_checkpoint, save_checkpoint, unflatten_optimizer
+from hldm.settings import parse_override
+from hldm.text.bytes import StreamDecoder, count_characters, printable, split_incomplete, to_bytes, to_ids
+from hldm.text.corpus import load_corpora, make_corpus
+from hldm.text.windows import Windows, cache_latents, load_latents
 
 SECONDS, BYTES = 10.0, 2**30
 ROOT = Path(__file__).parent.parent

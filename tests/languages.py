@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hldm.corpus import Corpus, make_corpus
+from hldm.text.corpus import Corpus, make_corpus
 
 LETTERS = b"abcdefghijkl"
 

@@ -16,11 +16,12 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
-from hldm import cli, stages
-from hldm.checkpoints import newest_checkpoint
+from hldm import cli
 from hldm.config import to_yaml
-from hldm.ranks import RankLost
-from hldm.training import Interrupted, TrainingDiverged
+from hldm.runs.checkpoints import newest_checkpoint
+from hldm.runs.ranks import RankLost
+from hldm.training import stages
+from hldm.training.trainer import Interrupted, TrainingDiverged
 
 SCRIPTS = ("train_autoencoder.py", "train_diffusion.py", "generate.py")
 WEIGHTS = "diffusion_pytorch_model.safetensors"

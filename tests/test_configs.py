@@ -6,9 +6,9 @@ import pytest
 import torch
 from conftest import ROOT
 
-from hldm.autoencoder import Autoencoder
 from hldm.config import Config, load_config
-from hldm.prior import Prior
+from hldm.model.autoencoder import Autoencoder
+from hldm.model.prior import Prior
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 

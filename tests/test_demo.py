@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from hldm import cli, demo, evaluation, reports, stages
+from hldm import cli, demo
+from hldm.evaluation import evaluate as evaluation
+from hldm.runs import reports
+from hldm.training import stages
 
 
 @pytest.fixture

@@ -15,14 +15,15 @@ import torch
 from conftest import ROOT
 from safetensors import SafetensorError
 
-from hldm import cli, sizes, stages
-from hldm.checkpoints import newest_checkpoint
-from hldm.chunking import make_chunker
+from hldm import cli
+from hldm.chunking.chunker import make_chunker
 from hldm.config import ChunkingConfig, ConfigError, to_yaml
-from hldm.corpus import make_corpus
-from hldm.data import Windows, cache_latents
-from hldm.reports import save_report
-from hldm.runs import open_run
+from hldm.runs.checkpoints import newest_checkpoint
+from hldm.runs.folder import open_run
+from hldm.runs.reports import save_report
+from hldm.text.corpus import make_corpus
+from hldm.text.windows import Windows, cache_latents
+from hldm.training import sizes, stages
 
 FULL = re.escape(os.strerror(errno.ENOSPC)) + r" \([0-9,]+ bytes free\)"
 WINDOWS = Windows(
@@ -208,8 +209,8 @@ def test_an_export_that_fails_leaves_the_old_one_alone(error, tmp_path):
     ("where", "wrong"),
     [
         (None, "training.autoencoder.accumulation=3"),
-        ("hldm.runs._write_environment", "seed=1"),
-        ("hldm.training.make_optimizers", "seed=1"),
+        ("hldm.runs.folder._write_environment", "seed=1"),
+        ("hldm.training.trainer.make_optimizers", "seed=1"),
     ],
 )
 def test_a_start_that_fails_does_not_use_up_the_name(
@@ -242,7 +243,10 @@ def test_a_start_that_fails_does_not_use_up_the_name(
 
 LIMITED = """
 import resource, sys
-from hldm import cli, machine, sizes, stages
+from hldm import cli
+from hldm.runs import machine
+from hldm.training import sizes
+from hldm.training import stages
 
 def limit(*_):  # comes once the check is over: other programs take what was free
     most = machine.kibibytes("/proc/self/status")["VmSize"] + 80 * 2**20

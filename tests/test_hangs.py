@@ -14,10 +14,10 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import ROOT
-from test_training import assert_same, losses, weights
 
 from hldm import cli
-from hldm.checkpoints import newest_checkpoint
+from hldm.runs.checkpoints import newest_checkpoint
+from tests.training.test_trainer import assert_same, losses, weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -28,7 +28,7 @@ PROGRAM = """
 import os, signal, sys, time
 from pathlib import Path
 from hldm import cli
-from hldm.training import Trainer
+from hldm.training.trainer import Trainer
 
 rank = os.environ.get("RANK", "0")
 step = Trainer.step

@@ -20,13 +20,13 @@ from fuzz import fuzz, tiny_pipeline
 from safetensors.torch import save
 
 from hldm import cli
-from hldm.autoencoder import Autoencoder
-from hldm.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
 from hldm.config import ConfigError, config_from_dict, load_config
-from hldm.data import load_latents
-from hldm.generation import Continuation
-from hldm.pipeline import HLDMPipeline, read_pipeline
-from hldm.reports import check_report_path
+from hldm.generation.pipeline import HLDMPipeline, read_pipeline
+from hldm.generation.writer import Continuation
+from hldm.model.autoencoder import Autoencoder
+from hldm.runs.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
+from hldm.runs.reports import check_report_path
+from hldm.text.windows import load_latents
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -325,7 +325,7 @@ def bomb(file):  # 10 GB of zeros in 10 MB: one block of 100 MB, a hundred times
 with open({str(path)!r}, "wb") as file:
     {make}
 from hldm.config import DataConfig
-from hldm.corpus import load_corpora
+from hldm.text.corpus import load_corpora
 if "parquet" in {name!r}:
     import pyarrow.parquet
 resource.setrlimit(resource.RLIMIT_DATA, (2**30, 2**30))
@@ -347,7 +347,7 @@ def test_one_bad_row_in_a_thousand_is_left_out_and_counted(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(rows))
     from hldm.config import DataConfig
-    from hldm.corpus import load_corpora
+    from hldm.text.corpus import load_corpora
 
     with pytest.warns(UserWarning, match=r"left out 2 bad of 3,000 rows; the first: .*a\.jsonl:1501: field"):
         corpora = load_corpora(DataConfig(path=str(path)))
@@ -434,7 +434,7 @@ def test_what_the_model_writes_reaches_no_terminal_raw(more, generate, monkeypat
                 row.chunks.append(bytes([byte]))
             yield rows, [bytes([byte])] * len(rows), 0
 
-    monkeypatch.setattr("hldm.generation.write_on", write_on)
+    monkeypatch.setattr("hldm.generation.writer.write_on", write_on)
     shown = written_to_terminal(lambda: generate("--prompt", os.fsdecode(NASTY), *more)).decode()
     shown = re.sub("\x1b\\[(0|30;48;5;(153|223))m", "", shown)  # the tints of chunks are ours
     unsafe = {*map(chr, range(0x20)), *map(chr, range(0x7F, 0xA0)), "\u202e", "\u2066"} - {"\n", "\t"}

@@ -7,8 +7,8 @@ from conftest import ROOT
 
 from hldm import cli
 from hldm.config import load_config
-from hldm.pipeline import read_pipeline
-from hldm.runs import shipped_run
+from hldm.generation.pipeline import read_pipeline
+from hldm.runs.folder import shipped_run
 
 MEGABYTE = 10**6
 

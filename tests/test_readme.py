@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from hldm import cli, evaluation
-from hldm.chunking import Chunker
+from hldm import cli
+from hldm.chunking.chunker import Chunker
 from hldm.config import load_config
+from hldm.evaluation import evaluate as evaluation
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 NAMES = r"(?:train_autoencoder|train_diffusion|generate)\.py|-m hldm\.evaluation"
@@ -21,7 +22,7 @@ PARSERS = {
     "train_autoencoder.py": lambda: cli._training_parser("autoencoder"),
     "train_diffusion.py": lambda: cli._training_parser("prior"),
     "generate.py": cli._generation_parser,
-    "hldm.evaluation": evaluation._parser,
+    "hldm.evaluation.evaluate": evaluation._parser,
 }
 
 

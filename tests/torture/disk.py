@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from hldm import checkpoints
+from hldm.runs import checkpoints
 
 
 class Disk:
@@ -32,7 +32,7 @@ class Disk:
 
     @contextmanager
     def watching(self) -> Iterator[Disk]:
-        """Within, every call through which hldm.checkpoints changes the disk is watched."""
+        """Within, every call through which hldm.runs.checkpoints changes the disk is watched."""
         import safetensors.torch
 
         watched = [(os, name) for name in ("fsync", "rename", "mkdir", "rmdir", "unlink")]

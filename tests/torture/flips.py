@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from hldm.checkpoints import CheckpointError, checkpoints_in, load_checkpoint, newest_checkpoint
+from hldm.runs.checkpoints import CheckpointError, checkpoints_in, load_checkpoint, newest_checkpoint
 from tests.torture import children, small
 from tests.torture.trial import Trial
 
@@ -39,7 +39,7 @@ def torture(trial: Trial) -> None:
 
 def stop_early(folder: Path, text: Path, at: int = 20) -> Path:
     """A run stopped by its own kill before step `at` + 1; it keeps that step and the one half way."""
-    from hldm.training import Trainer
+    from hldm.training.trainer import Trainer
     from tests.torture.disk import die
 
     small.start_folder(folder, "autoencoder")

@@ -23,10 +23,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hldm.chunking import make_chunker
+from hldm.chunking.chunker import make_chunker
 from hldm.config import load_config
-from hldm.corpus import load_corpus
-from hldm.data import Windows
+from hldm.text.corpus import load_corpus
+from hldm.text.windows import Windows
 from tests.conftest import SMALL
 from tests.torture import children, small
 from tests.torture.trial import Trial

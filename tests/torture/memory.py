@@ -66,7 +66,7 @@ def resident_bytes() -> int:
 
 def watched_training(train: Callable[[], int]) -> Callable[[Callable[[], None]], int]:
     """A training that notes its memory at every step."""
-    from hldm.training import Trainer
+    from hldm.training.trainer import Trainer
 
     real = Trainer.step
 
@@ -85,8 +85,8 @@ def generation(pipeline: Path, rows: int, count: int) -> Callable[[Callable[[], 
     """A generation that notes its memory at every chunk, carried through the ends of documents."""
 
     def work(note: Callable[[], None]) -> None:
-        from hldm.generation import write_on
-        from hldm.pipeline import read_pipeline
+        from hldm.generation.pipeline import read_pipeline
+        from hldm.generation.writer import write_on
 
         parts = read_pipeline(pipeline)
         news = write_on(

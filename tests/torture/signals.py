@@ -25,12 +25,17 @@ HERE = b"here\n"
 # phase: (stages, module and name that is called when it begins, which call of it, overrides)
 UNSAVED = (small.UNSAVED,)  # what is found afterwards was saved by the signal
 PHASES: dict[str, tuple[tuple[str, ...], str, int, tuple[str, ...]]] = {
-    "first step": (small.STAGES, "hldm.training.Trainer.step", 1, UNSAVED),
-    "training": (small.STAGES, "hldm.training.Trainer.step", 7, UNSAVED),
-    "accumulation": (small.STAGES, "hldm.data.Windows.batch", 12, UNSAVED),
-    "saving": (small.STAGES, "hldm.training.save_checkpoint", 5, ()),
-    "sampling": (small.STAGES, "hldm.training.Trainer._sample", 2, (*UNSAVED, "logging.sample_every=3")),
-    "latent caching": (("prior",), "hldm.stages.read_latents", 2, ("data.cache_latents=true",)),
+    "first step": (small.STAGES, "hldm.training.trainer.Trainer.step", 1, UNSAVED),
+    "training": (small.STAGES, "hldm.training.trainer.Trainer.step", 7, UNSAVED),
+    "accumulation": (small.STAGES, "hldm.text.windows.Windows.batch", 12, UNSAVED),
+    "saving": (small.STAGES, "hldm.training.trainer.save_checkpoint", 5, ()),
+    "sampling": (
+        small.STAGES,
+        "hldm.training.trainer.Trainer._sample",
+        2,
+        (*UNSAVED, "logging.sample_every=3"),
+    ),
+    "latent caching": (("prior",), "hldm.training.stages.read_latents", 2, ("data.cache_latents=true",)),
 }
 
 
@@ -57,7 +62,7 @@ def torture(trial: Trial) -> None:
         folder = trial.folder / f"generation-{number}"
         folder.mkdir()
         work = partial(cli.generate, prompt)
-        end = terminate_in(folder, "hldm.generation.LatentWriter.write", 5, work, delay(trial, number))
+        end = terminate_in(folder, "hldm.generation.writer.LatentWriter.write", 5, work, delay(trial, number))
         slowest = max(slowest, end.seconds)
         wrong = end.wrong()
         if len(end.said.split("hldm: ")[0].encode()) <= len("And the") + 4:
@@ -155,7 +160,7 @@ def announce(target: str, call: int, tell: Callable[[], Any]) -> None:
 
 def announce_steps(writer: int) -> None:
     """In a child: tell at the beginning of each optimizer step how many are complete."""
-    from hldm.training import Trainer
+    from hldm.training.trainer import Trainer
 
     real = Trainer.step
 

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hldm import cli
-from hldm.checkpoints import CheckpointError, fingerprint, newest_checkpoint, sha256_of
 from hldm.config import DataConfig
-from hldm.corpus import load_corpus
+from hldm.runs.checkpoints import CheckpointError, fingerprint, newest_checkpoint, sha256_of
+from hldm.text.corpus import load_corpus
 from tests.conftest import ROOT, SMALL
 from tests.torture import children
 

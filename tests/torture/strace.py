@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from hldm import cli
-from hldm.checkpoints import CheckpointError, load_checkpoint, newest_checkpoint, save_checkpoint
+from hldm.runs.checkpoints import CheckpointError, load_checkpoint, newest_checkpoint, save_checkpoint
 from tests.torture import children, disk
 from tests.torture.trial import Trial
 

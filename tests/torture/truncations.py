@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import combinations
 
-from hldm.checkpoints import checkpoints_in, load_checkpoint
+from hldm.runs.checkpoints import checkpoints_in, load_checkpoint
 from tests.torture import small
 from tests.torture.flips import check_found_out, stop_early
 from tests.torture.trial import Trial

@@ -1,0 +1,1 @@
+"""Where chunks start: strategies that read the text alone, and small models that say where."""

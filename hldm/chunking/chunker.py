@@ -1,0 +1,270 @@
+r"""Where chunks begin. Every strategy returns the same currency: a boolean per byte, true at a chunk's first.
+
+All strategies are causal: whether a chunk starts at byte t depends on bytes <= t, so text chunked as it is
+written gets the chunks it had in training. A strategy names its borders, the places where a chunk would like
+to start; `Chunker.chunk_start` takes the first one at which the open chunk holds `min_bytes`, and where none
+comes in time starts a new chunk with the first character that would make it longer than `max_bytes`. A
+character is never split, unless it alone is longer than `max_bytes`.
+
+A strategy that looks at the text alone is a class here with `borders(text)`. One that asks a model is a
+segmenter (hldm.chunking.segmenter): a small byte model, trained first and frozen, so that its chunks, too, are known
+before any other model runs and the data can be laid out by them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hldm.config import ChunkingConfig, ConfigError
+from hldm.model.ops import add_rows
+
+_IS_SPACE = np.zeros(256, bool)
+_IS_SPACE[list(b" \t\n\v\f\r")] = True
+
+_CHARACTER_BYTES = bytearray(b"\x01" * 256)  # length of a UTF-8 character by its first byte (RFC 3629)
+_CHARACTER_BYTES[0xC2:0xE0] = b"\x02" * 30
+_CHARACTER_BYTES[0xE0:0xF0] = b"\x03" * 16
+_CHARACTER_BYTES[0xF0:0xF5] = b"\x04" * 5
+
+
+class Cutter:
+    """The limits of one document's chunks, a stretch of text at a time."""
+
+    def __init__(self, min_bytes: int, max_bytes: int) -> None:
+        self.min_bytes = min_bytes
+        self.max_bytes = max_bytes
+        self.held = 0  # bytes of the open chunk so far
+
+    def push(self, text: bytes, find: Callable[[int, int, int], int]) -> np.ndarray:
+        """(t,) bool: where chunks start in the stretch that follows those before.
+
+        find(start, first, stop): the first border in first..stop - 1, or -1; the open chunk starts at `start`,
+        below 0 when in a stretch before
+        """
+        is_start = bytearray(len(text))
+        if not text:
+            return np.frombuffer(is_start, bool)
+        if not self.held:
+            is_start[0] = True
+        is_ascii = text.isascii()
+        start, end = -self.held, len(text)
+        while True:
+            limit = start + self.max_bytes
+            cut = find(start, max(start + self.min_bytes, 0), min(limit + 1, end))
+            if cut < 0:
+                cut = limit
+            if not is_ascii:  # the first character that would not fit whole
+                for position in range(max(start + 1, limit - 3, 0), min(cut, end)):
+                    if position + _CHARACTER_BYTES[text[position]] > limit:
+                        cut = position
+                        break
+            if cut >= end:
+                break
+            is_start[cut] = True
+            start = cut
+        self.held = end - start
+        return np.frombuffer(is_start, bool)
+
+
+class Chunker:
+    """Cuts documents into chunks of min_bytes..max_bytes at the borders of a strategy.
+
+    Only the last chunk of a document may be shorter than min_bytes, and one that ends early because
+    the next character would not fit (by at most 3 bytes).
+    """
+
+    def __init__(self, min_bytes: int, max_bytes: int) -> None:
+        self.min_bytes = min_bytes
+        self.max_bytes = max_bytes
+
+    def borders(self, text: bytes) -> np.ndarray:
+        """(t,) bool: where a chunk would like to start; entry t depends on text[: t + 1] only."""
+        raise NotImplementedError
+
+    def chunk_start(self, text: bytes | np.ndarray) -> np.ndarray:
+        """(t,) bool: the first byte of every chunk of one document."""
+        assert isinstance(text, bytes) or text.dtype == np.uint8
+        text = bytes(text)
+        border = self.borders(text).tobytes()  # bytes, for their fast find
+        return Cutter(self.min_bytes, self.max_bytes).push(
+            text, lambda start, first, stop: border.find(1, first, stop)
+        )
+
+    def chunk_starts(self, documents: Sequence[np.ndarray]) -> np.ndarray:
+        """The same of many documents in a row."""
+        return np.concatenate([self.chunk_start(document) for document in documents])
+
+
+class FixedChunker(Chunker):
+    """Chunks of max_bytes, whatever they hold."""
+
+    def borders(self, text: bytes) -> np.ndarray:
+        return np.zeros(len(text), bool)
+
+
+class WordsChunker(Chunker):
+    """Borders at the first byte of white space: a word carries the space before it, as in GPT-2."""
+
+    def borders(self, text: bytes) -> np.ndarray:
+        return _run_starts(_IS_SPACE[np.frombuffer(text, np.uint8)])
+
+
+def _run_starts(is_in: np.ndarray) -> np.ndarray:
+    """(t,) bool: the first of each run of true ones."""
+    is_first = is_in.copy()
+    is_first[1:] &= ~is_in[:-1]
+    return is_first
+
+
+# What SpaceByte (arXiv 2404.14408) takes for a space: all but letters, digits and the later bytes of characters.
+_IS_SPACE_LIKE = np.ones(256, bool)
+_IS_SPACE_LIKE[:128] = [not chr(byte).isalnum() for byte in range(128)]
+_IS_SPACE_LIKE[0x80:0xC0] = False
+
+
+class SpaceChunker(Chunker):
+    """Borders at the first of each run of space-like bytes (SpaceByte, arXiv 2404.14408, section 3)."""
+
+    def borders(self, text: bytes) -> np.ndarray:
+        return _run_starts(_IS_SPACE_LIKE[np.frombuffer(text, np.uint8)])
+
+
+_CJK_MARK = re.compile(rb"\xe3\x80\x82|\xef\xbc[\x81\x9f]")  # 。 ！ ？
+# marks . ! ? … 。 ！ ？, then closing quotes and brackets " ' ) ] } ” ’ » 」 』 】 ）
+_SENTENCE_END = re.compile(
+    rb"((?:[.!?]|\xe2\x80\xa6|\xe3\x80\x82|\xef\xbc[\x81\x9f])+)"
+    rb"(?:[\"')\]}]|\xe2\x80[\x9d\x99]|\xc2\xbb|\xe3\x80[\x8d\x8f\x91]|\xef\xbc\x89)*"
+)
+_ELLIPSIS = b".\xe2\x80\xa6"  # the bytes of . and …
+_LAST_WORD = re.compile(rb"[A-Za-z.]+$")
+_ABBREVIATIONS = frozenset(
+    b"mr mrs ms dr prof st mt jr sr rev gen col capt lt sgt vs etc cf e.g i.e a.m p.m u.s vol fig pp".split()
+)
+
+
+class SentenceChunker(Chunker):
+    """Borders at the white space after . ! ? and closing quotes, and right after the same marks of CJK.
+
+    Not after a known abbreviation or an initial ("Mr. J. Smith"), and not after an ellipsis, which a sentence
+    may go on from. A quote that closes after a CJK mark opens the next chunk: by its first byte alone it
+    could be any character.
+    """
+
+    def borders(self, text: bytes) -> np.ndarray:
+        is_border = np.zeros(len(text) + 1, bool)
+        is_border[[mark.end() for mark in _CJK_MARK.finditer(text)]] = True
+        for end in _SENTENCE_END.finditer(text):
+            at = end.end()
+            if at < len(text) and _IS_SPACE[text[at]] and not self._goes_on(text, end):
+                is_border[at] = True
+        return is_border[:-1]
+
+    @staticmethod
+    def _goes_on(text: bytes, end: re.Match[bytes]) -> bool:
+        """Whether the sentence may go on after this mark."""
+        if end[1] != b".":
+            return not end[1].strip(_ELLIPSIS)
+        word = _LAST_WORD.search(text, max(0, end.start() - 12), end.start())  # 12: no abbreviation is longer
+        return word is not None and (
+            word[0].lower() in _ABBREVIATIONS or (len(word[0]) == 1 and word[0].isupper())
+        )
+
+
+class ParagraphChunker(Chunker):
+    """Borders at the first byte after a blank line, and the newlines that follow it."""
+
+    _BLANK_LINE = re.compile(rb"\n[ \t\r]*\n[\r\n]*")
+
+    def borders(self, text: bytes) -> np.ndarray:
+        is_border = np.zeros(len(text) + 1, bool)
+        is_border[[gap.end() for gap in self._BLANK_LINE.finditer(text)]] = True
+        return is_border[:-1]
+
+
+TEXT_STRATEGIES: dict[str, type[Chunker]] = {
+    "fixed": FixedChunker,
+    "words": WordsChunker,
+    "space": SpaceChunker,
+    "sentence": SentenceChunker,
+    "paragraph": ParagraphChunker,
+}
+
+
+class MakesChunker(Protocol):
+    """What a strategy needs that looks at more than the text: see hldm.chunking.segmenter."""
+
+    def chunker(self, min_bytes: int, max_bytes: int) -> Chunker:
+        """The strategy within these limits."""
+        ...
+
+
+def make_chunker(config: ChunkingConfig, segmenter: MakesChunker | None = None) -> Chunker:
+    """The strategy that `chunking.strategy` names. Raises ConfigError when it takes a segmenter and none is given."""
+    if config.strategy in TEXT_STRATEGIES:
+        return TEXT_STRATEGIES[config.strategy](config.min_bytes, config.max_bytes)
+    if segmenter is None:
+        raise ConfigError(
+            f"chunking.strategy={config.strategy} needs a segmenter: pass a run that train_autoencoder.py made with it"
+        )
+    return segmenter.chunker(config.min_bytes, config.max_bytes)
+
+
+class Segments(NamedTuple):
+    """Which chunk of its row every byte belongs to."""
+
+    chunk_id: Tensor  # (b t) int64, 0..count-1; -1 where padded
+    count: Tensor  # type: ignore[assignment]  # (b,) int64, chunks of each row; hides tuple.count
+
+
+def segments(chunk_start: Tensor, length: Tensor) -> Segments:
+    """Number the chunks of each row from 0.
+
+    chunk_start: (b t) bool, true at the first byte of every chunk;  length: (b,) valid bytes of each row
+    Raises ValueError when the shapes do not agree.
+    """
+    if chunk_start.ndim != 2 or length.shape != chunk_start.shape[:1]:
+        raise ValueError(
+            f"chunk_start is (b t) and length (b,), got {tuple(chunk_start.shape)} and {tuple(length.shape)}"
+        )
+    position = torch.arange(chunk_start.shape[1], device=chunk_start.device)
+    is_valid = position < length[:, None]
+    chunk_id = (chunk_start & is_valid).cumsum(dim=1) - 1
+    count = (chunk_start & is_valid).sum(dim=1)
+    return Segments(chunk_id.masked_fill(~is_valid, -1), count)
+
+
+def pool_by_chunk(x: Tensor, segments: Segments, chunks: int | None = None) -> Tensor:
+    """Mean of x over the bytes of each chunk; zeros where a row has fewer chunks.
+
+    x: (b t d), summed in float32 at least;  chunks: n of the result, the largest count when None
+    Returns (b n d). Raises ValueError when x and segments differ in b or t.
+    """
+    if x.shape[:2] != segments.chunk_id.shape:
+        raise ValueError(
+            f"x (b t d) and chunk_id (b t) must share b and t, got {tuple(x.shape)} and "
+            f"{tuple(segments.chunk_id.shape)}"
+        )
+    n = int(segments.count.max()) if chunks is None else chunks
+    values = x.to(torch.promote_types(x.dtype, torch.float32))
+    size = add_rows(values.new_ones(*x.shape[:2], 1), segments.chunk_id, n)
+    return (add_rows(values, segments.chunk_id, n) / size.clamp(min=1)).to(x.dtype)  # (b n d)
+
+
+def lay_by_chunk(x: Tensor, segments: Segments, place: Tensor, chunks: int, most: int) -> Tensor:
+    """The bytes of each chunk side by side, zeros after its last. (b t d) -> (b n l d).
+
+    place: (b t) of each byte in its chunk, below `most` = l;  chunks: n
+    """
+    b, _, d = x.shape
+    # one row of places for all, with a spare one at the end for padding
+    size = b * chunks * most
+    chunk = segments.chunk_id + chunks * torch.arange(b, device=x.device)[:, None]
+    index = torch.where(segments.chunk_id < 0, size, chunk * most + place).flatten()
+    laid = x.new_zeros(size + 1, d).index_copy(0, index, x.flatten(0, 1))
+    return laid[:-1].view(b, chunks, most, d)

@@ -1,0 +1,115 @@
+"""`state_change`, `gate` and `entropy` by a trained run: its encoder or its twin gives the signal, nothing is trained.
+
+For a look at cuts without waiting (`hldm chunk`): the shipped run by default. A run to be trained takes a segmenter
+of its own (hldm.training.segmenters): its chunks must be known before its encoder is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hldm.chunking.entropy import entropy_signal, rule_of
+from hldm.chunking.recurrence import Recurrence, fall_of_memory, watched
+from hldm.chunking.segmenter import Rule, SegmenterState, Signaller
+from hldm.config import ChunkingConfig
+from hldm.model.autoencoder import Autoencoder
+from hldm.model.griffin import GriffinState
+from hldm.runs.folder import shipped_run
+from hldm.text.bytes import START
+
+BYTES = 256  # of the twin's symbols; the others end things, and the text goes on
+
+
+class ModelSegmenter(Signaller, nn.Module):
+    """An autoencoder, asked."""
+
+    def __init__(self, chunking: ChunkingConfig, model: Autoencoder) -> None:
+        super().__init__()
+        self.chunking, self.model = chunking, model
+        self.register_buffer("threshold", torch.zeros(()))
+
+    def state(self, griffin: GriffinState, batch: int, carried: int = 1) -> SegmenterState:
+        """The state before any text, of a stack."""
+        nothing = self.model.write.weight.new_zeros(batch, carried)
+        return SegmenterState(griffin, nothing, nothing)
+
+
+class EncoderSegmenter(ModelSegmenter):
+    """The last recurrence of an encoder, all channels.
+
+    Its attention, which a run cuts at chunks, reads on over any border: where chunks lie is what is asked.
+    """
+
+    def initial_state(self, batch: int) -> SegmenterState:
+        return self.state(self.model.encoder.initial_state(batch), batch)
+
+    def recurrence(
+        self, text: Tensor, doc_start: Tensor, state: SegmenterState
+    ) -> tuple[Recurrence, SegmenterState]:
+        """Of text (b t), documents of which start where doc_start (b t) says."""
+        with watched(self.model.encoder) as found:
+            _, griffin = self.model.encoder(self.model.read(text), state.griffin, doc_start, doc_start)
+        return found[-1], state._replace(griffin=griffin)
+
+
+class EncoderStates(EncoderSegmenter):
+    """`state_change`: how far the encoder's recurrent state has moved since the open chunk began."""
+
+    rule: Rule = "movement"
+
+    def signal(self, text: Tensor, doc_start: Tensor, state: SegmenterState) -> tuple[Tensor, SegmenterState]:
+        recurrence, state = self.recurrence(text, doc_start, state)
+        return recurrence.states, state
+
+
+class EncoderGates(EncoderSegmenter):
+    """`gate`: how much less the encoder's recurrence gates keep than a byte before."""
+
+    def signal(self, text: Tensor, doc_start: Tensor, state: SegmenterState) -> tuple[Tensor, SegmenterState]:
+        recurrence, after = self.recurrence(text, doc_start, state)
+        fall, carry = fall_of_memory(recurrence.gates, state.carry)
+        return fall, after._replace(carry=carry)
+
+
+class TwinEntropy(ModelSegmenter):
+    """`entropy`: of the twin's next byte, in bits."""
+
+    def __init__(self, chunking: ChunkingConfig, model: Autoencoder) -> None:
+        super().__init__(chunking, model)
+        self.rule = rule_of(chunking.entropy_form)
+
+    def initial_state(self, batch: int) -> SegmenterState:
+        return self.state(
+            self.model.decoder_state(batch).griffin, batch, carried=3
+        )  # a byte, and the signal's
+
+    def signal(self, text: Tensor, doc_start: Tensor, state: SegmenterState) -> tuple[Tensor, SegmenterState]:
+        before = torch.cat([state.carry[:, :1].long(), text[:, :-1]], dim=1)
+        symbol = before.masked_fill(doc_start, START)
+        logits, griffin = self.model.decode(symbol, None, symbol, doc_start, doc_start, state.griffin)
+        log_p = logits[..., :BYTES].log_softmax(dim=-1)
+        signal, carry = entropy_signal(log_p, text, self.chunking.entropy_form, state.carry[:, 1:])
+        carry = torch.cat([text[:, -1:].to(carry.dtype), carry], dim=1)
+        return signal, state._replace(griffin=griffin, carry=carry)
+
+
+MODEL_SEGMENTERS: dict[str, Callable[[ChunkingConfig, Autoencoder], ModelSegmenter]] = {
+    "state_change": EncoderStates,
+    "gate": EncoderGates,
+    "entropy": TwinEntropy,
+}
+
+
+def ask_shipped_run(chunking: ChunkingConfig, documents: Sequence[np.ndarray]) -> ModelSegmenter:
+    """What the shipped run, or for `entropy` its twin, gives as signal, its threshold set on these documents.
+
+    Raises FileNotFoundError in a copy of hldm without it.
+    """
+    folder = shipped_run(twin=chunking.strategy == "entropy") / "pipeline" / "autoencoder"
+    segmenter = MODEL_SEGMENTERS[chunking.strategy](chunking, Autoencoder.from_pretrained(folder).eval())
+    segmenter.calibrate(documents)
+    return segmenter

@@ -1,0 +1,301 @@
+"""A small causal byte model that is asked where chunks begin, and what turns its answers into chunks.
+
+A segmenter is trained first, on the training text alone, and frozen: chunks remain a function of text. Every byte
+gets a signal, from the bytes up to it; a chunk would like to start where the signal exceeds `threshold` (`rule`
+"level"), or has moved so far, in Euclidean distance, from where it was when the open chunk began ("movement"). The
+threshold is set so that chunks of training text have a wanted mean length, by bisection on the real cutter, limits
+included, and is saved with the weights. A strategy is a subclass, in a file of its own, with `signal` and, if next
+bytes are not all there is to learn, `loss`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Literal, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+from hldm.chunking.chunker import Chunker, Cutter
+from hldm.config import ChunkingConfig, GriffinConfig, section_from_dict
+from hldm.model.griffin import Griffin, GriffinState
+from hldm.runs.saved_model import SavedModel
+from hldm.text.bytes import to_ids
+
+BLOCK_BYTES = 4096  # of text read at once: bounds memory whatever its length
+NEAR_BYTES = 16  # in which a border by movement is sought first
+BISECTIONS = 24  # halvings of the threshold's range: a relative error of 6e-8, as float32
+
+Rule = Literal["level", "movement"]
+
+S = TypeVar("S", bound="Segmenter")
+
+
+class SegmenterState(NamedTuple):
+    """What is carried along a text."""
+
+    griffin: GriffinState
+    feature: Tensor  # (b d) after the last byte
+    carry: Tensor  # (b k) whatever else the strategy's signal needs
+
+
+class Features(NamedTuple):
+    """What the trunk knows at each byte."""
+
+    after: Tensor  # (b t d) having read it
+    before: Tensor  # (b t d) having read those before it; zeros where a document starts
+
+
+class Signaller:
+    """What gives every byte a signal, and has a threshold for it: a segmenter, or a trained run asked instead."""
+
+    rule: Rule = "level"
+    chunking: ChunkingConfig
+    threshold: Tensor  # ()
+
+    def initial_state(self, batch: int) -> SegmenterState:
+        """The state before any text."""
+        raise NotImplementedError
+
+    def signal(self, text: Tensor, doc_start: Tensor, state: SegmenterState) -> tuple[Tensor, SegmenterState]:
+        """(b t k) whose level, or movement, makes a border of a byte; a function of the bytes up to it."""
+        raise NotImplementedError
+
+    def chunker(self, min_bytes: int, max_bytes: int) -> SegmenterChunker:
+        """The strategy within limits, as the weights are now."""
+        return SegmenterChunker(self, min_bytes, max_bytes)
+
+    @torch.no_grad()
+    def calibrate(self, documents: Sequence[np.ndarray]) -> float:
+        """Set the threshold so that chunks of these documents have the wanted mean length; returns theirs."""
+        chunker = self.chunker(self.chunking.min_bytes, self.chunking.max_bytes)
+        signals = [chunker.signals(document) for document in documents]
+        total = sum(map(len, documents))
+
+        def mean_bytes(threshold: float) -> float:
+            cut = (
+                chunker.cut(document.tobytes(), signal, threshold)
+                for document, signal in zip(documents, signals, strict=True)
+            )
+            return total / sum(int(is_start.sum()) for is_start in cut)
+
+        joined = np.concatenate(signals)
+        if self.rule == "movement":
+            low, high = -1.0, float(np.ptp(joined, axis=0).sum())
+        else:
+            low, high = float(joined.min()) - 1, float(joined.max()) + 1
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            low, high = (low, middle) if mean_bytes(middle) > self.chunking.target_bytes else (middle, high)
+        self.threshold.fill_(low)
+        return mean_bytes(float(self.threshold))
+
+
+class Segmenter(SavedModel, Signaller):
+    """Bytes -> Griffin -> next byte, and the signal of a strategy."""
+
+    @property
+    def carried(self) -> int:
+        """k of SegmenterState.carry."""
+        return 1
+
+    @register_to_config
+    def __init__(self, chunking: dict):
+        super().__init__()
+        self.chunking = section_from_dict(ChunkingConfig, chunking)
+        settings = self.settings = self.chunking.segmenter
+        self.embed = nn.Embedding(256, settings.width)
+        blocks = ("recurrent",) * settings.layers
+        self.trunk = Griffin(GriffinConfig(width=settings.width, blocks=blocks), window=1)
+        self.outputs = nn.Linear(settings.width, 256)
+        nn.init.normal_(self.embed.weight, std=0.5)
+        nn.init.normal_(self.outputs.weight, std=0.5 * settings.width**-0.5)
+        nn.init.zeros_(self.outputs.bias)
+        self.register_buffer("threshold", torch.zeros(()))
+        self.build()
+
+    @classmethod
+    def from_settings(cls: type[S], chunking: ChunkingConfig) -> S:
+        """Build from the config's section."""
+        return cls(asdict(chunking))
+
+    def build(self) -> None:
+        """Add what the strategy has beside the trunk."""
+
+    def initial_state(self, batch: int) -> SegmenterState:
+        """The state before any text."""
+        scale = self.trunk.norm.scale
+        feature = scale.new_zeros(batch, self.settings.width)
+        return SegmenterState(
+            self.trunk.initial_state(batch), feature, feature.new_zeros(batch, self.carried)
+        )
+
+    def read(self, text: Tensor, doc_start: Tensor, state: SegmenterState) -> tuple[Features, SegmenterState]:
+        """Features of text (b t), documents of which start where doc_start (b t) says."""
+        after, griffin = self.trunk(self.embed(text), state.griffin, doc_start, doc_start)
+        before = torch.cat([state.feature[:, None], after[:, :-1]], dim=1)
+        before = before.masked_fill(doc_start[..., None], 0.0)
+        return Features(after, before), state._replace(griffin=griffin, feature=after[:, -1])
+
+    def loss(
+        self,
+        text: Tensor,
+        doc_start: Tensor,
+        state: SegmenterState,
+        progress: float,
+        generator: torch.Generator,
+    ) -> tuple[Tensor, SegmenterState]:
+        """What training minimises on a window (b t) of every lane: here, nats of a next byte.
+
+        progress: share of the training that is done;  generator: of whatever the strategy draws
+        """
+        features, state = self.read(text, doc_start, state)
+        return self.next_byte_nats(features, text).mean(), state
+
+    def next_byte_nats(self, features: Features, text: Tensor) -> Tensor:
+        """-ln p(byte | bytes before it). (b t)."""
+        return F.cross_entropy(self.outputs(features.before).mT, text, reduction="none")
+
+
+class SegmenterChunker(Chunker):
+    """Chunks by a segmenter's signal, whole documents or a stretch at a time.
+
+    Signals are computed in float64: rounding would else decide, now and then, that a page has other chunks
+    than the same page read a byte at a time.
+    """
+
+    def __init__(self, segmenter: Signaller, min_bytes: int, max_bytes: int) -> None:
+        super().__init__(min_bytes, max_bytes)
+        self.segmenter = copy.deepcopy(segmenter)
+        assert isinstance(self.segmenter, nn.Module)  # as each is
+        self.segmenter.double().eval()
+        self.threshold = float(segmenter.threshold)
+
+    def chunk_start(self, text: bytes | np.ndarray) -> np.ndarray:
+        """(t,) bool: the first byte of every chunk of one document."""
+        return self.chunk_starts([np.frombuffer(bytes(text), np.uint8)])
+
+    def chunk_starts(
+        self, documents: Sequence[np.ndarray], at_block: Callable[[], object] = lambda: None
+    ) -> np.ndarray:
+        """The same of many documents in a row, read in blocks that may hold the end of one and the next.
+
+        at_block: called before each
+        """
+        found, stream, block, size = [], ChunkStream(self), [], 0
+        for document in documents:
+            for begin in range(0, len(document), BLOCK_BYTES):
+                stretch = document[begin : begin + BLOCK_BYTES]
+                block.append((stretch.tobytes(), begin == 0))
+                size += len(stretch)
+                if size >= BLOCK_BYTES:
+                    at_block()
+                    found.append(stream.push(block))
+                    block, size = [], 0
+        found.append(stream.push(block))
+        return np.concatenate(found)
+
+    @torch.no_grad()
+    def read(
+        self, text: bytes, doc_starts: Sequence[int], state: SegmenterState
+    ) -> tuple[np.ndarray, SegmenterState]:
+        """Signals (t k) of a stretch in which documents start at these places."""
+        symbols = torch.from_numpy(to_ids(text))[None]
+        doc_start = torch.zeros_like(symbols, dtype=torch.bool)
+        doc_start[0, list(doc_starts)] = True
+        signal, state = self.segmenter.signal(symbols, doc_start, state)
+        return signal[0].numpy(), state
+
+    def signals(self, document: np.ndarray) -> np.ndarray:
+        """(t k) of a whole document."""
+        state, found = self.segmenter.initial_state(1), []
+        for begin in range(0, len(document), BLOCK_BYTES):
+            signal, state = self.read(
+                document[begin : begin + BLOCK_BYTES].tobytes(), [0] if begin == 0 else [], state
+            )
+            found.append(signal)
+        return np.concatenate(found)
+
+    def cut(self, text: bytes, signal: np.ndarray, threshold: float) -> np.ndarray:
+        """(t,) bool: chunks of a whole document under another threshold."""
+        return _cut(
+            text, signal, Cutter(self.min_bytes, self.max_bytes), threshold, self.segmenter.rule, None
+        )[0]
+
+
+class ChunkStream:
+    """Where chunks start in a text that comes in stretches; what is carried between them has a fixed size."""
+
+    def __init__(self, chunker: SegmenterChunker) -> None:
+        self.chunker = chunker
+        self.state = chunker.segmenter.initial_state(1)
+        self.cutter = Cutter(chunker.min_bytes, chunker.max_bytes)
+        self.origin: np.ndarray | None = None  # (k,) signal where the open chunk began
+
+    def push(self, stretches: Sequence[tuple[bytes, bool]]) -> np.ndarray:
+        """(t,) bool for (bytes, whether a document starts with them) in a row."""
+        text = b"".join(stretch for stretch, _ in stretches)
+        if not text:
+            return np.zeros(0, bool)
+        ends = np.cumsum([len(stretch) for stretch, _ in stretches])
+        begins = [int(end) - len(stretch) for end, (stretch, _) in zip(ends, stretches, strict=True)]
+        opening = [
+            begin for begin, (stretch, opens) in zip(begins, stretches, strict=True) if opens and stretch
+        ]
+        signal, self.state = self.chunker.read(text, opening, self.state)
+        found = []
+        for begin, end, (stretch, opens) in zip(begins, ends, stretches, strict=True):
+            if opens:
+                self.cutter, self.origin = Cutter(self.chunker.min_bytes, self.chunker.max_bytes), None
+            threshold, rule = self.chunker.threshold, self.chunker.segmenter.rule
+            is_start, self.origin = _cut(
+                stretch, signal[begin:end], self.cutter, threshold, rule, self.origin
+            )
+            found.append(is_start)
+        return np.concatenate(found)
+
+
+def _cut(
+    text: bytes, signal: np.ndarray, cutter: Cutter, threshold: float, rule: Rule, origin: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Chunk starts (t,) of a stretch, and the signal where its last chunk began. No character is split."""
+    is_first_byte = np.frombuffer(text, np.uint8) & 0xC0 != 0x80
+    if rule == "level":
+        find = _level(signal, is_first_byte, threshold)
+    else:
+        find = _movement(signal, is_first_byte, threshold, origin)
+    is_start = cutter.push(text, find)
+    starts = np.flatnonzero(is_start)
+    return is_start, signal[starts[-1]].copy() if len(starts) else origin
+
+
+def _level(signal: np.ndarray, allowed: np.ndarray, threshold: float) -> Callable[[int, int, int], int]:
+    border = ((signal[:, 0] > threshold) & allowed).tobytes()
+    return lambda start, first, stop: border.find(1, first, stop)
+
+
+def _movement(
+    signal: np.ndarray, allowed: np.ndarray, threshold: float, origin: np.ndarray | None
+) -> Callable[[int, int, int], int]:
+    least = math.copysign(threshold * threshold, threshold)
+
+    def find(start: int, first: int, stop: int) -> int:
+        before = signal[start] if start >= 0 else origin
+        size = NEAR_BYTES  # a border is mostly near; were each look as far as a chunk may go, time would be O(n max)
+        while first < stop:
+            end = min(first + size, stop)
+            moved = signal[first:end] - before
+            far = (np.einsum("tk,tk->t", moved, moved) > least) & allowed[first:end]
+            at = int(far.argmax())
+            if far[at]:
+                return first + at
+            first, size = end, 2 * size
+        return -1
+
+    return find

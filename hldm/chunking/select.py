@@ -1,0 +1,81 @@
+"""`select`: score every byte's state, keep the best few of a window, end a chunk at each that is kept."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hldm.chunking.segmenter import Segmenter, SegmenterState
+
+FRESH_BYTES = 2  # last bytes that the reader sees beside what was kept
+POOLED_BYTES = 16  # how far back attention pools, at most
+
+
+class SelectSegmenter(Segmenter):
+    """A reader of kept states must foresee the next byte; what helps it is kept.
+
+    Training keeps the k = window / target_bytes best of a window: hard forward, the score's sigmoid backward
+    (straight-through). The reader sees the last kept state and the last FRESH_BYTES bytes. select_form "last" keeps a
+    state as it is, "attention" the states of its chunk so far, pooled by their scores. At use a byte starts a chunk
+    when the score of the state before it is above the threshold, which no later byte can change.
+    """
+
+    def build(self) -> None:
+        width = self.settings.width
+        self.score = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 1))
+        self.fresh = nn.ModuleList(nn.Embedding(257, width) for _ in range(FRESH_BYTES))  # 256: none yet
+        self.reader = nn.Sequential(nn.Linear(2 * width, 2 * width), nn.GELU(), nn.Linear(2 * width, 256))
+
+    def signal(self, text: Tensor, doc_start: Tensor, state: SegmenterState) -> tuple[Tensor, SegmenterState]:
+        features, state = self.read(text, doc_start, state)
+        return self.score(features.before), state
+
+    def loss(
+        self,
+        text: Tensor,
+        doc_start: Tensor,
+        state: SegmenterState,
+        progress: float,
+        generator: torch.Generator,
+    ) -> tuple[Tensor, SegmenterState]:
+        features, state = self.read(text, doc_start, state)
+        scores = self.score(features.before)[..., 0]
+        start = self.best(scores)
+        kept = features.before
+        if self.chunking.select_form == "attention":
+            kept = pool_by_score(kept, scores, start.detach() > 0)
+        held = hold(kept * start[..., None], start.detach() > 0)
+        recent = torch.zeros_like(kept)
+        for back, table in enumerate(self.fresh, start=1):
+            recent = recent + table(F.pad(text, (back, 0), value=256)[:, : text.shape[1]])
+        logits = self.reader(torch.cat([held, recent], dim=-1))
+        read_nats = F.cross_entropy(logits.mT, text, reduction="none")
+        return self.next_byte_nats(features, text).mean() + read_nats.mean(), state
+
+    def best(self, scores: Tensor) -> Tensor:
+        """1 at the k best of each window, 0 elsewhere, with the gradient of the scores' sigmoid. (b t)."""
+        k = max(1, round(scores.shape[1] / self.chunking.target_bytes))
+        best = scores.topk(k, dim=1)
+        hard = torch.zeros_like(scores).scatter(1, best.indices, 1.0)  # of equal scores no more than k
+        soft = (scores - best.values[:, -1:].detach()).sigmoid()
+        return hard + soft - soft.detach()
+
+
+def hold(kept: Tensor, start: Tensor) -> Tensor:
+    """At every byte what was kept last, at it or before; zeros before the first. kept (b t d), start (b t) bool."""
+    position = torch.arange(start.shape[1], device=start.device)
+    last = torch.where(start, position, -1).cummax(dim=1).values  # (b t)
+    held = kept.gather(1, last.clamp(min=0)[..., None].expand_as(kept))
+    return held * (last >= 0)[..., None]
+
+
+def pool_by_score(states: Tensor, scores: Tensor, start: Tensor) -> Tensor:
+    """At every byte the mean of its chunk's states so far, and of those that end before a start, by e^score."""
+    b, t, d = states.shape
+    places = torch.arange(t, device=states.device)
+    ended = F.pad(start.long(), (1, 0))[:, :t].cumsum(dim=1)  # a kept state belongs to the chunk it ends
+    back = places[:, None] - places
+    near = (ended[:, :, None] == ended[:, None]) & (back >= 0) & (back < POOLED_BYTES)
+    weight = scores[:, None].expand(b, t, t).masked_fill(~near, -torch.inf).softmax(dim=-1)
+    return weight @ states

@@ -1,0 +1,124 @@
+"""Where a text is cut: `hldm chunk` on a terminal, as JSON, or as a page with one strategy below another."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from hldm.chunking.chunker import TEXT_STRATEGIES, make_chunker
+from hldm.chunking.pretrained import MODEL_SEGMENTERS, ask_shipped_run
+from hldm.chunking.segmenter import Signaller
+from hldm.config import ChunkingConfig, ConfigError, DataConfig, load_config
+from hldm.text.bytes import printable, tinted
+from hldm.text.corpus import Corpus, load_corpus
+from hldm.training.segmenters import SEGMENTERS, read_segmenter, sample_of, shipped_segmenter, train_segmenter
+
+TINTS = ("#cfe8ff", "#ffe6b3")  # light blue and light orange, told apart without colour vision
+STYLE = (
+    "body{font:16px/1.7 sans-serif;margin:2em auto;max-width:60em;color:#000;background:#fff}"
+    "p{white-space:pre-wrap;overflow-wrap:anywhere}h2{font-size:1em;margin:1.5em 0 0}"
+    f"p span{{background:{TINTS[0]}}}p span:nth-child(even){{background:{TINTS[1]}}}"
+)
+SAMPLE_BYTES = 16_384  # of text that sets a shipped model's threshold: half a second of reading
+PAGE_MARK = b"<!doctype html><!-- hldm chunk -->"  # how such a page begins
+
+
+def cut_text(
+    text: bytes,
+    strategies: Sequence[str],
+    runs: Sequence[Path] = (),
+    *,
+    chunking: ChunkingConfig,
+    whole_bytes: int | None = None,
+    minutes: float = 0.0,
+) -> dict[str, list[bytes]]:
+    """Chunks of a text by strategy, then by the chunking of each run.
+
+    chunking: the limits of strategies that are named, and the mean length of those that ask a model
+    whole_bytes: the most that a sentence or paragraph may hold; None: as any chunk
+    minutes: of training a segmenter for each strategy that asks one, on the built-in text; 0: what comes with hldm is
+        asked, its threshold set on the built-in text: the shipped run's states and gates, its twin's entropy, and
+        small segmenters of the other strategies
+    Raises ConfigError for a strategy that is unknown, ValueError or OSError for a run.
+    """
+    known = (*TEXT_STRATEGIES, *SEGMENTERS)
+    for strategy in strategies:
+        if strategy not in known:
+            raise ConfigError(f"--strategy takes {', '.join(known)}, got {strategy!r:.80}")
+    corpus = load_corpus(DataConfig(), "train") if set(strategies) & SEGMENTERS.keys() else None
+    cuts = {}
+    for strategy in strategies:
+        settings = replace(chunking, strategy=strategy)  # type: ignore[arg-type]
+        if strategy in ("sentence", "paragraph") and whole_bytes is not None:
+            settings = replace(settings, max_bytes=whole_bytes)
+        segmenter: Signaller | None = None
+        if corpus is not None and settings.needs_segmenter:
+            segmenter = _segmenter(settings, corpus, minutes)
+        cuts[strategy] = split(text, make_chunker(settings, segmenter).chunk_start(text))
+    for run in runs:
+        path = run / "autoencoder" / "config.yaml"
+        if not path.is_file():
+            raise FileNotFoundError(f"{run} holds no run: train_autoencoder.py makes one")
+        settings = load_config(path).chunking
+        segmenter = read_segmenter(run / "pipeline" / "segmenter", settings)
+        cuts[f"{settings.strategy} ({run.name})"] = split(
+            text, make_chunker(settings, segmenter).chunk_start(text)
+        )
+    return cuts
+
+
+def _segmenter(chunking: ChunkingConfig, corpus: Corpus, minutes: float) -> Signaller:
+    """Trained now for so many minutes, or what comes with hldm."""
+    if minutes:
+        limits = replace(chunking.segmenter, minutes=minutes, steps=10**9)
+        return train_segmenter(replace(chunking, segmenter=limits), corpus)
+    sample = sample_of(corpus, SAMPLE_BYTES)
+    if chunking.strategy in MODEL_SEGMENTERS:
+        return ask_shipped_run(chunking, sample)
+    return shipped_segmenter(chunking, sample)
+
+
+def split(text: bytes, is_start: np.ndarray) -> list[bytes]:
+    """The chunks of a text that start where is_start (t,) says."""
+    borders = [*np.flatnonzero(is_start).tolist(), len(text)]
+    return [text[begin:end] for begin, end in zip(borders, borders[1:], strict=False)]
+
+
+def as_json(cuts: Mapping[str, Sequence[bytes]]) -> str:
+    """An object a strategy: its name, the bytes of each chunk, their mean."""
+    found = [
+        {"strategy": name, "mean_bytes": _mean(chunks), "bytes": [len(chunk) for chunk in chunks]}
+        for name, chunks in cuts.items()
+    ]
+    return json.dumps(found)
+
+
+def as_text(cuts: Mapping[str, Sequence[bytes]], colour: bool) -> str:
+    """Every strategy's chunks, in two tints by turns, or with | between them."""
+    parts = []
+    for name, chunks in cuts.items():
+        pieces = [printable(chunk.decode(errors="replace")) for chunk in chunks]
+        body = "".join(map(tinted, pieces, range(len(pieces)))) if colour else "|".join(pieces)
+        parts.append(f"{name}, {_mean(chunks):.2f} bytes a chunk\n{body}\n")
+    return "\n".join(parts)
+
+
+def as_page(cuts: Mapping[str, Sequence[bytes]]) -> str:
+    """A page that stands on its own: no script, nothing loaded, the text escaped."""
+    parts = []
+    for name, chunks in cuts.items():
+        spans = "".join(f"<span>{html.escape(printable(c.decode(errors='replace')))}</span>" for c in chunks)
+        parts.append(
+            f"<h2>{html.escape(name)}: {len(chunks)} chunks of {_mean(chunks):.2f} bytes</h2><p>{spans}</p>"
+        )
+    head = f'<meta charset="utf-8"><title>Where the text is cut</title><style>{STYLE}</style>'
+    return f"{PAGE_MARK.decode()}<html lang='en'><head>{head}</head><body>{''.join(parts)}</body></html>\n"
+
+
+def _mean(chunks: Sequence[bytes]) -> float:
+    return sum(map(len, chunks)) / max(len(chunks), 1)

@@ -1,0 +1,1 @@
+"""Bits per character, reconstruction and continuations of a trained run."""

@@ -1,0 +1,264 @@
+"""The bound of `hldm.training.objectives` over a whole corpus, in bits a character, and how sure of it one may be.
+
+Every document is read whole, its state carried from window to window, so how the text is laid out in lanes
+and windows changes the random draws and nothing else. The sum pays for every byte and for every end of a
+chunk and of a document: it bounds what a file compressed with the model would take. For the twin it is no
+bound but the likelihood itself. Where a mixture predicts the latents, whose density is known, the bound can be made
+tighter by as many draws as one likes (`importance_nats`).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hldm.evaluation.prompts import prompt_chunker
+from hldm.model.autoencoder import Autoencoder, DecoderState, Encoding
+from hldm.model.contextualiser import Context
+from hldm.model.diffusion import alpha_sigma
+from hldm.model.mixture import MixturePredictor
+from hldm.model.prior import Prior
+from hldm.text.bytes import END_OF_CHUNK, END_OF_DOCUMENT, count_characters
+from hldm.text.corpus import Corpus
+from hldm.text.windows import Batch, Windows
+from hldm.training.objectives import draw_normal, noisy_latents, price_latents, read_chunks, read_latents
+
+LANES, WINDOW_BYTES = 16, 512  # measured, configs/tiny.yaml on a CPU: 256 and 1024 bytes take longer
+PASSES = 2  # independent estimates of the latent model's terms: the least that shows how far they differ
+
+
+def held_out_windows(
+    autoencoder: Autoencoder, corpus: Corpus, chunk_start: np.ndarray | None = None
+) -> Windows:
+    """A corpus laid out for reading whole documents in order, a few at a time.
+
+    chunk_start: (t,) bool where its chunks start, if that is known already. The twin's, which change nothing for it,
+    are the default words: costs are known by chunk, and its own are as long as its attention sees.
+    """
+    chunker = prompt_chunker(autoencoder.chunker, is_twin=autoencoder.latent_dim == 0)
+    return Windows(
+        corpus,
+        chunker,
+        lanes=LANES,
+        window_bytes=max(WINDOW_BYTES, 2 * chunker.max_bytes),
+        shuffle=False,
+        chunk_start=chunk_start,
+    )
+
+
+class Bound(NamedTuple):
+    """What a corpus costs under a model: nats of every document, by term, and the noise in their sum."""
+
+    decoder: np.ndarray  # (documents,) bytes and ends, given the latents
+    latent: np.ndarray  # (documents,) the diffusion term
+    end: np.ndarray  # (documents,) KL(q(z_1) || N(0, I))
+    variance: float  # nats^2 of the sum of all, from the draws of noise and noise levels alone
+    characters: np.ndarray  # (documents,)
+    by_chunk: np.ndarray  # (chunks,) nats of all three terms
+    importance: np.ndarray | None = None  # (documents,) the bound of `importance_nats`, if it was asked for
+
+    @property
+    def nats(self) -> np.ndarray:
+        """All three terms of every document. (documents,)"""
+        return self.decoder + self.latent + self.end
+
+    def bits_per_character(self) -> dict[str, float | None]:
+        """The bound, its terms, and two standard errors that answer different questions.
+
+        standard_error:      of this corpus' bits given the model: Monte Carlo noise, which more draws lower
+        standard_error_text: how much another text of this size and kind would differ, from the spread over
+                             documents (of a ratio, by linearisation); None for a single document
+        importance:          the tighter bound, with the mixture in place of the prior; None if not asked for
+        """
+        characters = self.characters.sum()
+        unit = characters * math.log(2)
+        bits = {name: float(getattr(self, name).sum() / unit) for name in ("latent", "decoder", "end")}
+        documents = len(self.characters)
+        residual = self.nats - self.nats.sum() * (self.characters / characters)
+        spread = math.sqrt(documents / (documents - 1) * (residual**2).sum()) if documents > 1 else None
+        return {
+            "bound": float(self.nats.sum() / unit),
+            "standard_error": math.sqrt(self.variance) / unit,
+            "standard_error_text": None if spread is None else spread / unit,
+            **bits,
+            "importance": None if self.importance is None else float(self.importance.sum() / unit),
+        }
+
+
+@torch.no_grad()
+def evaluate_bound(
+    autoencoder: Autoencoder,
+    prior: Prior | None,
+    windows: Windows,
+    *,
+    draws: int = 16,
+    samples: int = 0,
+    generator: torch.Generator,
+) -> Bound:
+    """Sum the three terms over a corpus; for the twin (no prior) the decoder's alone, which needs no draws.
+
+    draws: noise levels a chunk, half of them in each of two independent passes, stratified within a pass
+    because the integrand is steep near gamma_0. Their mean is the estimate; the variance of its sum is
+    sum d^2 / 4 over chunks, d the difference between the passes. Chunks draw independently, so this has as
+    many degrees of freedom as there are chunks, and unlike the spread within a pass it knows what
+    stratification saves. A decoder that carries its state links the chunks after a draw to it: there d is
+    summed over a lane's window first.
+    samples: of `importance_nats`, 0 for none; only for a prior with a mixture and a decoder that carries no state.
+    Raises ValueError for shuffled windows, models in training mode, or draws that two passes cannot share.
+    """
+    if windows.shuffle:
+        raise ValueError("the bound is summed over whole documents: pass Windows(..., shuffle=False)")
+    if autoencoder.training or (prior is not None and prior.training):
+        raise ValueError("the bound is a property of a finished model: call .eval() on it first")
+    if draws < PASSES or draws % PASSES:
+        raise ValueError(f"draws must be even, half for each of two passes, got {draws}")
+    if (autoencoder.latent_dim > 0) != (prior is not None):
+        raise ValueError("a prior belongs to an autoencoder with latents, and to no other")
+    mixture = None if prior is None or not samples else prior.mixture
+    if samples and (mixture is None or autoencoder.settings.carry_state):
+        raise ValueError(
+            "importance weights need the latents' density and chunks that are independent given the text: "
+            "autoencoder.rate mixture and carry_state false"
+        )
+    device = next(autoencoder.parameters()).device
+    rows, corpus = windows.lanes, windows.corpus
+    document_of = np.searchsorted(corpus.offsets, np.flatnonzero(windows.chunk_start), side="right") - 1
+    nats = np.zeros((3, len(corpus)))  # decoder, latent, end of every document
+    importance, by_chunk = np.zeros(len(corpus)), np.zeros(windows.chunks)
+    variance = 0.0
+
+    decoders = [autoencoder.decoder_state(rows, device) for _ in range(1 if prior is None else PASSES)]
+    encoder = None if prior is None else autoencoder.encoder_state(rows, device)
+    memory = None if prior is None else prior.initial_state(rows, device)
+    for step in range(windows.windows_per_epoch):
+        batch = windows.batch(step)
+        is_chunk = batch.chunk_index >= 0  # (b n)
+        chunk = batch.chunk_index[is_chunk].numpy()
+        document = document_of[chunk]
+        batch = batch.to(device)
+        passes = []
+        if prior is None:
+            reading, decoders[0] = read_chunks(autoencoder, batch, None, decoders[0])
+            passes.append(torch.stack([reading.nats, *2 * [torch.zeros_like(reading.nats)]]))
+        else:
+            assert encoder is not None and memory is not None
+            encoding, encoder = read_latents(autoencoder, batch, encoder)
+            context, memory = prior.contextualiser(
+                encoding.latents, encoding.mask, encoding.doc_start, memory, encoding.after
+            )
+            for index, decoder in enumerate(decoders):
+                terms, decoders[index] = _one_pass(
+                    autoencoder, prior, encoding, context, batch, decoder, draws // PASSES, generator
+                )
+                passes.append(terms)
+            if mixture is not None:
+                tight = importance_nats(
+                    autoencoder,
+                    mixture,
+                    encoding,
+                    batch,
+                    decoders[0],
+                    prior.diffusion.gamma_0,
+                    samples,
+                    generator,
+                )
+                np.add.at(importance, document, tight[is_chunk].cpu().numpy())
+
+        estimate = torch.stack(passes).double().mean(dim=0).cpu()  # (3 b n)
+        for total, term in zip(nats, estimate, strict=True):
+            np.add.at(total, document, term[is_chunk].numpy())
+        by_chunk[chunk] = estimate.sum(dim=0)[is_chunk].numpy()
+        difference = (passes[0] - passes[-1]).double().sum(dim=0)  # (b n)
+        if autoencoder.settings.carry_state:
+            difference = difference.sum(dim=1)
+        variance += float(difference.square().sum()) / 4
+
+    if not np.isfinite(nats).all():
+        raise ValueError("the model gives this text a cost that is not finite: train it again")
+    characters = [count_characters(corpus.document(index).tobytes()) for index in range(len(corpus))]
+    decoder_nats, latent_nats, end_nats = nats
+    return Bound(
+        decoder_nats,
+        latent_nats,
+        end_nats,
+        variance,
+        np.array(characters),
+        by_chunk,
+        importance if samples else None,
+    )
+
+
+def _one_pass(
+    autoencoder: Autoencoder,
+    prior: Prior,
+    encoding: Encoding,
+    context: Context,
+    batch: Batch,
+    decoder: DecoderState,
+    draws: int,
+    generator: torch.Generator,
+) -> tuple[Tensor, DecoderState]:
+    """One estimate of the terms of a window's chunks: (3 b n) decoder, latent, end."""
+    paid = price_latents(prior, encoding, context, batch, generator, draws)
+    z_0 = noisy_latents(autoencoder, encoding, prior.diffusion.gamma_0, batch, generator)
+    reading, decoder = read_chunks(autoencoder, batch, z_0, decoder, encoding)
+    return torch.stack([reading.nats, paid.latent, paid.end]), decoder
+
+
+@torch.no_grad()
+def importance_nats(
+    autoencoder: Autoencoder,
+    mixture: MixturePredictor,
+    encoding: Encoding,
+    batch: Batch,
+    decoder: DecoderState,
+    gamma_0: float,
+    samples: int,
+    generator: torch.Generator,
+) -> Tensor:
+    """-log (1/K) sum_k p(x | z_k) p(z_k) / q(z_k | x) of each chunk, z_k from q: nats (b n).
+
+    The importance-weighted bound (Burda et al., arXiv 1509.00519, equation 8). K = 1 is the usual one under the
+    mixture; more draws make it tighter, up to the likelihood: what is left out then is the divergence between
+    q(z | x), a normal of fixed width, and the posterior of the model that it stands for. Latents reach later
+    chunks through the text alone, so the chunks' bounds add up.
+    """
+    alpha, sigma = alpha_sigma(torch.tensor(gamma_0, device=encoding.latents.device))
+    log_weights = mixture.log_weights(encoding.before)
+    gamma = encoding.latents.new_full(encoding.latents.shape[:-1], gamma_0)
+    ratios = []
+    for _ in range(samples):
+        noise = draw_normal(batch, encoding.latents.shape[1:], generator)
+        z_0 = alpha * encoding.latents + sigma * noise
+        reading, _ = read_chunks(autoencoder, batch, z_0, decoder, encoding)
+        log_p = mixture.joint(z_0, gamma, log_weights).logsumexp(dim=-1)
+        log_q = (-0.5 * noise.square() - sigma.log() - 0.5 * math.log(2 * math.pi)).sum(dim=-1)
+        ratios.append((log_p - log_q - reading.nats).double())
+    tight = math.log(samples) - torch.stack(ratios).logsumexp(dim=0)
+    return tight * encoding.mask
+
+
+@torch.no_grad()
+def bits_of_ends(autoencoder: Autoencoder, windows: Windows, generator: torch.Generator) -> float:
+    """What of the decoder's bits a character says where chunks end: -log2 of ending, or of going on, at each symbol.
+
+    Nothing for ends that are known beforehand; a strategy whose cuts nothing but itself can tell pays here.
+    """
+    encoder = autoencoder.encoder_state(windows.lanes)
+    decoder = autoencoder.decoder_state(windows.lanes)
+    nats = 0.0
+    for step in range(windows.windows_per_epoch):
+        batch = windows.batch(step)
+        encoding, encoder = read_latents(autoencoder, batch, encoder)
+        latent = noisy_latents(autoencoder, encoding, autoencoder.config["gamma_0"], batch, generator)
+        reading, decoder = read_chunks(autoencoder, batch, latent, decoder, encoding)
+        log_p = reading.logits.float().log_softmax(dim=-1)
+        ending = log_p[..., END_OF_CHUNK : END_OF_DOCUMENT + 1].logsumexp(dim=-1)
+        going_on = log_p[..., :END_OF_CHUNK].logsumexp(dim=-1)
+        told = torch.where(reading.target >= END_OF_CHUNK, ending, going_on)
+        nats -= float((told * reading.mask).sum())
+    return nats / math.log(2) / count_characters(windows.corpus.text.tobytes())

@@ -1,0 +1,421 @@
+"""What a trained run is worth: bits per character, reconstruction, continuations, speed and cost.
+
+    python -m hldm.evaluation --run runs/demo --json demo.json
+
+Everything is measured on held-out text with the run's own pipeline, and has the same keys for a latent model
+and for its twin, so that `compare` can set them side by side. Imports torch only once there is work to do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from hldm.runs.exits import guarded
+from hldm.runs.folder import shipped_run
+from hldm.runs.reports import check_report_path, save_report
+from hldm.text.bytes import read_up_to
+
+if TYPE_CHECKING:
+    from hldm.config import GenerationConfig
+    from hldm.evaluation.prompts import Prompt
+    from hldm.model.autoencoder import Autoencoder
+    from hldm.model.prior import Prior
+    from hldm.text.corpus import Corpus, Split
+    from hldm.text.windows import Windows
+
+MAX_TEXT_BYTES = 10**9  # as data.max_bytes: more text would take days
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code, see `hldm.runs.exits.guarded`."""
+    arguments = _parser().parse_args(argv)
+
+    def work() -> int:
+        target = arguments.json
+        if target is not None:
+            check_report_path(target, "bits_per_character")
+        if arguments.twin and arguments.run is not None:
+            raise ValueError("--twin is the shipped run's twin: give it or --run, not both")
+        evaluation = evaluate_run(
+            arguments.run or shipped_run(arguments.twin),
+            split=arguments.split,
+            text=arguments.text,
+            draws=arguments.draws,
+            samples=arguments.samples,
+            contexts=arguments.context,
+            prompts=arguments.prompts,
+            max_characters=arguments.max_characters,
+            seed=arguments.seed,
+        )
+        if target is not None:
+            save_report(target, evaluation)
+        print(compare({evaluation["run"]: evaluation}), flush=True)
+        return 0
+
+    return guarded(work)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hldm evaluate", description="Measure a trained run on held-out text."
+    )
+    parser.add_argument(
+        "--run", type=Path, help="folder of the run, e.g. runs/demo (default: the one shipped)"
+    )
+    parser.add_argument("--twin", action="store_true", help="the shipped run's twin")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
+        "--split", choices=("validation", "test"), default="test", help="of the run's data (default test)"
+    )
+    where.add_argument("--text", type=Path, metavar="FILE", help="measure this file instead, as one document")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there, too")
+    parser.add_argument(
+        "--prompts", type=int, default=24, metavar="N", help="to continue (default 24; 0: none)"
+    )
+    parser.add_argument(
+        "--max-characters", type=int, default=200, metavar="N", help="of a continuation (default 200)"
+    )
+    parser.add_argument(
+        "--draws", type=int, default=16, metavar="M", help="noise levels a chunk, even (default 16)"
+    )
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=0,
+        metavar="K",
+        help="also the bound that K importance-weighted draws give (default 0: not)",
+    )
+    parser.add_argument(
+        "--context",
+        type=int,
+        nargs="+",
+        default=(),
+        metavar="N",
+        help="also with documents cut every N bytes, to see what context from farther away saves: each N takes as "
+        "long as the bound itself",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of all noise (default 0)")
+    return parser
+
+
+def evaluate_run(
+    folder: Path,
+    *,
+    split: Split = "test",
+    text: Path | None = None,
+    draws: int = 16,
+    samples: int = 0,
+    contexts: Sequence[int] = (),
+    prompts: int = 24,
+    max_characters: int = 200,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """`evaluate_model` of a run folder's pipeline on a split of its data, or on the file `text`.
+
+    Adds which run it was, on what, and what it cost to train. Raises ValueError or OSError, one line.
+    """
+    given = None
+    if text is not None:
+        with text.open("rb") as file:
+            given = read_up_to(file, MAX_TEXT_BYTES, str(text))
+    if given == b"":
+        raise ValueError(f"{text} is empty: there is nothing to measure")
+
+    import torch
+
+    from hldm.config import load_config
+    from hldm.generation.pipeline import read_pipeline
+    from hldm.text.corpus import load_corpora, make_corpus
+
+    pipeline = read_pipeline(folder / "pipeline")
+    if torch.cuda.is_available():
+        pipeline.to("cuda")
+    corpora = load_corpora(load_config(folder / "autoencoder" / "config.yaml").data)
+    corpus = corpora[split] if given is None else make_corpus(str(text), [given])
+    parts = [part for part in (pipeline.autoencoder, pipeline.prior) if part is not None]
+    return {
+        "run": folder.resolve().name,
+        "split": split if text is None else str(text),
+        "commit": _commit(folder),
+        **evaluate_model(
+            pipeline.autoencoder,
+            pipeline.prior,
+            corpus,
+            corpora["train"].text.tobytes(),
+            pipeline.settings,
+            draws=draws,
+            samples=samples,
+            contexts=contexts,
+            prompts=prompts,
+            max_characters=max_characters,
+            seed=seed,
+        ),
+        "cost": {
+            "parameters": sum(p.numel() for part in parts for p in part.parameters()),
+            **_training_cost(folder),
+        },
+    }
+
+
+def evaluate_model(
+    autoencoder: Autoencoder,
+    prior: Prior | None,
+    corpus: Corpus,
+    training_text: bytes,
+    settings: GenerationConfig,
+    *,
+    draws: int = 16,
+    samples: int = 0,
+    contexts: Sequence[int] = (),
+    prompts: int = 24,
+    max_characters: int = 200,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Measure a model, None where it has nothing to measure: the twin has no latents, some texts no prompts.
+
+    training_text: what random passages, a baseline of the continuations, are taken from
+    contexts: bytes that documents are cut every so many of, see `hldm.evaluation.context_length`
+    """
+    import torch
+
+    from hldm.evaluation.bound import evaluate_bound, held_out_windows
+    from hldm.evaluation.context_length import by_distance, compare_contexts, cut_documents
+    from hldm.evaluation.prompts import choose_prompts, prompt_chunker
+    from hldm.evaluation.reconstruction import reconstruct
+
+    limits = (
+        ("samples", samples, 0),
+        ("prompts", prompts, 0),
+        ("max_characters", max_characters, 1),
+        ("seed", seed, 0),
+        *(("context", length, 2) for length in contexts),
+    )
+    for name, value, least in limits:
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    generator = torch.Generator().manual_seed(seed)
+    windows = held_out_windows(autoencoder, corpus)
+    chunker = prompt_chunker(autoencoder.chunker, is_twin=prior is None)
+    # the twin's likelihood needs no bound
+    samples = 0 if prior is None else samples
+    bound = evaluate_bound(autoencoder, prior, windows, draws=draws, samples=samples, generator=generator)
+
+    def cut(every: int) -> dict[str, Any] | None:
+        pieces = held_out_windows(autoencoder, cut_documents(windows, every), windows.chunk_start)
+        short = evaluate_bound(autoencoder, prior, pieces, draws=draws, generator=generator)
+        return compare_contexts(bound.by_chunk, short.by_chunk, windows, pieces, every)
+
+    return {
+        "seed": seed,
+        "draws": draws,
+        "samples": samples,
+        "characters": windows.characters,
+        "bits_per_character": bound.bits_per_character(),
+        "perplexity": _perplexity(float(bound.nats.sum()), windows),
+        "characters_per_chunk": None if prior is None else windows.characters / windows.chunks,
+        "reconstruction": (
+            None if prior is None else reconstruct(autoencoder, windows, prior.diffusion.gamma_0, generator)
+        ),
+        **continue_prompts(
+            autoencoder,
+            prior,
+            choose_prompts(corpus, chunker, prompts, max_characters=max_characters),
+            training_text,
+            settings,
+            max_characters=max_characters,
+            seed=seed,
+        ),
+        "by_distance": by_distance(bound.by_chunk, windows),
+        "context": {str(every): cut(every) for every in contexts} or None,
+    }
+
+
+def continue_prompts(
+    autoencoder: Autoencoder,
+    prior: Prior | None,
+    prompts: Sequence[Prompt],
+    training_text: bytes,
+    settings: GenerationConfig,
+    *,
+    max_characters: int,
+    seed: int,
+) -> dict[str, Any]:
+    """ROUGE, diversity, re-chunking and speed of continuations written in one batch; each None without prompts.
+
+    ROUGE compares with the true continuation, and so does it two baselines that read nothing: the
+    prompt's last words repeated, and a random passage of the training text. Re-chunking: the share of written
+    chunks that start where the strategy starts one, reading what was written; None for the twin.
+    """
+    import torch
+
+    from hldm.evaluation.borders import rechunked
+    from hldm.evaluation.metrics import diversity, random_passage, repeat_last_words
+    from hldm.generation.writer import Continuation, write_on
+    from hldm.text.bytes import count_characters
+
+    if not prompts:
+        return {"prompts": 0, "rouge": None, "diversity": None, "rechunked": None, "speed": None}
+    wanted = [prompt.continuation for prompt in prompts]
+    generator = torch.Generator().manual_seed(seed)
+    baselines = {
+        "repeat_prompt": [
+            repeat_last_words(prompt.text.decode("utf-8", errors="replace"), max_characters)
+            for prompt in prompts
+        ],
+        "random_passage": [random_passage(training_text, max_characters, generator) for _ in prompts],
+    }
+    began = time.perf_counter()
+    rows: list[Continuation] = []
+    calls = 0
+    for rows, _, calls in write_on(  # noqa: B007 - the last yield is the finished text
+        autoencoder,
+        prior,
+        [prompt.text for prompt in prompts],
+        settings,
+        max_characters=max_characters,
+        seed=seed,
+        through_ends=True,
+    ):
+        pass
+    seconds = time.perf_counter() - began
+    written = [row.text.decode("utf-8", errors="replace") for row in rows]
+    return {
+        "prompts": len(prompts),
+        "rouge": {
+            **_rouge(written, wanted),
+            "baselines": {name: _rouge(texts, wanted) for name, texts in baselines.items()},
+        },
+        "diversity": {**diversity(written), "reference": diversity(wanted)},
+        "rechunked": None if prior is None else rechunked(rows, autoencoder.chunker),
+        "speed": {
+            "characters_per_second": sum(count_characters(row.text) for row in rows) / seconds,
+            "denoising_calls": calls,
+        },
+    }
+
+
+def _rouge(written: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:
+    from hldm.evaluation.metrics import Rouge
+
+    return _compute(Rouge, predictions=written, references=wanted)
+
+
+def _perplexity(nats: float, windows: Windows) -> dict[str, float | None]:
+    """By character and by word (what white space separates); None where it overflows."""
+    from hldm.evaluation.metrics import Perplexity
+
+    corpus = windows.corpus
+    words = sum(len(corpus.document(index).tobytes().split()) for index in range(len(corpus)))
+    values = _compute(Perplexity, nats=[nats], characters=[windows.characters], words=[words])
+    values = {unit: values[f"{unit}_perplexity"] for unit in ("character", "word")}
+    return {unit: value if math.isfinite(value) else None for unit, value in values.items()}
+
+
+def _compute(metric: type, **columns: Any) -> dict[str, float]:
+    """One of evaluate's metrics, which write what they are given to disk: gone when they are done."""
+    with TemporaryDirectory() as folder:
+        return metric(cache_dir=folder).compute(**columns)
+
+
+def _stages(folder: Path) -> list[Path]:
+    return [folder / stage for stage in ("autoencoder", "prior") if (folder / stage).is_dir()]
+
+
+def _training_cost(folder: Path) -> dict[str, float]:
+    """Seconds and characters of training, summed over the stages."""
+    from hldm.training.stages import read_totals
+
+    totals = [read_totals(stage) for stage in _stages(folder)]
+    return {
+        "train_seconds": sum(total.seconds for total in totals),
+        "train_characters": sum(total.characters for total in totals),
+    }
+
+
+def _commit(folder: Path) -> str | None:
+    """The commit that the run's last stage last started from, if it was a clone's."""
+    path = _stages(folder)[-1] / "environment.json"
+    return json.loads(path.read_text(encoding="utf-8"))[-1].get("commit") if path.exists() else None
+
+
+# ---- tables
+
+# label, dotted key, format
+_ROWS: tuple[tuple[str, str, str], ...] = (
+    ("measured on", "split", ""),
+    ("characters", "characters", ",.0f"),
+    ("bits per character (an upper bound)", "bits_per_character.bound", ".4f"),
+    ("  standard error, Monte Carlo", "bits_per_character.standard_error", ".4f"),
+    ("  standard error, another text", "bits_per_character.standard_error_text", ".4f"),
+    ("  of it latents", "bits_per_character.latent", ".4f"),
+    ("  of it bytes and ends", "bits_per_character.decoder", ".4f"),
+    ("  of it end of the diffusion", "bits_per_character.end", ".4f"),
+    ("  by importance-weighted draws", "bits_per_character.importance", ".4f"),
+    ("    how many", "samples", ".0f"),
+    ("perplexity, character", "perplexity.character", ".3f"),
+    ("perplexity, word", "perplexity.word", ".1f"),
+    ("characters per chunk", "characters_per_chunk", ".2f"),
+    ("reconstruction, bytes right", "reconstruction.noisy.byte_accuracy", ".2%"),
+    ("  from latents without noise", "reconstruction.clean.byte_accuracy", ".2%"),
+    ("reconstruction, bytes written right", "reconstruction.noisy.written_accuracy", ".2%"),
+    ("  from latents without noise", "reconstruction.clean.written_accuracy", ".2%"),
+    ("reconstruction, chunks right", "reconstruction.noisy.chunk_accuracy", ".2%"),
+    ("  from latents without noise", "reconstruction.clean.chunk_accuracy", ".2%"),
+    *(
+        row
+        for kind in ("1", "2", "L")
+        for row in (
+            (f"ROUGE-{kind} of continuations", f"rouge.rouge{kind}", ".3f"),
+            ("  prompt repeated", f"rouge.baselines.repeat_prompt.rouge{kind}", ".3f"),
+            ("  random passage", f"rouge.baselines.random_passage.rouge{kind}", ".3f"),
+        )
+    ),
+    *(
+        row
+        for label, key, form in (
+            ("different words", "distinct1", ".3f"),
+            ("different word pairs", "distinct2", ".3f"),
+            ("entropy of words, bits", "entropy", ".2f"),
+            ("repetition", "repetition", ".3f"),
+        )
+        for row in (
+            (f"diversity, {label}", f"diversity.{key}", form),
+            ("  of the true text", f"diversity.reference.{key}", form),
+        )
+    ),
+    ("written chunks, cut again the same", "rechunked", ".2%"),
+    ("speed, characters per second", "speed.characters_per_second", ",.0f"),
+    ("  denoising calls", "speed.denoising_calls", ",.0f"),
+    ("cost, parameters", "cost.parameters", ",.0f"),
+    ("  seconds of training", "cost.train_seconds", ",.0f"),
+    ("  characters of training", "cost.train_characters", ",.0f"),
+)
+
+
+def compare(columns: Mapping[str, Mapping[str, Any]]) -> str:
+    """Evaluations side by side as an aligned table: a column each, named by its key, `-` where it has no value."""
+    from hldm.evaluation.context_length import rows
+
+    table = [["", *columns]]
+    for label, key, form in (*_ROWS, *rows(columns.values())):
+        values = [_look_up(evaluation, key) for evaluation in columns.values()]
+        table.append([label, *("-" if value is None else format(value, form) for value in values)])
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    align = [str.ljust, *[str.rjust] * len(columns)]
+    lines = ["  ".join(map(lambda cell, width, to: to(cell, width), row, widths, align)) for row in table]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _look_up(evaluation: Mapping[str, Any], key: str) -> Any:
+    """The value at a dotted key, None where the path ends early."""
+    value: Any = evaluation
+    for part in key.split("."):
+        value = None if value is None else value.get(part)
+    return value

@@ -1,0 +1,1 @@
+"""Prompt to text: the writers, and the same as a diffusers pipeline."""

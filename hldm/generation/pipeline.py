@@ -1,0 +1,291 @@
+"""The model as one folder that three lines of Python load: a diffusers pipeline.
+
+pipe = HLDMPipeline.from_pretrained("runs/demo/pipeline")
+print(pipe("And the king said", max_characters=200).texts[0])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import BaseOutput
+from transformers import PreTrainedTokenizer
+
+from hldm.chunking.segmenter import Segmenter
+from hldm.config import GenerationConfig, section_from_dict
+from hldm.generation.writer import Continuation, write_on
+from hldm.model.autoencoder import Autoencoder
+from hldm.model.diffusion import SchedulerName, make_scheduler, scheduler_name
+from hldm.model.prior import Prior
+from hldm.runs.checkpoints import fingerprint
+from hldm.runs.saved_model import SAVED_BY_DIFFUSERS, SavedModel, first_line, read_json
+from hldm.text.bytes import StreamDecoder, to_bytes
+from hldm.training.segmenters import attach_segmenter, read_segmenter
+
+
+class ByteTokenizer(PreTrainedTokenizer):
+    """Text is its UTF-8 bytes: token i is byte i, and there are no special tokens to be spoofed."""
+
+    vocab_files_names: dict[str, str] = {}
+    model_input_names = ["input_ids", "attention_mask"]
+
+    @property
+    def vocab_size(self) -> int:
+        """256."""
+        return 256
+
+    def get_vocab(self) -> dict[str, int]:
+        """A byte's token is the character of the same number."""
+        return {chr(byte): byte for byte in range(256)}
+
+    def _tokenize(self, text: str, **_: Any) -> list[str]:
+        return [chr(byte) for byte in to_bytes(text)]
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return ord(token)
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return chr(index)
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        """Joined bytes, decoded; what is not UTF-8 becomes U+FFFD."""
+        return bytes(map(ord, tokens)).decode("utf-8", errors="replace")
+
+    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
+        """Nothing to save."""
+        return ()
+
+
+@dataclass
+class HLDMPipelineOutput(BaseOutput):
+    """What was written, one entry a prompt and sample."""
+
+    texts: list[str]  # continuations, without their prompts
+    sequences: list[bytes]  # the same, as bytes
+    chunk_spans: list[list[tuple[int, int]]]  # byte span of every chunk in its sequence
+    calls: int  # denoiser evaluations, each for the whole batch
+
+
+class HLDMPipeline(DiffusionPipeline):
+    """Prompt in, text out. `prior` and `scheduler` are None in the twin."""
+
+    _optional_components = ["prior", "scheduler"]
+    autoencoder: Autoencoder
+    prior: Prior | None
+
+    def __init__(
+        self,
+        autoencoder: Autoencoder,
+        tokenizer: ByteTokenizer,
+        prior: Prior | None = None,
+        scheduler: Any = None,
+        defaults: dict[str, Any] | None = None,
+    ):
+        """defaults: generation settings, used where a call names none."""
+        super().__init__()
+        self.segmenter: Segmenter | None = (
+            None  # what cuts prompts, if that takes a model: see `with_segmenter`
+        )
+        if prior is not None and prior.config["autoencoder"] != fingerprint(autoencoder.state_dict()):
+            raise ValueError(
+                "this prior was trained on another autoencoder's latents: "
+                "train it again with train_diffusion.py, or load the autoencoder it belongs to"
+            )
+        self.register_modules(autoencoder=autoencoder, prior=prior, tokenizer=tokenizer, scheduler=scheduler)
+        self.register_to_config(defaults=defaults or {})
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> HLDMPipeline:
+        """Load what `save_pretrained` wrote; see `read_pipeline`."""
+        return read_pipeline(folder)
+
+    @classmethod
+    def assemble(
+        cls, autoencoder: Autoencoder, prior: Prior | None, defaults: GenerationConfig
+    ) -> HLDMPipeline:
+        """Put a trained model together, with the sampler that its config names."""
+        scheduler = None
+        if prior is not None:
+            scheduler = make_scheduler(defaults.solver, prior.schedule, max(1, defaults.steps))
+        return cls(
+            autoencoder.eval(),
+            ByteTokenizer(),
+            prior.eval() if prior is not None else None,
+            scheduler,
+            defaults=vars(defaults).copy(),
+        )
+
+    def with_segmenter(self, segmenter: Segmenter | None) -> HLDMPipeline:
+        """This pipeline, its prompts cut by a segmenter, which is saved along with it."""
+        if segmenter is not None:
+            attach_segmenter(self.autoencoder, segmenter)
+        self.segmenter = segmenter
+        return self
+
+    def save_pretrained(self, folder: str | Path, **options: Any) -> None:
+        """Write the folder that `read_pipeline` reads."""
+        super().save_pretrained(folder, **options)
+        if self.segmenter is not None:
+            segmenter: SavedModel = self.segmenter
+            segmenter.save_pretrained(str(Path(folder) / "segmenter"))
+
+    @property
+    def settings(self) -> GenerationConfig:
+        """The generation settings of this pipeline; a scheduler put in by the user is honoured."""
+        settings = GenerationConfig(**dict(self.config["defaults"]))
+        if self.scheduler is not None:
+            settings = _with_solver(settings, scheduler_name(self.scheduler))
+        return settings
+
+    def __call__(
+        self,
+        prompt: str | bytes | Sequence[str | bytes] = "",
+        max_characters: int = 400,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        temperature: float | None = None,
+        decoder_temperature: float | None = None,
+        top_p: float | None = None,
+        num_return_sequences: int = 1,
+        seed: int = 0,
+        generator: torch.Generator | None = None,
+        streamer: Callable[[int, str], None] | None = None,
+        return_dict: bool = True,
+    ) -> HLDMPipelineOutput | tuple[list[str]]:
+        """Continue each prompt.
+
+        streamer: called with (row, text) as text is made; only whole UTF-8 characters are passed on.
+        Row i draws from seed + i, so a batch writes what its prompts write one by one; generator: draws
+        the seed instead, as diffusers' users expect.
+        """
+        prompts = [prompt] if isinstance(prompt, str | bytes) else list(prompt)
+        rows = [
+            to_bytes(p) if isinstance(p, str) else p for p in prompts for _ in range(num_return_sequences)
+        ]
+        given: dict[str, Any] = {
+            "steps": num_inference_steps,
+            "guidance": guidance_scale,
+            "temperature": temperature,
+            "decoder_temperature": decoder_temperature,
+            "top_p": top_p,
+        }
+        if generator is not None:
+            seed = int(torch.randint(2**31, (), generator=generator))
+        settings = replace(self.settings, **{k: v for k, v in given.items() if v is not None})
+        decoders = [StreamDecoder() for _ in rows]
+        written: list[Continuation] = []
+        calls = 0
+        for written, news, calls in write_on(  # noqa: B007 - the last yield is the finished text
+            self.autoencoder, self.prior, rows, settings, max_characters=max_characters, seed=seed
+        ):
+            for row, (decoder, new) in enumerate(zip(decoders, news, strict=True)):
+                text = decoder.push(new)
+                if streamer is not None and text:
+                    streamer(row, text)
+        if streamer is not None:
+            for row, decoder in enumerate(decoders):
+                if rest := decoder.finish():
+                    streamer(row, rest)
+        texts = [row.text.decode("utf-8", errors="replace") for row in written]
+        if not return_dict:
+            return (texts,)
+        return HLDMPipelineOutput(
+            texts, [row.text for row in written], [_spans(row) for row in written], calls
+        )
+
+
+def _spans(row: Continuation) -> list[tuple[int, int]]:
+    spans, at = [], 0
+    for chunk in row.chunks:
+        spans.append((at, at + len(chunk)))
+        at += len(chunk)
+    return spans
+
+
+def read_pipeline(folder: str | Path) -> HLDMPipeline:
+    """Load a saved pipeline, from disk only; the same as HLDMPipeline.from_pretrained.
+
+    diffusers would import whatever classes the folder names; here they must be our own, each part is checked
+    before it is used (hldm.runs.saved_model), and the sampler is made anew from its name.
+    Raises FileNotFoundError with the command that makes a pipeline, ValueError for a damaged one.
+    """
+    folder = Path(folder)
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no trained model: run train_autoencoder.py, then train_diffusion.py, with its config"
+        )
+    try:
+        found = read_json(index)
+        scheduler = _check_index(found)
+        settings = _defaults(found)
+        if scheduler is not None:
+            saved = read_json(folder / "scheduler" / "scheduler_config.json")
+            settings = _with_solver(settings, _scheduler_name(scheduler, saved.get("solver_order")))
+        autoencoder = Autoencoder.from_pretrained(folder / "autoencoder")
+        prior = None if scheduler is None else Prior.from_pretrained(folder / "prior")
+        segmenter = read_segmenter(folder / "segmenter", autoencoder.chunking)
+        return HLDMPipeline.assemble(autoencoder, prior, settings).with_segmenter(segmenter)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{folder} cannot be loaded ({first_line(error)}): train the run again or restore it"
+        ) from error
+
+
+def _defaults(index: dict[str, Any]) -> GenerationConfig:
+    """The generation settings that were saved with a pipeline."""
+    defaults = index.get("defaults")
+    if not isinstance(defaults, dict):
+        raise ValueError(f"model_index.json: defaults must be an object, got {defaults!r:.80}")
+    return section_from_dict(GenerationConfig, defaults)
+
+
+def _with_solver(settings: GenerationConfig, name: SchedulerName) -> GenerationConfig:
+    """The settings with another sampler, if it is another: the one-step head keeps the one that stands for it."""
+    return settings if name == settings.solver else replace(settings, scheduler=name)
+
+
+def _scheduler_name(class_name: str, solver_order: object) -> SchedulerName:
+    """`scheduler_name` of a saved one."""
+    names: dict[str, SchedulerName] = {
+        "FlowMatchEulerDiscreteScheduler": "flow",
+        "DDIMScheduler": "ddim",
+        "DPMSolverMultistepScheduler": "ancestral" if solver_order == 1 else "dpm",
+    }
+    if class_name not in names:
+        raise ValueError(f"model_index.json: {class_name!r:.80} is not one of the schedulers of hldm")
+    return names[class_name]
+
+
+# The module and class of each part as diffusers saves them, and where the same classes once lived.
+PARTS = {
+    "autoencoder": ["hldm.model.autoencoder", "Autoencoder"],
+    "prior": ["hldm.model.prior", "Prior"],
+    "tokenizer": ["hldm.generation.pipeline", "ByteTokenizer"],
+}
+EARLIER_PARTS = {
+    "autoencoder": ["hldm.autoencoder", "Autoencoder"],
+    "prior": ["hldm.prior", "Prior"],
+    "tokenizer": ["hldm.pipeline", "ByteTokenizer"],
+}
+
+
+def _check_index(index: dict[str, Any]) -> str | None:
+    """The class of the pipeline's scheduler, None for a twin. Raises ValueError for any other pipeline."""
+    pair = index.get("scheduler")
+    scheduler = pair[1] if isinstance(pair, list) and len(pair) == 2 and isinstance(pair[1], str) else None
+    expected: dict[str, Any] = {**PARTS, "scheduler": ["diffusers", scheduler]}
+    if scheduler is None:
+        expected |= {"prior": [None, None], "scheduler": [None, None]}
+    expected["_class_name"] = "HLDMPipeline"
+    for key, value in expected.items():
+        if index.get(key) not in (value, EARLIER_PARTS.get(key, value)):
+            raise ValueError(f"model_index.json: {key} must be {value}, got {index.get(key)!r:.80}")
+    if unknown := sorted(index.keys() - expected.keys() - SAVED_BY_DIFFUSERS - {"defaults"}):
+        raise ValueError(f"model_index.json: unknown key {unknown[0]!r:.80}")
+    return scheduler

@@ -1,0 +1,173 @@
+"""The context of one chunk more, in a single call of C++: contextualiser, and what the denoiser is told of it.
+
+What `hldm.model.contextualiser` and `Prior.tell` do for a window of one chunk, to rounding. Weights do not change while a
+text is written, so an entry's keys and values are worked out once, when it is born, and kept instead of it.
+`hldm.generation.writer` asks `can_keep` first.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from hldm.kernels.library import library
+from hldm.kernels.stack import is_plain, kernels_can_compute
+from hldm.model.contextualiser import ContextState
+from hldm.model.denoiser import BlockContext, Told
+
+MOST_CHUNKS = 2**40  # that a summary may stand for
+_SIZES = (
+    *("rows", "z", "d", "heads", "features", "levels", "ratio", "window", "places"),
+    *("layers", "blocks", "denoiser_width", "components", "threads"),
+)
+_POINTERS = (
+    *("ends", "layer", "block", "mixture", "opening"),
+    *("level", "end", "written", "partial", "latest", "feature"),
+    *("pairs", "log_weights", "told", "latents", "after", "closed"),
+)
+
+
+class _Contexting(ctypes.Structure):
+    """`Contexting` of hldm/kernels/cpp/context.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in _SIZES),
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+    ]
+
+
+def _of(*modules: Any) -> list[Tensor | None]:
+    return [parameter for module in modules for parameter in (module.weight, module.bias)]
+
+
+def _parameters(prior: Any) -> dict[str, list[Tensor | None]]:
+    """What the kernel reads, in its order; None where a model has no such part."""
+    context, mixture = prior.contextualiser, prior.mixture
+    layers: list[Tensor | None] = []
+    blocks: list[Tensor | None] = []
+    for layer in context.layers:
+        attention = (layer.norm, layer.query, layer.key_value, layer.out)
+        layers += [*_of(*attention, layer.mlp[0], layer.mlp[1], layer.mlp[3]), layer.bias.table]
+    for block in prior.denoiser.blocks:
+        blocks += [*_of(block.key_value, block.from_context), block.bias.table]
+    feature = None if context.embed_feature is None else context.embed_feature.weight
+    return {
+        "ends": [*_of(context.embed), context.level.weight, *_of(context.norm), feature],
+        "layer": layers,
+        "block": blocks,
+        "mixture": [] if mixture is None else _of(mixture.weigh[0], mixture.weigh[1], mixture.weigh[3]),
+    }
+
+
+def can_keep(prior: Any, memory: ContextState) -> bool:
+    """Whether `KeptContext` does from this state on what contextualiser and `Prior.tell` would."""
+    hierarchy, dropout = prior.hierarchy, prior.training and prior.settings.dropout
+    if not kernels_can_compute() or prior.contextualiser.griffin is not None or dropout:
+        return False
+    if memory.hidden.dtype != torch.float32 or hierarchy.ratio**hierarchy.levels > MOST_CHUNKS:
+        return False
+    parameters = [p for parts in _parameters(prior).values() for p in parts if p is not None]
+    return memory.written.shape[0] > 0 and all(map(is_plain, parameters))
+
+
+class KeptContext:
+    """The past of a batch of documents as the denoiser and the next chunk see it, in places that are written over.
+
+    Not a value as other states are: with many rows, to copy it would take longer than the step.
+    """
+
+    def __init__(self, prior: Any, memory: ContextState):
+        """memory: where `Contextualiser` left off, left as it is; call only where `can_keep`."""
+        kernels, context = library(), prior.contextualiser
+        assert kernels is not None
+        self._step = kernels.hldm_context
+        rows, heads, d = len(memory.written), prior.settings.heads, prior.settings.width
+        start = _start(context)
+        kept = torch.cat([start.expand(rows, 1, -1, -1), memory.hidden], dim=1)  # (b places layers+1 d)
+        pairs = [layer.key_value(layer.norm(kept[:, :, i])) for i, layer in enumerate(context.layers)]
+        pairs += [block.key_value(kept[:, :, -1]) for block in prior.denoiser.blocks]
+        parts = [
+            rearrange(pair, "b c (two h e) -> two b h c e", two=2, h=heads).contiguous() for pair in pairs
+        ]
+        places, blocks = kept.shape[1], len(prior.denoiser.blocks)
+        zero = torch.zeros(rows, 1, dtype=torch.long)
+        opening = start[0, -1].contiguous()
+        is_empty = memory.entries.document < 0
+        self._tensors = {
+            "opening": opening,
+            "level": torch.cat([zero, memory.entries.level], dim=1),
+            "end": torch.cat([zero, memory.entries.end.masked_fill(is_empty, -1)], dim=1),
+            "written": memory.written.clone(),
+            "partial": memory.partial.clone(memory_format=torch.contiguous_format),
+            "latest": torch.where((memory.written > 0)[:, None], memory.latest, opening),
+            "feature": memory.feature.clone(memory_format=torch.contiguous_format),
+            "log_weights": torch.zeros(rows, 0 if prior.mixture is None else len(prior.mixture.prototypes)),
+        }
+        width = prior.settings.denoiser_width
+        empty = (torch.zeros(rows, 4 * width), torch.zeros(rows, 2 * width), torch.zeros(rows, heads, places))
+        told = [[part.clone() for part in empty] for _ in range(blocks)]
+        self.told = Told(
+            None if prior.mixture is None else self._tensors["log_weights"][:, None, None],
+            tuple(
+                BlockContext(shared[:, None, None], gates[:, None, None], key, value, bias[:, :, None])
+                for (shared, gates, bias), (key, value) in zip(
+                    told, parts[len(context.layers) :], strict=True
+                )
+            ),
+        )
+        self._lists = _parameters(prior) | {
+            "pairs": [half for pair in parts for half in pair],
+            "told": [part for block in told for part in block],
+        }
+        self._pointers = {
+            name: (ctypes.c_void_p * len(parts))(*(None if p is None else p.data_ptr() for p in parts))
+            for name, parts in self._lists.items()
+        }
+        self._call = _Contexting(
+            rows=rows,
+            z=prior.latent_dim,
+            d=d,
+            heads=heads,
+            features=context.feature_dim,
+            levels=prior.hierarchy.levels,
+            ratio=prior.hierarchy.ratio,
+            window=prior.hierarchy.window,
+            places=places,
+            layers=len(context.layers),
+            blocks=blocks,
+            denoiser_width=width,
+            components=self._tensors["log_weights"].shape[1],
+            threads=torch.get_num_threads(),
+            **{name: tensor.data_ptr() for name, tensor in self._tensors.items()},
+            **{name: ctypes.addressof(array) for name, array in self._pointers.items()},
+        )
+
+    def add(self, latents: Tensor, after: Tensor, closed: Tensor) -> Told:
+        """What the denoiser is told of the next chunk's past, in the memory of what it was told before.
+
+        latents: (b z) of the chunks just written;  after: (b f) of the text up to their ends, where it is read
+        closed: (b) whether a chunk was its document's last, so that the next chunk has no past
+        """
+        call = self._call
+        assert latents.shape == (call.rows, call.z) and closed.shape == (call.rows,)
+        assert not call.features or after.shape == (call.rows, call.features)
+        latents, after, closed = latents.float().contiguous(), after.float().contiguous(), closed.contiguous()
+        call.latents, call.after, call.closed = latents.data_ptr(), after.data_ptr(), closed.data_ptr()
+        self._step(ctypes.byref(call))
+        return self.told
+
+
+def _start(context: Any) -> Tensor:
+    """What every layer, and the output, make of a document's start. (1 layers+1 d)."""
+    x, zero = context.start[None, None], torch.zeros(1, 1, dtype=torch.long)
+    itself, nothing = torch.ones(1, 1, 1, dtype=torch.bool), x[:, :0]
+    hidden = [x]
+    for layer in context.layers:
+        x = layer(x, nothing, itself, zero, zero[None])
+        hidden.append(x)
+    hidden[-1] = context.norm(x)
+    return torch.cat(hidden, dim=1)

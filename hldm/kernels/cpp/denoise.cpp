@@ -1,0 +1,178 @@
+// All denoising steps of a batch of latents, for hldm.kernels.denoise: the mixture's estimate, the network's correction, the
+// solver's step. Rows are taken L at a time as in stack.h; what depends on the noise level alone comes worked out.
+
+#include <numeric>
+
+#include "stack.h"
+
+namespace {
+
+// What it is called with, in hldm/kernels/denoise.py's order.
+struct Denoising {
+    int64_t rows, steps, z, d, width, heads, entries, components, hidden, blocks, threads;
+    const float* levels;              // (steps 2) alpha and sigma
+    const float* solver;              // (steps 4) weights of z, x0, the x0 before and the noise
+    const float* noise;               // (steps b z)
+    const float* log_weights;         // (b k)
+    const float *prototypes, *square; // (k z), (z) variance of every component
+    const float *inputs, *inputs_bias, *outputs, *outputs_bias;  // (d 2z), (d), (z d), (z)
+    const float* const* parameters;   // of each block: query, its bias, attended, its bias, both of the MLP, with theirs
+    const float* const* told;         // of each block: shared (b 4d), gates (b 2d), key, value (b h c e), bias (b h c)
+    const float* const* by_level;     // of each block: (steps 4d) shifts and scales
+    float* latent;                    // (b z) in and out
+};
+
+template <int L>
+struct Denoiser {
+    const Denoising& w;
+    int64_t first, rows;
+    std::vector<float> numbers;
+    float *z, *x0, *before, *estimate, *x, *y, *wide, *query;
+
+    Denoiser(const Denoising& w, int64_t first, int64_t rows) : w(w), first(first), rows(rows) {
+        const int64_t most = std::max({w.components, w.hidden, w.d, w.width, 2 * w.z});
+        numbers.assign((4 * w.z + 2 * w.d + 2 * most + w.width) * L, 0.0f);
+        z = numbers.data();
+        x0 = z + w.z * L;
+        before = x0 + w.z * L;
+        estimate = before + w.z * L;
+        x = estimate + w.z * L;
+        y = x + w.d * L;
+        wide = y + w.d * L;
+        query = wide + 2 * most * L;
+    }
+
+    // E[mu | z] under the mixture: hldm.model.mixture.MixturePredictor.denoise
+    void ask_mixture(float alpha, float sigma) {
+        const int64_t k = w.components;
+        float *scaled = wide, *share = wide + w.z * L;
+        std::vector<float> precision(w.z), gain(w.z);
+        for (int64_t j = 0; j < w.z; j++) {
+            precision[j] = 1.0f / (alpha * alpha * w.square[j] + sigma * sigma);
+            gain[j] = alpha * w.square[j] * precision[j];
+            for (int l = 0; l < L; l++) scaled[j * L + l] = alpha * z[j * L + l] * precision[j];
+        }
+        multiply<L>(w.prototypes, scaled, share, k, w.z);
+        float largest[L], total[L] = {};
+        std::fill(largest, largest + L, -INFINITY);
+        for (int64_t i = 0; i < k; i++) {
+            float own = 0;
+            for (int64_t j = 0; j < w.z; j++)
+                own += precision[j] * w.prototypes[i * w.z + j] * w.prototypes[i * w.z + j];
+            for (int64_t l = 0; l < L; l++) {
+                const float log_weight = l < rows ? w.log_weights[(first + l) * k + i] : 0.0f;
+                share[i * L + l] += log_weight - 0.5f * alpha * alpha * own;
+                largest[l] = std::max(largest[l], share[i * L + l]);
+            }
+        }
+        for (int64_t i = 0; i < k; i++)
+            for (int l = 0; l < L; l++) total[l] += share[i * L + l] = exponential(share[i * L + l] - largest[l]);
+        multiply_transposed<L>(w.prototypes, share, estimate, w.z, k);
+        for (int64_t j = 0; j < w.z; j++)
+            for (int l = 0; l < L; l++) {
+                const float mean = estimate[j * L + l] / total[l];
+                estimate[j * L + l] = mean + gain[j] * (z[j * L + l] - alpha * mean);
+            }
+    }
+
+    // y = standardised x (1 + scale) + shift, each the context's and the noise level's together; half: 0 or 1
+    void modulate(const float* shared, const float* level, int64_t half) {
+        const int64_t d = w.d;
+        standardise<L>(x, y, d);
+        for (int64_t row = 0; row < rows; row++) {
+            const float *own = shared + (first + row) * 4 * d + half * 2 * d, *all = level + half * 2 * d;
+            for (int64_t i = 0; i < d; i++)
+                y[i * L + row] = y[i * L + row] * (1 + (own[d + i] + all[d + i])) + (own[i] + all[i]);
+        }
+    }
+
+    // x += (1 + gate) part
+    void add_gated(const float* part, const float* gates, int64_t half) {
+        for (int64_t row = 0; row < rows; row++)
+            for (int64_t i = 0; i < w.d; i++)
+                x[i * L + row] += (1 + gates[(first + row) * 2 * w.d + half * w.d + i]) * part[i * L + row];
+    }
+
+    // Attention of one position a row to its entries; query in, what is attended out
+    void attend(const float* key, const float* value, const float* bias) {
+        const int64_t e = w.width / w.heads, c = w.entries;
+        std::vector<float> own(e), score(c), sum(e);
+        const float scale = 1.0f / std::sqrt(float(e));
+        for (int64_t row = 0; row < rows; row++)
+            for (int64_t head = 0; head < w.heads; head++) {
+                const int64_t at = ((first + row) * w.heads + head) * c;
+                for (int64_t i = 0; i < e; i++) own[i] = query[(head * e + i) * L + row] * scale;
+                float largest = -INFINITY, total = 0;
+                for (int64_t j = 0; j < c; j++) {
+                    if (bias[at + j] == -INFINITY) continue;
+                    dot_rows<1>(key + (at + j) * e, own.data(), &score[j], e);
+                    score[j] += bias[at + j];
+                    largest = std::max(largest, score[j]);
+                }
+                std::fill(sum.begin(), sum.end(), 0.0f);
+                for (int64_t j = 0; j < c; j++) {
+                    if (bias[at + j] == -INFINITY) continue;
+                    const float weight = exponential(score[j] - largest);
+                    total += weight;
+                    for (int64_t i = 0; i < e; i++) sum[i] += weight * value[(at + j) * e + i];
+                }
+                for (int64_t i = 0; i < e; i++) query[(head * e + i) * L + row] = sum[i] / total;
+            }
+    }
+
+    void run() {
+        const int64_t d = w.d;
+        for (int64_t row = 0; row < rows; row++)
+            for (int64_t j = 0; j < w.z; j++) z[j * L + row] = w.latent[(first + row) * w.z + j];
+        for (int64_t step = 0; step < w.steps; step++) {
+            const float alpha = w.levels[2 * step], sigma = w.levels[2 * step + 1];
+            ask_mixture(alpha, sigma);
+            std::copy(z, z + w.z * L, wide);
+            std::copy(estimate, estimate + w.z * L, wide + w.z * L);
+            multiply<L>(w.inputs, wide, x, d, 2 * w.z);
+            add_bias<L>(w.inputs_bias, x, d);
+            for (int64_t block = 0; block < w.blocks; block++) {
+                const float *const *p = w.parameters + 8 * block, *const *told = w.told + 5 * block;
+                const float* level = w.by_level[block] + step * 4 * d;
+                modulate(told[0], level, 0);
+                multiply<L>(p[0], y, query, w.width, d);
+                add_bias<L>(p[1], query, w.width);
+                attend(told[2], told[3], told[4]);
+                multiply<L>(p[2], query, wide, d, w.width);
+                add_bias<L>(p[3], wide, d);
+                add_gated(wide, told[1], 0);
+                modulate(told[0], level, 1);
+                multiply<L>(p[4], y, wide, w.hidden, d);
+                add_bias<L>(p[5], wide, w.hidden);
+                gelu_all(wide, w.hidden * L);
+                multiply<L>(p[6], wide, y, d, w.hidden);
+                add_bias<L>(p[7], y, d);
+                add_gated(y, told[1], 1);
+            }
+            standardise<L>(x, y, d);
+            multiply<L>(w.outputs, y, x0, w.z, d);
+            add_bias<L>(w.outputs_bias, x0, w.z);
+            const float* solver = w.solver + 4 * step;
+            for (int64_t j = 0; j < w.z; j++)
+                for (int64_t row = 0; row < rows; row++) {
+                    const int64_t i = j * L + row;
+                    x0[i] = estimate[i] + sigma * x0[i];
+                    const float noise = w.noise[(step * w.rows + first + row) * w.z + j];
+                    z[i] = solver[0] * z[i] + solver[1] * x0[i] + solver[2] * before[i] + solver[3] * noise;
+                }
+            std::swap(x0, before);
+        }
+        for (int64_t row = 0; row < rows; row++)
+            for (int64_t j = 0; j < w.z; j++) w.latent[(first + row) * w.z + j] = z[j * L + row];
+    }
+};
+
+}  // namespace
+
+extern "C" void hldm_denoise(const Denoising* denoising) {
+    over_threads(denoising->rows, denoising->threads, [&](int64_t begin, int64_t rows) {
+        in_groups(rows, [&](auto lanes, int64_t first, int64_t count) {
+            Denoiser<decltype(lanes)::value>(*denoising, begin + first, count).run();
+        });
+    });
+}

@@ -1,0 +1,1 @@
+"""The model: all of its mathematics in plain torch."""

@@ -1,0 +1,110 @@
+"""A mixture that predicts the next latent from the text before it: light enough to train beside an encoder.
+
+    p(mu | h) = sum_k w_k(h) N(mu; m_k, diag s^2),   z_gamma = alpha mu + sigma eps
+
+Only the weights depend on the text, as a softmax over words would: K prototypes m_k are shared. Its
+likelihood and its denoiser are both in closed form, and belong together: the diffusion bound under the
+exact denoiser of p is KL(q(z_0 | x) || p(z_0 | h)) (both walk the same noising backwards). So what stage
+one pays under the mixture is where a prior that is built on this denoiser begins.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+from hldm.model.diffusion import alpha_sigma
+from hldm.runs.saved_model import SavedModel
+
+
+def draw_rows(
+    latent_dim: int, generators: Sequence[torch.Generator], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """What one draw a row is made of, from the row's own generator: u (b 1) uniform, noise (b 1 z) normal."""
+    u = torch.stack([torch.rand(1, generator=g, dtype=torch.float64) for g in generators])
+    noise = torch.stack([torch.randn(1, latent_dim, generator=g) for g in generators])
+    return u.to(device), noise.to(device)
+
+
+class MixturePredictor(SavedModel):
+    """Weights from a feature of the text (... d), prototypes (k z), one variance a dimension."""
+
+    @register_to_config
+    def __init__(self, feature_dim: int, latent_dim: int, components: int):
+        super().__init__()
+        self.weigh = nn.Sequential(
+            nn.LayerNorm(feature_dim),
+            nn.Linear(feature_dim, 2 * feature_dim),
+            nn.GELU(),
+            nn.Linear(2 * feature_dim, components),
+        )
+        self.prototypes = nn.Parameter(torch.randn(components, latent_dim))  # mu has unit scale
+        self.log_deviation = nn.Parameter(torch.full((latent_dim,), math.log(0.5)))
+
+    def log_weights(self, feature: Tensor) -> Tensor:
+        """log w_k(h). (... d) -> (... k)."""
+        return F.log_softmax(self.weigh(feature).float(), dim=-1)
+
+    def joint(self, z: Tensor, gamma: Tensor, log_weights: Tensor) -> Tensor:
+        """log w_k + log N(z_gamma; alpha m_k, alpha^2 s^2 + sigma^2). (... z), (...), (... k) -> (... k)."""
+        alpha, sigma = (x.unsqueeze(-1) for x in alpha_sigma(gamma))
+        variance = alpha.square() * (2 * self.log_deviation).exp() + sigma.square()  # (... z)
+        precision = 1 / variance
+        # |z - alpha m|^2 / variance, multiplied out: two products with the prototypes, nothing (... k z)
+        cross = (alpha * z * precision) @ self.prototypes.T
+        square = (alpha.square() * precision) @ self.prototypes.square().T
+        own = (z.square() * precision + variance.log() + math.log(2 * math.pi)).sum(-1, keepdim=True)
+        return log_weights + cross - 0.5 * (square + own)
+
+    def rate(self, mu: Tensor, noise: Tensor, gamma_0: float, log_weights: Tensor) -> Tensor:
+        """KL(q(z_0 | x) || p(z_0 | h)) in nats, an unbiased estimate from one draw. (... z) -> (...)."""
+        gamma = torch.full(mu.shape[:-1], gamma_0, device=mu.device)
+        alpha, sigma = (x.unsqueeze(-1) for x in alpha_sigma(gamma))
+        log_p = self.joint(alpha * mu + sigma * noise, gamma, log_weights).logsumexp(dim=-1)
+        # the entropy of q is known: no need to draw it
+        entropy = 0.5 * mu.shape[-1] * (1 + math.log(2 * math.pi) - F.softplus(torch.tensor(-gamma_0)))
+        return -entropy - log_p
+
+    def sample(
+        self,
+        gamma: float,
+        log_weights: Tensor,
+        generators: Sequence[torch.Generator],
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """Draw z_gamma: a component, then its normal. log_weights: (b k), a generator a row. Returns (b z).
+
+        temperature: scales the noise, and sharpens the weights to w^(1 / temperature); 0 takes the likeliest.
+        """
+        u, noise = draw_rows(self.prototypes.shape[1], generators, self.prototypes.device)
+        return self.place(gamma, log_weights, u, noise, temperature)[:, 0]
+
+    def place(
+        self, gamma: float, log_weights: Tensor, u: Tensor, noise: Tensor, temperature: float = 1.0
+    ) -> Tensor:
+        """The draws z_gamma that numbers stand for: u (... m) uniform, noise (... m z) standard normal.
+
+        log_weights: (... k), shared by the m draws. Returns (... m z).
+        """
+        sharp = log_weights.double() / max(temperature, 1e-6)
+        cdf = sharp.softmax(dim=-1).cumsum(dim=-1)
+        chosen = torch.searchsorted(cdf, u.double() * cdf[..., -1:], right=True)
+        alpha, sigma = (float(x) for x in alpha_sigma(torch.tensor(gamma, dtype=torch.float64)))
+        deviation = (alpha**2 * (2 * self.log_deviation).exp() + sigma**2).sqrt()
+        mean = alpha * self.prototypes[chosen.clamp(max=len(self.prototypes) - 1)]
+        return mean + temperature * deviation * noise
+
+    def denoise(self, z: Tensor, gamma: Tensor, log_weights: Tensor) -> Tensor:
+        """E[mu | z_gamma] under the mixture. z: (... z); gamma: (...); log_weights: (... k)."""
+        alpha, sigma = (x.unsqueeze(-1) for x in alpha_sigma(gamma))
+        share = self.joint(z, gamma, log_weights).softmax(dim=-1)
+        mean = share @ self.prototypes
+        square = (2 * self.log_deviation).exp()
+        # each component corrects its prototype by the same share of what it misses
+        gain = alpha * square / (alpha.square() * square + sigma.square())
+        return mean + gain * (z - alpha * mean)

@@ -1,0 +1,176 @@
+"""Two towers over latents: a causal contextualiser and a denoiser of the next latent.
+
+The contextualiser (`hldm.model.contextualiser`) runs once per chunk, the denoiser (`hldm.model.denoiser`) once per noise
+draw, so several draws share the expensive part. Two-tower diffusion over
+latents of text follows the Large Concept Model (arXiv 2412.08821). Knows latents, and if `reads_text` the
+encoder's features beside them, never bytes. A one-step head (`hldm.model.energy`) may stand beside the denoiser.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import torch
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+from hldm.config import (
+    AutoencoderConfig,
+    ConfigError,
+    DiffusionConfig,
+    HierarchyConfig,
+    PriorConfig,
+    section_from_dict,
+)
+from hldm.model.contextualiser import Context, ContextState, Contextualiser
+from hldm.model.denoiser import Denoiser, Told
+from hldm.model.diffusion import Schedule, alpha_sigma, bound_integrand, diffuse, x0_from
+from hldm.model.energy import EnergyHead
+from hldm.model.mixture import MixturePredictor
+from hldm.runs.saved_model import SavedModel
+
+
+class Prior(SavedModel):
+    """p(next latent | latents before): contextualiser, denoiser and noise schedule."""
+
+    @register_to_config
+    def __init__(
+        self,
+        latent_dim: int,
+        prior: dict,
+        hierarchy: dict,
+        diffusion: dict,
+        feature_dim: int = 0,
+        components: int = 0,
+        autoencoder: str = "",
+    ):
+        """feature_dim: width of what is known before a chunk, if anything here reads text;
+
+        components: of the mixture that the denoiser corrects, 0 for none;
+        autoencoder: fingerprint of the weights whose latents these are; '' while both train.
+        """
+        super().__init__()
+        self.settings = section_from_dict(PriorConfig, prior)
+        self.hierarchy = section_from_dict(HierarchyConfig, hierarchy)
+        self.diffusion = section_from_dict(DiffusionConfig, diffusion)
+        self.latent_dim = latent_dim
+        self.contextualiser = Contextualiser(self.settings, self.hierarchy, latent_dim, feature_dim)
+        self.denoiser = Denoiser(self.settings, self.hierarchy, latent_dim)
+        self.mixture = MixturePredictor(feature_dim, latent_dim, components) if components else None
+        self.energy = None
+        if self.settings.one_step == "energy":
+            known = self.settings.width + feature_dim
+            self.energy = EnergyHead(self.settings.energy, latent_dim, known)
+        self.schedule = Schedule(self.diffusion)
+        self.nothing = nn.Parameter(torch.zeros(self.settings.width))  # the context, when it is hidden
+
+    @classmethod
+    def from_settings(
+        cls,
+        autoencoder: AutoencoderConfig,
+        prior: PriorConfig,
+        hierarchy: HierarchyConfig,
+        diffusion: DiffusionConfig,
+    ) -> Prior:
+        """Build from config sections."""
+        components = autoencoder.components if autoencoder.rate == "mixture" else 0
+        feature_dim = autoencoder.known_width if prior.reads_text or components else 0
+        sections = (asdict(prior), asdict(hierarchy), asdict(diffusion))
+        return cls(autoencoder.latent_dim, *sections, feature_dim, components)
+
+    def initial_state(self, batch: int, device: torch.device | None = None) -> ContextState:
+        """State at the start of a document."""
+        return self.contextualiser.initial_state(batch, device)
+
+    def hide(self, context: Context, hidden: Tensor) -> Context:
+        """Replace the context of some chunks by nothing: only the document start stays visible.
+
+        hidden: (b n) bool.
+        """
+        summary = torch.where(hidden[..., None], self.nothing, context.summary)
+        shown = context.visible & ~hidden[..., None]
+        shown[:, :, 0] = True
+        feature = context.feature * ~hidden[..., None]
+        return context._replace(summary=summary, visible=shown, feature=feature)
+
+    def tell(self, context: Context) -> Told:
+        """The part of `denoise` that does not depend on the noise."""
+        log_weights = None
+        if self.mixture is not None:
+            log_weights = self.mixture.log_weights(context.feature)[:, :, None]
+        return Told(log_weights, self.denoiser.read(context))
+
+    def denoise(
+        self, z: Tensor, gamma: Tensor, context: Context | Told, estimate: Tensor | None = None
+    ) -> Tensor:
+        """x0_hat(z_gamma, gamma, context). z: (b n m z); gamma: (b n m); estimate: an earlier x0_hat.
+
+        context: as it is or, over several steps, as `tell` reads it.
+        With a mixture: its own estimate, corrected by sigma times what the network says.
+        """
+        told = self.tell(context) if isinstance(context, Context) else context
+        if self.mixture is not None and told.log_weights is not None:
+            estimate = self.mixture.denoise(z, gamma, told.log_weights)
+            _, sigma = alpha_sigma(gamma.unsqueeze(-1))
+            return estimate + sigma * self.denoiser(z, gamma, told.blocks, estimate)
+        estimate = torch.zeros_like(z) if estimate is None else estimate
+        prediction = self.denoiser(z, gamma, told.blocks, estimate)
+        return x0_from(prediction, z, gamma, self.diffusion.target)
+
+    def estimate(
+        self, x0: Tensor, gamma: Tensor, noise: Tensor, context: Context, self_condition: bool = False
+    ) -> Tensor:
+        """x0_hat from x0 made noisy. x0, noise and result: (b n m z); gamma: (b n m)."""
+        z = diffuse(x0, gamma, noise)
+        earlier = None
+        if self_condition:
+            with torch.no_grad():
+                earlier = self.denoise(z, gamma, context)
+        return self.denoise(z, gamma, context, earlier)
+
+    def require_one_step(self) -> EnergyHead:
+        """The one-step head. Raises ConfigError without one."""
+        if self.energy is None:
+            raise ConfigError(
+                "generation.scheduler=energy needs a prior with a one-step head: train it with "
+                "prior.one_step=energy, or choose another scheduler"
+            )
+        return self.energy
+
+    def draw_once(self, context: Context, u: Tensor, noise: Tensor, temperature: float = 1.0) -> Tensor:
+        """z_0 in one step of the energy head, from u (b n m) uniform and noise (b n m z) standard normal.
+
+        They make a draw of the mixture, or of N(0, I) without one, which the head moves. temperature: of
+        that draw. Returns (b n m z). Raises ConfigError without such a head.
+        """
+        head = self.require_one_step()
+        base = temperature * noise
+        if self.mixture is not None:
+            with torch.no_grad():  # the bound alone teaches the mixture
+                weights = self.mixture.log_weights(context.feature)
+                base = self.mixture.place(self.diffusion.gamma_0, weights, u, noise, temperature)
+        return head(base, context)
+
+    def latent_term(
+        self,
+        latents: Tensor,
+        mask: Tensor,
+        context: Context,
+        u: Tensor,
+        noise: Tensor,
+        self_condition: bool = False,
+    ) -> Tensor:
+        """The diffusion term of the bound, 1/2 E_gamma[(d gamma/du) e^-gamma ||x0 - x0_hat||^2].
+
+        Continuous time (VDM, arXiv 2107.00630, equation 15), an unbiased estimate from m draws.
+        latents: (b n z) x0; mask: (b n); u: (b n m) stratified in [0, 1); noise: (b n m z).
+        Returns nats per chunk, summed over dimensions, the mean over the draws (b n).
+        """
+        gamma = self.schedule.gamma(u)
+        x0 = latents[:, :, None].expand_as(noise)
+        x0_hat = self.estimate(x0, gamma, noise, context, self_condition)
+        terms = bound_integrand(x0, x0_hat, gamma) / self.schedule.density(gamma)  # (b n m)
+        if self.training:
+            squared_error = (x0 - x0_hat).detach().square().sum(dim=-1)
+            self.schedule.observe(gamma[mask], squared_error[mask])
+        return terms.mean(dim=-1)

@@ -1,0 +1,1 @@
+"""Run folders that survive kills, full disks and signals. Knows no model but how one is saved."""

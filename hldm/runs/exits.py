@@ -1,0 +1,99 @@
+"""How a command ends: one line on standard error and an exit code, never a traceback for what a user can mend."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import sys
+from collections.abc import Callable
+
+from hldm.runs.signals import Interrupted, is_first_rank, leave_in_one_line
+from hldm.text.bytes import printable
+
+# what torch says, lower case: its CPU allocator, its own exceptions, mmap, C++, and a thread that finds no stack
+OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "out of memory",
+    "cannot allocate memory",
+    "bad_alloc",
+    "can't start new thread",
+)
+
+
+def guarded(work: Callable[[], int]) -> int:
+    """Run, turning what users can mend, and signals, into one line and an exit code.
+
+    2: bad input, or a file or disk that refuses (a full one, too);  3: numbers went wrong for good;
+    4: out of memory;  5: another process of the run hangs or has died;  128 + n: signal n.
+    """
+    return leave_in_one_line(lambda: _guarded(work))
+
+
+def _guarded(work: Callable[[], int]) -> int:
+    if isinstance(sys.stdout, io.TextIOWrapper):  # LANG=C must not stop a report that names a file
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        code = work()
+        if sys.stdout is not None:  # None: closed by the caller
+            sys.stdout.flush()  # a full disk is to be met here, not at exit
+        return code
+    except BrokenPipeError:  # the reader, such as `head`, has had enough
+        _drop_output()
+        return 0
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except (ValueError, OSError) as error:
+        try:
+            sys.stdout.flush()
+        except (OSError, ValueError, AttributeError):  # it is standard output that is full or closed
+            _drop_output()
+        if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+            return _out_of_memory(error)
+        return _fail(_one_line(error), 2)
+    except MemoryError as error:
+        return _out_of_memory(error)
+    except RuntimeError as error:
+        if isinstance(error, Interrupted):
+            return _fail(str(error), 128 + error.signum, agreed=True)
+        from hldm.runs.ranks import RankLost
+        from hldm.training.trainer import TrainingDiverged
+
+        if isinstance(error, TrainingDiverged):
+            return _fail(str(error), 3, agreed=True)
+        if isinstance(error, RankLost):
+            code = _fail(str(error), 5)
+            if "RANK" in os.environ:
+                # The process group's destructor would wait for what is still queued, a timeout for each.
+                os._exit(code)
+            return code
+        if any(sign in str(error).lower() for sign in OUT_OF_MEMORY):
+            return _out_of_memory(error)
+        raise
+
+
+def _out_of_memory(error: BaseException) -> int:
+    return _fail(
+        f"out of memory ({_one_line(error)}): raise training's accumulation and go on with --resume, or lower "
+        "data.lanes or the widths; checkpoints are intact",
+        4,
+    )
+
+
+def _drop_output() -> None:
+    """Send what is still buffered nowhere: at exit it would fail once more, loudly."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _fail(message: str, code: int, agreed: bool = False) -> int:
+    """Say why, and return the code. agreed: every rank ends in the same way, so that one of them says it."""
+    if sys.stderr is not None and (not agreed or is_first_rank()):
+        print(f"hldm: {printable(message)}", file=sys.stderr, flush=True)
+    return code

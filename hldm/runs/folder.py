@@ -1,0 +1,327 @@
+"""A run is a folder: its settings, its environment, its metrics, and a lock so that one process writes.
+
+    runs/demo/autoencoder/  config.yaml  environment.json  metrics.jsonl  samples.txt  checkpoints/  .lock
+
+Knows no model.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hldm.runs.checkpoints import atomic_write, checkpoints_in, naming
+
+NAME = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,64}")
+LIBRARIES = ("torch", "numpy", "safetensors", "diffusers", "accelerate", "transformers", "datasets")
+BITWISE = ("cpu", "threads", "accelerators", "torch")  # a resumed run repeats bit for bit only if these agree
+OPENING = frozenset({"config.yaml", "environment.json", ".lock"})  # what a run that did nothing holds
+SAMPLE_HEADER = re.compile(rb"^=== step (-?[0-9]+) ===$", re.MULTILINE)
+
+
+class Run:
+    """The folder of one stage of one run; made by `open_run`. Without `is_main` its methods write nothing."""
+
+    def __init__(self, folder: Path, *, is_main: bool, say: Callable[[str], None]) -> None:
+        self.folder = folder
+        self.is_main = is_main
+        self._say = say
+        self._lock: int | None = None  # file descriptor; the kernel drops the lock when the process ends
+
+    def log(self, step: int, **metrics: float | int | str | bool | None) -> None:
+        """Append one line to metrics.jsonl; "nan" and "inf", which JSON has not, are written as strings."""
+        if self.is_main:
+            line = {"step": step} | {name: _finite_or_text(value) for name, value in metrics.items()}
+            path = self.folder / "metrics.jsonl"
+            with naming(path), open(path, "a", encoding="ascii") as file:
+                file.write(json.dumps(line, allow_nan=False) + "\n")
+
+    def sample(self, step: int, text: str) -> None:
+        """Append a text to samples.txt, indented below its step."""
+        if self.is_main:
+            indented = text.replace("\n", "\n    ").encode("utf-8", "backslashreplace")
+            path = self.folder / "samples.txt"
+            with naming(path), open(path, "ab") as file:
+                file.write(b"=== step %d ===\n    %s\n" % (step, indented))
+
+    def rewind(self, step: int) -> None:
+        """Drop metrics and samples after `step` (-1: all), as a resumed run will write them again.
+
+        So do lines that a kill tore; each is said.
+        """
+        if not self.is_main:
+            return
+        path = self.folder / "metrics.jsonl"
+        if path.exists():
+            kept = []
+            for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+                logged = _step_logged(line)
+                if logged is None:
+                    self._say(f"{path}: dropping line {number}, which is torn")
+                elif logged <= step:
+                    kept.append(line)
+            atomic_write(path, b"".join(kept))
+        path = self.folder / "samples.txt"
+        if path.exists():
+            text = path.read_bytes()
+            later = (match.start() for match in SAMPLE_HEADER.finditer(text) if int(match[1]) > step)
+            atomic_write(path, text[: next(later, len(text))])
+
+    def discard_if_unused(self) -> None:
+        """Remove a folder that holds nothing but what `open_run` wrote, so that its name can be used again."""
+        if self.is_main and {entry.name for entry in self.folder.iterdir()} <= OPENING:
+            for name in OPENING:
+                (self.folder / name).unlink(missing_ok=True)
+            for folder in (self.folder, self.folder.parent):
+                with suppress(OSError):  # not empty: it holds another stage
+                    folder.rmdir()
+
+    def close(self) -> None:
+        """Let go of the folder before the process ends."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _acquire(self) -> None:
+        """Take the folder's lock. Raises ValueError with the owner when another process holds it."""
+        path = self.folder / ".lock"
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            owner = os.read(descriptor, 1000).decode(errors="replace").strip() or "another process"
+            os.close(descriptor)
+            raise ValueError(
+                f"{self.folder} is in use by {owner}; wait until it ends or choose another --name"
+            ) from error
+        except OSError as error:  # some network filesystems have no locks
+            self._say(f"{path} cannot be locked ({error.strerror}): see that no second process writes there")
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        self._lock = descriptor
+        # A forked data worker that outlives this process must not keep the lock alive.
+        os.register_at_fork(after_in_child=self.close)
+
+
+def open_run(
+    folder: Path,
+    *,
+    config: dict[str, Any],
+    resume: bool,
+    is_main: bool = True,
+    may_change: tuple[str, ...] = (),
+    say: Callable[[str], None] = warnings.warn,
+) -> Run:
+    """Make or reopen the folder of one stage, `runs/<name>/<stage>`, and lock it for this process.
+
+    config:     the resolved settings, plain; config.yaml holds those last used
+    resume:     reopen a folder that is not empty; one that is empty starts from the beginning, and says so
+    is_main:    rank 0; the other ranks get a Run that writes nothing, and check nothing
+    may_change: prefixes of dotted keys that may differ on resume, e.g. ("training.", "logging.")
+    A resumed run calls `Run.rewind` with the step it found in its checkpoint.
+    Raises ValueError when the name is unfit, the folder is taken or locked, or other settings differ.
+    """
+    folder = Path(folder)
+    for name in folder.absolute().parts[-2:]:
+        check_run_name(name)
+    run = Run(folder, is_main=is_main, say=say)
+    if not is_main:
+        return run
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        run._acquire()
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be used: {error.strerror}; choose another --name") from error
+    is_empty = all(entry.name == ".lock" for entry in folder.iterdir())
+    try:
+        if not is_empty and not resume:
+            saved = checkpoints_in(folder)
+            found = f"has a checkpoint at step {max(saved)}" if saved else "is not empty"
+            raise ValueError(f"{folder} {found}; pass --resume or choose another --name")
+        if is_empty and resume:
+            say(f"{folder} has nothing to resume; starting from the beginning")
+        check_settings(folder, config, may_change)
+        text = yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
+        atomic_write(folder / "config.yaml", text)
+        _write_environment(folder, say)
+    except BaseException:
+        if is_empty:
+            run.discard_if_unused()
+        run.close()
+        raise
+    return run
+
+
+def shipped(name: str) -> Path:
+    """A folder of what comes with hldm. Raises FileNotFoundError in a copy without it."""
+    folder = Path(__file__).parent.parent / "pretrained" / name
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not there: pass --run with a run that you have trained")
+    return folder
+
+
+def shipped_run(twin: bool = False) -> Path:
+    """The trained run that comes with hldm, or its twin. Raises FileNotFoundError in a copy without it."""
+    return shipped("small-twin" if twin else "small")
+
+
+def export_run(folder: Path, target: Path) -> None:
+    """Copy a trained run without what only training needs: its pipeline, and of each stage settings and cost.
+
+    Raises FileNotFoundError for a run that is not finished, ValueError when the target is there already.
+    """
+    if not (folder / "pipeline" / "model_index.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no finished run: train its last stage first")
+    if target.exists():
+        raise ValueError(f"{target} is there already: delete it or choose another name")
+    fresh = target.with_name(f".{target.name}.new-{os.getpid()}")
+    shutil.rmtree(fresh, ignore_errors=True)
+    try:
+        shutil.copytree(folder / "pipeline", fresh / "pipeline")
+        for stage in folder.iterdir():
+            if (stage / "totals.json").is_file():
+                (fresh / stage.name).mkdir()
+                for name in ("config.yaml", "environment.json", "totals.json"):
+                    shutil.copyfile(stage / name, fresh / stage.name / name)
+        fresh.rename(target)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def check_run_name(name: str) -> None:
+    """Raise ValueError unless the name can be a folder's and nothing else, such as ../elsewhere."""
+    if not NAME.fullmatch(name):
+        raise ValueError(f"a run is named by 1 to 64 of [A-Za-z0-9._-], got {name!r}; choose another --name")
+
+
+def describe_environment() -> dict[str, Any]:
+    """What a reader needs to repeat a run: code, libraries, machine, command."""
+    import torch
+
+    here = Path(__file__)
+    # Only if this very file is tracked: a site-packages folder inside someone's repository is not.
+    is_tracked = _git(here.parent, "ls-files", "--error-unmatch", here.name) is not None
+    status = _git(here.parent, "status", "--porcelain") if is_tracked else None
+    return {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "argv": sys.argv,
+        "commit": _git(here.parent, "rev-parse", "HEAD") if is_tracked else None,
+        "dirty": None if status is None else status != "",
+        "python": platform.python_version(),
+        **{name: _version(name) for name in LIBRARIES},
+        "platform": platform.platform(),
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "accelerators": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+
+
+def check_settings(folder: Path, config: dict[str, Any], may_change: tuple[str, ...]) -> None:
+    """Refuse settings other than those that a stage was started with; nothing to compare with is no fault.
+
+    may_change: prefixes of dotted keys that may differ. Raises ValueError that names the others.
+    """
+    path = folder / "config.yaml"
+    if not path.exists():
+        return
+    try:
+        started = _dotted(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, ValueError, RecursionError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged; restore it or choose another --name") from error
+    now = _dotted(_plain(config))
+    changes = [
+        f"{key} {started.get(key, 'absent')} -> {now.get(key, 'absent')}"
+        for key in sorted(started.keys() | now.keys())
+        if started.get(key, ...) != now.get(key, ...) and not key.startswith(may_change)
+    ]
+    if changes:
+        raise ValueError(
+            f"{folder} was started with other settings ({', '.join(changes)}); "
+            "set them back or choose another --name"
+        )
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    """Tuples as lists, nothing shared: as YAML will give it back."""
+    return dict(json.loads(json.dumps(config)))
+
+
+def _dotted(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"data": {"lanes": 16}} as {"data.lanes": 16}."""
+    leaves: dict[str, Any] = {}
+    for key, value in config.items():
+        leaves |= _dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return leaves
+
+
+def _write_environment(folder: Path, say: Callable[[str], None]) -> None:
+    """Add this start to environment.json, a list with one entry a start."""
+    path = folder / "environment.json"
+    now = describe_environment()
+    starts: list[dict[str, Any]] = []
+    if path.exists():
+        try:
+            starts = json.loads(path.read_bytes())
+            before = {key: starts[-1].get(key) for key in BITWISE}
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{path} is damaged; delete it to resume without it") from error
+        changes = [f"{key} {before[key]} -> {now[key]}" for key in BITWISE if before[key] != now[key]]
+        if changes:
+            say(f"{folder} resumes elsewhere ({', '.join(changes)}): right, but not equal bit for bit")
+    atomic_write(path, json.dumps([*starts, now], indent=1) + "\n")
+
+
+def _step_logged(line: bytes) -> int | None:
+    """The step of a line of metrics.jsonl; None when the line is torn."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return step if type(step) is int and line.endswith(b"\n") else None
+
+
+def _finite_or_text(value: float | int | str | bool | None) -> float | int | str | bool | None:
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """The output of a git command; None outside a repository, or without git."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _version(library: str) -> str | None:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str:
+    try:
+        names = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        names = None
+    return names[1] if names else platform.processor() or platform.machine()

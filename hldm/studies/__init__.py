@@ -1,0 +1,1 @@
+"""Measurements of all kinds: speed, leagues, curves, diagnoses."""

@@ -1,0 +1,181 @@
+"""`hldm bench`: how fast both stages and the twin train and write on this machine, and where the time goes.
+
+Whatever is compared is measured in one process and in turns, a piece of each again and again, and every figure stands
+beside its twin's. Models are untrained: a step costs the same whatever it has learned. Here are the command and the
+tables' heads; `bench_training`, `bench_writing`, `bench_layers` and `bench_processes` measure. Imports torch only once
+there is work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hldm.config import Config, ConfigError, load_config
+from hldm.runs.reports import check_report_path, save_report
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Raises ValueError or OSError, told in one line by whoever calls."""
+    parser = argparse.ArgumentParser(
+        prog="hldm bench", description="Measure the speed of training and generation, beside the twin's."
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--config", type=Path, metavar="FILE", help="e.g. configs/tiny.yaml")
+    what.add_argument(
+        "--layers", action="store_true", help="scan, layers and a byte's step instead of training"
+    )
+    parser.add_argument("--twin", type=Path, metavar="FILE", help="default: <config>-twin.yaml beside it")
+    parser.add_argument(
+        "--only",
+        choices=("training", "writing", "processes"),
+        help="one half of it; or stage one on one process and on several, which nothing else measures",
+    )
+    parser.add_argument(
+        "--launch",
+        type=Path,
+        metavar="FILE",
+        help="for --only processes: of configs/accelerate (default two_processes.yaml)",
+    )
+    parser.add_argument(
+        "--long", action="store_true", help="also write after 100,000 and 1,000,000 bytes: minutes of reading"
+    )
+    parser.add_argument("--steps", type=int, default=10, metavar="N", help="timed, of each (default 10)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there, too")
+    arguments = parser.parse_args(argv)
+    path, target = arguments.config, arguments.json
+    if arguments.steps < 1:
+        raise ConfigError(f"--steps must be at least 1, got {arguments.steps}")
+    if target is not None:
+        check_report_path(target, "RG-LRU" if arguments.layers else "bytes_per_step")
+    if arguments.layers:
+        from hldm.studies import bench_layers
+
+        layers = bench_layers.measure(repeats=arguments.steps)
+        if target is not None:
+            save_report(target, layers)
+        print(bench_layers.report(layers))
+        return 0
+    if arguments.launch is not None and arguments.only != "processes":
+        raise ConfigError("--launch says how --only processes starts them: pass both")
+    config = load_config(path)
+    if arguments.only == "processes":
+        found = measure_processes(config, steps=arguments.steps, launch=arguments.launch)
+    else:
+        twin = load_config(arguments.twin or path.with_name(f"{path.stem}-twin{path.suffix}"))
+        found = measure(config, twin, steps=arguments.steps, only=arguments.only, long=arguments.long)
+    if target is not None:
+        save_report(target, found)
+    print(report(found))
+    return 0
+
+
+def measure(
+    config: Config, twin: Config, *, steps: int = 10, only: str | None = None, long: bool = False
+) -> dict[str, Any]:
+    """Everything about a config and its twin, as plain numbers. `report` makes tables of it.
+
+    only: "training" or "writing";  long: also after long prompts
+    Raises ConfigError unless the one has latents and the other has none.
+    """
+    if config.is_twin or not twin.is_twin:
+        raise ConfigError(
+            f"a bench needs a config with latents and a twin without, got autoencoder.latent_dim "
+            f"{config.autoencoder.latent_dim} in {config.name} and {twin.autoencoder.latent_dim} in {twin.name}"
+        )
+    # else the profiler tells standard error whenever it starts and stops
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    import torch
+
+    from hldm.studies import bench_training, bench_writing
+    from hldm.text.corpus import load_corpus
+    from hldm.training.segmenters import attach_segmenter
+
+    corpora = {data: load_corpus(data, "train") for data in {config.data, twin.data}}
+    corpus = corpora[config.data]
+    torch.manual_seed(config.seed)
+    segmenters = {
+        part.chunking: bench_training.quick_segmenter(part, corpora[part.data]) for part in (config, twin)
+    }
+    windows = bench_training.windows_of(config, corpus, segmenters[config.chunking])
+    twin_windows = bench_training.windows_of(twin, corpora[twin.data], segmenters[twin.chunking])
+    one, two = bench_training.stage_one(config), bench_training.stage_two(config, windows)
+    plain = bench_training.stage_one(twin)
+    for objective in (one, two, plain):
+        segmenter = segmenters[objective.autoencoder.chunking]
+        if segmenter is not None:
+            attach_segmenter(objective.autoencoder, segmenter)
+    stages = {
+        "stage one": bench_training.trainer_of(config, "autoencoder", one, windows),
+        "stage two": bench_training.trainer_of(config, "prior", two, windows),
+        "twin": bench_training.trainer_of(twin, "autoencoder", plain, twin_windows),
+    }
+    device = stages["twin"].accelerator.device
+    found = _head(config, steps, str(device))
+    if only != "writing":
+        found |= bench_training.measure(stages, steps)
+    if only != "training":
+        for autoencoder in (two.autoencoder, plain.autoencoder):
+            bench_writing.write_like(autoencoder, corpus, windows.chunks)
+        two.eval()
+        plain.eval()
+        model = bench_writing.contestant(two.autoencoder, two.prior, config, corpus)
+        contestants = {
+            "model": model,
+            "twin": bench_writing.contestant(plain.autoencoder, None, twin, corpus),
+            "GPT-2": bench_writing.gpt2_contestant(model.parameters, corpus, device),
+        }
+        found["generation"] = bench_writing.measure(contestants, long=long)
+    return found
+
+
+def measure_processes(config: Config, *, steps: int = 10, launch: Path | None = None) -> dict[str, Any]:
+    """Stage one on one process beside several, started by accelerate with the file `launch`."""
+    from hldm.studies import bench_processes
+
+    found = bench_processes.measure(config, steps, launch or bench_processes.TWO_PROCESSES)
+    return {**_head(config, steps, found["one process"]["device"]), "processes": found}
+
+
+def _head(config: Config, steps: int, device: str) -> dict[str, Any]:
+    """What was measured, and on what."""
+    from hldm.runs.folder import describe_environment
+
+    environment = describe_environment()
+    machine = {name: environment[name] for name in ("cpu", "cores", "threads", "torch", "platform", "commit")}
+    return {
+        "machine": {**machine, "device": device},
+        "config": config.name,
+        "steps": steps,
+        "bytes_per_step": config.data.lanes * config.data.window_bytes,
+    }
+
+
+def report(found: Mapping[str, Any]) -> str:
+    """What `measure` found, as aligned tables; `-` where there is nothing."""
+    from hldm.studies import bench_training, bench_writing
+
+    machine = found["machine"]
+    tables = [
+        f"{machine['cpu']}, {machine['device']}, {machine['threads']} thread(s), torch {machine['torch']}"
+    ]
+    if "processes" in found:
+        from hldm.studies import bench_processes
+
+        tables[0] += (
+            f"\n{found['config']}: {found['bytes_per_step']:,} bytes a step, {found['steps']} steps a turn"
+        )
+        tables.append(bench_processes.report(found["processes"]))
+    if "training" in found:
+        n = bench_training.GEMM_SIZE
+        tables[0] += (
+            f"\nfloat32 matrix products of {n}^3 reach {found['gemm_gflops']:,.1f} GFLOP/s: the peak below"
+            f"\n{found['config']}: {found['bytes_per_step']:,} bytes a step, {found['steps']} steps of each, in turns"
+        )
+        tables.append(bench_training.report(found["training"]))
+    if "generation" in found:
+        tables.append(bench_writing.report(found["generation"]))
+    return "\n\n".join(tables)

@@ -1,0 +1,299 @@
+"""How fast a model writes, beside its twin and a GPT-2 of as many parameters, and what memory that takes.
+
+By the number of continuations at once, the length of the text before them and the denoising steps a latent. Everyone
+writes in turns, a few characters each time. The GPT-2 is transformers' own with its key-value cache, untrained; it
+knows no more than its last `GPT2_POSITIONS` bytes, and once those are used up it reads the later half of them again.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hldm.config import Config
+from hldm.evaluation.tables import align, row
+from hldm.generation.chunk import Piece
+from hldm.generation.writer import Writer, make_writer, row_generators
+from hldm.model.autoencoder import OUTPUTS, Autoencoder
+from hldm.model.parallel_decoder import ParallelDecoder
+from hldm.model.prior import Prior
+from hldm.runs.clock import wait_for_device
+from hldm.runs.memory import peak_memory
+from hldm.text.bytes import END_OF_CHUNK, count_characters
+from hldm.text.corpus import Corpus
+
+TURNS = 7
+CHARACTERS_A_TURN = 30  # of each continuation, at least
+CHARACTERS_AT_LEAST = 240  # of a turn: less than a tenth of a second tells nothing
+GPT2_POSITIONS = 1024  # as the smallest GPT-2
+GPT2_PIECE = 8  # bytes a call of its writer
+
+
+class Case(NamedTuple):
+    """What is asked for: so many continuations at once, each of a prompt of so many bytes."""
+
+    rows: int
+    prompt_bytes: int
+    steps: int | None = None  # denoising steps; None: as the config has them
+
+
+CASES = {
+    "1 continuation": Case(1, 1_000),
+    "8 continuations": Case(8, 1_000),
+    "64 continuations": Case(64, 1_000),
+    "1 after 10,000 bytes": Case(1, 10_000),
+}
+LONG_CASES = {  # minutes of reading
+    "1 after 100,000 bytes": Case(1, 100_000),
+    "1 after 1,000,000 bytes": Case(1, 1_000_000),
+}
+STEPS = (0, 1, 4, 16)  # denoising steps of one continuation after the shortest prompt
+
+
+class Contestant(NamedTuple):
+    """Someone who writes."""
+
+    parameters: int
+    start: Callable[[Case], Writer]  # with the prompt read
+    steps: tuple[int, ...] = ()  # numbers of denoising steps it can be asked for
+
+
+# ---- who writes
+
+
+def write_like(autoencoder: Autoencoder, corpus: Corpus, chunks: int) -> None:
+    """Make an untrained decoder write the corpus' bytes by frequency, whatever it reads, in chunks about as long.
+
+    Its own chunks would have all the length they may, which flatters a model that pays by the chunk. Documents
+    never end. And prompts of any length are continued by the same text, so that only its cost can differ.
+    """
+    count = torch.zeros(OUTPUTS)
+    count[:256] = torch.from_numpy(np.bincount(corpus.text, minlength=256))
+    count[END_OF_CHUNK] = chunks
+    decoder = autoencoder.decoder
+    if isinstance(decoder, ParallelDecoder):
+        lengths = _log_lengths(count, autoencoder.chunking.max_bytes)
+        readouts = [(decoder.bytes, count[:256].log()), (decoder.lengths, lengths)]
+    else:
+        readouts = [(autoencoder.outputs, count.log())]
+    with torch.no_grad():
+        for readout, bias in readouts:
+            readout.weight.zero_()
+            readout.bias.copy_(bias)
+
+
+def _log_lengths(count: Tensor, most: int) -> Tensor:
+    """Of 1, 2, ... bytes, without and with a document's end, as symbols drawn by their `count` make chunks."""
+    goes_on = count[:256].sum() / count.sum()
+    log_p = torch.arange(most) * goes_on.log()
+    log_p[:-1] += (1 - goes_on).log()
+    return torch.stack([log_p, torch.full_like(log_p, -torch.inf)], dim=1).flatten()
+
+
+def contestant(autoencoder: Autoencoder, prior: Prior | None, config: Config, corpus: Corpus) -> Contestant:
+    """A model of ours, or its twin where there is no prior."""
+
+    def start(case: Case) -> Writer:
+        # 1: `write_like` means its frequencies
+        settings = replace(config.generation, decoder_temperature=1.0)
+        if case.steps is not None:
+            settings = replace(settings, steps=case.steps)
+        generators = row_generators(config.seed, case.rows)
+        return make_writer(autoencoder, prior, prompts(corpus, case), settings, generators)
+
+    steps = () if prior is None else tuple(n for n in STEPS if n or prior.mixture is not None)
+    modules = [autoencoder] if prior is None else [autoencoder, prior]
+    return Contestant(sum(p.numel() for module in modules for p in module.parameters()), start, steps)
+
+
+def gpt2_contestant(parameters: int, corpus: Corpus, device: torch.device) -> Contestant:
+    """A GPT-2 of about so many parameters, with random weights."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    width, layers = gpt2_shape(parameters)
+    shape = GPT2Config(
+        vocab_size=OUTPUTS,
+        n_positions=GPT2_POSITIONS,
+        n_embd=width,
+        n_layer=layers,
+        n_head=layers,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    model = GPT2LMHeadModel(shape).eval().to(device)
+    count = sum(p.numel() for p in model.parameters())
+    return Contestant(count, lambda case: GPT2Writer(model, prompts(corpus, case)))
+
+
+def gpt2_shape(parameters: int) -> tuple[int, int]:
+    """Width and layers, which are its heads, too: 64 times as wide as deep, as GPT-2, then the width that fits best."""
+
+    def size(width: int, layers: int) -> int:
+        block = 12 * width * width + 13 * width  # products and biases of attention and MLP, two norms
+        return layers * block + (OUTPUTS + GPT2_POSITIONS + 2) * width
+
+    layers = min(range(1, 97), key=lambda n: abs(math.log(size(64 * n, n) / parameters)))
+    return min(range(layers, 256 * layers, layers), key=lambda w: abs(size(w, layers) - parameters)), layers
+
+
+class GPT2Writer:
+    """Greedy bytes of a GPT-2 with a key-value cache; a row's text never ends."""
+
+    calls = 0
+
+    def __init__(self, model: Any, prompts: list[bytes]):
+        self.model = model
+        text = np.stack([np.frombuffer(prompt, np.uint8) for prompt in prompts]).astype(np.int64)
+        self.text = torch.from_numpy(text[:, -GPT2_POSITIONS // 2 :]).to(
+            model.device
+        )  # (b t) what it still knows
+        self.chosen = self._read(self.text)
+
+    def _read(self, text: Tensor, past: Any = None) -> Tensor:
+        """The next symbols (b 1) after more text (b t)."""
+        found = self.model(text, past_key_values=past, use_cache=True, logits_to_keep=1)
+        self.past = found.past_key_values
+        return found.logits[:, -1, :256].argmax(dim=-1, keepdim=True)
+
+    def write(self) -> list[Piece]:
+        """GPT2_PIECE bytes more a row."""
+        before = self.text.shape[1]
+        for _ in range(GPT2_PIECE):
+            self.text = torch.cat([self.text, self.chosen], dim=1)
+            if self.past.get_seq_length() < GPT2_POSITIONS:
+                self.chosen = self._read(self.chosen, self.past)
+            else:
+                before -= self.text.shape[1] - GPT2_POSITIONS // 2
+                self.text = self.text[:, -GPT2_POSITIONS // 2 :]
+                self.chosen = self._read(self.text)
+        return [Piece(bytes(written), False) for written in self.text[:, before:].tolist()]
+
+
+def prompts(corpus: Corpus, case: Case) -> list[bytes]:
+    """The corpus' first bytes, again and again where it has fewer."""
+    return [np.resize(corpus.text, case.prompt_bytes).tobytes()] * case.rows
+
+
+# ---- how fast
+
+
+class Continuing:
+    """Prompts being continued, and what that has cost."""
+
+    def __init__(self, contestant: Contestant, case: Case):
+        self.rows, self.rates, self.characters = case.rows, list[float](), 0
+
+        def begin() -> None:
+            began = time.perf_counter()
+            self.writer = contestant.start(case)
+            wait_for_device()
+            self.reading_seconds = time.perf_counter() - began
+            self.calls_before = self.writer.calls
+            self._write()  # warm-up
+
+        self.peak, self.growth = peak_memory(begin)
+        self.calls_before = self.writer.calls
+
+    def _write(self) -> tuple[int, float]:
+        """Characters of a turn, and its seconds."""
+        characters, began = 0, time.perf_counter()
+        while characters < max(CHARACTERS_A_TURN * self.rows, CHARACTERS_AT_LEAST):
+            pieces = self.writer.write()
+            wait_for_device()
+            # a byte is a character to a GPT-2, which writes no text
+            characters += sum(
+                len(p.text) if isinstance(self.writer, GPT2Writer) else count_characters(p.text)
+                for p in pieces
+            )
+        return characters, time.perf_counter() - began
+
+    def write(self) -> None:
+        """A turn more."""
+        characters, seconds = self._write()
+        self.characters += characters
+        self.rates.append(characters / seconds)
+
+    def found(self) -> dict[str, Any]:
+        """The figures of `report`."""
+        return {
+            "characters_per_second": statistics.median(self.rates),
+            "characters_per_second_best": max(self.rates),
+            "characters": self.characters,
+            "denoiser_calls": self.writer.calls - self.calls_before,
+            "reading_seconds": self.reading_seconds,
+            "peak_bytes": self.peak,
+            "growth_bytes": self.growth,
+        }
+
+
+def measure(contestants: Mapping[str, Contestant], *, long: bool = False) -> dict[str, dict[str, Any]]:
+    """Figures of every contestant in every case, in turns; the ratios to twin and GPT-2 are medians over turns."""
+    cases = CASES | (LONG_CASES if long else {})
+    shortest = next(iter(CASES.values()))
+    asked = {(name, label): case for name in contestants for label, case in cases.items()}
+    for name, someone in contestants.items():
+        for steps in someone.steps:
+            asked[name, f"1 with {steps} denoising steps"] = shortest._replace(steps=steps)
+    with torch.no_grad():
+        running = {key: Continuing(contestants[key[0]], case) for key, case in asked.items()}
+        for _ in range(TURNS):
+            for continuing in running.values():
+                continuing.write()
+    found: dict[str, dict[str, Any]] = {
+        name: {"parameters": someone.parameters} for name, someone in contestants.items()
+    }
+    for (name, label), continuing in running.items():
+        figures = found[name][label] = continuing.found()
+        case = asked[name, label]._replace(steps=None)
+        for other in contestants.keys() - {name}:
+            if (rates := _rates(running, asked, other, case)) is not None:
+                pairs = zip(continuing.rates, rates, strict=True)
+                figures[f"over_{other}"] = statistics.median(ours / theirs for ours, theirs in pairs)
+        short = _rates(running, asked, name, case._replace(prompt_bytes=shortest.prompt_bytes))
+        if short is not None and case.prompt_bytes != shortest.prompt_bytes:
+            pairs = zip(continuing.rates, short, strict=True)
+            figures["over_short_prompt"] = statistics.median(long / short for long, short in pairs)
+    return found
+
+
+def _rates(
+    running: Mapping[tuple[str, str], Continuing],
+    asked: Mapping[tuple[str, str], Case],
+    name: str,
+    case: Case,
+) -> list[float] | None:
+    """Someone's rates in this very case, a turn each; None where that was not asked."""
+    for key, other in asked.items():
+        if key[0] == name and other == case:
+            return running[key].rates
+    return None
+
+
+def report(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """What `measure` found, as an aligned table; `-` where there is nothing."""
+    rows = [row("parameters", ",.0f", found, "parameters")]
+    labels = [label for label in next(iter(found.values())) if label != "parameters"]
+    for label in labels:
+        rows.append(row(f"{label}, characters per second", ",.1f", found, label, "characters_per_second"))
+        details = [("the best turn", ",.1f", "characters_per_second_best", 1.0)]
+        details += [(f"times the {name}'s", ",.2f", f"over_{name}", 1.0) for name in list(found)[1:]]
+        details += [
+            ("times as fast as after the short prompt", ",.2f", "over_short_prompt", 1.0),
+            ("denoiser calls", ",.0f", "denoiser_calls", 1.0),
+            ("seconds to read the prompt", ".3f", "reading_seconds", 1.0),
+            ("peak memory of the process, MiB", ",.1f", "peak_bytes", 2**-20),
+            ("grown by, MiB", ",.1f", "growth_bytes", 2**-20),
+        ]
+        for name, form, key, scale in details:
+            line = row(f"  {name}", form, found, label, key, scale=scale)
+            if set(line[1:]) != {"-"}:
+                rows.append(line)
+    return align(["writing", *found], rows)

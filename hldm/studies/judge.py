@@ -1,0 +1,221 @@
+"""How good written text is, by judges that did not write it and need nothing from a hub.
+
+    hldm judge --run runs/demo --judge runs/demo-twin-1 --json judge.json
+
+Bits per character under an interpolated n-gram model of held-out text that no writer was trained on, and
+under a run given as a second judge (a twin trained with another seed), always beside what gives the game
+away: entropy, distinct words, repetition, known words, and copying. True continuations stand first.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hldm.config import GenerationConfig, load_config
+from hldm.evaluation.bound import evaluate_bound, held_out_windows
+from hldm.evaluation.metrics import TrainingText, diversity
+from hldm.evaluation.prompts import choose_prompts, prompt_chunker
+from hldm.generation.pipeline import HLDMPipeline, read_pipeline
+from hldm.generation.writer import write_on
+from hldm.text.bytes import count_characters
+from hldm.text.corpus import load_corpora, make_corpus
+
+ORDER = 6  # bytes of an n-gram: on 64,000 characters, longer ones are too rare to change the figures
+SPAN = 50  # characters: nobody writes so many like another by chance
+
+
+class NGram:
+    """Interpolated Witten-Bell n-grams over bytes (Chen and Goodman 1998, equation 16).
+
+    p(b | h) = (c(h b) + t(h) p(b | h')) / (c(h) + t(h)), h' a byte shorter, t(h) how many different bytes
+    have followed h; below the empty history all 256 bytes are alike.
+    """
+
+    def __init__(self, text: bytes, order: int = ORDER):
+        self.order = order
+        self.follows: dict[bytes, Counter[int]] = defaultdict(Counter)
+        for at, byte in enumerate(text):
+            for length in range(min(order, at + 1)):
+                self.follows[text[at - length : at]][byte] += 1
+
+    def bits(self, text: bytes, begin: int = 0) -> float:
+        """-log2 p of text[begin:], given what comes before it."""
+        return sum(-math.log2(self._probability(text, at)) for at in range(begin, len(text)))
+
+    def _probability(self, text: bytes, at: int) -> float:
+        p = 1 / 256
+        for length in range(min(self.order, at + 1)):
+            seen = self.follows.get(text[at - length : at])
+            if seen is None:
+                break
+            total, kinds = seen.total(), len(seen)
+            p = (seen[text[at]] + kinds * p) / (total + kinds)
+        return p
+
+
+# the settings that are varied, one at a time, around those that the run comes with
+VARIATIONS: Mapping[str, tuple[Any, ...]] = {
+    "steps": (0, 1, 2, 4, 8, 16, 64),
+    "scheduler": ("ancestral", "ddim", "dpm", "energy"),
+    "temperature": (0.5, 0.7, 0.85, 1.0),
+    "decoder_temperature": (0.0, 0.2, 0.5, 0.7, 1.0),
+    "guidance": (1.0, 1.5, 2.0),
+}
+
+
+def judge_run(
+    folder: Path,
+    *,
+    judge: Path | None = None,
+    twin: Path | None = None,
+    vary: Sequence[str] = (),
+    prompts: int = 48,
+    max_characters: int = 400,
+    seed: int = 0,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Judge what a run writes after held-out prompts of the test text, beside what the text says there.
+
+    judge: a twin trained with another seed;  twin: a run whose writing is judged, too
+    vary: names of VARIATIONS: each value in turn instead of the run's own
+    Raises ValueError or OSError.
+    """
+    unknown = sorted(set(vary) - set(VARIATIONS))
+    if unknown:
+        raise ValueError(f"--vary takes {', '.join(VARIATIONS)}, got {unknown[0]!r}")
+    if prompts < 1 or max_characters < SPAN:
+        raise ValueError(
+            f"judging needs --prompts of at least 1 and --max-characters of at least {SPAN}, "
+            f"got {prompts} and {max_characters}"
+        )
+    pipeline = read_pipeline(folder / "pipeline")
+    if vary and pipeline.prior is None:
+        raise ValueError(f"{folder} is a twin: it has no sampler to vary")
+    corpora = load_corpora(load_config(folder / "autoencoder" / "config.yaml").data)
+    chunker = prompt_chunker(pipeline.autoencoder.chunker, is_twin=pipeline.prior is None)
+    chosen = choose_prompts(corpora["test"], chunker, prompts, max_characters=max_characters)
+    starts = [prompt.text for prompt in chosen]
+    bench = _Bench(
+        NGram(corpora["validation"].text.tobytes()),
+        None if judge is None else read_pipeline(judge / "pipeline"),
+        TrainingText(corpora["train"].text.tobytes(), SPAN),
+        starts,
+    )
+
+    def write(model: HLDMPipeline, settings: GenerationConfig) -> dict[str, Any]:
+        began = time.perf_counter()
+        rows: Sequence[Any] = []
+        for rows, _, _ in write_on(  # noqa: B007 - the last yield is the finished text
+            model.autoencoder,
+            model.prior,
+            starts,
+            settings,
+            max_characters=max_characters,
+            seed=seed,
+            through_ends=True,
+        ):
+            pass
+        seconds = time.perf_counter() - began
+        texts = [row.text for row in rows]
+        speed = sum(map(count_characters, texts)) / seconds
+        return {**bench.judge(texts), "characters_per_second": speed}
+
+    true = [prompt.continuation.encode() for prompt in chosen]
+    found: dict[str, Any] = {"true text": bench.judge(true)}
+    if twin is not None:
+        say(f"judging {twin}")
+        other = read_pipeline(twin / "pipeline")
+        found["twin"] = write(other, other.settings)
+    say(f"judging {folder}")
+    found["model"] = write(pipeline, pipeline.settings)
+    for name in vary:
+        for value in VARIATIONS[name]:
+            if _makes_sense(pipeline, name, value):
+                say(f"{name} {value}")
+                found[f"{name} {value}"] = write(pipeline, replace(pipeline.settings, **{name: value}))
+    return {
+        "run": folder.resolve().name,
+        "prompts": len(chosen),
+        "max_characters": max_characters,
+        "seed": seed,
+        "judged": found,
+    }
+
+
+def _makes_sense(pipeline: HLDMPipeline, name: str, value: Any) -> bool:
+    """Whether a setting is another than the run's, heeded by its sampler, and one that its prior can do."""
+    settings, prior = pipeline.settings, pipeline.prior
+    assert prior is not None
+    if (name, value) == ("steps", 0) and prior.mixture is None:
+        return False
+    if value == "energy" and (prior.energy is None or settings.guidance != 1):
+        return False
+    heeded = not (settings.is_one_step and name in ("steps", "guidance"))
+    return heeded and getattr(settings, name) != value
+
+
+class _Bench:
+    """The judges, and the texts that they compare with."""
+
+    def __init__(
+        self, ngram: NGram, judge: HLDMPipeline | None, training: TrainingText, prompts: Sequence[bytes]
+    ):
+        self.ngram, self.judge_model, self.training, self.prompts = ngram, judge, training, prompts
+
+    def judge(self, texts: Sequence[bytes]) -> dict[str, Any]:
+        """Everything about texts that continue the prompts."""
+        characters = sum(map(count_characters, texts))
+        pairs = list(zip(self.prompts, texts, strict=True))
+        decoded = [text.decode("utf-8", "replace") for text in texts]
+        words = diversity(decoded)
+        return {
+            "ngram_bits": sum(self.ngram.bits(a + b, begin=len(a)) for a, b in pairs) / characters,
+            "judge_bits": None if self.judge_model is None else self._model_bits(pairs) / characters,
+            **words,
+            "known_words": self.training.known_words(decoded),
+            "copied": self.training.copied_share(texts),
+        }
+
+    def _model_bits(self, pairs: Sequence[tuple[bytes, bytes]]) -> float:
+        """-log2 p of the continuations under the judging run: of prompt and text less that of the prompt."""
+        assert self.judge_model is not None
+        model = self.judge_model.autoencoder.eval()
+        totals = []
+        for documents in ([a + b for a, b in pairs], [a for a, _ in pairs]):
+            windows = held_out_windows(model, make_corpus("judged", documents))
+            # the end of each document is not the text's own: what remains is what its bytes cost
+            bound = evaluate_bound(model, None, windows, generator=torch.Generator())
+            totals.append(bound.decoder.sum() / math.log(2))
+        return float(totals[0] - totals[1])
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """What was judged, as a Markdown table."""
+    columns = {
+        "n-gram bits": ("ngram_bits", ".3f"),
+        "judge bits": ("judge_bits", ".3f"),
+        "entropy": ("entropy", ".2f"),
+        "distinct-1": ("distinct1", ".3f"),
+        "distinct-2": ("distinct2", ".3f"),
+        "repetition": ("repetition", ".3f"),
+        "known words": ("known_words", ".1%"),
+        "copied": ("copied", ".2%"),
+        "chars/s": ("characters_per_second", ",.0f"),
+    }
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name, row in found["judged"].items():
+        values = [row.get(key) for key, _ in columns.values()]
+        cells = [
+            "-" if value is None else format(value, form)
+            for value, (_, form) in zip(values, columns.values(), strict=True)
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)

@@ -1,0 +1,237 @@
+"""Every chunking strategy under one protocol: equal minutes, equal bytes a latent, the same measurements.
+
+    hldm chunkers --config configs/small.yaml --minutes 10
+
+Each entry is a run like any other, so a league that was stopped goes on. The twin stands beside them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+from hldm.config import ChunkingConfig, Config, ConfigError, StagesConfig, Strategy, load_config
+from hldm.runs.checkpoints import atomic_write
+from hldm.runs.reports import save_report
+from hldm.studies.rate_curve import timed
+
+# the last is fixed chunks again, their latents by autoencoder.pooling=strided
+STRATEGIES = (*get_args(Strategy), "strided")
+TARGETS = (6, 12)  # bytes a latent
+FITTED_BYTES = 200_000  # of training text, on which the limits of strategies without a threshold are set
+CORRUPTED_BYTES = 30_000  # of test text whose bound is taken once clean and once for each corruption
+GATE_MINUTES = (
+    0.25  # of teaching gates; kinds of chunks: 15.1 % then, 15.0 % after 0.5 minutes, 20.0 % after 0.12
+)
+PROMPTS = 16  # written on from, for speed and for the agreement of what is written
+
+
+class Entry(NamedTuple):
+    """One strategy at one length."""
+
+    name: str  # of its run, below the league's folder
+    strategy: str
+    target: float
+    config: Config
+
+
+def entries(
+    path: Path,
+    minutes: float,
+    only: Sequence[str] = (),
+    targets: Sequence[int] = TARGETS,
+    clock: str = "wall",
+) -> list[Entry]:
+    """A run a strategy and target, all of the same minutes. Raises ConfigError."""
+    base = load_config([path])
+    if base.is_twin:
+        raise ConfigError(f"{path} is a twin: it has no chunks to speak of")
+    for name in only:
+        if name not in STRATEGIES:
+            raise ConfigError(f"--only takes {', '.join(STRATEGIES)}, got {name!r:.80}")
+    if not (math.isfinite(minutes) and minutes > 0):
+        raise ConfigError(f"--minutes must be positive and finite, got {minutes:g}")
+    if not all(2 <= target <= 4096 for target in targets):
+        raise ConfigError(f"--targets must lie in 2..4096, got {', '.join(map(str, targets))}")
+    found = []
+    for target in targets:
+        for strategy in only or STRATEGIES:
+            chunking = chunking_for(base, strategy, target)
+            autoencoder = replace(base.autoencoder, pooling="strided" if strategy == "strided" else "mean")
+            config = replace(timed(base, minutes, clock), chunking=chunking, autoencoder=autoencoder)
+            found.append(Entry(f"{strategy}-{target}", strategy, target, config))
+    return found
+
+
+def chunking_for(base: Config, strategy: str, target: int) -> ChunkingConfig:
+    """Settings under which chunks of training text hold `target` bytes on average, or as near as it goes.
+
+    Chunks hold at most twice as many. A strategy that asks a model has a threshold and sets it, for chunks of at least
+    two thirds as many, as words have here; for words and spaces the least bytes move, for sentences and paragraphs,
+    which are longer, the most bytes.
+    """
+    settings: dict[str, Any] = {"strategy": strategy, "target_bytes": target, "max_bytes": 2 * target}
+    if strategy in ("fixed", "strided"):
+        limits = {"strategy": "fixed", "min_bytes": target, "max_bytes": target}
+        return replace(base.chunking, **{**settings, **limits})
+    chunking = replace(base.chunking, **settings, min_bytes=max(1, 2 * target // 3))
+    if strategy == "gate":
+        segmenter = replace(chunking.segmenter, minutes=GATE_MINUTES)
+        chunking = replace(chunking, segmenter=segmenter)
+    if chunking.needs_segmenter:
+        return chunking
+    from hldm.chunking.chunker import make_chunker
+    from hldm.text.corpus import load_corpus
+    from hldm.training.segmenters import sample_of
+
+    sample = sample_of(load_corpus(base.data, "train"), FITTED_BYTES)
+
+    def miss(tried: ChunkingConfig) -> float:
+        return abs(sum(map(len, sample)) / int(make_chunker(tried).chunk_starts(sample).sum()) - target)
+
+    least = [replace(chunking, min_bytes=length) for length in range(1, 2 * target + 1)]
+    most = [replace(chunking, min_bytes=1, max_bytes=length) for length in range(target, 2 * target + 1)]
+    return min(least + most, key=miss)
+
+
+def run_league(
+    path: Path,
+    minutes: float,
+    *,
+    only: Sequence[str] = (),
+    targets: Sequence[int] = TARGETS,
+    clock: str = "wall",
+    root: Path = Path("runs"),
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Train and measure what is not there yet; returns what is known.
+
+    Leaves root/<config>-league/<entry>/, and beside them league.json and league.md, rewritten after each. Rows of
+    earlier calls, of the same minutes, stay in them. Raises ValueError or OSError.
+    """
+    todo = entries(path, minutes, only, targets, clock)
+    twin = timed(load_config([path.with_name(f"{path.stem}-twin.yaml")]), minutes, clock)
+    folder = root / f"{path.stem}-league"
+    league: dict[str, Any] = {"config": str(path), "minutes": minutes, "clock": clock, "split": "test"}
+    trainings = (twin.training, timed(load_config([path]), minutes, clock).training)
+    for entry in [Entry("twin", "twin", math.nan, twin), *todo]:
+        say(f"{entry.name}: {minutes:g} minutes")
+        _measure_entry(entry, folder)
+        league["chunkers"] = _rows(folder, trainings)
+        save_report(folder / "league.json", league)
+        atomic_write(folder / "league.md", table(league) + "\n")
+    return league
+
+
+def _rows(folder: Path, trainings: Sequence[StagesConfig]) -> list[dict[str, Any]]:
+    """What was measured of the runs of a league that trained as these do."""
+    return [
+        json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(folder.glob("*/league.json"))
+        if load_config([path.parent / "autoencoder" / "config.yaml"]).training in trainings
+    ]
+
+
+def _measure_entry(entry: Entry, folder: Path) -> None:
+    """Train and measure one entry, unless that was done before."""
+    from hldm.training.stages import train_run
+
+    run = train_run(replace(entry.config, name=entry.name), root=folder)
+    if (run / "league.json").is_file():
+        return
+    found = {
+        "name": entry.name,
+        "strategy": entry.strategy,
+        "target": None if math.isnan(entry.target) else entry.target,
+        **measure(run),
+    }
+    save_report(run / "league.json", found)
+
+
+def measure(run: Path) -> dict[str, Any]:
+    """All figures of a trained run on its test text."""
+    import torch
+
+    from hldm.evaluation.borders import describe_chunks
+    from hldm.evaluation.bound import bits_of_ends, evaluate_bound, held_out_windows
+    from hldm.evaluation.evaluate import evaluate_run
+    from hldm.generation.pipeline import read_pipeline
+    from hldm.text.corpus import bible_verse_starts, load_corpus, make_corpus
+    from hldm.text.transforms import CORRUPTIONS, corrupt
+
+    evaluation = evaluate_run(run, prompts=PROMPTS)
+    pipeline = read_pipeline(run / "pipeline")
+    autoencoder, prior = pipeline.autoencoder, pipeline.prior
+    config = load_config(run / "autoencoder" / "config.yaml")
+    corpus = load_corpus(config.data, "test")
+
+    def bound(text: Any) -> float:
+        windows = held_out_windows(autoencoder, text)
+        generator = torch.Generator().manual_seed(0)
+        found = evaluate_bound(autoencoder, prior, windows, draws=4, generator=generator).bits_per_character()
+        return float(found["bound"] or math.nan)
+
+    share = max(1, CORRUPTED_BYTES * len(corpus) // len(corpus.text))
+    part = make_corpus("part", (corpus.document(index).tobytes() for index in range(min(share, len(corpus)))))
+    bits, cost, speed = evaluation["bits_per_character"], evaluation["cost"], evaluation["speed"]
+    found: dict[str, Any] = {
+        **{key: bits[key] for key in ("bound", "standard_error", "standard_error_text", "latent", "decoder")},
+        "reconstruction": evaluation["reconstruction"]
+        and evaluation["reconstruction"]["noisy"]["byte_accuracy"],
+        "training_characters_per_second": cost["train_characters"] / max(cost["train_seconds"], 1e-9),
+        "parameters": cost["parameters"],
+        "robustness": {"clean": bound(part), **{kind: bound(corrupt(part, kind)) for kind in CORRUPTIONS}},
+    }
+    if prior is None:
+        return found
+    documents = [corpus.document(index) for index in range(len(corpus))]
+    is_built_in = not (config.data.path or config.data.dataset)
+    verses = bible_verse_starts("test") if is_built_in else None
+    chunks = describe_chunks(documents, autoencoder.chunker.chunk_starts(documents), verses)
+    generator = torch.Generator().manual_seed(0)
+    return found | {
+        **chunks,
+        "ends": bits_of_ends(autoencoder, held_out_windows(autoencoder, part), generator),
+        "latents_per_second": speed["characters_per_second"] / chunks["characters_per_chunk"],
+        "written_agreement": evaluation["rechunked"],
+    }
+
+
+def table(league: Mapping[str, Any]) -> str:
+    """The league as a Markdown table, least bits first within a length."""
+    head = (
+        "| chunker | bound | ± | latents | decoder | of it ends | bytes right | characters a latent | variation "
+        "| kinds | at words | at sentences | at verses | written alike | latents/s | trained, characters/s "
+        "| typos | case | spaces |"
+    )
+    lines = [head, "|" + "---|" * (head.count("|") - 1)]
+    for row in sorted(league["chunkers"], key=lambda row: (row["target"] or 0, row["bound"])):
+        lines.append("| " + " | ".join(_cells(row)) + " |")
+    return "\n".join(lines)
+
+
+def _cells(row: Mapping[str, Any]) -> Iterator[str]:
+    def form(value: float | None, spec: str) -> str:
+        return "-" if value is None else format(value, spec)
+
+    yield row["name"]
+    for key in ("bound", "standard_error", "latent", "decoder"):
+        yield form(row[key], ".3f")
+    yield form(row.get("ends"), ".3f")
+    yield form(row["reconstruction"], ".1%")
+    yield form(row.get("characters_per_chunk"), ".2f")
+    yield form(row.get("variation"), ".2f")
+    yield form(row.get("kinds"), ".1%")
+    for name in ("word", "sentence", "verse"):  # precision / recall
+        found = row.get("borders", {}).get(name, {})
+        yield "/".join(form(found.get(key), ".0%") for key in ("precision", "recall")) if found else "-"
+    yield form(row.get("written_agreement"), ".0%")
+    yield form(row.get("latents_per_second"), ".0f")
+    yield form(row["training_characters_per_second"], ",.0f")
+    robustness = row["robustness"]
+    for kind in ("typos", "case", "spaces"):
+        yield f"{robustness[kind] - robustness['clean']:+.2f}"

@@ -1,0 +1,170 @@
+"""What the latents carry against what it costs: one run a point, all for the same wall clock.
+
+    hldm rate-curve --config configs/tiny.yaml --minutes 6
+
+Each point is the config with one dial turned (the noise gamma_0 that the decoder reads through, the
+latent's width, the rate weight, the chunk's length), trained, and measured on held-out text; the twin is
+trained for the same minutes. Points are runs like any other, so a curve that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import lzma
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hldm.config import Config, ConfigError, load_config, stage_training
+from hldm.runs.reports import save_report
+
+# dial: key of the config, values beside the config's own
+DIALS: Mapping[str, tuple[str, tuple[float, ...]]] = {
+    "gamma_0": ("diffusion.gamma_0", (-4.0, -1.0, 1.0, 3.0)),
+    "latent_dim": ("autoencoder.latent_dim", (2, 4, 8, 16)),
+    "rate_weight": ("autoencoder.rate_weight", (0.1, 0.3, 0.6, 1.0)),
+    "max_bytes": ("chunking.max_bytes", (6, 10, 16)),
+}
+# Spent outside this repository on the built-in test books by programs that were given its training text.
+COMPRESSORS = {"zpaq -m5": 1.306, "PPMd, order 8": 1.375}
+
+
+class Point(NamedTuple):
+    """One setting of one dial."""
+
+    name: str  # of its run, below the curve's folder
+    dial: str
+    value: float
+    config: Config
+
+
+def points(path: Path, minutes: float, only: Sequence[str] = (), clock: str = "wall") -> list[Point]:
+    """The config as it is, then with one dial turned at a time, each for `minutes` over both stages."""
+    base = load_config([path])
+    if base.is_twin:
+        raise ConfigError(f"{path} is a twin: it has no latents whose rate could be turned")
+    for dial in only:
+        if dial not in DIALS:
+            raise ConfigError(f"--only takes {', '.join(DIALS)}, got {dial!r}")
+    found = [Point("base", "base", math.nan, timed(base, minutes, clock))]
+    for dial, (key, values) in DIALS.items():
+        if only and dial not in only:
+            continue
+        for value in values:
+            config = load_config([path], [f"{key}={value:g}"])
+            if config != base:
+                found.append(Point(f"{dial}-{value:g}", dial, value, timed(config, minutes, clock)))
+    return found
+
+
+def timed(config: Config, minutes: float, clock: str = "wall") -> Config:
+    """The config with so many minutes for all its training, shared between the stages as they are now.
+
+    clock: what minutes count (hldm.config.TrainingConfig)
+    """
+    first, second = config.training.autoencoder.minutes, config.training.prior.minutes
+    share = 1.0 if config.is_twin else first / (first + second) if first and second else 0.5
+    for stage, part in (("autoencoder", share), ("prior", 1 - share)):
+        if part:
+            config = stage_training(config, stage, minutes=minutes * part, clock=clock, steps=10**9)
+    return config
+
+
+def run_curve(
+    path: Path,
+    minutes: float,
+    *,
+    only: Sequence[str] = (),
+    clock: str = "wall",
+    root: Path = Path("runs"),
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Train and measure every point that is not there yet, and the twin; returns what is known.
+
+    Leaves root/<config>-curve/<point>/ and rate-curve.json beside them, rewritten after every point.
+    Raises ValueError or OSError.
+    """
+    if not (math.isfinite(minutes) and minutes > 0):
+        raise ConfigError(f"--minutes must be positive and finite, got {minutes:g}")
+    twin = timed(load_config([path.with_name(f"{path.stem}-twin.yaml")]), minutes, clock)
+    folder = root / f"{path.stem}-curve"
+    todo = [Point("twin", "twin", math.nan, twin), *points(path, minutes, only, clock)]
+    curve: dict[str, Any] = {
+        "config": str(path),
+        "minutes": minutes,
+        "split": "test",
+        "compressors": {},
+        "points": [],
+    }
+    for point in todo:
+        say(f"{point.name}: {minutes:g} minutes")
+        curve["points"].append(_measured(point, folder))
+        curve["compressors"] = curve["compressors"] or _compressors(point.config)
+        save_report(folder / "rate-curve.json", curve)
+    return curve
+
+
+def _measured(point: Point, folder: Path) -> dict[str, Any]:
+    """Train and evaluate one point, or read what was measured before."""
+    from hldm.evaluation.evaluate import evaluate_run
+    from hldm.training.stages import train_run
+
+    run = folder / point.name
+    train_run(replace(point.config, name=point.name), root=folder)
+    target = run / "evaluation.json"
+    if target.is_file():
+        evaluation = json.loads(target.read_text(encoding="utf-8"))
+    else:
+        evaluation = evaluate_run(run, prompts=0)
+        save_report(target, evaluation)
+    bits = evaluation["bits_per_character"]
+    reconstruction = evaluation["reconstruction"]
+    return {
+        "name": point.name,
+        "dial": point.dial,
+        "value": None if math.isnan(point.value) else point.value,
+        **{key: bits[key] for key in ("bound", "standard_error", "standard_error_text", "latent", "decoder")},
+        "share": bits["latent"] / bits["bound"],
+        "clean_accuracy": reconstruction and reconstruction["clean"]["byte_accuracy"],
+        "characters_per_chunk": evaluation["characters_per_chunk"],
+        **evaluation["cost"],
+    }
+
+
+def _compressors(config: Config) -> dict[str, float]:
+    """Bits per character that general compressors spend on the test text after the training text."""
+    from hldm.text.bytes import count_characters
+    from hldm.text.corpus import load_corpora
+
+    corpora = load_corpora(config.data)
+    train, test = corpora["train"].text.tobytes(), corpora["test"].text.tobytes()
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 1 << 26}]
+    sizes = [len(lzma.compress(text, filters=filters)) for text in (train, train + test)]
+    found = {"xz -9e": 8 * (sizes[1] - sizes[0]) / count_characters(test)}
+    return found | (COMPRESSORS if not (config.data.path or config.data.dataset) else {})
+
+
+def table(curve: Mapping[str, Any]) -> str:
+    """The curve as a Markdown table, dearest latents first within a dial."""
+    twin = next(p for p in curve["points"] if p["name"] == "twin")
+    lines = [
+        "| point | bound | ± | of it latents | share | x twin | clean bytes right | characters a chunk | parameters |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for p in curve["points"]:
+        lines.append("| " + " | ".join(_cells(p, twin["bound"])) + " |")
+    return "\n".join(lines)
+
+
+def _cells(p: Mapping[str, Any], twin: float) -> Iterator[str]:
+    yield p["name"]
+    yield f"{p['bound']:.3f}"
+    yield f"{p['standard_error']:.3f}"
+    yield f"{p['latent']:.3f}"
+    yield f"{p['share']:.0%}"
+    yield f"{p['bound'] / twin:.2f}"
+    yield "-" if p["clean_accuracy"] is None else f"{p['clean_accuracy']:.1%}"
+    yield "-" if p["characters_per_chunk"] is None else f"{p['characters_per_chunk']:.1f}"
+    yield f"{p['parameters']:,}"

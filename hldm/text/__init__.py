@@ -1,0 +1,1 @@
+"""Text as data: bytes, corpora, windows of them. Knows no model."""

@@ -1,0 +1,493 @@
+"""One loop for every stage: optimizer steps over windows, resumable to the bit.
+
+Knows no model: an objective is any module whose forward takes (batch, carry, generator, progress) and
+returns a loss per byte of the *global* batch. Rows of that batch are split over ranks and
+micro-batches; noise, order and learning rate are functions of (seed, step), so the split changes
+nothing but rounding. Checkpoints are ours (hldm.runs.checkpoints), processes and devices are accelerate's.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from hldm.config import CheckpointConfig, ConfigError, LoggingConfig, TrainingConfig
+from hldm.kernels.muon import Muon
+from hldm.model.state import map_carry, named_tensors
+from hldm.runs.checkpoints import (
+    Checkpoint,
+    atomic_write,
+    checkpoints_in,
+    flatten_optimizer,
+    newest_checkpoint,
+    save_checkpoint,
+    unflatten_optimizer,
+)
+from hldm.runs.clock import clock_named
+from hldm.runs.folder import Run
+from hldm.runs.health import Spikes, gradients, nonfinite_names
+from hldm.runs.progress import Progress
+from hldm.runs.signals import Interrupt, Interrupted, Stopped
+from hldm.text.windows import Batch, Windows
+from hldm.training.average import Average
+
+# How `accelerate launch` tells its processes that weights or optimizer states are to be split over them.
+SHARDING = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "its parallelism config",
+}
+CLIP_EPS = 1e-6  # what torch's clipping adds to the norm
+MAX_SKIPPED_STEPS = 3  # non-finite steps in a row before a run gives up
+
+
+class TrainingDiverged(RuntimeError):
+    """Loss, gradient or weights are not finite, for good; nothing bad was saved."""
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What a training has cost so far."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    characters: int = 0
+    prepared: float = 0.0  # of the seconds, those before the first step
+
+
+def step_seed(seed: int, step: int, stream: int) -> int:
+    """A seed that is a pure function of (run seed, optimizer step, stream)."""
+    return int(np.random.SeedSequence((seed, step, stream)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def learning_rate(config: TrainingConfig, progress: float) -> float:
+    """Linear warm-up, then a cosine down to `final_learning_rate`; progress in [0, 1]."""
+    if progress < config.warmup:
+        return config.learning_rate * (progress / config.warmup)
+    done = min(1.0, (progress - config.warmup) / (1 - config.warmup))
+    share = config.final_learning_rate + (1 - config.final_learning_rate) * 0.5 * (
+        1 + math.cos(math.pi * done)
+    )
+    return config.learning_rate * share
+
+
+def make_accelerator(config: TrainingConfig, logging: LoggingConfig, folder: str) -> Accelerator:
+    """One process or many, CPU or not, from the environment that `accelerate launch` set."""
+    if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise ConfigError(
+            "accelerate launch --cpu --num_processes N starts one process, not N: "
+            "use `accelerate launch --multi_gpu --num_processes N` (it works on CPU, too)"
+        )
+    for name, what in SHARDING.items():
+        if os.environ.get(name, "").lower() in ("1", "true", "yes"):
+            raise ConfigError(
+                f"accelerate was asked for {what}, but every rank of this trainer keeps all weights: "
+                "use `accelerate launch --multi_gpu` or a file of configs/accelerate"
+            )
+    return Accelerator(
+        cpu=not torch.cuda.is_available(),  # other accelerators lack float64 or operators used here
+        mixed_precision=config.mixed_precision,
+        log_with=list(logging.trackers) or None,
+        project_dir=folder,
+        # Buffers hold sums of each rank's own rows; the objectives add them up in end_step.
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_s)),
+        ],
+    )
+
+
+def make_optimizers(model: nn.Module, config: TrainingConfig) -> list[torch.optim.Optimizer]:
+    """AdamW; or Muon (Jordan et al. 2024) for 2-D weights but embeddings, 32 wide or more, AdamW for the rest."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for _, parameter in trained:
+        inner = parameter.ndim == 2 and id(parameter) not in embeddings and min(parameter.shape) >= 32
+        (matrices if config.optimizer == "muon" and inner else others).append(parameter)
+    # Decay what multiplies, not biases, gains and embeddings.
+    decayed = [p for p in others if p.ndim >= 2 and id(p) not in embeddings]
+    kept = [p for p in others if p.ndim < 2 or id(p) in embeddings]
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": kept, "weight_decay": 0.0},
+    ]
+    # beta_2 below torch's 0.999: a run of some hundred steps would hardly warm that average up. Not swept.
+    adamw = torch.optim.AdamW(
+        [g for g in groups if g["params"]], lr=config.learning_rate, betas=(0.9, 0.97), fused=True
+    )
+    optimizers: list[torch.optim.Optimizer] = [adamw]
+    if matrices:
+        optimizers.append(
+            Muon(
+                matrices,
+                lr=config.learning_rate,
+                weight_decay=config.weight_decay,
+                # the update's RMS is AdamW's, so that both share one learning rate (arXiv 2502.16982)
+                adjust_lr_fn="match_rms_adamw",
+            )
+        )
+    return optimizers
+
+
+class Recent:
+    """Bits per character, averaged over the steps since the last line of metrics."""
+
+    def __init__(self) -> None:
+        self.nats: dict[str, float] = {}
+        self.characters = 0.0
+
+    def add(self, nats: dict[str, float], characters: float) -> dict[str, float]:
+        """Include a step; returns the averages so far."""
+        self.characters += characters
+        for name, value in nats.items():
+            self.nats[name] = self.nats.get(name, 0.0) + value
+        return {name: total / self.characters / math.log(2) for name, total in self.nats.items()}
+
+
+class Trainer:
+    """Everything one stage needs between two optimizer steps."""
+
+    def __init__(
+        self,
+        objective: Any,
+        windows: Windows,
+        config: TrainingConfig,
+        *,
+        run: Run,
+        seed: int,
+        checkpoint: CheckpointConfig,
+        logging: LoggingConfig,
+        accelerator: Accelerator,
+        extras: dict[str, Any] | None = None,
+        spent: float = 0.0,
+    ):
+        """extras: JSON that every checkpoint carries, e.g. what the stage is bound to; spent: seconds before."""
+        self.config, self.checkpoint, self.logging = config, checkpoint, logging
+        self.run, self.seed, self.windows, self.accelerator = run, seed, windows, accelerator
+        self.extras = extras or {}
+        ranks, parts = accelerator.num_processes, config.accumulation
+        if windows.lanes % (ranks * parts):
+            raise ConfigError(
+                f"data.lanes must be divisible by processes x accumulation, got {windows.lanes} lanes, "
+                f"{ranks} processes, accumulation {parts}"
+            )
+        self.rows = windows.lanes // (ranks * parts)
+        objective.to(accelerator.device)
+        self.objective = objective
+        self.average = Average(objective, config.ema_decay) if config.ema_decay else None
+        self.optimizers = make_optimizers(objective, config)
+        self.model = accelerator.prepare(objective)
+        self.carries = [objective.initial_carry(self.rows, accelerator.device) for _ in range(parts)]
+        self.totals = Totals(seconds=spent, prepared=spent)
+        self.recent = Recent()
+        self.spikes = Spikes()
+        self.quiet_until = 0  # step before which no more spikes are said
+        self.failures: list[dict[str, Any]] = []  # what is known of the steps skipped in a row
+
+    # --- state on disk -------------------------------------------------------------------------
+
+    def save(self, say: Callable[[str], None]) -> str:
+        """Write a checkpoint of everything that the next step depends on; returns its path.
+
+        Raises TrainingDiverged rather than save weights, or their average, that are not finite.
+        """
+        models = [self.objective] if self.average is None else [self.objective, self.average.module]
+        bad = [name for model in models for name in nonfinite_names(model.state_dict().items())]
+        if self._agreed(len(bad)):
+            raise self._diverged(f"weights are not finite after step {self.totals.steps}", bad)
+        parts = [dict(named_tensors(carry)) for carry in self.carries]
+        carry = {}
+        for name in parts[0]:
+            # this rank's rows in order, then the ranks in order: the rows of the global batch
+            own = torch.cat([part[name] for part in parts])
+            carry[name] = self.accelerator.gather(own.contiguous()).cpu()
+        path = ""
+        if self.accelerator.is_main_process:
+            tensors = {"model": self.objective.state_dict(), "carry": carry}
+            states = []
+            for index, optimizer in enumerate(self.optimizers):
+                tensors[f"optimizer-{index}"], state = flatten_optimizer(optimizer.state_dict())
+                states.append(state)
+            if self.average is not None:
+                tensors["average"] = self.average.state_dict()
+            state = {
+                "seconds": self.totals.seconds,
+                "characters": self.totals.characters,
+                "prepared": self.totals.prepared,
+                "optimizers": states,
+                "threads": torch.get_num_threads(),
+                "processes": self.accelerator.num_processes,
+                "seed": self.seed,
+                "gradient_norms": list(self.spikes.norms),
+                **self.extras,
+            }
+            folder, keep = self.run.folder, self.checkpoint.keep
+            path = str(save_checkpoint(folder, self.totals.steps, tensors, state, keep=keep, say=say))
+        self.accelerator.wait_for_everyone()
+        return path
+
+    def restore(self, say: Callable[[str], None]) -> bool:
+        """Go on from the newest good checkpoint; False when there is none."""
+        saved = newest_checkpoint(self.run.folder, say=say)
+        if saved is None:
+            return False
+        states = [
+            unflatten_optimizer(saved.tensors.get(f"optimizer-{index}", {}), layout)
+            for index, layout in enumerate(saved.state["optimizers"])
+        ]
+        self._check(saved, states, say)
+        self.objective.load_state_dict(saved.tensors["model"])
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
+        if self.average is not None:
+            self.average.load_state_dict(saved.tensors["average"])
+        rank, parts = self.accelerator.process_index, self.config.accumulation
+        for part in range(parts):
+            first = (rank * parts + part) * self.rows
+            names = iter(list(named_tensors(self.carries[part])))
+
+            def own(tensor: Tensor, first: int = first, names: Any = names) -> Tensor:
+                name, _ = next(names)
+                stored = saved.tensors["carry"][name][first : first + self.rows]
+                return stored.to(device=tensor.device, dtype=tensor.dtype)
+
+            self.carries[part] = map_carry(own, self.carries[part])
+        self.spikes.norms.extend(saved.state.get("gradient_norms", []))  # only what is said depends on it
+        self.totals = Totals(
+            saved.step, saved.state["seconds"], saved.state["characters"], saved.state.get("prepared", 0.0)
+        )
+        return True
+
+    def _check(self, saved: Checkpoint, states: list[dict[str, Any]], say: Callable[[str], None]) -> None:
+        """Refuse what cannot be continued before anything is changed; mention what may differ."""
+        for key, value in self.extras.items():
+            if saved.state.get(key) != value:
+                raise ConfigError(
+                    f"{saved.path} was trained with {key} {saved.state.get(key)}, this run has {value}: "
+                    "resume with what it was trained with, or choose another --name"
+                )
+        if saved.state["seed"] != self.seed:
+            raise ConfigError(f"{saved.path} was trained with seed {saved.state['seed']}, got {self.seed}")
+        groups = [
+            [[len(group["params"]) for group in state["param_groups"]] for state in some]
+            for some in (states, [optimizer.state_dict() for optimizer in self.optimizers])
+        ]
+        if groups[0] != groups[1] or ("average" in saved.tensors) != (self.average is not None):
+            raise ConfigError(
+                f"{saved.path} was trained with another optimizer, ema_decay (0 or not) or joint phase: "
+                "resume with what it was trained with, or choose another --name"
+            )
+        expected, found = self.objective.state_dict(), saved.tensors["model"]
+        for name in expected.keys() | found.keys():
+            shapes = [tuple(d[name].shape) if name in d else None for d in (expected, found)]
+            if shapes[0] != shapes[1]:
+                raise ConfigError(
+                    f"{saved.path}: {name} has shape {shapes[1]}, the config makes it {shapes[0]}"
+                )
+        if saved.state["threads"] != torch.get_num_threads():
+            say(
+                f"resuming with {torch.get_num_threads()} threads instead of {saved.state['threads']}: "
+                "sums round differently, so the weights will not be bit-equal to an uninterrupted run's"
+            )
+
+    # --- one step ------------------------------------------------------------------------------
+
+    def step(self, progress: float) -> dict[str, float] | None:
+        """One optimizer step over all rows: what to log; None when it was skipped as non-finite."""
+        accelerator, parts, step = self.accelerator, self.config.accumulation, self.totals.steps
+        rate = learning_rate(self.config, progress)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+        torch.manual_seed(step_seed(self.seed, step, 1 + accelerator.process_index))  # dropout
+        sums: dict[str, Tensor] = {}
+        for part in range(parts):
+            first = (accelerator.process_index * parts + part) * self.rows
+            batch: Batch = self.windows.batch(step, first, self.rows).to(accelerator.device)
+            generator = torch.Generator().manual_seed(step_seed(self.seed, step, 0))
+            last = part == parts - 1
+            with nullcontext() if last else accelerator.no_sync(self.model):
+                with accelerator.autocast():
+                    out = self.model(batch, self.carries[part], generator, progress)
+                # DDP averages gradients over ranks; the loss is a share of the global sum
+                accelerator.backward(out.loss * accelerator.num_processes)
+            self.carries[part] = out.carry
+            for name, value in {**out.nats, **out.scores, "characters": out.characters}.items():
+                sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + value.cpu().double()
+        names = list(sums)
+        total = accelerator.reduce(torch.stack([sums[name] for name in names]).to(accelerator.device))
+        given = [p for p in self.objective.parameters() if p.grad is not None]
+        norm = get_total_norm([p.grad for p in given if p.grad is not None])
+        values = dict(zip(names, total.tolist(), strict=True))
+        characters = values.pop("characters")
+        finite = math.isfinite(sum(values.values())) and math.isfinite(float(norm))
+        scores = {name: values.pop(name) / characters for name in out.scores}
+        self.objective.end_step(skipped=not finite)
+        if finite:
+            if float(norm) + CLIP_EPS > self.config.clip_norm:  # else it would multiply by 1
+                clip_grads_with_norm_(given, self.config.clip_norm, norm)
+            for optimizer in self.optimizers:
+                optimizer.step()
+            if self.average is not None:
+                self.average.update_parameters(self.objective)
+            self.failures = []
+        else:
+            self.failures.append(
+                {
+                    "step": step + 1,
+                    "rows": self.windows.places(step),
+                    "nats": {name: _or_text(value) for name, value in values.items()},
+                    "gradient_norm": _or_text(float(norm)),
+                    "learning_rate": rate,
+                    "gradients_not_finite": nonfinite_names(gradients(self.objective)),
+                }
+            )
+            self.carries = [self.objective.initial_carry(self.rows, accelerator.device) for _ in range(parts)]
+        for parameter in given:
+            parameter.grad = None
+        self.totals = replace(
+            self.totals, steps=step + 1, characters=self.totals.characters + int(characters)
+        )
+        if not finite:
+            return None
+        metrics = {"learning_rate": rate, "gradient_norm": float(norm), **scores}
+        return metrics | self.recent.add(values, characters)
+
+    # --- the loop ------------------------------------------------------------------------------
+
+    def progress(self) -> float:
+        """Share of the training done: by steps, or by the clock of rank 0 when that is further.
+
+        What was spent before the first step leaves fewer minutes, but a schedule that begins at its beginning: a
+        segmenter's minute counted as progress skipped the warm-up, and training fell apart.
+        """
+        by_steps = self.totals.steps / self.config.steps
+        if not self.config.minutes:
+            return by_steps
+        left = 60 * self.config.minutes - self.totals.prepared
+        done = (self.totals.seconds - self.totals.prepared) / left if left > 0 else 1.0
+        share = torch.tensor(done, dtype=torch.float64)
+        if self.accelerator.num_processes > 1:
+            share = share.to(self.accelerator.device)
+            torch.distributed.broadcast(share, src=0)
+        return max(by_steps, float(share))
+
+    def fit(self, say: Callable[[str], None], on_sample: Callable[[nn.Module], str] | None = None) -> Totals:
+        """Train to the end; returns the totals, with averaged weights left in the objective.
+
+        on_sample: called every `logging.sample_every` steps, and at the end, on the averaged model.
+        Raises Interrupted after saving when a signal came, TrainingDiverged on non-finite numbers.
+        """
+        clock = clock_named(self.config.clock)
+        began = clock()
+        before = self.totals.seconds
+        self.model.train()
+        with (
+            Interrupt() as interrupt,
+            Progress(self.run.folder.name, say, live=self.accelerator.is_main_process) as bar,
+        ):
+            while (progress := self.progress()) < 1:
+                metrics = self.step(progress)
+                seconds = before + clock() - began
+                self.totals = replace(self.totals, seconds=seconds)
+                step = self.totals.steps
+                if metrics is None:
+                    say(f"step {step}: loss or gradient is not finite; step skipped")
+                    self.run.log(step, event="skipped: not finite")
+                    if len(self.failures) > MAX_SKIPPED_STEPS:
+                        raise self._diverged(
+                            f"{len(self.failures)} steps in a row were not finite (the last is {step})",
+                            nonfinite_names(self.objective.state_dict().items()),
+                        )
+                else:
+                    self._report_spike(step, metrics["gradient_norm"], say)
+                    rate = self.totals.characters / max(seconds, 1e-9)
+                    metrics |= {"characters_per_second": rate, "seconds": seconds}
+                    if step % self.logging.every == 0 and self.accelerator.is_main_process:
+                        self.run.log(step, characters=self.totals.characters, **metrics)
+                        self.accelerator.log(metrics, step=step)
+                    bar.advance(step, self.progress(), metrics, every=self.logging.every)
+                    if step % self.logging.every == 0:
+                        self.recent = Recent()
+                if step % self.checkpoint.every == 0 and not self.failures:
+                    self.save(say)
+                if on_sample and self.logging.sample_every and step % self.logging.sample_every == 0:
+                    self._sample(on_sample, interrupt)
+                if signum := self._agreed(interrupt.requested or 0):
+                    raise Interrupted(signum, self.save(say))
+            path = self.save(say)
+            if self.average is not None:
+                self.objective.load_state_dict(self.average.module.state_dict())
+            if on_sample:
+                self._sample(on_sample, interrupt, averaged=False)
+            if signum := self._agreed(interrupt.requested or 0):
+                raise Interrupted(signum, path)
+        return self.totals
+
+    def _sample(
+        self, on_sample: Callable[[nn.Module], str], interrupt: Interrupt, averaged: bool = True
+    ) -> None:
+        if self.accelerator.is_main_process and not interrupt.requested:
+            model = self.average.module if averaged and self.average is not None else self.objective
+            model.eval()
+            # A signal ends the sample, which is not worth waiting for; the step's end then sees to it.
+            with suppress(Stopped), Interrupt(raises=True), torch.no_grad():
+                self.run.sample(self.totals.steps, on_sample(model))
+            self.objective.train()
+        self.accelerator.wait_for_everyone()
+
+    def _report_spike(self, step: int, norm: float, say: Callable[[str], None]) -> None:
+        """Log a gradient norm far above those before; it was clipped like any other."""
+        threshold = self.spikes.add(norm)
+        if threshold is not None:
+            self.run.log(step, event="gradient spike", gradient_norm=norm, threshold=threshold)
+            if step >= self.quiet_until:  # one line every so often, however many there are
+                self.quiet_until = step + self.logging.every
+                say(f"step {step}: gradient norm {norm:.3g} is above the usual {threshold:.3g}; clipped")
+
+    def _diverged(self, reason: str, weights: list[str]) -> TrainingDiverged:
+        """The error to raise, after writing post-mortem.json. weights: names of those that are not finite."""
+        saved = list(checkpoints_in(self.run.folder).values())
+        last = str(saved[-1]) if saved else None
+        path = self.run.folder / "post-mortem.json"
+        record = {
+            "reason": reason,
+            "step": self.totals.steps,
+            "seed": self.seed,
+            "weights_not_finite": weights,
+            "skipped_steps": self.failures,  # rows: [document of the training text, byte of it] or null
+            "last_checkpoint": last,
+        }
+        if self.accelerator.is_main_process:
+            atomic_write(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
+        return TrainingDiverged(
+            f"{reason}: lower training's learning_rate; see {path}; the last checkpoint is {last or 'none'}"
+        )
+
+    def _agreed(self, value: int) -> int:
+        """The largest of the ranks' values."""
+        if self.accelerator.num_processes == 1:
+            return value
+        largest = torch.tensor(value, device=self.accelerator.device)
+        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+        return int(largest)
+
+
+def _or_text(value: float) -> float | str:
+    """JSON has neither nan nor infinity."""
+    return value if math.isfinite(value) else str(value)

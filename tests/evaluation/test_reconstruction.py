@@ -1,0 +1,94 @@
+"""Reconstruction: counts that can be checked by hand, for a decoder on its own and for a carried one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from hldm.chunking.chunker import make_chunker
+from hldm.config import AutoencoderConfig, ChunkingConfig, GriffinConfig
+from hldm.evaluation import reconstruction
+from hldm.model.autoencoder import Autoencoder
+from hldm.text.bytes import END_OF_CHUNK
+from hldm.text.corpus import make_corpus
+from hldm.text.windows import Windows
+
+CHUNKING = ChunkingConfig(strategy="fixed", min_bytes=4, max_bytes=4)
+
+
+def make_autoencoder(carry_state: bool = False, chunking: ChunkingConfig = CHUNKING) -> Autoencoder:
+    torch.manual_seed(0)
+    griffin = GriffinConfig(width=32, blocks=("recurrent",), heads=2)
+    settings = AutoencoderConfig(latent_dim=4, encoder=griffin, decoder=griffin, carry_state=carry_state)
+    return Autoencoder.from_settings(settings, chunking).eval()
+
+
+def say_one_symbol(autoencoder: Autoencoder, symbol: int, then_end: bool = False) -> None:
+    """Make the decoder's likeliest symbol the same one always, with the chunk's end next."""
+    torch.nn.init.zeros_(autoencoder.outputs.weight)
+    autoencoder.outputs.bias.data[symbol] = 2.0
+    autoencoder.outputs.bias.data[END_OF_CHUNK] = 3.0 if then_end else 1.0
+
+
+def lay_out(text: bytes, chunking: ChunkingConfig = CHUNKING) -> Windows:
+    corpus = make_corpus("text", [text, text])
+    return Windows(corpus, make_chunker(chunking), lanes=2, window_bytes=8, shuffle=False)
+
+
+def reconstruct(autoencoder: Autoencoder, windows: Windows) -> dict:
+    return reconstruction.reconstruct(autoencoder, windows, -2.0, torch.Generator().manual_seed(0))
+
+
+def test_free_writing_is_compared_byte_by_byte():
+    autoencoder = make_autoencoder()
+    say_one_symbol(autoencoder, ord("a"))  # writes aaaa for every chunk
+    found = reconstruct(autoencoder, lay_out(b"aaaabaabaaaa"))
+    expected = {
+        "byte_accuracy": 10 / 15,
+        "chunk_accuracy": 2 / 3,
+        "written_accuracy": 10 / 12,
+    }  # it never ends
+    assert found == expected | {"noisy": expected, "clean": expected, "chunks": 6}
+
+
+def test_bytes_too_many_and_too_few_are_wrong():
+    autoencoder = make_autoencoder()
+    say_one_symbol(autoencoder, ord("a"))
+    found = reconstruct(autoencoder, lay_out(b"aaaaaa"))  # aaaa and aa, for which it writes aaaa
+    assert (found["written_accuracy"], found["chunk_accuracy"]) == (6 / 8, 1 / 2)
+    say_one_symbol(autoencoder, ord("a"), then_end=True)  # writes a
+    found = reconstruct(autoencoder, lay_out(b"aaaaa"))
+    assert (found["written_accuracy"], found["chunk_accuracy"]) == (2 / 5, 1 / 2)
+
+
+def test_a_carried_decoder_reads_the_true_bytes():
+    autoencoder = make_autoencoder(carry_state=True)
+    say_one_symbol(autoencoder, ord("a"))  # never an end, so no chunk is right
+    found = reconstruct(autoencoder, lay_out(b"aaaabaabaaaa"))
+    assert found["byte_accuracy"] == pytest.approx(10 / (12 + 3))
+    assert (found["chunk_accuracy"], found["written_accuracy"]) == (0, None)
+    assert found["chunks"] == 6
+
+
+@pytest.mark.parametrize("carry_state", [False, True])
+def test_reconstruction_is_the_same_however_the_text_is_laid_out(carry_state):
+    chunking = ChunkingConfig()
+    autoencoder = make_autoencoder(carry_state, chunking)
+    rng = np.random.default_rng(0)
+    documents = [" ".join(rng.choice(["sun", "river", "of", "stone"], 50)).encode() for _ in range(3)]
+    corpus = make_corpus("words", documents)
+    found = [
+        reconstruct(
+            autoencoder,
+            Windows(corpus, make_chunker(chunking), lanes=lanes, window_bytes=size, shuffle=False),
+        )
+        for lanes, size in [(1, 64), (3, 1024)]
+    ]
+    assert found[0]["clean"] == found[1]["clean"]
+    assert found[0]["chunks"] == found[1]["chunks"]
+
+
+def test_a_long_text_is_not_read_to_its_end(monkeypatch):
+    monkeypatch.setattr(reconstruction, "ENOUGH_CHUNKS", 6)
+    assert reconstruct(make_autoencoder(), lay_out(b"word" * 50))["chunks"] == 8  # two windows of two lanes

@@ -1,0 +1,134 @@
+"""A chunk's context in one call of C++ is the contextualiser's, chunk after chunk, and so is what is made of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from hldm.config import (
+    AutoencoderConfig,
+    Config,
+    DiffusionConfig,
+    GriffinConfig,
+    HierarchyConfig,
+    PriorConfig,
+)
+from hldm.kernels.context import KeptContext, can_keep
+from hldm.model.prior import Prior
+from hldm.model.state import select_rows
+from hldm.training.shapes import kept_bytes
+
+Z, CHUNKS = 3, 150
+
+
+def make_prior(levels: int = 2, reads_text: bool = True, rate: str = "mixture", **settings) -> Prior:
+    """Every parameter away from 0; with two levels the coarsest lets go of its first entries after 30 chunks."""
+    torch.manual_seed(0)
+    griffin = GriffinConfig(width=24, blocks=("recurrent",), heads=2)
+    autoencoder = AutoencoderConfig(
+        latent_dim=Z, encoder=griffin, decoder=griffin, reads_text=reads_text, rate=rate, components=20
+    )
+    config = PriorConfig(
+        reads_text=reads_text, width=16, layers=1, heads=2, denoiser_width=24, denoiser_layers=2
+    )
+    prior = Prior.from_settings(
+        autoencoder,
+        replace(config, **settings),
+        HierarchyConfig(levels=levels, ratio=2, window=2),
+        DiffusionConfig(gamma_0=-2.0, gamma_1=5.0),
+    )
+    with torch.no_grad():
+        for parameter in prior.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return prior.eval()
+
+
+def seen(told) -> list[Tensor]:
+    """What is told, whatever the order of entries: mean and spread of attention to them for a few queries."""
+    found = [] if told.log_weights is None else [told.log_weights]
+    for block in told.blocks:
+        generator = torch.Generator().manual_seed(0)
+        query = torch.randn(*block.key.shape[:2], 5, block.key.shape[-1], generator=generator)
+        share = (query @ block.key.mT + block.bias).softmax(dim=-1)
+        found += [block.shared, block.gates, share @ block.value, (share.square()).sum(-1)]
+        found.append(block.bias.isfinite().sum(-1))
+    return found
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 3, 64])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        dict(levels=0),
+        dict(levels=1, layers=2),
+        dict(),
+        dict(levels=3, layers=2, rate="diffusion"),
+        dict(levels=3, reads_text=False),
+        dict(levels=1, reads_text=False, rate="diffusion", denoiser_layers=1),
+    ],
+)
+def test_every_chunk_of_many_has_the_context_that_torch_gives_it(plain_torch, kind, rows):
+    prior = make_prior(**kind)
+    contextualiser, generator = prior.contextualiser, torch.Generator().manual_seed(rows)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    f, always = contextualiser.feature_dim, torch.ones(rows, 1, dtype=torch.bool)
+    state = prior.initial_state(rows)
+    _, state = contextualiser(
+        draw(rows, 5, Z), always.expand(-1, 5), ~always.expand(-1, 5), state, draw(rows, 5, f)
+    )
+    assert can_keep(prior, state)
+    kept = KeptContext(prior, state)
+    nothing, fresh = torch.zeros(rows, 0, dtype=torch.bool), prior.initial_state(rows)
+    for _ in range(CHUNKS if rows < 64 else CHUNKS // 3):
+        latents, after = draw(rows, 1, Z), draw(rows, 1, f)
+        closed = torch.rand(rows, generator=generator) < 0.02
+        with plain_torch():
+            assert not can_keep(prior, state)
+            _, state = contextualiser(latents, always, ~always, state, after)
+            state = select_rows(closed, fresh, state)
+            context, _ = contextualiser(latents[:, :0], nothing, nothing, state)
+            expected = seen(prior.tell(context.first(1)))
+        found = seen(kept.add(latents[:, 0], after[:, 0], closed))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_what_was_passed_in_is_left_alone(plain_torch):
+    prior = make_prior()
+    state, (latents, after) = prior.initial_state(2), torch.randn(2, 2, 24)
+    before = [part.clone() for part in (*state.entries, state.hidden, state.written, state.partial)]
+    kept = KeptContext(prior, state)
+    for _ in range(9):
+        kept.add(latents[:, :Z], after, torch.tensor([False, False]))
+    after = [*state.entries, state.hidden, state.written, state.partial]
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_what_is_kept_takes_the_memory_that_sizes_say(plain_torch):
+    prior = make_prior(levels=3, layers=2)
+    kept = KeptContext(prior, prior.initial_state(5))
+    tensors = [kept._tensors["level"], kept._tensors["end"], *kept._lists["pairs"]]
+    config = Config(prior=prior.settings, hierarchy=prior.hierarchy)
+    assert sum(tensor.numel() * tensor.element_size() for tensor in tensors) == 5 * kept_bytes(config)
+
+
+def test_what_one_call_cannot_do_is_left_to_torch(plain_torch):
+    prior = make_prior(dropout=0.1)
+    state = prior.initial_state(2)
+    assert not can_keep(prior, state)  # gradients
+    with torch.no_grad():
+        assert can_keep(prior, state)
+        assert not can_keep(prior, prior.initial_state(0))
+        assert not can_keep(prior.train(), state)
+        prior.eval()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert not can_keep(prior, state)
+        recurrent = make_prior(contextualiser="griffin")
+        assert not can_keep(recurrent, recurrent.initial_state(2))
+        prior.contextualiser.embed.double()
+        assert not can_keep(prior, state)

@@ -1,0 +1,102 @@
+"""All denoising steps in one call of C++ are the steps of torch, whose solver is diffusers'."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from hldm.config import AutoencoderConfig, DiffusionConfig, GriffinConfig, HierarchyConfig, PriorConfig
+from hldm.generation.writer import row_generators
+from hldm.kernels.denoise import PlannedSteps, can_denoise
+from hldm.model.denoiser import Told
+from hldm.model.diffusion import draw_noise, sample, sampler_steps
+from hldm.model.prior import Prior
+
+Z = 3
+
+
+def make_prior(layers: int = 2, rate: str = "mixture", **settings) -> Prior:
+    """Every parameter away from 0, and pooled entries of two levels."""
+    torch.manual_seed(0)
+    griffin = GriffinConfig(width=24, blocks=("recurrent",), heads=2)
+    autoencoder = AutoencoderConfig(
+        latent_dim=Z, encoder=griffin, decoder=griffin, reads_text=True, rate=rate, components=20
+    )
+    config = PriorConfig(
+        reads_text=True, width=16, layers=1, heads=2, denoiser_width=24, denoiser_layers=layers
+    )
+    prior = Prior.from_settings(
+        autoencoder,
+        replace(config, **settings),
+        HierarchyConfig(levels=2, ratio=2, window=2),
+        DiffusionConfig(gamma_0=-2.0, gamma_1=5.0),
+    )
+    with torch.no_grad():
+        for parameter in prior.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return prior.eval()
+
+
+def read(prior: Prior, rows: int) -> Told:
+    """What a prior knows after eleven chunks, of which some rows have fewer in their document."""
+    torch.manual_seed(rows)
+    n, feature_dim = 11, prior.contextualiser.feature_dim
+    doc_start = torch.zeros(rows, n, dtype=torch.bool)
+    doc_start[::2, 7] = True
+    mask = torch.ones(rows, n, dtype=torch.bool)
+    features = torch.randn(rows, n, feature_dim)
+    with torch.no_grad():
+        context, _ = prior.contextualiser(
+            torch.randn(rows, n, Z), mask, doc_start, prior.initial_state(rows), features
+        )
+        return prior.tell(context.of(torch.full((rows, 1), n)))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 12, 40])
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("scheduler", ["ancestral", "ddim", "dpm", "flow"])
+def test_one_call_draws_what_torch_draws(plain_torch, scheduler, layers, rows):
+    prior = make_prior(layers)
+    told, plan = read(prior, rows), sampler_steps(scheduler, prior.schedule, 5)
+
+    def denoise(z: Tensor, gamma: Tensor) -> Tensor:
+        return prior.denoise(z[:, None, None], gamma[:, None, None], told)[:, 0, 0]
+
+    generators = row_generators(1, rows)
+    noise = draw_noise(6 if plan.draws else 1, (rows, Z), generators, 0.9, "cpu")
+    with torch.no_grad():
+        assert can_denoise(prior, plan)
+        planned = PlannedSteps(prior, plan)
+        found = planned.draw(told, noise[0], noise[1:])
+        torch.testing.assert_close(planned.draw(told, noise[0], noise[1:]), found, rtol=0, atol=0)
+    with plain_torch(), torch.no_grad():
+        assert not can_denoise(prior, plan)
+        expected = sample(
+            denoise,
+            (rows, Z),
+            prior.schedule,
+            steps=5,
+            scheduler=scheduler,
+            generators=row_generators(1, rows),
+            temperature=0.9,
+        )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_one_call_cannot_do_is_left_to_torch(plain_torch):
+    prior = make_prior(dropout=0.1)
+    plan = sampler_steps("ancestral", prior.schedule, 2)
+    assert not can_denoise(prior, plan)  # gradients
+    with torch.no_grad():
+        assert can_denoise(prior, plan)
+        assert not can_denoise(prior.train(), plan)
+        prior.eval()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert not can_denoise(prior, plan)
+        light = make_prior(rate="diffusion")  # without a mixture
+        assert not can_denoise(light, plan)
+        prior.denoiser.inputs.double()
+        assert not can_denoise(prior, plan)

@@ -1,0 +1,73 @@
+import math
+
+import torch
+
+from hldm.model.diffusion import alpha_sigma
+from hldm.model.mixture import MixturePredictor
+
+
+def make_mixture(components: int = 5, z: int = 2) -> MixturePredictor:
+    torch.manual_seed(0)
+    mixture = MixturePredictor(8, z, components).double()
+    mixture.log_deviation.data = torch.tensor([math.log(0.3), math.log(0.8)], dtype=torch.float64)[:z]
+    return mixture
+
+
+def test_the_density_is_that_of_the_mixture_written_out():
+    mixture = make_mixture()
+    z, gamma = torch.randn(7, 2, dtype=torch.float64), torch.linspace(-3, 3, 7, dtype=torch.float64)
+    log_weights = mixture.log_weights(torch.randn(7, 8, dtype=torch.float64)).double()
+    alpha, sigma = alpha_sigma(gamma)
+    for i in range(7):
+        variance = alpha[i] ** 2 * (2 * mixture.log_deviation).exp() + sigma[i] ** 2
+        normal = torch.distributions.Normal(alpha[i] * mixture.prototypes, variance.sqrt())
+        expected = log_weights[i] + normal.log_prob(z[i]).sum(-1)
+        torch.testing.assert_close(mixture.joint(z, gamma, log_weights)[i], expected)
+
+
+def test_the_denoiser_is_the_slope_of_the_density():
+    """Tweedie: alpha E[mu | z] = z + sigma^2 d/dz log p(z)."""
+    mixture = make_mixture()
+    z = torch.randn(7, 2, dtype=torch.float64, requires_grad=True)
+    gamma = torch.linspace(-3, 3, 7, dtype=torch.float64)
+    log_weights = mixture.log_weights(torch.randn(7, 8, dtype=torch.float64)).double()
+    mixture.joint(z, gamma, log_weights).logsumexp(-1).sum().backward()
+    alpha, sigma = (x[:, None] for x in alpha_sigma(gamma))
+    torch.testing.assert_close(alpha * mixture.denoise(z, gamma, log_weights), z + sigma.square() * z.grad)
+
+
+def test_its_rate_is_the_diffusion_bound_under_its_denoiser():
+    """KL(q(z_0 | x) || p(z_0)) = 1/2 E[d gamma e^-gamma ||mu - mu_hat||^2] + the same KL at gamma_1."""
+    mixture = make_mixture(components=3)
+    torch.manual_seed(1)
+    low, high, draws = -2.0, 8.0, 200_000
+    mu = torch.tensor([0.7, -1.1], dtype=torch.float64).expand(draws, 2)
+    log_weights = mixture.log_weights(torch.randn(8, dtype=torch.float64)).double().expand(draws, -1)
+    noise = torch.randn(draws, 2, dtype=torch.float64)
+    with torch.no_grad():
+        rates = [mixture.rate(mu, noise, gamma, log_weights).mean() for gamma in (low, high)]
+        gamma = low + (high - low) * (torch.arange(draws, dtype=torch.float64) + 0.5) / draws
+        alpha, sigma = (x[:, None] for x in alpha_sigma(gamma))
+        error = (mu - mixture.denoise(alpha * mu + sigma * noise, gamma, log_weights)).square().sum(-1)
+        integral = 0.5 * ((high - low) * torch.exp(-gamma) * error).mean()
+    torch.testing.assert_close(rates[0], integral + rates[1], rtol=0.01, atol=0.01)
+
+
+def test_samples_have_the_mean_and_spread_of_the_mixture_and_belong_to_their_generators():
+    mixture = make_mixture(components=3).float()
+    rows, gamma = 20_000, 0.5
+    log_weights = mixture.log_weights(torch.randn(8)).expand(rows, -1)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(rows)]
+    with torch.no_grad():
+        drawn = mixture.sample(gamma, log_weights, generators)
+        w = log_weights[0].exp()[:, None]
+        alpha, sigma = alpha_sigma(torch.tensor(gamma))
+        mean = (w * alpha * mixture.prototypes).sum(0)
+        within = alpha**2 * (2 * mixture.log_deviation).exp() + sigma**2
+        variance = within + (w * (alpha * mixture.prototypes - mean).square()).sum(0)
+        torch.testing.assert_close(drawn.mean(0), mean, atol=0.03, rtol=0)
+        torch.testing.assert_close(drawn.var(0), variance, rtol=0.03, atol=0)
+        alone = mixture.sample(gamma, log_weights[7:8], [torch.Generator().manual_seed(7)])
+        torch.testing.assert_close(alone, drawn[7:8])
+        coldest = mixture.sample(gamma, log_weights[:2], generators[:2], temperature=0)
+        torch.testing.assert_close(coldest, (alpha * mixture.prototypes[w.argmax()]).expand(2, -1))

@@ -1,0 +1,219 @@
+"""The league asks the same of every chunking strategy, at equal lengths, and goes on where it was stopped."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import yaml
+from conftest import ROOT
+
+from hldm.chunking.chunker import make_chunker
+from hldm.cli import main
+from hldm.config import ChunkingConfig, ConfigError, stage_training, to_dict
+from hldm.evaluation.borders import agree, describe_chunks, rechunked
+from hldm.generation.writer import Continuation
+from hldm.studies import league
+from hldm.studies.league import STRATEGIES, entries, measure, run_league, table
+from hldm.studies.plots import plot_league
+from hldm.text.corpus import bible_verse_starts, load_corpus, make_corpus
+from hldm.text.transforms import CORRUPTIONS, corrupt
+from hldm.training.stages import train_run
+
+TINY = ROOT / "configs/tiny.yaml"
+
+
+def test_every_strategy_has_its_length_and_the_same_minutes():
+    found = entries(TINY, 6)
+    assert [entry.strategy for entry in found] == 2 * list(STRATEGIES)
+    corpus = load_corpus(found[0].config.data, "validation")
+    documents = [corpus.document(index) for index in range(len(corpus))]
+    for entry in found:
+        training, chunking = entry.config.training, entry.config.chunking
+        assert training.autoencoder.minutes + training.prior.minutes == pytest.approx(6)
+        if chunking.needs_segmenter:
+            assert chunking.target_bytes == entry.target and chunking.min_bytes == entry.target * 2 / 3
+        else:
+            starts = make_chunker(chunking).chunk_starts(documents)
+            assert len(starts) / starts.sum() == pytest.approx(entry.target, rel=0.1), entry.name
+
+
+def test_a_convolution_reads_the_fixed_chunks_of_its_own_entry_alone():
+    found = {entry.name: entry.config for entry in entries(TINY, 6, ["fixed", "strided"], [6])}
+    assert found["strided-6"].chunking == found["fixed-6"].chunking
+    pooling = [found[name].autoencoder.pooling for name in ("fixed-6", "strided-6")]
+    assert pooling == ["mean", "strided"]
+
+
+def test_what_cannot_be_compared_is_refused():
+    with pytest.raises(ConfigError, match="--only takes fixed, words.*'verse'"):
+        entries(TINY, 6, ["verse"])
+    with pytest.raises(ConfigError, match="--targets must lie in 2..4096, got 1"):
+        entries(TINY, 6, targets=[1])
+    with pytest.raises(ConfigError, match="must be positive"):
+        entries(TINY, 0)
+    with pytest.raises(ConfigError, match="is a twin"):
+        entries(ROOT / "configs/tiny-twin.yaml", 6)
+
+
+def test_borders_agree_before_and_after_white_space_alike():
+    text = np.frombuffer(b"In the  end. It was", np.uint8)
+
+    def places(*at: int) -> np.ndarray:
+        return np.isin(np.arange(len(text)), at)
+
+    words = places(2, 6, 12, 15)
+    assert agree(text, places(3, 7, 13, 16), words) == {"precision": 1.0, "recall": 1.0}
+    assert agree(text, places(3, 4), words) == {"precision": 0.5, "recall": 0.25}
+    assert agree(text, places(), words) == {"precision": None, "recall": 0.0}
+
+
+def test_chunks_are_described_by_length_and_borders():
+    documents = [np.frombuffer(text.encode(), np.uint8) for text in ("Él va. No va.", "Así")]
+    starts = np.concatenate([make_chunker(ChunkingConfig(min_bytes=1)).chunk_start(d) for d in documents])
+    found = describe_chunks(documents, starts, [np.array([0, 8]), np.array([0])])
+    assert found["characters_per_chunk"] == pytest.approx(16 / 5)  # Él| va.| No| va.|Así
+    assert found["borders"]["word"] == {"precision": 1.0, "recall": 1.0}
+    assert found["borders"]["sentence"] == found["borders"]["verse"] == {"precision": 1 / 3, "recall": 1.0}
+
+
+def test_verses_start_after_a_space_of_the_built_in_text():
+    corpus = load_corpus(entries(TINY, 1, ["words"], [6])[0].config.data, "test")
+    verses = bible_verse_starts("test")
+    assert len(verses) == len(corpus)
+    for index, places in enumerate(verses):
+        text = corpus.document(index)
+        assert places[0] == 0 and (text[places[1:] - 1] == ord(" ")).all() and places[-1] < len(text)
+
+
+def test_written_chunks_are_compared_with_those_the_strategy_would_make():
+    chunker = make_chunker(ChunkingConfig(min_bytes=1))
+
+    def agreement(*chunks: bytes) -> float | None:
+        return rechunked([Continuation(b"In", list(chunks))], chunker)
+
+    assert agreement(b" the", b" end", b" of") == 1.0
+    assert agreement(b" the", b" e", b"nd") == pytest.approx(2 * 1 / (2 + 1))  # one start too many
+    assert agreement(b" the end", b" of") == pytest.approx(2 * 1 / (1 + 2))  # one too few
+    assert agreement(b"side", b" the") == 1.0  # where the prompt ends, the prompt says
+    assert agreement(b" the") is None and agreement() is None
+
+
+def test_corrupted_text_differs_a_little_and_always_alike():
+    text = b"And the king said to all his servants, Go now. " * 50
+    corpus = make_corpus("x", [text, text])
+    for kind in CORRUPTIONS:
+        bad = corrupt(corpus, kind)
+        assert (bad.text.tobytes() == corrupt(corpus, kind).text.tobytes()) and len(bad) == 2
+        assert bad.text.tobytes() != corpus.text.tobytes()
+        assert len(bad.text) == pytest.approx(len(corpus.text), rel=0.06)
+    assert corrupt(corpus, "case").text.tobytes().lower() == corpus.text.tobytes().lower()
+    assert corrupt(corpus, "spaces").text.tobytes().replace(b" ", b"") == corpus.text.tobytes().replace(
+        b" ", b""
+    )
+
+
+def test_typing_errors_touch_letters_alone_and_none_twice():
+    text = np.frombuffer(b"ab 12\n;cd. " * 300, np.uint8)
+    bad = CORRUPTIONS["typos"](text, np.random.default_rng(0))
+    assert bytes(byte for byte in bad if not chr(byte).isalpha()) == b" 12\n;. " * 300
+    slips = b"ab aab abb a b ba cd ccd cdd c d dc".split()
+    assert set(re.findall(rb"[a-z]+", bad.tobytes())) == set(slips)
+
+
+def test_kinds_are_different_chunks_a_chunk():
+    text = np.frombuffer(b"In the the end", np.uint8)
+    is_start = make_chunker(ChunkingConfig(min_bytes=1)).chunk_start(text)
+    assert describe_chunks([text], is_start)["kinds"] == 3 / 4
+
+
+def test_a_trained_run_gives_every_figure(trained_run):
+    found = measure(trained_run)
+    assert found["borders"]["word"]["precision"] > 0.5 and found["borders"].get("verse") is None
+    assert set(found["robustness"]) == {"clean", *CORRUPTIONS}
+    assert 0 <= found["written_agreement"] <= 1 and found["latents_per_second"] > 0
+    assert 0 < found["ends"] < found["decoder"]
+
+
+BITS = {"bound": 1.5, "standard_error": 0.0, "standard_error_text": 0.02, "latent": 0.5, "decoder": 1.0}
+ROBUSTNESS = {"clean": 1.5, "typos": 2.0, "case": 1.75, "spaces": 1.7}
+FIGURES = {"reconstruction": 0.9, "training_characters_per_second": 9e3, "robustness": ROBUSTNESS}
+
+
+def pretend_to_train(config, *, root):
+    """Leave what a league reads of a run beside its figures."""
+    folder = root / config.name / "autoencoder"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(to_dict(config)))))
+    return root / config.name
+
+
+def test_a_stopped_league_goes_on_and_measures_nothing_twice(monkeypatch, tmp_path):
+    measured: list[str] = []
+
+    def fake_measure(run):
+        if len(measured) == 2 and "stop" not in measured:
+            measured.append("stop")
+            raise KeyboardInterrupt
+        measured.append(run.name)
+        return {**BITS, **FIGURES}
+
+    monkeypatch.setattr("hldm.training.stages.train_run", pretend_to_train)
+    monkeypatch.setattr(league, "measure", fake_measure)
+    options = dict(only=["words", "gate"], targets=[6], root=tmp_path, say=lambda line: None)
+    with pytest.raises(KeyboardInterrupt):
+        run_league(TINY, 6, **options)
+    found = run_league(TINY, 6, **options)
+    assert measured == ["twin", "words-6", "stop", "gate-6"]
+    assert json.loads((tmp_path / "tiny-league/league.json").read_text()) == found
+    assert "| gate-6 | 1.500 | 0.000 | 0.500 | 1.000 | - | 90.0% |" in table(found)
+    assert (tmp_path / "tiny-league/league.md").read_text() == table(found) + "\n"
+    plot_league(found, tmp_path / "league.png")
+    assert (tmp_path / "league.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rows_of_earlier_calls_stay_if_their_minutes_are_the_same(monkeypatch, tmp_path):
+    monkeypatch.setattr("hldm.training.stages.train_run", pretend_to_train)
+    monkeypatch.setattr(league, "measure", lambda run: {**BITS, **FIGURES})
+
+    def names(strategy: str, minutes: float) -> list[str]:
+        options = dict(only=[strategy], targets=[6], root=tmp_path, say=lambda line: None)
+        return [row["name"] for row in run_league(TINY, minutes, **options)["chunkers"]]
+
+    assert names("fixed", 6) == ["fixed-6", "twin"]
+    assert names("gate", 6) == ["fixed-6", "gate-6", "twin"]
+    assert names("strided", 3) == ["strided-6", "twin"]  # the twin was trained anew: pretended, here
+
+
+def test_a_run_of_other_minutes_is_no_entry(trained_run, small_config, tmp_path):
+    shutil.copytree(trained_run, tmp_path / "small")
+    assert train_run(small_config, root=tmp_path) == tmp_path / "small"
+    longer = stage_training(small_config, "prior", steps=13)
+    with pytest.raises(ValueError, match=r"started with other settings \(training.prior.steps 12 -> 13\)"):
+        train_run(longer, root=tmp_path)
+
+
+def test_a_stage_that_was_killed_before_its_first_checkpoint_starts_anew(
+    trained_run, small_config, tmp_path, capsys
+):
+    shutil.copytree(trained_run / "autoencoder", tmp_path / "small" / "autoencoder")
+    (tmp_path / "small/autoencoder/totals.json").unlink()
+    shutil.rmtree(tmp_path / "small/autoencoder/checkpoints")
+    train_run(small_config, root=tmp_path)
+    assert "resuming" in capsys.readouterr().out
+    logged = (tmp_path / "small/autoencoder/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in logged] == list(range(1, 13))
+
+
+def test_the_command_leaves_a_report_a_table_and_a_figure(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("hldm.training.stages.train_run", pretend_to_train)
+    monkeypatch.setattr(league, "measure", lambda run: {**BITS, **FIGURES})
+    asked = ["chunkers", "--config", str(TINY), "--minutes", "6", "--only", "fixed", "--targets", "6"]
+    assert main(asked) == 0
+    assert "| fixed-6 | 1.500 |" in capsys.readouterr().out
+    left = {path.name for path in (tmp_path / "runs/tiny-league").iterdir() if path.is_file()}
+    assert left == {"league.json", "league.md", "league.png"}

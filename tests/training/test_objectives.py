@@ -1,0 +1,156 @@
+"""Every choice of the config trains: finite loss, gradients that reach every part, the same for any split."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import ROOT, SMALL
+
+from hldm.chunking.chunker import make_chunker
+from hldm.config import Config, DataConfig, load_config
+from hldm.model.autoencoder import Autoencoder
+from hldm.model.prior import Prior
+from hldm.text.corpus import load_corpus
+from hldm.text.windows import Windows
+from hldm.training.objectives import AutoencoderObjective, PriorObjective, Step
+
+
+def small(*overrides: str) -> Config:
+    often = "prior.context_dropout=0.5"  # so that a few chunks suffice to see it
+    return load_config([ROOT / "configs/tiny.yaml"], [*SMALL, often, *overrides])
+
+
+def make_objective(config: Config, stage: str) -> AutoencoderObjective | PriorObjective:
+    torch.manual_seed(0)
+    autoencoder = Autoencoder.from_settings(config.autoencoder, config.chunking)
+    z = config.autoencoder.latent_dim
+    prior = (
+        Prior.from_settings(config.autoencoder, config.prior, config.hierarchy, config.diffusion)
+        if z
+        else None
+    )
+    for parameter in prior.parameters() if prior is not None else ():
+        if not parameter.any():  # what starts at zero lets no gradient through
+            torch.nn.init.normal_(parameter, std=0.1)
+    if stage == "prior":
+        assert prior is not None
+        return PriorObjective(prior, autoencoder, config.training.prior.joint)
+    rate = prior if config.autoencoder.rate == "diffusion" else None
+    return AutoencoderObjective(autoencoder, config.autoencoder, config.diffusion.gamma_0, rate)
+
+
+def make_windows(config: Config) -> Windows:
+    corpus = load_corpus(DataConfig(), "validation")
+    return Windows(corpus, make_chunker(config.chunking), lanes=4, window_bytes=64)
+
+
+def run(objective, config: Config, steps: int = 3, progress: float = 0.9) -> Step:
+    """A few steps without an optimizer; gradients of the last stay."""
+    windows = make_windows(config)
+    carry = objective.initial_carry(4, torch.device("cpu"))
+    objective.train()
+    for index in range(steps):
+        objective.zero_grad()
+        torch.manual_seed(index)
+        out = objective(windows.batch(index), carry, torch.Generator().manual_seed(index), progress)
+        out.loss.backward()
+        objective.end_step(skipped=False)
+        carry = out.carry
+    assert torch.isfinite(out.loss)
+    return out
+
+
+CHOICES = [
+    [],
+    ["autoencoder.rate=none"],
+    ["autoencoder.rate=gaussian", "autoencoder.carry_state=true"],
+    ["autoencoder.byte_dropout=0.2", "autoencoder.latent_dropout=0.2", "autoencoder.clean_latents=0.3"],
+    ["prior.contextualiser=griffin"],
+    ["prior.reads_text=true", "autoencoder.reads_text=true"],
+    [
+        "autoencoder.writes=chunks",
+        "autoencoder.decoder.blocks=[attention,attention]",
+        "autoencoder.reads_text=true",
+    ],
+    ["autoencoder.rate=mixture", "autoencoder.components=8"],
+    ["autoencoder.rate=mixture", "prior.one_step=energy", "prior.energy.samples=3"],
+    ["prior.self_conditioning=0.99", "prior.context_dropout=0.0"],
+    ["diffusion.target=x0", "diffusion.schedule=linear"],
+    ["diffusion.target=eps", "diffusion.schedule=cosine"],
+    ["hierarchy.levels=0"],
+    ["chunking.strategy=sentence", "chunking.max_bytes=30"],
+    [
+        "autoencoder.pooling=strided",
+        *("chunking.strategy=fixed", "chunking.min_bytes=7", "chunking.max_bytes=7"),
+    ],
+]
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=lambda choice: " ".join(choice) or "default")
+@pytest.mark.parametrize("stage", ["autoencoder", "prior"])
+def test_gradients_reach_every_part_under_every_choice(stage, choice):
+    config = small(*choice, "training.prior.joint=0.5")
+    objective = make_objective(config, stage)
+    run(objective, config)
+    untouched = [
+        name
+        for name, parameter in objective.named_parameters()
+        if parameter.requires_grad and (parameter.grad is None or not parameter.grad.any())
+    ]
+    excused = {"prior.nothing"} if not config.prior.context_dropout else set()
+    assert {name for name in untouched if "bias" not in name} <= excused
+
+
+def test_the_twin_trains_without_latents():
+    config = load_config(
+        [ROOT / "configs/tiny-twin.yaml"],
+        [o for o in SMALL if "latent_dim" not in o] + ["data.window_bytes=64"],
+    )
+    out = run(make_objective(config, "autoencoder"), config)
+    assert out.nats.keys() == {"decoder"} and out.carry.encoder is None
+
+
+def test_a_frozen_autoencoder_stays_as_it_is():
+    config = small()
+    objective = make_objective(config, "prior")
+    before = {k: v.clone() for k, v in objective.autoencoder.state_dict().items()}
+    run(objective, config)
+    assert all(p.grad is None for p in objective.autoencoder.parameters())
+    torch.testing.assert_close(dict(objective.autoencoder.state_dict()), before, rtol=0, atol=0)
+
+
+def test_rows_of_a_batch_add_up_to_the_batch():
+    config = small("autoencoder.encoder.dropout=0", "prior.dropout=0")
+    windows = make_windows(config)
+    losses = []
+    for parts in ([(0, 4)], [(0, 1), (1, 2), (3, 1)]):
+        objective = make_objective(config, "autoencoder").train()
+        total = 0.0
+        for first, rows in parts:
+            carry = objective.initial_carry(rows, torch.device("cpu"))
+            generator = torch.Generator().manual_seed(5)
+            out = objective(windows.batch(0, first, rows), carry, generator, 0.0)
+            out.loss.backward()
+            total += out.loss.item()
+        losses.append((total, {name: p.grad for name, p in objective.named_parameters()}))
+        objective.end_step(skipped=False)
+        losses[-1] += (dict(objective.named_buffers()),)
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-5)
+    torch.testing.assert_close(losses[0][1], losses[1][1], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(losses[0][2], losses[1][2], rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_checkpointing_and_bfloat16_change_memory_not_the_loss():
+    config = small("autoencoder.encoder.dropout=0", "prior.dropout=0")
+    plain = make_objective(config, "autoencoder")
+    loss = run(plain, config).loss.item()
+    frugal = make_objective(config, "autoencoder")
+    frugal.autoencoder.enable_gradient_checkpointing()
+    assert run(frugal, config).loss.item() == pytest.approx(loss, rel=1e-6)
+    torch.testing.assert_close(
+        {name: p.grad for name, p in frugal.named_parameters()},
+        {name: p.grad for name, p in plain.named_parameters()},
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = run(make_objective(config, "autoencoder"), config).loss.item()
+    assert half == pytest.approx(loss, rel=0.01)

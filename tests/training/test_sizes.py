@@ -1,0 +1,345 @@
+"""What a config needs is known before anything is allocated, and what does not fit is refused with numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+from hldm import cli
+from hldm.config import Config, ConfigError, load_config, to_yaml
+from hldm.generation.pipeline import read_pipeline
+from hldm.model.autoencoder import Autoencoder
+from hldm.model.prior import Prior
+from hldm.model.state import named_tensors
+from hldm.runs import machine
+from hldm.runs.folder import Run
+from hldm.studies import bench_training
+from hldm.text.corpus import load_corpus
+from hldm.training import sizes
+from hldm.training.objectives import AutoencoderObjective, PriorObjective
+from hldm.training.segmenters import SEGMENTERS
+from hldm.training.shapes import segmenter_weights
+from hldm.training.stages import train_autoencoder
+from hldm.training.trainer import Trainer, make_optimizers
+
+needs_linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs /proc of Linux")
+
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+TINY = ROOT / "configs/tiny.yaml"
+OTHERS = [  # settings around configs/tiny.yaml that the shipped files do not show
+    [
+        "autoencoder.rate=diffusion",
+        "autoencoder.encoder.conv_width=40",
+        "training.autoencoder.optimizer=adamw",
+    ],
+    [
+        "prior.contextualiser=griffin",
+        "hierarchy.levels=0",
+        "autoencoder.rate=none",
+        "autoencoder.latent_dim=200",
+    ],
+    [
+        "prior.width=128",
+        "prior.heads=32",
+        "prior.denoiser_layers=5",
+        "autoencoder.decoder.mlp_ratio=1.37",
+        "training.prior.joint=0.5",
+    ],
+    ["autoencoder.rate=mixture", "autoencoder.reads_text=true", "prior.reads_text=true"],
+    [
+        "autoencoder.pooling=strided",
+        "autoencoder.latent_dim=40",
+        *("chunking.strategy=fixed", "chunking.min_bytes=9", "chunking.max_bytes=9"),
+    ],
+    ["autoencoder.rate=mixture", "prior.one_step=energy", "prior.energy.layers=3", "prior.energy.width=48"],
+    ["autoencoder.rate=diffusion", "prior.one_step=energy"],
+    ["autoencoder.trunk_layers=3", "autoencoder.trunk_width=64", "autoencoder.reads_text=false"],
+    [
+        "autoencoder.writes=chunks",
+        "autoencoder.decoder.blocks=[attention,attention]",
+        "training.prior.joint=0.5",
+    ],
+]
+CASES = [(path, ()) for path in CONFIGS] + [(TINY, tuple(overrides)) for overrides in OTHERS]
+
+
+def objective_of(config: Config, stage: str) -> AutoencoderObjective | PriorObjective:
+    """A stage's modules, built without memory."""
+    with torch.device("meta"):
+        autoencoder = Autoencoder.from_settings(config.autoencoder, config.chunking)
+        prior = None
+        if stage == "prior" or (config.autoencoder.rate == "diffusion" and not config.is_twin):
+            prior = Prior.from_settings(config.autoencoder, config.prior, config.hierarchy, config.diffusion)
+        if stage == "autoencoder":
+            return AutoencoderObjective(autoencoder, config.autoencoder, 0.0, prior)
+        assert prior is not None
+        return PriorObjective(prior, autoencoder, config.training.prior.joint)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "form"), [*((name, "forget") for name in SEGMENTERS), ("learned", "hnet")]
+)
+def test_the_weights_of_a_segmenter_are_counted_exactly(strategy, form):
+    settings = [f"strategy={strategy}", f"learned_form={form}", "segmenter.layers=3"]
+    config = load_config([TINY], [f"chunking.{setting}" for setting in settings])
+    with torch.device("meta"):
+        segmenter = SEGMENTERS[strategy].from_settings(config.chunking)
+    shapes = sorted(tuple(p.shape) for p in segmenter.parameters())
+    assert sorted(weight.shape for weight in segmenter_weights(config.chunking)) == shapes
+    found = sizes.survey(config)["stages"]["autoencoder"]
+    assert found["parameters"]["segmenter"] == sum(p.numel() for p in segmenter.parameters())
+    wide = replace(config.chunking, segmenter=replace(config.chunking.segmenter, width=4096, layers=64))
+    with pytest.raises(ConfigError, match=r"are segmenter: lower chunking.segmenter's width"):
+        sizes.require_room(replace(config, chunking=wide), "autoencoder")
+    assert "segmenter" not in sizes.survey(load_config([TINY]))["stages"]["autoencoder"]["parameters"]
+
+
+@pytest.mark.parametrize(("path", "overrides"), CASES)
+def test_weights_optimizers_and_states_are_counted_exactly(path, overrides):
+    config = load_config([path], overrides)
+    for stage in ("autoencoder",) if config.is_twin else ("autoencoder", "prior"):
+        objective = objective_of(config, stage)
+        weights = [w for part in sizes.stage_weights(config, stage).values() for w in part]
+        assert sorted(w.shape for w in weights) == sorted(tuple(p.shape) for p in objective.parameters())
+        counted = sizes.stage_sizes(config, stage).device
+        optimizers = make_optimizers(objective, getattr(config.training, stage))
+        moments = 0
+        for optimizer, each in zip(optimizers, (2, 1), strict=False):  # AdamW, then Muon
+            moments += sum(each * p.numel() for g in optimizer.param_groups for p in g["params"])
+        assert counted["optimizer state"] == 4 * moments
+        assert counted["gradients"] == 4 * sum(p.numel() for p in objective.parameters() if p.requires_grad)
+        carry = objective.initial_carry(3, torch.device("meta"))
+        carried = sum(t.numel() * t.element_size() for _, t in named_tensors(carry))
+        assert 3 * sizes.state_bytes(config, stage) == carried
+
+
+def test_a_config_says_its_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"x" * 1000)
+    (tmp_path / "b.jsonl").write_bytes(b"x" * 500)
+    data = load_config([TINY]).data
+    assert sizes.text_bytes(replace(data, path=str(tmp_path))) == 1500
+    assert sizes.text_bytes(replace(data, path=str(tmp_path / "*.txt"))) == 1000
+    assert sizes.text_bytes(replace(data, path=str(tmp_path), max_bytes=70)) == 70
+    assert sizes.text_bytes(replace(data, path="", max_bytes=10**9)) == pytest.approx(4.2e6, rel=0.05)
+
+
+def trainer_of(config: Config, stage: str, folder: Path) -> Trainer:
+    """A stage ready to train, in a folder of its own."""
+    windows = bench_training.windows_of(config, load_corpus(config.data, "train"))
+    objective: AutoencoderObjective | PriorObjective = bench_training.stage_one(config)
+    if stage == "prior":
+        objective = bench_training.stage_two(config, windows)
+    trainer = bench_training.trainer_of(config, stage, objective, windows)
+    folder.mkdir()
+    trainer.run = Run(folder, is_main=True, say=print)
+    return trainer
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "prior"])
+def test_a_checkpoint_takes_what_was_said_and_a_share_of_a_percent_of_the_time(stage, tmp_path):
+    config = load_config([TINY])
+    trainer = trainer_of(config, stage, tmp_path / stage)
+    trainer.step(0.1)
+    began = time.perf_counter()
+    trainer.step(0.1)
+    step = time.perf_counter() - began
+    began = time.perf_counter()
+    path = Path(trainer.save(print))
+    save = time.perf_counter() - began
+    real = sum(file.stat().st_size for file in path.iterdir())
+    said = sizes.stage_sizes(config, stage).disk["checkpoints"] / (config.checkpoint.keep + 1)
+    assert said == pytest.approx(real, rel=0.05)
+    assert save < 0.02 * config.checkpoint.every * step
+
+
+MEASURE = """
+import ctypes, sys
+from tests.training.test_sizes import trainer_of
+from pathlib import Path
+from hldm.runs import machine
+from hldm.training import sizes
+from hldm.config import load_config
+
+path, stage, folder = sys.argv[1:]
+config = load_config([path])
+trainer = trainer_of(config, stage, Path(folder) / stage)
+trainer.step(0.1)
+ctypes.CDLL(None).malloc_trim(0)
+before = machine.kibibytes("/proc/self/status")["VmRSS"]
+Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+trainer.step(0.1)
+status = machine.kibibytes("/proc/self/status")
+said = sizes.stage_sizes(config, stage)
+print((said.device["gradients"] + said.device["activations"]) / (status["VmHWM"] - before), end=" ")
+print((sum(said.device.values()) + sum(said.host.values())) / status["VmHWM"])
+"""
+
+
+@needs_linux
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    [
+        ("tiny", "autoencoder"),
+        ("tiny", "prior"),
+        ("tiny-twin", "autoencoder"),
+        ("small", "autoencoder"),
+        ("small", "prior"),
+    ],
+)
+def test_the_peak_of_a_step_is_estimated_within_a_factor_of_one_and_a_half(name, stage, tmp_path):
+    path = ROOT / f"configs/{name}.yaml"
+    command = [sys.executable, "-c", MEASURE, str(path), stage, str(tmp_path)]
+    places = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    done = subprocess.run(command, env=places, capture_output=True, text=True, check=True)
+    of_step, of_process = map(float, done.stdout.split()[-2:])
+    print(name, stage, of_step, of_process)
+    assert 0.7 < of_step < 1.5 and 0.7 < of_process < 1.5
+
+
+# ---- refusals
+
+
+def run_limited(*command: str, address_space: int = 4_096_000_000, cwd: Path) -> tuple[int, str, float]:
+    """Exit code, standard error, and seconds of CPU of a command under ulimit -v."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (address_space, address_space)),
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return done.returncode, done.stderr, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("data.lanes=1000000000", "TiB of memory, 3."),
+        ("data.window_bytes=1000000000000", "lower data.lanes, data.window_bytes or the widths"),
+        ("autoencoder.encoder.width=1000000000", "must be at most 65536, got 1000000000"),
+        ("autoencoder.encoder.width=65536", "lower the widths"),
+        ("autoencoder.decoder.mlp_ratio=1e12", "must be at most 64, got 1000000000000"),
+        ("prior.layers=1000000", "prior.layers: at most 512, got 1000000"),
+        ("checkpoint.keep=1000000000000", "lower checkpoint.keep"),
+    ],
+)
+def test_what_cannot_fit_is_refused_within_two_seconds_under_a_limit(override, says, tmp_path):
+    script = "train_diffusion.py" if override.startswith("prior.") else "train_autoencoder.py"
+    code, error, seconds = run_limited(str(ROOT / script), "--config", str(TINY), override, cwd=tmp_path)
+    assert (code, error.count("\n")) == (2, 1) and says in error and seconds < 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_demo_is_refused_before_its_first_stage(tmp_path):
+    (tmp_path / "big.yaml").write_text(f"base: {TINY}\nprior: {{width: 65536, layers: 100}}\n")
+    (tmp_path / "big-twin.yaml").write_text(f"base: {ROOT / 'configs/tiny-twin.yaml'}\n")
+    code, error, seconds = run_limited("-m", "hldm.cli", "demo", "--config", "big.yaml", cwd=tmp_path)
+    assert (code, error.count("\n")) == (2, 1) and "training.prior needs about" in error and seconds < 2
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--prompt", "a", "--max-chars", "1000000000000"],
+        ["--prompt", "a", "--num-samples", "1000000000000"],
+        ["--prompt-file", "huge.txt"],
+        ["--prompt", "a", "--steps", "1000000000000"],
+    ],
+)
+def test_writing_too_much_is_refused_within_two_seconds_under_a_limit(arguments, trained_run, tmp_path):
+    with open(tmp_path / "huge.txt", "wb") as file:
+        file.truncate(10**12)  # sparse: takes no disk
+    command = [str(ROOT / "generate.py"), "--run", str(trained_run), *arguments]
+    code, error, seconds = run_limited(*command, cwd=tmp_path)
+    assert (code, error.count("\n")) == (2, 1) and seconds < 2
+    assert "of memory, 3." in error or "generation.steps must lie in 0..10000, got 1000000000000" in error
+
+
+def test_a_pipeline_refuses_too_much_as_well(trained_run):
+    pipeline = read_pipeline(trained_run / "pipeline")
+    with pytest.raises(ConfigError, match="1,000,000,000,000 characters"):
+        pipeline("a", max_characters=10**12)
+
+
+def test_a_stage_is_refused_for_memory_disk_and_corpus_alike(small_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(sizes, "available_memory", lambda: (200 * 2**20, "in this cgroup"))
+    with pytest.raises(
+        ConfigError, match=r"MiB of memory, 200 MiB available in this cgroup; .* python and torch"
+    ):
+        train_autoencoder(small_config, root=tmp_path)
+    monkeypatch.undo()
+    monkeypatch.setattr(sizes, "free_disk", lambda folder: (10_000, folder))
+    with pytest.raises(ConfigError, match=r"of disk, 9.77 KiB available .* lower checkpoint.keep"):
+        train_autoencoder(small_config, root=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_run_has_saved_counts_as_room_when_it_goes_on(small_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(sizes, "free_disk", lambda folder: (0, folder))
+    (tmp_path / "small/autoencoder/checkpoints").mkdir(parents=True)
+    with open(tmp_path / "small/autoencoder/checkpoints/a", "wb") as file:
+        file.truncate(10**9)
+    sizes.require_room(small_config, "autoencoder", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "folder", "names"),
+    [
+        ("0::/job", "job", ("memory.max", "memory.current", "inactive_file")),
+        (
+            "4:memory:/job",
+            "memory/job",
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ),
+    ],
+)
+@pytest.mark.parametrize("inside", ["", "step"])
+def test_the_limit_of_a_cgroup_or_of_one_above_it_is_found(line, folder, names, inside, tmp_path):
+    root = tmp_path / "cgroup"
+    place = root / folder
+    (place / inside).mkdir(parents=True, exist_ok=True)
+    (tmp_path / "groups").write_text(f"9:cpu:/other\n{line}/{inside}\n")
+    if inside:
+        (place / inside / names[0]).write_text("max\n")
+    (place / names[0]).write_text("100000000\n")
+    (place / names[1]).write_text("90000000\n")
+    (place / "memory.stat").write_text(f"anon 3\n{names[2]} 40000000\n")
+    own = machine.kibibytes("/proc/self/status")["VmRSS"]
+    found, where = machine.available_memory(tmp_path / "groups", root)
+    assert where == "in this cgroup" and found == pytest.approx(50_000_000 + own, abs=2**22)
+
+
+def test_processes_on_one_machine_share_its_memory(small_config, monkeypatch):
+    def total() -> int:
+        return next(need.total for need in sizes.needs(small_config, "autoencoder") if need.what == "memory")
+
+    one = total()
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert 1.9 * one < total() < 2.1 * one
+
+
+def test_the_command_prints_a_table_and_a_verdict(small_config, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("small.yaml").write_text(to_yaml(small_config))
+    assert cli.main(["sizes", "--config", "small.yaml"]) == 0
+    out = capsys.readouterr().out
+    assert "optimizer state" in out and out.endswith("small fits\n")
+    assert cli.main(["sizes", "--config", "small.yaml", "data.lanes=1000000000", "--json"]) == 2
+    found = json.loads(capsys.readouterr().out)
+    assert not found["fits"] and "lower data.lanes" in found["stages"]["autoencoder"]["needs"][0]["refusal"]
