@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hldm.chunking.attached import chunker_of
 from hldm.config import Config, GenerationConfig
 from hldm.generation.chunk import Piece, Written, write_bytes, write_chunks
 from hldm.kernels.context import KeptContext, can_keep
@@ -147,7 +148,7 @@ class LatentWriter:
         self.memory: ContextState | KeptContext = prior.initial_state(rows, self.device)
         self.context: Context | Told = self._read_nothing(self.memory)  # of the next chunk
         self.opens = [True] * rows  # whether the next chunk is the first of its document
-        starts = [autoencoder.chunker.chunk_start(prompt) for prompt in prompts]
+        starts = [chunker_of(autoencoder).chunk_start(prompt) for prompt in prompts]
         for window in _prompt_windows(prompts, starts, self.device):
             self._read(window)
         self.opens = [not prompt for prompt in prompts]
@@ -320,7 +321,7 @@ class ByteWriter:
         self.calls = 0
         rows = len(prompts)
         self.state = autoencoder.decoder_state(rows, self.device)
-        starts = [autoencoder.chunker.chunk_start(prompt) for prompt in prompts]
+        starts = [chunker_of(autoencoder).chunk_start(prompt) for prompt in prompts]
         for window in _prompt_windows(prompts, starts, self.device):
             text, length, doc_start, chunk_start, _ = window
             never = torch.zeros_like(doc_start)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from hldm.chunking.attached import chunker_of
 from hldm.chunking.chunker import make_chunker
 from hldm.config import (
     AutoencoderConfig,
@@ -192,7 +193,7 @@ def test_windows_of_prompts_have_one_shape_and_as_many_bytes_whatever_the_number
     text = b"In the beginning was the word, and so on, and so on. " * 60
     for rows in (1, 3, 16):
         prompts = [text[row:] for row in range(rows)]
-        starts = [autoencoder.chunker.chunk_start(prompt) for prompt in prompts]
+        starts = [chunker_of(autoencoder).chunk_start(prompt) for prompt in prompts]
         windows = list(_prompt_windows(prompts, starts, torch.device("cpu")))
         assert len({(window.text.shape, window.chunks) for window in windows}) == 1
         assert windows[0].text.numel() <= PROMPT_WINDOW + rows * autoencoder.chunking.max_bytes
