@@ -39,7 +39,7 @@ def held_out_windows(
     chunk_start: (t,) bool where its chunks start, if that is known already. The twin's, which change nothing for it,
     are the default words: costs are known by chunk, and its own are as long as its attention sees.
     """
-    chunker = prompt_chunker(autoencoder.chunker, is_twin=autoencoder.latent_dim == 0)
+    chunker = prompt_chunker(autoencoder)
     return Windows(
         corpus,
         chunker,

@@ -21,6 +21,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from hldm.chunking.attached import chunker_of
 from hldm.chunking.chunker import Chunker, make_chunker
 from hldm.chunking.segmenter import Segmenter
 from hldm.config import Config, ConfigError, TrainingConfig, to_dict
@@ -266,7 +267,7 @@ def train_diffusion(config: Config, *, resume: bool = False, root: Path = Path("
     if segmenter is not None:
         attach_segmenter(autoencoder, segmenter)
     corpora = load_corpora(config.data)
-    sample_text = opening(autoencoder.chunker, corpora["validation"])
+    sample_text = opening(chunker_of(autoencoder), corpora["validation"])
     with open_stage(config, "prior", resume, root) as stage:
         windows = stage.windows(corpora["train"], segmenter)
         prior = _first_prior(folder, config, stage.say)
@@ -444,7 +445,7 @@ def _continue(autoencoder: Autoencoder, prior: Prior | None, prompt: bytes, conf
 def _reconstruct(autoencoder: Autoencoder, text: bytes, config: Config) -> str:
     """A sample of stage one: validation text, read into latents and written back from them."""
     device = next(autoencoder.parameters()).device
-    start = torch.from_numpy(autoencoder.chunker.chunk_start(text))[None].to(device)
+    start = torch.from_numpy(chunker_of(autoencoder).chunk_start(text))[None].to(device)
     symbols = torch.from_numpy(to_ids(text))[None].to(device)
     doc_start = torch.zeros_like(start)
     doc_start[:, 0] = True
