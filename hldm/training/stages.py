@@ -37,10 +37,10 @@ from hldm.runs.folder import Run, check_run_name, check_settings, open_run
 from hldm.runs.progress import say_line
 from hldm.runs.ranks import RankLost, is_rank_failure, make_roll_call, missing_ranks
 from hldm.runs.signals import Interrupted, Stopped
-from hldm.text.bytes import to_ids
 from hldm.text.corpus import Corpus, load_corpora
-from hldm.text.windows import Batch, Windows, cache_latents, load_latents
-from hldm.training.objectives import AutoencoderObjective, CachedLatents, PriorObjective, read_latents
+from hldm.text.windows import Batch, Windows, window_of
+from hldm.training.latent_cache import CachedLatents, cache_latents, load_latents
+from hldm.training.objectives import AutoencoderObjective, PriorObjective
 from hldm.training.segmenters import attach_segmenter, cached_starts, read_segmenter, train_segmenter
 from hldm.training.sizes import require_room
 from hldm.training.trainer import Totals, Trainer, make_accelerator
@@ -405,7 +405,7 @@ def _cached_latents(
         def encode(batch: Batch) -> Tensor:
             nonlocal state
             stage.main_says(True)  # that it is at work: the others would take a long silence for a hang
-            encoding, state = read_latents(autoencoder, batch.to(device), state)
+            encoding, state = autoencoder.encode(batch.to(device), state)
             parts = [encoding.latents, encoding.after] if with_features else [encoding.latents]
             return torch.cat(parts, dim=-1).cpu()
 
@@ -445,12 +445,8 @@ def _continue(autoencoder: Autoencoder, prior: Prior | None, prompt: bytes, conf
 def _reconstruct(autoencoder: Autoencoder, text: bytes, config: Config) -> str:
     """A sample of stage one: validation text, read into latents and written back from them."""
     device = next(autoencoder.parameters()).device
-    start = torch.from_numpy(chunker_of(autoencoder).chunk_start(text))[None].to(device)
-    symbols = torch.from_numpy(to_ids(text))[None].to(device)
-    doc_start = torch.zeros_like(start)
-    doc_start[:, 0] = True
-    length = torch.tensor([len(text)], device=device)
-    encoding, _ = autoencoder.encode(symbols, length, doc_start, start, autoencoder.encoder_state(1, device))
+    window = window_of([text], [chunker_of(autoencoder).chunk_start(text)], [True], device)
+    encoding, _ = autoencoder.encode(window, autoencoder.encoder_state(1, device))
     n = encoding.latents.shape[1]
     # every chunk on its own, side by side, from its noise-free latent
     alpha = torch.sigmoid(torch.tensor(-config.diffusion.gamma_0)).sqrt().to(device)

@@ -4,8 +4,7 @@ import time
 
 import numpy as np
 import pytest
-import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hldm.chunking.chunker import TEXT_STRATEGIES, Cutter, make_chunker
