@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hldm.config import Config, load_config
     from hldm.generation.pipeline import HLDMPipeline, HLDMPipelineOutput
-    from hldm.kernels.scan import linear_scan
     from hldm.model.autoencoder import Autoencoder
     from hldm.model.griffin import Griffin
+    from hldm.model.ops import linear_scan
     from hldm.model.prior import Prior
 
 __version__ = "0.1.0"
@@ -33,7 +33,7 @@ _HOMES = {
     "HLDMPipeline": "generation.pipeline",
     "HLDMPipelineOutput": "generation.pipeline",
     "Prior": "model.prior",
-    "linear_scan": "kernels.scan",
+    "linear_scan": "model.ops",
     "load_config": "config",
 }
 __all__ = [

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hldm.config import GriffinConfig
-from hldm.kernels.derivatives import at_least_float32
 from hldm.model.griffin import GatedMLP, RMSNorm
+from hldm.model.ops import at_least_float32
 from hldm.text.events import ends_of
 
 BYTES, ENDS = 256, 2
