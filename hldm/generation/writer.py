@@ -107,7 +107,9 @@ def next_context(prior: Prior, memory: ContextState) -> Context:
     """The context of the chunk that comes next (b 1 ...), from what is remembered of those before it."""
     device, rows = memory.written.device, len(memory.written)
     none = torch.zeros(rows, 0, dtype=torch.bool, device=device)
-    context, _ = prior.contextualiser(torch.zeros(rows, 0, prior.latent_dim, device=device), none, none, memory)
+    context, _ = prior.contextualiser(
+        torch.zeros(rows, 0, prior.latent_dim, device=device), none, none, memory
+    )
     return context.first(1)
 
 
@@ -152,18 +154,24 @@ class LatentWriter:
         self.generators = generators
         self.device = next(autoencoder.parameters()).device
         self.calls = 0
-        self.plan = sampler_steps(settings.scheduler, prior.schedule, settings.steps) if settings.steps else None
+        self.plan = (
+            sampler_steps(settings.scheduler, prior.schedule, settings.steps) if settings.steps else None
+        )
         rows = len(prompts)
         self.encoder = autoencoder.encoder_state(rows, self.device)
         self.decoder = autoencoder.decoder_state(rows, self.device)
-        self.memory = prior.initial_state(rows, self.device)  # the pyramid; stays so where nothing is denoised
+        self.memory = prior.initial_state(
+            rows, self.device
+        )  # the pyramid; stays so where nothing is denoised
         self.blind: Told | None = None  # what the denoiser is told of no text; None without guidance
         if settings.guidance != 1:
             nothing = next_context(prior, self.memory)
             self.blind = prior.tell(prior.hide(nothing, torch.ones_like(nothing.visible[..., 0])))
         for window in _prompt_windows(autoencoder, prompts, self.device):
             self._read(window)
-        self.told = prior.tell(next_context(prior, self.memory))  # what the denoiser is told of the next chunk
+        self.told = prior.tell(
+            next_context(prior, self.memory)
+        )  # what the denoiser is told of the next chunk
         self.opens = [not prompt for prompt in prompts]  # whether the next chunk is the first of its document
 
     def _read(self, window: Window) -> None:
@@ -224,9 +232,7 @@ class LatentWriter:
 
     def close_chunks(self, written: Written, length: Tensor, opens: Tensor) -> tuple[Tensor, EncoderState]:
         """The latents (b 1 z) of the chunks just written, and the state after them. length (b), opens (b 1)."""
-        return self.autoencoder.close_chunk(
-            written.features, written.encoder, length, opens, self.encoder
-        )
+        return self.autoencoder.close_chunk(written.features, written.encoder, length, opens, self.encoder)
 
     def add_chunks(self, latents: Tensor, opens: Tensor, closed: Tensor) -> None:
         """What the denoiser is told of the chunk after those of these latents; see the function `add_chunks`."""

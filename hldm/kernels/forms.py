@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from hldm.kernels import derivatives, muon, scan, stack
+from hldm.generation import writer as generation
+from hldm.kernels import derivatives, muon, scan, stack, writer
 from hldm.model import ops
 from hldm.model.griffin import Griffin
 
@@ -25,5 +26,6 @@ FORMS: dict[Any, Any] = {
     ops.placed_gelu: derivatives.placed_gelu,
     ops.softmax_nats: derivatives.softmax_nats,
     Griffin.run_blocks: stack.run_blocks,
+    generation.make_writer: writer.make_writer,
     torch.optim.Muon: muon.Muon,
 }

@@ -107,19 +107,19 @@ def kernels_can_compute() -> bool:
     return not torch.is_autocast_enabled("cpu")
 
 
+def _stack(model: Griffin) -> Stack:
+    stack = _STACKS.get(model)
+    if stack is None:
+        stack = _STACKS[model] = Stack(model)
+    return stack
+
+
 def stack_of(model: Griffin, state: GriffinState, batch: int) -> Stack | None:
     """Where a Griffin's parameters are; None when the kernels cannot read them, do what it does, or read its state."""
     if (model.training and model.config.dropout) or batch == 0:
         return None
-    stack = _STACKS.get(model)
-    if stack is None:
-        stack = _STACKS[model] = Stack(model)
+    stack = _stack(model)
     return stack if stack.find() and all(_fits(block, model, batch) for block in state) else None
-
-
-def found_stack(model: Griffin) -> Stack:
-    """What `stack_of` has just found."""
-    return _STACKS[model]
 
 
 def can_step(model: Griffin, x: Tensor, state: GriffinState) -> bool:
@@ -155,7 +155,7 @@ def run_blocks(
     """`Griffin.run_blocks` of one position: x (b 1 d), doc_start and chunk_start (b 1) bool."""
     if length is not None or not can_step(model, x, state):
         return NotImplemented
-    stack, kernels, rotation = found_stack(model), library(), model.rotation()
+    stack, kernels, rotation = _stack(model), library(), model.rotation()
     assert kernels is not None and stack.pointers is not None
     before = [tensor.contiguous() for part in state for tensor in part]
     after = [torch.empty_like(tensor) for tensor in before]
@@ -188,8 +188,11 @@ def stack_call(
     """A stack as a kernel takes it, and a copy of its state, which the kernel writes over.
 
     kept: is given what the call points to, and must live until the kernel returns
+    Raises RuntimeError where weights that the kernels could read have become others that they cannot.
     """
-    stack, rotation = found_stack(model), model.rotation()
+    stack, rotation = _stack(model), model.rotation()
+    if not stack.find():  # anew at every call: an address that is no longer theirs must not be read
+        raise RuntimeError("the model's weights were moved or cast while a text was being written")
     copies = [tensor.clone(memory_format=torch.contiguous_format) for part in state for tensor in part]
     pointers = (ctypes.c_void_p * len(copies))(*(tensor.data_ptr() for tensor in copies))
     kept += [pointers, rotation, stack]

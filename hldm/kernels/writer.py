@@ -88,7 +88,9 @@ def plain_steps(
         found["denoise"] = f"generation.guidance={settings.guidance:g}"
     elif not can_denoise(prior, settings.steps):
         found["denoise"] = (
-            f"generation.steps={settings.steps}" if prior.mixture is not None else "no autoencoder.rate=mixture"
+            f"generation.steps={settings.steps}"
+            if prior.mixture is not None
+            else "no autoencoder.rate=mixture"
         )
     if not can_keep(prior, rows):
         found["context"] = f"prior.contextualiser={prior.settings.contextualiser}"
@@ -147,9 +149,7 @@ class FusedLatentWriter(LatentWriter):
     def close_chunks(self, written: Written, length: Tensor, opens: Tensor) -> tuple[Tensor, EncoderState]:
         if "close" in self.plain:
             return super().close_chunks(written, length, opens)
-        return close_chunk(
-            self.autoencoder, written.features, written.encoder, length, opens, self.encoder
-        )
+        return close_chunk(self.autoencoder, written.features, written.encoder, length, opens, self.encoder)
 
     def add_chunks(self, latents: Tensor, opens: Tensor, closed: Tensor) -> None:
         if self.kept is None:

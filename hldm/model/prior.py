@@ -104,9 +104,7 @@ class Prior(SavedModel):
             log_weights = self.mixture.log_weights(context.feature)[:, :, None]
         return Told(log_weights, self.denoiser.read(context))
 
-    def denoise(
-        self, z: Tensor, gamma: Tensor, told: Told, estimate: Tensor | None = None
-    ) -> Tensor:
+    def denoise(self, z: Tensor, gamma: Tensor, told: Told, estimate: Tensor | None = None) -> Tensor:
         """x0_hat(z_gamma, gamma, context). z: (b n m z); gamma: (b n m); estimate: an earlier x0_hat.
 
         told: `tell` of the context, once for all draws and steps.
