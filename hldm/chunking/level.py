@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from hldm.kernels.scan import linear_scan
+from hldm.model.ops import linear_scan
 
 
 class ChunkLevel(nn.Module):

@@ -19,7 +19,6 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from hldm.config import AutoencoderConfig, ChunkingConfig, section_from_dict
-from hldm.kernels.close import can_close, close_step
 from hldm.model.griffin import Griffin, GriffinState
 from hldm.model.ops import take_rows
 from hldm.model.readouts import (
@@ -135,9 +134,6 @@ class Autoencoder(SavedModel):
 
         y: (b l d) features of its bytes, griffin: the state after them;  length: (b), at least 1;  opens: (b 1) bool
         """
-        if can_close(self, y, state.trunk):
-            latents, feature, trunk, known = close_step(self, y, length, opens, state.trunk)
-            return latents[:, None], EncoderState(griffin, feature, trunk, known)
         latents = self.normaliser(self.to_latent.of_chunk(y, length))
         feature = take_rows(y, length[:, None] - 1)  # (b 1 d)
         known, trunk = feature, state.trunk

@@ -104,15 +104,12 @@ class Prior(SavedModel):
             log_weights = self.mixture.log_weights(context.feature)[:, :, None]
         return Told(log_weights, self.denoiser.read(context))
 
-    def denoise(
-        self, z: Tensor, gamma: Tensor, context: Context | Told, estimate: Tensor | None = None
-    ) -> Tensor:
+    def denoise(self, z: Tensor, gamma: Tensor, told: Told, estimate: Tensor | None = None) -> Tensor:
         """x0_hat(z_gamma, gamma, context). z: (b n m z); gamma: (b n m); estimate: an earlier x0_hat.
 
-        context: as it is or, over several steps, as `tell` reads it.
+        told: `tell` of the context, once for all draws and steps.
         With a mixture: its own estimate, corrected by sigma times what the network says.
         """
-        told = self.tell(context) if isinstance(context, Context) else context
         if self.mixture is not None and told.log_weights is not None:
             estimate = self.mixture.denoise(z, gamma, told.log_weights)
             _, sigma = alpha_sigma(gamma.unsqueeze(-1))
@@ -125,12 +122,12 @@ class Prior(SavedModel):
         self, x0: Tensor, gamma: Tensor, noise: Tensor, context: Context, self_condition: bool = False
     ) -> Tensor:
         """x0_hat from x0 made noisy. x0, noise and result: (b n m z); gamma: (b n m)."""
-        z = diffuse(x0, gamma, noise)
+        z, told = diffuse(x0, gamma, noise), self.tell(context)
         earlier = None
         if self_condition:
             with torch.no_grad():
-                earlier = self.denoise(z, gamma, context)
-        return self.denoise(z, gamma, context, earlier)
+                earlier = self.denoise(z, gamma, told)
+        return self.denoise(z, gamma, told, earlier)
 
     def latent_term(
         self,

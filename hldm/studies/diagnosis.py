@@ -293,10 +293,10 @@ class _Readers:
     def _sampled(self, mu: Tensor, context: Context) -> Tensor:
         """Latents drawn from the prior, given the true text before."""
         b, n, z = mu.shape
-        context = context.first(n)
+        told = self.prior.tell(context.first(n))
 
         def denoise(state: Tensor, gamma: Tensor) -> Tensor:
-            return self.prior.denoise(state.view(b, n, 1, z), gamma.view(b, n, 1), context).view(b * n, z)
+            return self.prior.denoise(state.view(b, n, 1, z), gamma.view(b, n, 1), told).view(b * n, z)
 
         seeds = torch.randint(2**62, (b * n,), generator=self.generator).tolist()
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]

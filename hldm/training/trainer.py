@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from hldm.config import CheckpointConfig, ConfigError, LoggingConfig, TrainingConfig
-from hldm.kernels.muon import Muon
+from hldm.model.speed import fastest
 from hldm.model.state import map_carry, named_tensors
 from hldm.runs.checkpoints import (
     Checkpoint,
@@ -133,7 +133,7 @@ def make_optimizers(model: nn.Module, config: TrainingConfig) -> list[torch.opti
     optimizers: list[torch.optim.Optimizer] = [adamw]
     if matrices:
         optimizers.append(
-            Muon(
+            fastest(torch.optim.Muon)(
                 matrices,
                 lr=config.learning_rate,
                 weight_decay=config.weight_decay,
