@@ -218,7 +218,7 @@ def chunk(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(f"--minutes must not be negative, got {arguments.minutes:g}")
         text = read_input(arguments.text, MAX_PROMPT_BYTES)
         from hldm.chunking.view import PAGE_MARK, as_json, as_page, as_text, cut_text
-        from hldm.runs.checkpoints import atomic_write
+        from hldm.runs.files import atomic_write
         from hldm.runs.reports import check_page_path
 
         if arguments.html is not None:

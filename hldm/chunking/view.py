@@ -13,10 +13,11 @@ import numpy as np
 from hldm.chunking.chunker import TEXT_STRATEGIES, make_chunker
 from hldm.chunking.pretrained import MODEL_SEGMENTERS, ask_shipped_run
 from hldm.chunking.segmenter import Signaller
+from hldm.chunking.strategies import SEGMENTERS, read_segmenter, sample_of, shipped_segmenter
 from hldm.config import ChunkingConfig, ConfigError, DataConfig, load_config
 from hldm.text.bytes import printable, tinted
 from hldm.text.corpus import Corpus, load_corpus
-from hldm.training.segmenters import SEGMENTERS, read_segmenter, sample_of, shipped_segmenter, train_segmenter
+from hldm.training.segmenters import train_segmenter
 
 TINTS = ("#cfe8ff", "#ffe6b3")  # light blue and light orange, told apart without colour vision
 STYLE = (

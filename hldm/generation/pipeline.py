@@ -17,15 +17,15 @@ from diffusers.utils import BaseOutput
 from transformers import PreTrainedTokenizer
 
 from hldm.chunking.segmenter import Segmenter
+from hldm.chunking.strategies import attach_segmenter, read_segmenter
 from hldm.config import GenerationConfig, section_from_dict
 from hldm.generation.writer import Continuation, write_on
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.diffusion import SchedulerName, make_scheduler, scheduler_name
 from hldm.model.prior import Prior
-from hldm.runs.checkpoints import fingerprint
+from hldm.runs.files import fingerprint
 from hldm.runs.saved_model import SAVED_BY_DIFFUSERS, SavedModel, first_line, read_json
 from hldm.text.bytes import StreamDecoder, to_bytes
-from hldm.training.segmenters import attach_segmenter, read_segmenter
 
 
 class ByteTokenizer(PreTrainedTokenizer):

@@ -8,19 +8,19 @@ and renamed into place; only then are older ones deleted. So whatever stands und
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
 import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetensors import SafetensorError
+
+from hldm.runs.files import sha256_of, sync, write_synced
+from hldm.runs.machine import free_disk
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +30,6 @@ MANIFEST = "MANIFEST.json"
 STATE = "state.json"
 MAX_RECORD_BYTES = 100_000_000  # a state.json is small; the same cap as safetensors' own header
 STEM = re.compile(r"[A-Za-z0-9_-]{1,64}")
-FULL = (errno.ENOSPC, errno.EDQUOT)  # of the disk, of what a user may have of it
 LEFTOVER = re.compile(r"\.(?:tmp|del)-step-[0-9]+-([0-9]+)")  # ends with the process that made it
 
 
@@ -86,7 +85,7 @@ def save_checkpoint(
     try:
         if not home.is_dir():
             home.mkdir(parents=True)
-            _sync(home.parent)
+            sync(home.parent)
         _remove_leftovers(home, say)
         damage = _damage_of(target)
         if damage:
@@ -95,11 +94,11 @@ def save_checkpoint(
                 say(f"{damage}; replacing it by a new save of step {step}")
                 _discard(target, say)
             os.rename(temporary, target)
-        _sync(home)
+        sync(home)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise CheckpointError(
-            f"{target} could not be saved: {reason} ({_free_bytes(home):,} bytes free); "
+            f"{target} could not be saved: {reason} ({free_disk(home)[0]:,} bytes free); "
             "earlier checkpoints are untouched"
         ) from error
     finally:
@@ -214,61 +213,6 @@ def unflatten_optimizer(tensors: Mapping[str, Tensor], layout: Any) -> dict[str,
     return state_dict
 
 
-def sha256_of(path: Path) -> str:
-    """The sha256 of a file, in hex."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """The sha256 of names, dtypes, shapes and bytes: equal for equal weights, wherever and however stored."""
-    import torch
-
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode() + b"\n")
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def atomic_write(path: Path, data: bytes | str) -> None:
-    """Replace a file in one step: a reader, or a kill, sees the old content or the new, never half of one.
-
-    Raises OSError naming the file; the old content stands then.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    with naming(path):
-        try:
-            _write_synced(temporary, data.encode() if isinstance(data, str) else data)
-            os.replace(temporary, path)
-            _sync(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Have an error of the disk name the file that was being written, and what is free where the disk is full.
-
-    Raises OSError, in place of safetensors' own error, too.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        number, reason = getattr(error, "errno", None), getattr(error, "strerror", None) or str(error)
-        if number is None and (inner := re.search(r"\(os error ([0-9]+)\)", reason)):
-            number = int(inner[1])
-            reason = os.strerror(number)
-        if number in FULL and "bytes free" not in reason:
-            reason += f" ({_free_bytes(Path(path)):,} bytes free): free some and try again"
-        raise OSError(number or errno.EIO, reason, str(path)) from error
-
-
 def _write_files(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], record: bytes) -> None:
     """Everything of a checkpoint, the manifest last, synced to disk."""
     from safetensors.torch import save_file
@@ -277,11 +221,11 @@ def _write_files(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], reco
     for stem, named_tensors in tensors.items():
         file = folder / f"{stem}.safetensors"
         save_file(_storable(named_tensors), file)
-        _sync(file)
-    _write_synced(folder / STATE, record)
+        sync(file)
+    write_synced(folder / STATE, record)
     files = {f.name: {"bytes": f.stat().st_size, "sha256": sha256_of(f)} for f in sorted(folder.iterdir())}
-    _write_synced(folder / MANIFEST, _encode({"schema": SCHEMA, "files": files}))
-    _sync(folder)
+    write_synced(folder / MANIFEST, _encode({"schema": SCHEMA, "files": files}))
+    sync(folder)
 
 
 def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -418,23 +362,3 @@ def _step_of(path: Path) -> int | None:
 
 def _is_folder(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink()
-
-
-def _free_bytes(path: Path) -> int:
-    return shutil.disk_usage(next(p for p in (path, *path.absolute().parents) if p.is_dir())).free
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(path: Path) -> None:
-    """Have a file, or a folder's list of names, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

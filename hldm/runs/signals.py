@@ -38,14 +38,6 @@ class Stopped(BaseException):
         self.signum = signum
 
 
-class Interrupted(RuntimeError):
-    """A signal asked a run to stop, and it can go on from what is saved."""
-
-    def __init__(self, signum: int, path: str):
-        super().__init__(f"stopped by {signal.Signals(signum).name}; saved {path}: go on with --resume")
-        self.signum = signum
-
-
 class Interrupt:
     """Within this context SIGINT, SIGTERM and SIGUSR1 only set `requested`, or, with `raises`, raise Stopped.
 

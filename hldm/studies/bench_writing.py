@@ -26,7 +26,7 @@ from hldm.model.autoencoder import OUTPUTS, Autoencoder
 from hldm.model.parallel_decoder import ParallelDecoder
 from hldm.model.prior import Prior
 from hldm.runs.clock import wait_for_device
-from hldm.runs.memory import peak_memory
+from hldm.runs.machine import peak_memory
 from hldm.text.bytes import END_OF_CHUNK, count_characters
 from hldm.text.corpus import Corpus
 

@@ -22,10 +22,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hldm.chunking.chunker import Chunker
-from hldm.runs.checkpoints import naming
+from hldm.runs.files import naming
+from hldm.runs.machine import require_disk
 from hldm.text.bytes import count_characters
 from hldm.text.corpus import Corpus
-from hldm.training.sizes import require_disk
 
 
 class Batch(NamedTuple):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hldm.config import ChunkingConfig, Config, ConfigError, DataConfig, config_from_dict
-from hldm.runs.machine import available_memory, free_disk, gpu_memory
+from hldm.runs.machine import available_memory, free_disk, gpu_memory, human
 from hldm.training.shapes import (
     FLOAT,
     INTEGER,
@@ -95,15 +95,6 @@ WAY_OUT = {
     "cached latents": "set data.cache_latents=false",
     "checkpoints": "lower checkpoint.keep or the widths, or free some",
 }
-
-
-def human(count: int) -> str:
-    """1536 -> 1.5 KiB, to about three digits."""
-    for exponent, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if count >= 1024**exponent:
-            size = count / 1024**exponent
-            return f"{size:,.0f} {unit}" if size >= 100 else f"{size:.3g} {unit}"
-    return f"{count} bytes"
 
 
 def text_bytes(data: DataConfig) -> int:
@@ -222,15 +213,6 @@ def require_room(config: Config, stage: str, root: Path = Path("runs")) -> None:
     for need in needs(config, stage, root):
         if not need.fits:
             raise ConfigError(need.refusal(stage))
-
-
-def require_disk(path: Path, needed: int, way_out: str) -> None:
-    """Raise ConfigError unless a file of so many bytes can be written to path."""
-    free, where = free_disk(path.parent)
-    if needed > free:
-        raise ConfigError(
-            f"{path} needs {human(needed)} of disk, {human(free)} available in {where}: {way_out}, or free some"
-        )
 
 
 # ---- the table

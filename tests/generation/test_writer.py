@@ -31,7 +31,7 @@ from hldm.generation.writer import (
 from hldm.kernels.library import without_kernels
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.prior import Prior
-from hldm.runs.checkpoints import fingerprint
+from hldm.runs.files import fingerprint
 from hldm.text.bytes import END_OF_DOCUMENT, count_characters
 from hldm.training.sizes import PROMPT_WINDOW
 

@@ -136,7 +136,7 @@ def test_writing_in_one_step_is_seeded_and_each_row_on_its_own(rate):
 
 def test_a_pipeline_remembers_its_head_and_takes_another_sampler(tmp_path):
     from hldm.model.diffusion import make_scheduler
-    from hldm.runs.checkpoints import fingerprint
+    from hldm.runs.files import fingerprint
 
     autoencoder, prior = make_model(rate="mixture", one_step="energy")
     prior.register_to_config(autoencoder=fingerprint(autoencoder.state_dict()))

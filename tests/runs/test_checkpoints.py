@@ -23,16 +23,14 @@ from torch import Tensor
 
 from hldm.runs.checkpoints import (
     CheckpointError,
-    atomic_write,
     checkpoints_in,
-    fingerprint,
     flatten_optimizer,
     load_checkpoint,
     newest_checkpoint,
     save_checkpoint,
-    sha256_of,
     unflatten_optimizer,
 )
+from hldm.runs.files import atomic_write, fingerprint, sha256_of
 from tests.torture.disk import Disk
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn]

@@ -16,6 +16,7 @@ import torch
 from conftest import ROOT
 
 from hldm import cli
+from hldm.chunking.strategies import SEGMENTERS
 from hldm.config import Config, ConfigError, load_config, to_yaml
 from hldm.generation.pipeline import read_pipeline
 from hldm.model.autoencoder import Autoencoder
@@ -27,10 +28,10 @@ from hldm.studies import bench_training
 from hldm.text.corpus import load_corpus
 from hldm.training import sizes
 from hldm.training.objectives import AutoencoderObjective, PriorObjective
-from hldm.training.segmenters import SEGMENTERS
+from hldm.training.optimizers import make_optimizers
 from hldm.training.shapes import segmenter_weights
 from hldm.training.stages import train_autoencoder
-from hldm.training.trainer import Trainer, make_optimizers
+from hldm.training.trainer import Trainer
 
 needs_linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs /proc of Linux")
 

@@ -20,19 +20,14 @@ from hldm.chunking.chunker import make_chunker
 from hldm.config import Config, ConfigError, TrainingConfig, stage_training
 from hldm.model.autoencoder import Autoencoder
 from hldm.runs.checkpoints import newest_checkpoint
+from hldm.runs.exits import Interrupted
+from hldm.runs.ranks import SHARDING, make_accelerator
 from hldm.text.corpus import load_corpora
 from hldm.text.windows import Batch, Windows
 from hldm.training.objectives import AutoencoderObjective
+from hldm.training.optimizers import learning_rate
 from hldm.training.stages import train_autoencoder, train_diffusion
-from hldm.training.trainer import (
-    SHARDING,
-    Interrupted,
-    Trainer,
-    TrainingDiverged,
-    learning_rate,
-    make_accelerator,
-    step_seed,
-)
+from hldm.training.trainer import Trainer, TrainingDiverged, step_seed
 
 
 def weights(folder: Path) -> dict[str, dict[str, torch.Tensor]]:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from hldm.training.average import Average
+from hldm.training.optimizers import Average
 
 
 def test_it_is_torchs_average_with_a_decay_that_warms_up():
