@@ -20,6 +20,11 @@ from hldm.config import ConfigError
 GPU_DRIVERS = ("/proc/driver/nvidia", "/dev/dxg", "/dev/kfd")  # NVIDIA, the same under WSL, AMD
 
 
+def physical_memory() -> int:
+    """Bytes of memory that this machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def available_memory(
     groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
 ) -> tuple[int, str]:
@@ -31,7 +36,7 @@ def available_memory(
     own = status.get("VmRSS", 0)
     free = kibibytes("/proc/meminfo").get("MemAvailable")
     if free is None:  # no Linux
-        limits = [(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "on this machine")]
+        limits = [(physical_memory(), "on this machine")]
     else:
         limits = [(free + own, "on this machine")]
     limits += [(free + own, "in this cgroup") for free in _cgroup_memory(groups, root)]

@@ -1,16 +1,13 @@
-"""The processes of a run: how they start, what they agree on, and which of them hangs or has died."""
+"""The processes of a run: what they agree on, and which of them hangs or has died."""
 
 from __future__ import annotations
 
-import os
 import re
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-from hldm.config import ConfigError, LoggingConfig, TrainingConfig
 from hldm.runs.exits import RunEnded
 
 # Ranks that time out together do so within the difference of their steps.
@@ -20,15 +17,6 @@ ROLL_CALL = timedelta(seconds=2)
 GLOO_WORDS = ("gloo", "pair closure", "Connection closed by peer", "Connection reset by peer")
 
 
-# How `accelerate launch` tells its processes that weights or optimizer states are to be split over them.
-SHARDING = {
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "its parallelism config",
-}
-
-
 class RankLost(RunEnded):
     """Another process of the run does not answer; this one cannot go on without it."""
 
@@ -36,37 +24,11 @@ class RankLost(RunEnded):
     is_agreed = False
 
 
-def make_accelerator(config: TrainingConfig, logging: LoggingConfig, folder: str) -> Accelerator:
-    """One process or many, CPU or not, from the environment that `accelerate launch` set."""
-    if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
-        raise ConfigError(
-            "accelerate launch --cpu --num_processes N starts one process, not N: "
-            "use `accelerate launch --multi_gpu --num_processes N` (it works on CPU, too)"
-        )
-    for name, what in SHARDING.items():
-        if os.environ.get(name, "").lower() in ("1", "true", "yes"):
-            raise ConfigError(
-                f"accelerate was asked for {what}, but every rank of this trainer keeps all weights: "
-                "use `accelerate launch --multi_gpu` or a file of configs/accelerate"
-            )
-    return Accelerator(
-        cpu=not torch.cuda.is_available(),  # other accelerators lack float64 or operators used here
-        mixed_precision=config.mixed_precision,
-        log_with=list(logging.trackers) or None,
-        project_dir=folder,
-        # Buffers hold sums of each rank's own rows; the objectives add them up in end_step.
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True),
-            InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_s)),
-        ],
-    )
-
-
-def largest(accelerator: Accelerator, value: int) -> int:
-    """The largest of the ranks' values."""
-    if accelerator.num_processes == 1:
+def largest_of_ranks(value: int, device: torch.device) -> int:
+    """The largest of the ranks' values, on every rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
         return value
-    found = torch.tensor(value, device=accelerator.device)
+    found = torch.tensor(value, device=device)
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
     return int(found)
 

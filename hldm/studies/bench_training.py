@@ -31,11 +31,11 @@ from hldm.model.state import named_tensors
 from hldm.runs.clock import seconds_of
 from hldm.runs.folder import Run
 from hldm.runs.machine import peak_memory
-from hldm.runs.ranks import make_accelerator
 from hldm.text.corpus import Corpus
 from hldm.text.windows import Windows
 from hldm.training.objectives import AutoencoderObjective, CachedLatents, PriorObjective
 from hldm.training.segmenters import train_segmenter
+from hldm.training.stage import make_accelerator
 from hldm.training.trainer import Trainer, TrainingDiverged
 
 if TYPE_CHECKING:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -84,3 +85,9 @@ def train_segmenter(
     mean = model.calibrate(sample_of(corpus, settings.sample_bytes))
     say(f"segmenter: {mean:.2f} bytes a chunk at threshold {float(model.threshold):.4g}")
     return model
+
+
+def train_for_minutes(minutes: float, chunking: ChunkingConfig, corpus: Corpus) -> Segmenter:
+    """A segmenter trained by the clock alone, whatever number of steps the settings name."""
+    settings = replace(chunking.segmenter, minutes=minutes, steps=10**9)
+    return train_segmenter(replace(chunking, segmenter=settings), corpus)

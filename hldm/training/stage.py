@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import nn
 
 from hldm.chunking.chunker import make_chunker
 from hldm.chunking.segmenter import Segmenter
 from hldm.chunking.strategies import cached_starts, read_segmenter
-from hldm.config import Config, TrainingConfig, to_dict
+from hldm.config import Config, ConfigError, LoggingConfig, TrainingConfig, to_dict
 from hldm.runs.checkpoints import checkpoints_in
 from hldm.runs.clock import clock_named
 from hldm.runs.exits import Interrupted
 from hldm.runs.files import naming
 from hldm.runs.folder import Run, Totals, check_run_name, dotted, open_run, write_totals
 from hldm.runs.progress import say_line
-from hldm.runs.ranks import RankLost, is_rank_failure, make_accelerator, make_roll_call, missing_ranks
+from hldm.runs.ranks import RankLost, is_rank_failure, make_roll_call, missing_ranks
 from hldm.runs.signals import Stopped
 from hldm.text.corpus import Corpus
 from hldm.text.windows import Windows
@@ -35,6 +37,13 @@ from hldm.training.trainer import Trainer
 MAY_CHANGE_ONCE_TRAINED = ("name", "checkpoint.", "logging.", "generation.")
 MAY_CHANGE = (*MAY_CHANGE_ONCE_TRAINED, "training.")  # on resume
 SEGMENTER_SHARE = 0.2  # of stage one's minutes, at most, for what cuts its text
+# How `accelerate launch` tells its processes that weights or optimizer states are to be split over them.
+SHARDING = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "its parallelism config",
+}
 
 
 @dataclass(frozen=True)
@@ -162,6 +171,32 @@ class Stage:
         if self.accelerator.is_main_process:
             write_totals(self.run.folder, totals)
             self.say(f"saved {self.run.folder.parent}")
+
+
+def make_accelerator(config: TrainingConfig, logging: LoggingConfig, folder: str) -> Accelerator:
+    """One process or many, CPU or not, from the environment that `accelerate launch` set."""
+    if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise ConfigError(
+            "accelerate launch --cpu --num_processes N starts one process, not N: "
+            "use `accelerate launch --multi_gpu --num_processes N` (it works on CPU, too)"
+        )
+    for name, what in SHARDING.items():
+        if os.environ.get(name, "").lower() in ("1", "true", "yes"):
+            raise ConfigError(
+                f"accelerate was asked for {what}, but every rank of this trainer keeps all weights: "
+                "use `accelerate launch --multi_gpu` or a file of configs/accelerate"
+            )
+    return Accelerator(
+        cpu=not torch.cuda.is_available(),  # other accelerators lack float64 or operators used here
+        mixed_precision=config.mixed_precision,
+        log_with=list(logging.trackers) or None,
+        project_dir=folder,
+        # Buffers hold sums of each rank's own rows; the objectives add them up in end_step.
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_s)),
+        ],
+    )
 
 
 @contextmanager

@@ -37,7 +37,7 @@ from hldm.runs.files import atomic_write
 from hldm.runs.folder import Run, Totals, finite_or_text
 from hldm.runs.health import Spikes, gradients, nonfinite_names
 from hldm.runs.progress import Progress
-from hldm.runs.ranks import largest
+from hldm.runs.ranks import largest_of_ranks
 from hldm.runs.signals import Interrupt, Stopped
 from hldm.text.windows import Batch, Windows
 from hldm.training.optimizers import Average, learning_rate, make_optimizers
@@ -121,7 +121,7 @@ class Trainer:
         """
         models = [self.objective] if self.average is None else [self.objective, self.average.module]
         bad = [name for model in models for name in nonfinite_names(model.state_dict().items())]
-        if largest(self.accelerator, len(bad)):
+        if self._agreed(len(bad)):
             raise self._diverged(f"weights are not finite after step {self.totals.steps}", bad)
         parts = [dict(named_tensors(carry)) for carry in self.carries]
         carry = {}
@@ -341,14 +341,14 @@ class Trainer:
                     self.save(say)
                 if on_sample and self.logging.sample_every and step % self.logging.sample_every == 0:
                     self._sample(on_sample, interrupt)
-                if signum := largest(self.accelerator, interrupt.requested or 0):
+                if signum := self._agreed(interrupt.requested or 0):
                     raise Interrupted(signum, self.save(say))
             path = self.save(say)
             if self.average is not None:
                 self.objective.load_state_dict(self.average.module.state_dict())
             if on_sample:
                 self._sample(on_sample, interrupt, averaged=False)
-            if signum := largest(self.accelerator, interrupt.requested or 0):
+            if signum := self._agreed(interrupt.requested or 0):
                 raise Interrupted(signum, path)
         return self.totals
 
@@ -391,3 +391,7 @@ class Trainer:
         return TrainingDiverged(
             f"{reason}: lower training's learning_rate; see {path}; the last checkpoint is {last or 'none'}"
         )
+
+    def _agreed(self, value: int) -> int:
+        """The largest of the ranks' values."""
+        return largest_of_ranks(value, self.accelerator.device)
