@@ -111,7 +111,7 @@ class HLDMPipeline(DiffusionPipeline):
         """Put a trained model together, with the sampler that its config names."""
         scheduler = None
         if prior is not None:
-            scheduler = make_scheduler(defaults.solver, prior.schedule, max(1, defaults.steps))
+            scheduler = make_scheduler(defaults.scheduler, prior.schedule, max(1, defaults.steps))
         return cls(
             autoencoder.eval(),
             ByteTokenizer(),
@@ -139,7 +139,7 @@ class HLDMPipeline(DiffusionPipeline):
         """The generation settings of this pipeline; a scheduler put in by the user is honoured."""
         settings = GenerationConfig(**dict(self.config["defaults"]))
         if self.scheduler is not None:
-            settings = _with_solver(settings, scheduler_name(self.scheduler))
+            settings = replace(settings, scheduler=scheduler_name(self.scheduler))
         return settings
 
     def __call__(
@@ -226,7 +226,7 @@ def read_pipeline(folder: str | Path) -> HLDMPipeline:
         settings = _defaults(found)
         if scheduler is not None:
             saved = read_json(folder / "scheduler" / "scheduler_config.json")
-            settings = _with_solver(settings, _scheduler_name(scheduler, saved.get("solver_order")))
+            settings = replace(settings, scheduler=_scheduler_name(scheduler, saved.get("solver_order")))
         autoencoder = Autoencoder.from_pretrained(folder / "autoencoder")
         prior = None if scheduler is None else Prior.from_pretrained(folder / "prior")
         segmenter = read_segmenter(folder / "segmenter", autoencoder.chunking)
@@ -243,11 +243,6 @@ def _defaults(index: dict[str, Any]) -> GenerationConfig:
     if not isinstance(defaults, dict):
         raise ValueError(f"model_index.json: defaults must be an object, got {defaults!r:.80}")
     return section_from_dict(GenerationConfig, defaults)
-
-
-def _with_solver(settings: GenerationConfig, name: SchedulerName) -> GenerationConfig:
-    """The settings with another sampler, if it is another: the one-step head keeps the one that stands for it."""
-    return settings if name == settings.solver else replace(settings, scheduler=name)
 
 
 def _scheduler_name(class_name: str, solver_order: object) -> SchedulerName:

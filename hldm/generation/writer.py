@@ -25,7 +25,6 @@ from hldm.model.autoencoder import Autoencoder, DecoderState, EncoderState
 from hldm.model.contextualiser import Context, ContextState
 from hldm.model.denoiser import Told
 from hldm.model.diffusion import draw_noise, sample, sampler_steps
-from hldm.model.mixture import draw_rows
 from hldm.model.prior import Prior
 from hldm.model.state import select_rows
 from hldm.text.bytes import count_characters, split_incomplete, to_ids
@@ -137,10 +136,8 @@ class LatentWriter:
         self.calls = 0
         self.plan = None
         self.planned: PlannedSteps | None = None
-        if settings.is_one_step:
-            prior.require_one_step()
-        elif settings.steps:
-            self.plan = sampler_steps(settings.solver, prior.schedule, settings.steps)
+        if settings.steps:
+            self.plan = sampler_steps(settings.scheduler, prior.schedule, settings.steps)
         rows = len(prompts)
         self.encoder: EncoderState = autoencoder.encoder_state(rows, self.device)
         self.decoder: DecoderState = autoencoder.decoder_state(rows, self.device)
@@ -218,7 +215,6 @@ class LatentWriter:
         if (
             isinstance(self.memory, ContextState)
             and self.settings.guidance == 1
-            and not self.settings.is_one_step
             and can_keep(self.prior, self.memory)
         ):
             self.memory = KeptContext(self.prior, self.memory)
@@ -233,12 +229,6 @@ class LatentWriter:
 
     def sample_latents(self) -> Tensor:
         """z_0 of the next chunk of every row. (b z)."""
-        if self.settings.is_one_step:
-            assert isinstance(self.context, Context)
-            self.calls += 1
-            u, noise = draw_rows(self.prior.latent_dim, self.generators, self.device)
-            heat = self.settings.temperature
-            return self.prior.draw_once(self.context, u[:, None], noise[:, None], heat)[:, 0, 0]
         if self.plan is None:
             mixture = self.prior.mixture
             if mixture is None:
@@ -282,7 +272,7 @@ class LatentWriter:
             shape,
             self.prior.schedule,
             steps=self.settings.steps,
-            scheduler=self.settings.solver,
+            scheduler=self.settings.scheduler,
             generators=self.generators,
             temperature=temperature,
             device=self.device,

@@ -4,10 +4,10 @@ The encoder reads a page and carries its state from chunk to chunk; a chunk's la
 features make together (hldm.model.readouts), standardised. The trunk, a wider Griffin that takes one step a chunk
 (`trunk_layers`), turns what the encoder made of each chunk into what is known before the next one: who
 predicts the next latent and who writes its bytes both read it. The decoder writes bytes from one latent
-until it emits an end, and may read the encoder's feature at the byte before, too (`reads_text`); or all of
-them at once (`writes`, hldm.model.parallel_decoder). Its latent is z_0 = alpha_0 mu + sigma_0 eps, the diffusion
-state at gamma_0 (hldm.model.diffusion), but it draws no noise itself. With latent_dim 0 encoder and trunk are gone,
-the decoder's unit is the document, and what remains is a plain autoregressive character Griffin: the twin.
+until it emits an end, and may read the encoder's feature at the byte before, too (`reads_text`). Its latent
+is z_0 = alpha_0 mu + sigma_0 eps, the diffusion state at gamma_0 (hldm.model.diffusion), but it draws no noise
+itself. With latent_dim 0 encoder and trunk are gone, the decoder's unit is the document, and what remains is a
+plain autoregressive character Griffin: the twin.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from hldm.config import AutoencoderConfig, ChunkingConfig, section_from_dict
 from hldm.kernels.close import can_close, close_step
 from hldm.model.griffin import Griffin, GriffinState
 from hldm.model.ops import take_rows
-from hldm.model.parallel_decoder import ParallelDecoder
 from hldm.model.readouts import LatentNormaliser, MeanReadout, PlacedReadout, StridedReadout, shares
 from hldm.runs.saved_model import SavedModel
 from hldm.text.bytes import HIDDEN, START, VOCABULARY
@@ -87,19 +86,14 @@ class Autoencoder(SavedModel):
                 self.to_trunk = nn.Linear(2 * encoder.width, self.settings.trunk_width)
                 self.trunk = Griffin(self.settings.trunk, window=1)
                 self.from_trunk = nn.Linear(self.settings.trunk_width, decoder.width)
-        self.decoder: Griffin | ParallelDecoder
-        if self.settings.writes == "chunks":
-            self.decoder = ParallelDecoder(decoder, self.chunking.max_bytes)
-        else:
-            self.write = nn.Embedding(VOCABULARY, decoder.width)
-            # One position more than a chunk's bytes: the event that ends it.
-            self.decoder = Griffin(decoder, window=self.chunking.max_bytes + 1)
-            self.outputs = nn.Linear(decoder.width, OUTPUTS)
+        self.write = nn.Embedding(VOCABULARY, decoder.width)
+        # One position more than a chunk's bytes: the event that ends it.
+        self.decoder = Griffin(decoder, window=self.chunking.max_bytes + 1)
+        self.outputs = nn.Linear(decoder.width, OUTPUTS)
         for embedding in (m for m in self.modules() if isinstance(m, nn.Embedding)):
             nn.init.normal_(embedding.weight, std=0.5)
-        if self.settings.writes == "bytes":
-            nn.init.normal_(self.outputs.weight, std=0.5 * decoder.width**-0.5)
-            nn.init.zeros_(self.outputs.bias)
+        nn.init.normal_(self.outputs.weight, std=0.5 * decoder.width**-0.5)
+        nn.init.zeros_(self.outputs.bias)
 
     @classmethod
     def from_settings(
@@ -125,7 +119,7 @@ class Autoencoder(SavedModel):
     def enable_gradient_checkpointing(self) -> None:
         """Recompute the stacks' activations in the backward pass: less memory, more time."""
         for module in self.modules():
-            if isinstance(module, Griffin | ParallelDecoder):
+            if isinstance(module, Griffin):
                 module.gradient_checkpointing = True
 
     def encoder_state(self, batch: int, device: torch.device | None = None) -> EncoderState:
@@ -141,8 +135,7 @@ class Autoencoder(SavedModel):
     def decoder_state(self, batch: int, device: torch.device | None = None) -> DecoderState:
         """State before the first symbol."""
         symbol = torch.full((batch,), START, device=device)
-        griffin = self.decoder.initial_state(batch, device) if isinstance(self.decoder, Griffin) else ()
-        return DecoderState(griffin, symbol)
+        return DecoderState(self.decoder.initial_state(batch, device), symbol)
 
     def encode(
         self,
@@ -251,28 +244,16 @@ class Autoencoder(SavedModel):
     def tell(self, events: Events, encoding: Encoding) -> Tensor | None:
         """What the decoder is told of the text before each event. (b t' d), None for a fresh decoder.
 
-        The encoder's feature at the byte before the event, and what is known before the event's chunk. Whoever
-        writes chunks at once knows of no byte of them: the feature is the one before the chunk.
+        The encoder's feature at the byte before the event, and what is known before the event's chunk.
         """
         told = None
         if self.settings.reads_text:  # projected once a byte: some bytes come before two events
-            before, opens = events.bytes_before, events.doc_start
-            if self.settings.writes == "chunks":
-                before = before - place_in_chunk(events.unit_start)
-                opens = encoding.doc_start.gather(1, events.chunk)
-            told = take_rows(self.from_text(encoding.features), before.clamp(min=0))
-            told = told * ~opens[..., None]  # a document knows of no text before it
+            told = take_rows(self.from_text(encoding.features), events.bytes_before.clamp(min=0))
+            told = told * ~events.doc_start[..., None]  # a document knows of no text before it
         if self.settings.trunk_layers:
             known = take_rows(self.from_trunk(encoding.before), events.chunk)
             told = known if told is None else told + known
         return told
-
-    def told_by_latent(self, latent: Tensor, known: Tensor | None) -> Tensor:
-        """What `decode` adds to the symbols of a whole chunk, text left out. latent (b z), known (b d): (b e d)."""
-        read = self.from_latent
-        place = torch.arange(self.chunking.max_bytes + 1, device=latent.device)
-        told = read.outer(read.features(read.inner(latent)[:, None], place))  # (b e d)
-        return told if known is None else told + known[:, None]
 
     def decode(
         self,
@@ -291,18 +272,10 @@ class Autoencoder(SavedModel):
         symbol, chunk, doc_start, unit_start: (b t'); latent: (b n z) z_0 of each chunk;
         told: (b t' d) of the text before each event (see `tell`); None for a fresh decoder and the twin;
         place: (b t') events since the unit's start, worked out from unit_start when None.
-        Returns (b t' 258); of a decoder that writes chunks at once, which takes whole chunks, see `ParallelDecoder`.
+        Returns (b t' 258).
         """
         if self.latent_dim and told is None and (self.settings.reads_text or self.settings.trunk_layers):
             raise ValueError("this decoder knows of the text before: pass what it is told")
-        if isinstance(self.decoder, ParallelDecoder):
-            assert latent is not None and length is not None
-            # one place for every end: where it lies is for the decoder to say
-            place = place_in_chunk(unit_start).masked_fill(
-                ends_of(unit_start, length), self.chunking.max_bytes
-            )
-            x = self._spread(latent, chunk, place)
-            return self.decoder(x if told is None else x + told, unit_start, length), griffin
         x = self.write(symbol)
         if latent is not None:
             place = place_in_chunk(unit_start) if place is None else place

@@ -1,9 +1,8 @@
 """Two towers over latents: a causal contextualiser and a denoiser of the next latent.
 
-The contextualiser (`hldm.model.contextualiser`) runs once per chunk, the denoiser (`hldm.model.denoiser`) once per noise
-draw, so several draws share the expensive part. Two-tower diffusion over
-latents of text follows the Large Concept Model (arXiv 2412.08821). Knows latents, and if `reads_text` the
-encoder's features beside them, never bytes. A one-step head (`hldm.model.energy`) may stand beside the denoiser.
+The contextualiser (`hldm.model.contextualiser`) runs once per chunk, the denoiser (`hldm.model.denoiser`) once per
+noise draw, so several draws share the expensive part. Two-tower diffusion over latents of text follows the Large
+Concept Model (arXiv 2412.08821). Knows latents, and if `reads_text` the encoder's features beside them, never bytes.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 
 from hldm.config import (
     AutoencoderConfig,
-    ConfigError,
     DiffusionConfig,
     HierarchyConfig,
     PriorConfig,
@@ -25,7 +23,6 @@ from hldm.config import (
 from hldm.model.contextualiser import Context, ContextState, Contextualiser
 from hldm.model.denoiser import Denoiser, Told
 from hldm.model.diffusion import Schedule, alpha_sigma, bound_integrand, diffuse, x0_from
-from hldm.model.energy import EnergyHead
 from hldm.model.mixture import MixturePredictor
 from hldm.runs.saved_model import SavedModel
 
@@ -57,10 +54,6 @@ class Prior(SavedModel):
         self.contextualiser = Contextualiser(self.settings, self.hierarchy, latent_dim, feature_dim)
         self.denoiser = Denoiser(self.settings, self.hierarchy, latent_dim)
         self.mixture = MixturePredictor(feature_dim, latent_dim, components) if components else None
-        self.energy = None
-        if self.settings.one_step == "energy":
-            known = self.settings.width + feature_dim
-            self.energy = EnergyHead(self.settings.energy, latent_dim, known)
         self.schedule = Schedule(self.diffusion)
         self.nothing = nn.Parameter(torch.zeros(self.settings.width))  # the context, when it is hidden
 
@@ -127,29 +120,6 @@ class Prior(SavedModel):
             with torch.no_grad():
                 earlier = self.denoise(z, gamma, context)
         return self.denoise(z, gamma, context, earlier)
-
-    def require_one_step(self) -> EnergyHead:
-        """The one-step head. Raises ConfigError without one."""
-        if self.energy is None:
-            raise ConfigError(
-                "generation.scheduler=energy needs a prior with a one-step head: train it with "
-                "prior.one_step=energy, or choose another scheduler"
-            )
-        return self.energy
-
-    def draw_once(self, context: Context, u: Tensor, noise: Tensor, temperature: float = 1.0) -> Tensor:
-        """z_0 in one step of the energy head, from u (b n m) uniform and noise (b n m z) standard normal.
-
-        They make a draw of the mixture, or of N(0, I) without one, which the head moves. temperature: of
-        that draw. Returns (b n m z). Raises ConfigError without such a head.
-        """
-        head = self.require_one_step()
-        base = temperature * noise
-        if self.mixture is not None:
-            with torch.no_grad():  # the bound alone teaches the mixture
-                weights = self.mixture.log_weights(context.feature)
-                base = self.mixture.place(self.diffusion.gamma_0, weights, u, noise, temperature)
-        return head(base, context)
 
     def latent_term(
         self,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def describe(metrics: dict[str, float]) -> str:
     """Bits per character by name, their sum first when there are several, and the speed."""
-    skip = {"learning_rate", "gradient_norm", "energy", "characters_per_second", "seconds"}
+    skip = {"learning_rate", "gradient_norm", "characters_per_second", "seconds"}
     bits = {name: value for name, value in metrics.items() if name not in skip}
     parts = [f"{sum(bits.values()):.3f} bits/char"]
     if len(bits) > 1:

@@ -20,7 +20,6 @@ from hldm.config import AutoencoderConfig
 from hldm.model.autoencoder import Autoencoder, DecoderState, EncoderState, Encoding
 from hldm.model.contextualiser import Context, ContextState
 from hldm.model.diffusion import alpha_sigma, diffuse, end_term, stratified
-from hldm.model.energy import energy_score
 from hldm.model.mixture import MixturePredictor
 from hldm.model.prior import Prior
 from hldm.model.state import map_carry
@@ -43,7 +42,6 @@ class Step(NamedTuple):
     nats: dict[str, Tensor]  # sums over this part, detached, by name
     characters: Tensor  # in this part
     carry: Carry  # detached
-    scores: dict[str, Tensor] = {}  # the same of what is in the loss, but no part of the bound
 
 
 def draw_normal(batch: Batch, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -173,21 +171,6 @@ def noisy_latents(
     noise = draw_normal(batch, encoding.latents.shape[1:], generator)
     gamma = encoding.latents.new_full(encoding.latents.shape[:-1], gamma_0)
     return diffuse(encoding.latents, gamma, noise)
-
-
-def score_energy_head(
-    prior: Prior, encoding: Encoding, context: Context, batch: Batch, generator: torch.Generator
-) -> Tensor:
-    """The energy score of the one-step head's samples against noisy latents of each chunk. (b n)."""
-    settings, (b, n, z) = prior.settings.energy, encoding.latents.shape
-    noise = draw_normal(batch, (n, settings.samples, z), generator)
-    u = draw_uniform(batch, (n, settings.samples), generator)
-    samples = prior.draw_once(context.first(n), u, noise)
-    # detached: in a joint phase the latents must not come to meet the samples
-    mu = encoding.latents.detach()[:, :, None].expand(b, n, settings.targets, z)
-    gamma_0 = mu.new_full(mu.shape[:-1], prior.diffusion.gamma_0)
-    targets = diffuse(mu, gamma_0, draw_normal(batch, (n, settings.targets, z), generator))
-    return energy_score(samples, targets, settings.exponent) * encoding.mask
 
 
 class GaussianRate(nn.Module):
@@ -388,15 +371,11 @@ class PriorObjective(nn.Module):
                 reading, decoder = read_chunks(self.autoencoder, batch, z_0, decoder, encoding)
             if jointly:
                 nats["decoder"] = reading.nats.sum()
-        scores = {}
-        if self.prior.energy is not None:
-            scores["energy"] = score_energy_head(self.prior, encoding, context, batch, generator).sum()
-        loss = sum([*nats.values(), *scores.values()])
+        loss = sum(nats.values())
         assert isinstance(loss, Tensor)  # never the 0 of an empty sum
         return Step(
             loss / batch.total_bytes,
             {name: value.detach() for name, value in nats.items()},
             count_characters(batch),
             map_carry(torch.detach, Carry(encoder, decoder, context_state)),
-            {name: value.detach() for name, value in scores.items()},
         )

@@ -1,8 +1,7 @@
 """The shapes that a config's modules, states and activations will have, in arithmetic alone.
 
-A second description of hldm.model.griffin, hldm.model.parallel_decoder, hldm.model.autoencoder, hldm.model.mixture, hldm.model.energy and
-hldm.model.prior, held equal to them by tests/test_sizes.py: weights and states to the number, activations as an
-estimate. No torch.
+A second description of hldm.model.griffin, hldm.model.autoencoder, hldm.model.mixture and hldm.model.prior, held
+equal to them by tests/training/test_sizes.py: weights and states to the number, activations as an estimate. No torch.
 """
 
 from __future__ import annotations
@@ -65,16 +64,6 @@ def _griffin(config: GriffinConfig) -> Iterator[Weight]:
     yield Weight((d,))
 
 
-def _parallel_decoder(config: GriffinConfig, max_bytes: int) -> list[Weight]:
-    """hldm.model.parallel_decoder.ParallelDecoder."""
-    d = config.width
-    hidden = round(d * config.mlp_ratio)
-    block = [*[Weight((d,))] * 2, *_linear(d, 3 * d, bias=False), *_linear(d, d)]
-    block += [*_linear(d, hidden, bias=False) * 2, *_linear(hidden, d, bias=False)]
-    readouts = [*_linear(d, 256), *_linear(d, 2 * max_bytes)]
-    return [_embedding(max_bytes, d), *block * len(config.blocks), Weight((d,)), *readouts]
-
-
 def _placed_readout(inputs: int, outputs: int, places: int) -> Iterator[Weight]:
     hidden = 2 * max(inputs, outputs)
     yield from (*_linear(inputs, hidden), _embedding(places, hidden), *_linear(hidden, outputs))
@@ -85,8 +74,6 @@ def autoencoder_weights(config: Config) -> list[Weight]:
     settings, chunking = config.autoencoder, config.chunking
     encoder, decoder, z = settings.encoder, settings.decoder, settings.latent_dim
     weights = [_embedding(VOCABULARY, decoder.width), *_griffin(decoder), *_linear(decoder.width, OUTPUTS)]
-    if settings.writes == "chunks":
-        weights = _parallel_decoder(decoder, chunking.max_bytes)
     if z:
         weights += [_embedding(VOCABULARY, encoder.width), *_griffin(encoder)]
         if settings.pooling == "strided":
@@ -115,8 +102,6 @@ def prior_weights(config: Config) -> list[Weight]:
         weights += _linear(config.autoencoder.known_width, d, bias=False)
     if config.autoencoder.rate == "mixture":
         weights += mixture_weights(config)
-    if prior.one_step == "energy":
-        weights += _energy_weights(config)
     if prior.contextualiser == "griffin":
         weights += _griffin(_recurrent_contextualiser(config))
     else:
@@ -127,17 +112,6 @@ def prior_weights(config: Config) -> list[Weight]:
     block += [*_linear(d, 6 * wide), *_linear(TIME_WIDTH, 4 * wide, bias=False)]
     weights += [*_linear(2 * z, wide), *_linear(TIME_WIDTH, TIME_WIDTH), *block * prior.denoiser_layers]
     return [*weights, *_linear(wide, z), Weight((d,))]
-
-
-def _energy_weights(config: Config) -> list[Weight]:
-    """Parameters of hldm.model.energy.EnergyHead."""
-    settings, prior, head = config.autoencoder, config.prior, config.prior.energy
-    reads_features = prior.reads_text or settings.rate == "mixture"
-    known = prior.width + (settings.known_width if reads_features else 0)
-    d, z = head.width, settings.latent_dim
-    block = [*_linear(d, 2 * d), *_linear(2 * d, d)]
-    weights = [*[Weight((known,))] * 2, *_linear(known, 2 * d * head.layers), *_linear(z, d)]
-    return [*weights, *block * head.layers, *_linear(d, z)]
 
 
 def mixture_weights(config: Config) -> list[Weight]:
@@ -226,7 +200,7 @@ def state_parts(config: Config) -> dict[str, int]:
     """Bytes of a row's state by part, as Carry in hldm.training.objectives names them."""
     settings, prior, hierarchy = config.autoencoder, config.prior, config.hierarchy
     window = config.chunking.max_bytes
-    decoder = INTEGER + (_griffin_state(settings.decoder, window + 1) if settings.writes == "bytes" else 0)
+    decoder = INTEGER + _griffin_state(settings.decoder, window + 1)
     if config.is_twin:
         return {"decoder": decoder}
     recurrent = prior.contextualiser == "griffin"
@@ -303,19 +277,7 @@ def prior_numbers(config: Config, rows: int, chunks: int) -> int:
     settings = config.autoencoder
     ends = chunks * draws * 8 * settings.latent_dim
     mixture = 6 * chunks * draws * settings.components if settings.rate == "mixture" else 0
-    once = chunks * _energy_numbers(config)
-    return rows * (context + prior.denoiser_layers * block + ends + mixture + once)
-
-
-def _energy_numbers(config: Config) -> int:
-    """The same of the one-step head's samples and their distances, a chunk."""
-    prior, head, z = config.prior, config.prior.energy, config.autoencoder.latent_dim
-    if prior.one_step == "none":
-        return 0
-    # norm, scaled, shifted, both sides of the GELU, what the block adds, their sum
-    blocks = head.samples * head.layers * 9 * head.width + 2 * head.layers * head.width
-    pairs = head.samples * (head.targets + (head.samples - 1) // 2)
-    return blocks + 2 * (z + 1) * pairs
+    return rows * (context + prior.denoiser_layers * block + ends + mixture)
 
 
 def activation_bytes(config: Config, stage: str, rows: int) -> int:

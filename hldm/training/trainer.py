@@ -240,7 +240,7 @@ class Trainer:
                 # DDP averages gradients over ranks; the loss is a share of the global sum
                 accelerator.backward(out.loss * accelerator.num_processes)
             self.carries[part] = out.carry
-            for name, value in {**out.nats, **out.scores, "characters": out.characters}.items():
+            for name, value in {**out.nats, "characters": out.characters}.items():
                 sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + value.cpu().double()
         names = list(sums)
         total = accelerator.reduce(torch.stack([sums[name] for name in names]).to(accelerator.device))
@@ -249,7 +249,6 @@ class Trainer:
         values = dict(zip(names, total.tolist(), strict=True))
         characters = values.pop("characters")
         finite = math.isfinite(sum(values.values())) and math.isfinite(float(norm))
-        scores = {name: values.pop(name) / characters for name in out.scores}
         self.objective.end_step(skipped=not finite)
         if finite:
             if float(norm) + CLIP_EPS > self.config.clip_norm:  # else it would multiply by 1
@@ -278,7 +277,7 @@ class Trainer:
         )
         if not finite:
             return None
-        metrics = {"learning_rate": rate, "gradient_norm": float(norm), **scores}
+        metrics = {"learning_rate": rate, "gradient_norm": float(norm)}
         return metrics | self.recent.add(values, characters)
 
     # --- the loop ------------------------------------------------------------------------------

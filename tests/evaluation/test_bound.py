@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -37,14 +36,12 @@ def make_model(
     target: str = "v",
     rate: str = "diffusion",
     gamma_0: float = DIFFUSION.gamma_0,
-    writes: str = "bytes",
 ):
     torch.manual_seed(0)
     settings = AutoencoderConfig(
         latent_dim=latent_dim,
         encoder=GRIFFIN,
-        decoder=GRIFFIN if writes == "bytes" else replace(GRIFFIN, blocks=("attention",)),
-        writes=writes,
+        decoder=GRIFFIN,
         carry_state=carry_state,
         reads_text=reads_text,
         rate=rate,
@@ -108,7 +105,6 @@ def test_the_twin_costs_the_same_however_the_text_is_laid_out(lanes, window_byte
         dict(carry_state=True),
         dict(reads_text=True),
         dict(rate="mixture"),
-        dict(writes="chunks", reads_text=True),
     ],
 )
 def test_the_latent_model_costs_the_same_however_the_text_is_laid_out_but_for_its_noise(kind):

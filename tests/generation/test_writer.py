@@ -47,15 +47,12 @@ def make_model(
     rate: str = "diffusion",
     trunk_layers: int = 0,
     pooling: str = "mean",
-    writes: str = "bytes",
-    one_step: str = "none",
 ) -> tuple[Autoencoder, Prior | None]:
     torch.manual_seed(0)
     settings = AutoencoderConfig(
         latent_dim=latent_dim,
         encoder=GRIFFIN,
-        decoder=GRIFFIN if writes == "bytes" else replace(GRIFFIN, blocks=("attention",)),
-        writes=writes,
+        decoder=GRIFFIN,
         carry_state=carry_state,
         reads_text=reads_text,
         trunk_layers=trunk_layers,
@@ -78,7 +75,6 @@ def make_model(
             heads=2,
             denoiser_width=16,
             denoiser_layers=1,
-            one_step=one_step,
         ),
         HierarchyConfig(levels=2, ratio=2, window=2),
         DiffusionConfig(),
@@ -105,8 +101,6 @@ LATENT = [
     dict(carry_state=True, reads_text=True, **TRUNK),
     dict(pooling="strided"),
     dict(reads_text=True, pooling="strided"),
-    dict(writes="chunks", reads_text=True),
-    dict(writes="chunks", reads_text=True, **TRUNK),
 ]
 MODELS = [*LATENT, dict(latent_dim=0, carry_state=True)]
 
@@ -129,11 +123,7 @@ def test_a_batch_of_prompts_writes_what_each_writes_alone(kind, scheduler):
 @pytest.mark.parametrize("kind", LATENT)
 def test_going_on_from_carried_state_equals_reading_everything_again(kind):
     autoencoder, prior = make_model(**kind)
-    if kind.get("writes") == "chunks":
-        ends = autoencoder.decoder.lengths.bias.data[1::2]
-    else:
-        ends = autoencoder.outputs.bias.data[END_OF_DOCUMENT:]
-    ends.fill_(-100.0)  # one document throughout
+    autoencoder.outputs.bias.data[END_OF_DOCUMENT:].fill_(-100.0)  # one document throughout
     writer = LatentWriter(autoencoder, prior, [b"In the beginning"], SETTINGS, row_generators(3, 1))
     with torch.no_grad():
         chunks = [writer.write()[0].text for _ in range(12)]
@@ -152,10 +142,7 @@ def test_going_on_from_carried_state_equals_reading_everything_again(kind):
 @pytest.mark.parametrize("kind", LATENT)
 def test_kernels_write_what_torch_writes_through_the_ends_of_documents(plain_torch, kind):
     autoencoder, prior = make_model(**kind)
-    if kind.get("writes") == "chunks":
-        autoencoder.decoder.lengths.bias.data[1::2] = 4.0  # with the document's end
-    else:
-        autoencoder.outputs.bias.data[END_OF_DOCUMENT] = 4.0
+    autoencoder.outputs.bias.data[END_OF_DOCUMENT] = 4.0
     rows = write((autoencoder, prior), PROMPTS, seed=5, characters=40, through_ends=True)
     with plain_torch():
         assert rows == write((autoencoder, prior), PROMPTS, seed=5, characters=40, through_ends=True)

@@ -62,14 +62,7 @@ OTHERS = [  # settings around configs/tiny.yaml that the shipped files do not sh
         "autoencoder.latent_dim=40",
         *("chunking.strategy=fixed", "chunking.min_bytes=9", "chunking.max_bytes=9"),
     ],
-    ["autoencoder.rate=mixture", "prior.one_step=energy", "prior.energy.layers=3", "prior.energy.width=48"],
-    ["autoencoder.rate=diffusion", "prior.one_step=energy"],
     ["autoencoder.trunk_layers=3", "autoencoder.trunk_width=64", "autoencoder.reads_text=false"],
-    [
-        "autoencoder.writes=chunks",
-        "autoencoder.decoder.blocks=[attention,attention]",
-        "training.prior.joint=0.5",
-    ],
 ]
 CASES = [(path, ()) for path in CONFIGS] + [(TINY, tuple(overrides)) for overrides in OTHERS]
 
