@@ -10,14 +10,14 @@ The twin writes byte by byte behind the same interface.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hldm.config import Config, GenerationConfig
+from hldm.config import GenerationConfig
 from hldm.generation.chunk import Piece, Written, write_bytes, write_chunks
 from hldm.kernels.context import KeptContext, can_keep
 from hldm.kernels.denoise import PlannedSteps, can_denoise
@@ -27,8 +27,7 @@ from hldm.model.denoiser import Told
 from hldm.model.diffusion import draw_noise, sample, sampler_steps
 from hldm.model.prior import Prior
 from hldm.model.state import select_rows
-from hldm.text.bytes import count_characters, split_incomplete, to_ids
-from hldm.training.sizes import PROMPT_WINDOW, require_room_to_write
+from hldm.text.bytes import PROMPT_WINDOW, count_characters, split_incomplete, to_ids
 
 
 class Writer(Protocol):
@@ -371,10 +370,6 @@ def write_on(
         raise ValueError("no prompt given: pass at least one, '' starts a document")
     if max_characters < 1:
         raise ValueError(f"max_characters must be at least 1, got {max_characters}")
-    config = Config(autoencoder=autoencoder.settings, chunking=autoencoder.chunking)
-    if prior is not None:
-        config = replace(config, prior=prior.settings, hierarchy=prior.hierarchy)
-    require_room_to_write(config, len(prompts), max_characters, max(map(len, prompts)))
     rows = [Continuation(prompt) for prompt in prompts]
     writer = make_writer(autoencoder, prior, prompts, settings, row_generators(seed, len(prompts)))
     left = [_Budget(max_characters) for _ in rows]
