@@ -1,7 +1,8 @@
-"""The shapes that a config's modules, states and activations will have, in arithmetic alone.
+"""The shapes of a config's weights, in arithmetic alone: a second description of the modules, kept on purpose.
 
-A second description of hldm.model.griffin, hldm.model.autoencoder, hldm.model.mixture and hldm.model.prior, held
-equal to them by tests/training/test_sizes.py: weights and states to the number, activations as an estimate. No torch.
+Building the modules on torch's meta device would give the same, but only once torch is imported and layer by layer: a
+config that cannot fit is to be refused within two seconds, however large. tests/training/test_sizes.py holds every
+shape here equal to the module's.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from hldm.text.bytes import VOCABULARY
 OUTPUTS = 258  # of the decoder: bytes and the two ends
 TIME_WIDTH = 32  # of the denoiser's embedding of gamma
 CHUNK_NUMBERS = 4  # of a chunk, in the segmenter of hldm.chunking.router
-MUON_WIDTH = 32  # narrower matrices are AdamW's (hldm.training.trainer)
+MUON_WIDTH = 32  # narrower matrices are AdamW's (hldm.training.optimizers)
 
 
 class Weight(NamedTuple):
@@ -32,15 +33,22 @@ class Weight(NamedTuple):
         return prod(self.shape)
 
 
-# ---- weights
-
-
 def count(weights: Iterable[Weight]) -> int:
+    """Numbers that all of them hold."""
     return sum(weight.numbers for weight in weights)
 
 
 def _linear(inputs: int, outputs: int, bias: bool = True) -> list[Weight]:
     return [Weight((outputs, inputs)), *([Weight((outputs,))] if bias else [])]
+
+
+def _norm(width: int) -> list[Weight]:
+    """A LayerNorm's gain and bias."""
+    return [Weight((width,))] * 2
+
+
+def _perceptron(inputs: int, hidden: int, outputs: int) -> list[Weight]:
+    return [*_linear(inputs, hidden), *_linear(hidden, outputs)]
 
 
 def _embedding(rows: int, width: int) -> Weight:
@@ -58,7 +66,7 @@ def _griffin(config: GriffinConfig) -> Iterator[Weight]:
             yield from (Weight((config.heads, w, 2 * w)), Weight((2, config.heads, w)), Weight((d,)))
         else:
             yield from [*_linear(d, d, bias=False) * 3, *_linear(d, d)]
-        yield from [Weight((d,))] * 2
+        yield from [Weight((d,))] * 2  # the gains of two RMSNorms
         yield from [*_linear(d, hidden, bias=False) * 2, *_linear(hidden, d, bias=False)]
     yield Weight((d,))
 
@@ -95,8 +103,7 @@ def prior_weights(config: Config) -> list[Weight]:
     d, wide = prior.width, prior.denoiser_width
     entries = (config.hierarchy.levels + 1) * (config.hierarchy.capacity + 1)
     bias = Weight((entries, prior.heads))
-    norm = [Weight((d,))] * 2
-    weights = [*_linear(z, d), _embedding(config.hierarchy.levels + 1, d), Weight((d,)), *norm]
+    weights = [*_linear(z, d), _embedding(config.hierarchy.levels + 1, d), Weight((d,)), *_norm(d)]
     if prior.reads_text:
         weights += _linear(config.autoencoder.known_width, d, bias=False)
     if config.autoencoder.rate == "mixture":
@@ -104,10 +111,10 @@ def prior_weights(config: Config) -> list[Weight]:
     if prior.contextualiser == "griffin":
         weights += _griffin(recurrent_contextualiser(config))
     else:
-        layer = [*norm, *_linear(d, d), *_linear(d, 2 * d), *_linear(d, d), bias, *norm]
-        weights += [*layer, *_linear(d, 4 * d), *_linear(4 * d, d)] * prior.layers
+        layer = [*_norm(d), *_linear(d, d), *_linear(d, 2 * d), *_linear(d, d), bias, *_norm(d)]
+        weights += [*layer, *_perceptron(d, 4 * d, d)] * prior.layers
     block = [*_linear(wide, d), *_linear(d, 2 * d), *_linear(d, wide), bias]
-    block += [*_linear(wide, 3 * wide), *_linear(3 * wide, wide)]
+    block += _perceptron(wide, 3 * wide, wide)
     block += [*_linear(d, 6 * wide), *_linear(TIME_WIDTH, 4 * wide, bias=False)]
     weights += [*_linear(2 * z, wide), *_linear(TIME_WIDTH, TIME_WIDTH), *block * prior.denoiser_layers]
     return [*weights, *_linear(wide, z), Weight((d,))]
@@ -117,7 +124,7 @@ def mixture_weights(config: Config) -> list[Weight]:
     """Parameters of hldm.model.mixture.MixturePredictor."""
     settings = config.autoencoder
     d, k, z = settings.known_width, settings.components, settings.latent_dim
-    return [*[Weight((d,))] * 2, *_linear(d, 2 * d), *_linear(2 * d, k), Weight((k, z)), Weight((z,))]
+    return [*_norm(d), *_perceptron(d, 2 * d, k), Weight((k, z)), Weight((z,))]
 
 
 def rate_weights(config: Config) -> list[Weight]:
@@ -130,28 +137,28 @@ def rate_weights(config: Config) -> list[Weight]:
     if settings.rate == "mixture":
         return mixture_weights(config)
     d = settings.known_width
-    return [*[Weight((d,))] * 2, *_linear(d, 2 * d), *_linear(2 * d, 2 * settings.latent_dim)]
+    return [*_norm(d), *_perceptron(d, 2 * d, 2 * settings.latent_dim)]
 
 
 def segmenter_weights(chunking: ChunkingConfig) -> list[Weight]:
-    """Parameters of the segmenter that the strategy asks (hldm.training.segmenters), none where it asks none."""
+    """Parameters of the segmenter that the strategy asks (hldm.chunking.strategies), none where it asks none."""
     if not chunking.needs_segmenter:
         return []
     d = chunking.segmenter.width
     weights = [_embedding(256, d), *_griffin(segmenter_trunk(chunking)), *_linear(d, 256)]
-    perceptron = [*_linear(d, 2 * d), *_linear(2 * d, d)]
+    perceptron = _perceptron(d, 2 * d, d)
     if chunking.strategy in ("learned", "reinforce"):  # hldm.chunking.scorer
-        layer = [*[Weight((d,))] * 2, *_linear(d, 2 * d), *_linear(d, d), *perceptron]
+        layer = [*_norm(d), *_linear(d, 2 * d), *_linear(d, d), *perceptron]
         weights += [_embedding(257, d), *layer * 2, *_linear(d, 256)]
     if chunking.strategy == "learned":
         weights += [*_linear(d, d, bias=False) * 2, *perceptron]
         if chunking.learned_form == "hnet":  # hldm.chunking.level
             weights += [*_linear(d, 2 * CHUNK_NUMBERS), *_linear(CHUNK_NUMBERS, d)]
     elif chunking.strategy == "reinforce":
-        weights += [*_linear(d, d), *_linear(d, 1)] * 2
+        weights += _perceptron(d, d, 1) * 2
     elif chunking.strategy == "select":
-        weights += [*_linear(d, d), *_linear(d, 1), *[_embedding(257, d)] * 2]
-        weights += [*_linear(2 * d, 2 * d), *_linear(2 * d, 256)]
+        weights += [*_perceptron(d, d, 1), *[_embedding(257, d)] * 2]
+        weights += _perceptron(2 * d, 2 * d, 256)
     return weights
 
 

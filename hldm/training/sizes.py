@@ -2,7 +2,7 @@
 
 Weights are counted exactly, by the shapes that the modules will have; what else follows from them (gradients,
 optimizer, average, checkpoints) is as exact; activations are an estimate, measured against real steps
-(tests/test_sizes.py). Arithmetic alone, no torch: a config of a thousand billion weights is refused as
+(tests/training/test_sizes.py). Arithmetic alone, no torch: a config of a thousand billion weights is refused as
 quickly as any other.
 """
 

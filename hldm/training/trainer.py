@@ -8,7 +8,6 @@ nothing but rounding. Checkpoints are ours (hldm.runs.checkpoints), processes an
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
@@ -33,11 +32,11 @@ from hldm.runs.checkpoints import (
 )
 from hldm.runs.clock import clock_named
 from hldm.runs.exits import Interrupted, RunEnded
-from hldm.runs.files import atomic_write
 from hldm.runs.folder import Run, Totals, finite_or_text
 from hldm.runs.health import Spikes, gradients, nonfinite_names
 from hldm.runs.progress import Progress
 from hldm.runs.ranks import largest_of_ranks
+from hldm.runs.reports import save_report
 from hldm.runs.signals import Interrupt, Stopped
 from hldm.text.windows import Batch, Windows
 from hldm.training.optimizers import Average, learning_rate, make_optimizers
@@ -386,7 +385,7 @@ class Trainer:
             "last_checkpoint": last,
         }
         if self.accelerator.is_main_process:
-            atomic_write(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
+            save_report(path, record)
         return TrainingDiverged(
             f"{reason}: lower training's learning_rate; see {path}; the last checkpoint is {last or 'none'}"
         )
