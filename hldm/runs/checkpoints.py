@@ -1,9 +1,9 @@
 """Checkpoints that survive a kill, a full disk and a flipped bit; loading one never runs code.
 
-A checkpoint is a folder of safetensors files and one state.json, vouched for by MANIFEST.json (size and
-sha256 of each, written last). It is built under a temporary name on the same filesystem, synced to disk
-and renamed into place; only then are older ones deleted. So whatever stands under the name
-`checkpoints/step-000000500` is either whole or found out. Knows no model.
+A checkpoint is a folder of safetensors files and one state.json. MANIFEST.json, written last, lists the size and
+sha256 of each. The folder is built under a temporary name on the same filesystem, synced to disk and renamed into
+place; only then are older ones deleted. So a folder named `checkpoints/step-000000500` is either whole, or its damage
+is detected. Knows no model.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class CheckpointError(ValueError):
 
 
 class Checkpoint(NamedTuple):
-    """What was saved: `tensors` by file stem, then by name; `state` as it was given."""
+    """A checkpoint as loaded: `tensors` by file stem, then by name; `state` as it was saved."""
 
     step: int
     tensors: dict[str, dict[str, Tensor]]
@@ -47,7 +47,7 @@ class Checkpoint(NamedTuple):
 
 
 def checkpoints_in(folder: Path) -> dict[int, Path]:
-    """The checkpoints of a run by step, oldest first, valid or not; what is named otherwise is not ours."""
+    """The checkpoints of a run by step, oldest first, valid or not. Other names are ignored."""
     home = Path(folder) / "checkpoints"
     found = {
         _step_of(path): path for path in (home.glob("step-*") if home.is_dir() else ()) if _is_folder(path)
@@ -68,7 +68,7 @@ def save_checkpoint(
     tensors: file stem -> name -> tensor, e.g. {"model": {...}, "ema": {...}}; any strides, any device
     state:   whatever JSON gives back unchanged: string keys, lists rather than tuples, finite floats
     A valid checkpoint of this step is kept as it is; a damaged one is replaced. Checkpoints of later steps
-    are left alone (a run that fell back to an older one meets them again). A delete that fails is only said.
+    are left alone (a run that fell back to an older one meets them again). A delete that fails is only reported.
     Returns the checkpoint's folder. Raises ValueError for arguments that cannot be stored, CheckpointError
     when the disk refuses; earlier checkpoints are untouched then, and nothing temporary is left.
     """
@@ -137,8 +137,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
 def newest_checkpoint(folder: Path, say: Callable[[str], None] = warnings.warn) -> Checkpoint | None:
     """The newest valid checkpoint of a run; None when it never saved one.
 
-    Says each damaged one on the way. Raises CheckpointError when there are some and none is valid: a run
-    never starts again from zero without being asked to.
+    Reports each damaged one on the way. Raises CheckpointError when there are some and none is valid: a run
+    must not silently start again from zero.
     """
     damages = []
     for path in reversed(checkpoints_in(folder).values()):
@@ -279,7 +279,7 @@ def _damage_of(path: Path) -> str:
 
 
 def _read_record(path: Path) -> dict[str, Any]:
-    """One of our JSON files, whose every byte must be as we write it."""
+    """A JSON file that this module wrote; every byte must be as `_encode` writes it."""
     try:
         if path.stat().st_size > MAX_RECORD_BYTES:
             raise CheckpointError(f"{path} is damaged: longer than {MAX_RECORD_BYTES:,} bytes")
@@ -330,7 +330,7 @@ def _discard(path: Path, say: Callable[[str], None]) -> None:
 
 
 def _remove_leftovers(home: Path, say: Callable[[str], None]) -> None:
-    """Delete what killed processes left half written or half deleted; a living one's is left to it."""
+    """Delete what killed processes left half written or half deleted, but nothing of a process that is alive."""
     for path in home.glob(".*"):
         match = LEFTOVER.fullmatch(path.name)
         if match and _is_folder(path) and not _runs_elsewhere(int(match[1])):

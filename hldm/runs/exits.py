@@ -1,4 +1,4 @@
-"""How a command ends: one line on standard error and an exit code, never a traceback for what a user can mend."""
+"""How a command ends: what a user can fix becomes one line on standard error and an exit code, never a traceback."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ class Interrupted(RunEnded):
 
 
 def guarded(work: Callable[[], int]) -> int:
-    """Run, turning what users can mend, and signals, into one line and an exit code.
+    """Run a command; errors that a user can fix, and signals, become one line and an exit code.
 
-    2: bad input, or a file or disk that refuses (a full one, too);  3: numbers went wrong for good;
+    2: bad input, or a file or disk that fails (also a full one);  3: numbers stay not finite;
     4: out of memory;  5: another process of the run hangs or has died;  128 + n: signal n.
     """
     return leave_in_one_line(lambda: _guarded(work))

@@ -33,7 +33,7 @@ def train_segmenter(
     say: Callable[[str], None] = lambda line: None,
     at_step: Callable[[], object] = lambda: None,
 ) -> Segmenter:
-    """A segmenter of the strategy that `chunking` names, trained on a corpus, its threshold set on a sample of it.
+    """Train the segmenter of a strategy on a corpus; its threshold is set on a sample of the corpus.
 
     minutes: a limit beside the settings' own;  clock: what they count (hldm.runs.clock)
     at_step: called before every step
@@ -47,7 +47,7 @@ def train_segmenter(
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.97), weight_decay=WEIGHT_DECAY
     )
-    # lanes read on from places spread over the text, round its end; their states are carried
+    # each lane starts at its own place of the text, carries its state, and goes on at the beginning after the end
     size, t = len(corpus.text), settings.window_bytes
     first = np.arange(settings.lanes) * size // settings.lanes
     is_doc_start = np.zeros(size, bool)

@@ -128,7 +128,7 @@ def mixture_weights(config: Config) -> list[Weight]:
 
 
 def rate_weights(config: Config) -> list[Weight]:
-    """Parameters of what prices the latents in stage one."""
+    """Parameters of the prior that stage one trains its latents against."""
     settings = config.autoencoder
     if config.is_twin or settings.rate == "none":
         return []

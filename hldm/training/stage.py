@@ -48,7 +48,7 @@ SHARDING = {
 
 @dataclass(frozen=True)
 class Stage:
-    """What both stages need: settings, the open run folder, the processes."""
+    """A stage that is open: its settings, its run folder, its processes."""
 
     config: Config
     training: TrainingConfig
@@ -68,7 +68,7 @@ class Stage:
     ) -> Totals:
         """Train an objective from its start or newest checkpoint; `bound_to` must not change in between.
 
-        The minutes count from the opening of the stage: what it prepares, such as a cache, is paid for.
+        The minutes count from the opening of the stage, so they include what it prepares, such as cached latents.
         """
         config = self.config
         trainer = Trainer(
@@ -104,7 +104,7 @@ class Stage:
         return totals
 
     def main_says(self, fact: bool) -> bool:
-        """Rank 0's opinion, on every rank."""
+        """Whether the fact holds on rank 0; every rank gets the same answer."""
         own = torch.tensor(int(fact and self.accelerator.is_main_process), device=self.accelerator.device)
         return bool(self.accelerator.reduce(own))
 

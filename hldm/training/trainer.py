@@ -3,7 +3,7 @@
 Knows no model: an objective is any module whose forward takes (batch, carry, generator, progress) and
 returns a loss per byte of the *global* batch. Rows of that batch are split over ranks and
 micro-batches; noise, order and learning rate are functions of (seed, step), so the split changes
-nothing but rounding. Checkpoints are ours (hldm.runs.checkpoints), processes and devices are accelerate's.
+nothing but rounding. hldm.runs.checkpoints saves, accelerate sees to processes and devices.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from hldm.runs.clock import clock_named
 from hldm.runs.exits import Interrupted, RunEnded
 from hldm.runs.folder import Run, Totals, finite_or_text
 from hldm.runs.health import Spikes, gradients, nonfinite_names
-from hldm.runs.progress import Progress
+from hldm.runs.progress import Progress, Recent
 from hldm.runs.ranks import largest_of_ranks
 from hldm.runs.reports import save_report
 from hldm.runs.signals import Interrupt, Stopped
@@ -56,21 +56,6 @@ def step_seed(seed: int, step: int, stream: int) -> int:
     return int(np.random.SeedSequence((seed, step, stream)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-class Recent:
-    """Bits per character, averaged over the steps since the last line of metrics."""
-
-    def __init__(self) -> None:
-        self.nats: dict[str, float] = {}
-        self.characters = 0.0
-
-    def add(self, nats: dict[str, float], characters: float) -> dict[str, float]:
-        """Include a step; returns the averages so far."""
-        self.characters += characters
-        for name, value in nats.items():
-            self.nats[name] = self.nats.get(name, 0.0) + value
-        return {name: total / self.characters / math.log(2) for name, total in self.nats.items()}
-
-
 class Trainer:
     """Everything one stage needs between two optimizer steps."""
 
@@ -88,7 +73,7 @@ class Trainer:
         extras: dict[str, Any] | None = None,
         spent: float = 0.0,
     ):
-        """extras: JSON that every checkpoint carries, e.g. what the stage is bound to; spent: seconds before."""
+        """extras: JSON that every checkpoint carries, and that must be the same on resume;  spent: seconds before."""
         self.config, self.checkpoint, self.logging = config, checkpoint, logging
         self.run, self.seed, self.windows, self.accelerator = run, seed, windows, accelerator
         self.extras = extras or {}
