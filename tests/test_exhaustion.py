@@ -22,8 +22,9 @@ from hldm.runs.checkpoints import newest_checkpoint
 from hldm.runs.folder import open_run
 from hldm.runs.reports import save_report
 from hldm.text.corpus import make_corpus
-from hldm.text.windows import Windows, cache_latents
+from hldm.text.windows import Windows
 from hldm.training import sizes, stage, stages
+from hldm.training.latent_cache import cache_latents
 
 FULL = re.escape(os.strerror(errno.ENOSPC)) + r" \([0-9,]+ bytes free\)"
 WINDOWS = Windows(

@@ -90,7 +90,7 @@ class TwinEntropy(ModelSegmenter):
     def signal(self, text: Tensor, doc_start: Tensor, state: SegmenterState) -> tuple[Tensor, SegmenterState]:
         before = torch.cat([state.carry[:, :1].long(), text[:, :-1]], dim=1)
         symbol = before.masked_fill(doc_start, START)
-        logits, griffin = self.model.decode(symbol, None, symbol, doc_start, doc_start, state.griffin)
+        logits, griffin = self.model.decode_symbols(symbol, doc_start, doc_start, state.griffin)
         log_p = logits[..., :BYTES].log_softmax(dim=-1)
         signal, carry = entropy_signal(log_p, text, self.chunking.entropy_form, state.carry[:, 1:])
         carry = torch.cat([text[:, -1:].to(carry.dtype), carry], dim=1)

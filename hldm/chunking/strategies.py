@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from hldm.chunking.attached import attach_chunker
 from hldm.chunking.entropy import EntropySegmenter
 from hldm.chunking.policy import PolicySegmenter
 from hldm.chunking.recurrence import GateSegmenter, StateSegmenter
@@ -76,7 +77,7 @@ def attach_segmenter(autoencoder: Autoencoder, segmenter: Segmenter) -> None:
     """Have an autoencoder's text cut by a segmenter. Raises ValueError when it was trained with another."""
     chunking = autoencoder.chunking
     chunker = segmenter.chunker(chunking.min_bytes, chunking.max_bytes)
-    autoencoder.use_chunker(chunker, fingerprint(segmenter.state_dict()))
+    attach_chunker(autoencoder, chunker, fingerprint(segmenter.state_dict()))
 
 
 def cached_starts(

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from hldm.config import GenerationConfig
 from hldm.kernels.write import Emitted, can_write, write_events
-from hldm.model.autoencoder import Autoencoder, DecoderState, EncoderState
+from hldm.model.autoencoder import Autoencoder
 from hldm.model.griffin import GriffinState
-from hldm.model.state import put_rows, take_rows
+from hldm.model.state import DecoderState, EncoderState, put_rows, take_rows
 from hldm.text.bytes import END_OF_CHUNK, END_OF_DOCUMENT, START
 
 
@@ -130,15 +130,15 @@ def _write_by_event(
     symbol = torch.full((rows, 1), START, device=device)
     for index in range(events):
         reading, writing = states
-        first = torch.zeros_like(symbol)
         start = torch.full_like(symbol, index == 0, dtype=torch.bool)
         opening = doc_start & start
         told = known
         if features is not None:
             text = autoencoder.from_text(feature) * ~opening[..., None]
             told = text if known is None else text + known
-        logits, writing = autoencoder.decode(
-            symbol, latent, first, opening, start, writing, place=first + index, told=told
+        place = torch.full_like(symbol, index)
+        logits, writing = autoencoder.decode_symbols(
+            symbol, opening, start, writing, latent=latent, place=place, told=told
         )
         logits = logits[:, 0].float()
         if index == 0:  # no chunk is empty
@@ -201,9 +201,7 @@ def write_bytes(
     ended = torch.zeros_like(opening)
     for index in range(u.shape[1]):
         start = (opening & (index == 0))[:, None]
-        logits, griffin = autoencoder.decode(
-            symbol[:, None], None, torch.zeros_like(symbol)[:, None], start, start, griffin
-        )
+        logits, griffin = autoencoder.decode_symbols(symbol[:, None], start, start, griffin)
         logits = logits[:, 0].float()
         logits[:, END_OF_CHUNK] = float("-inf")
         symbol = pick(logits, u[:, index], settings.decoder_temperature, settings.top_p)

@@ -33,7 +33,8 @@ from hldm.runs.folder import Run
 from hldm.runs.machine import peak_memory
 from hldm.text.corpus import Corpus
 from hldm.text.windows import Windows
-from hldm.training.objectives import AutoencoderObjective, CachedLatents, PriorObjective
+from hldm.training.latent_cache import CachedLatents
+from hldm.training.objectives import AutoencoderObjective, PriorObjective
 from hldm.training.segmenters import train_segmenter
 from hldm.training.stage import make_accelerator
 from hldm.training.trainer import Trainer, TrainingDiverged

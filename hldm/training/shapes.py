@@ -13,9 +13,8 @@ from typing import NamedTuple
 
 from hldm.config import ChunkingConfig, Config, GriffinConfig
 from hldm.generation.footprint import recurrent_contextualiser
-from hldm.text.bytes import VOCABULARY
+from hldm.text.bytes import OUTPUTS, VOCABULARY
 
-OUTPUTS = 258  # of the decoder: bytes and the two ends
 TIME_WIDTH = 32  # of the denoiser's embedding of gamma
 CHUNK_NUMBERS = 4  # of a chunk, in the segmenter of hldm.chunking.router
 MUON_WIDTH = 32  # narrower matrices are AdamW's (hldm.training.optimizers)

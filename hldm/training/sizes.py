@@ -24,8 +24,8 @@ from hldm.generation.footprint import (
     state_parts,
 )
 from hldm.runs.machine import available_memory, free_disk, gpu_memory, human
+from hldm.text.bytes import OUTPUTS
 from hldm.training.shapes import (
-    OUTPUTS,
     Weight,
     autoencoder_weights,
     count,

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from hldm.chunking.attached import chunker_of
 from hldm.chunking.chunker import Chunker, make_chunker
 from hldm.chunking.strategies import attach_segmenter, read_segmenter
 from hldm.config import Config, ConfigError, to_dict
@@ -26,10 +27,10 @@ from hldm.model.mixture import MixturePredictor
 from hldm.model.prior import Prior
 from hldm.runs.files import fingerprint
 from hldm.runs.folder import check_settings, dotted, read_totals
-from hldm.text.bytes import to_ids
 from hldm.text.corpus import Corpus, load_corpora
-from hldm.text.windows import Batch, Windows, cache_latents, load_latents
-from hldm.training.objectives import AutoencoderObjective, CachedLatents, PriorObjective, read_latents
+from hldm.text.windows import Batch, Windows, window_of
+from hldm.training.latent_cache import CachedLatents, cache_latents, load_latents
+from hldm.training.objectives import AutoencoderObjective, PriorObjective
 from hldm.training.sizes import require_room
 from hldm.training.stage import MAY_CHANGE_ONCE_TRAINED, Stage, open_stage
 
@@ -89,7 +90,7 @@ def train_diffusion(config: Config, *, resume: bool = False, root: Path = Path("
     if segmenter is not None:
         attach_segmenter(autoencoder, segmenter)
     corpora = load_corpora(config.data)
-    sample_text = opening(autoencoder.chunker, corpora["validation"])
+    sample_text = opening(chunker_of(autoencoder), corpora["validation"])
     with open_stage(config, "prior", resume, root) as stage:
         windows = stage.windows(corpora["train"], segmenter)
         prior = _first_prior(folder, config, stage.say)
@@ -211,7 +212,7 @@ def _cached_latents(
         def encode(batch: Batch) -> Tensor:
             nonlocal state
             stage.main_says(True)  # that it is at work: the others would take a long silence for a hang
-            encoding, state = read_latents(autoencoder, batch.to(device), state)
+            encoding, state = autoencoder.encode(batch.to(device), state)
             parts = [encoding.latents, encoding.after] if with_features else [encoding.latents]
             return torch.cat(parts, dim=-1).cpu()
 
@@ -234,12 +235,8 @@ def _continue(autoencoder: Autoencoder, prior: Prior | None, prompt: bytes, conf
 def _reconstruct(autoencoder: Autoencoder, text: bytes, config: Config) -> str:
     """A sample of stage one: validation text, read into latents and written back from them."""
     device = next(autoencoder.parameters()).device
-    start = torch.from_numpy(autoencoder.chunker.chunk_start(text))[None].to(device)
-    symbols = torch.from_numpy(to_ids(text))[None].to(device)
-    doc_start = torch.zeros_like(start)
-    doc_start[:, 0] = True
-    length = torch.tensor([len(text)], device=device)
-    encoding, _ = autoencoder.encode(symbols, length, doc_start, start, autoencoder.encoder_state(1, device))
+    window = window_of([text], [chunker_of(autoencoder).chunk_start(text)], [True], device)
+    encoding, _ = autoencoder.encode(window, autoencoder.encoder_state(1, device))
     n = encoding.latents.shape[1]
     # every chunk on its own, side by side, from its noise-free latent
     alpha = torch.sigmoid(torch.tensor(-config.diffusion.gamma_0)).sqrt().to(device)

@@ -18,6 +18,7 @@ from conftest import ROOT
 from hldm import cli
 from hldm.config import to_yaml
 from hldm.generation.writer import LatentWriter
+from hldm.model.autoencoder import Autoencoder
 from hldm.runs.checkpoints import newest_checkpoint
 from hldm.runs.signals import Interrupt, Stopped
 from hldm.text.windows import Windows
@@ -296,7 +297,7 @@ def test_a_signal_before_training_leaves_in_one_line(owner, name, train, monkeyp
 def test_a_signal_while_latents_are_cached_leaves_nothing_half_done(train, monkeypatch):
     assert train() == (0, "")
     with monkeypatch.context() as patch:
-        signal_at(2, patch, stages, "read_latents")
+        signal_at(2, patch, Autoencoder, "encode")
         code, error = train("data.cache_latents=true", command=cli.train_diffusion)
     assert (code, error) == (143, "hldm: stopped by SIGTERM\n")
     assert not list(Path("runs").rglob("latents*"))
@@ -328,9 +329,7 @@ def test_a_signal_while_writing_leaves_what_is_written(trained_run, monkeypatch,
 
 
 def test_a_signal_ends_an_evaluation(trained_run, monkeypatch, capsys):
-    import hldm.evaluation.bound
-
-    signal_at(1, monkeypatch, hldm.evaluation.bound, "read_latents", signal.SIGINT)
+    signal_at(1, monkeypatch, Autoencoder, "encode", signal.SIGINT)
     assert cli.main(["evaluate", "--run", str(trained_run)]) == 130
     assert capsys.readouterr().err == "hldm: stopped by SIGINT\n"
 
