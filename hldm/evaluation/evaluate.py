@@ -331,7 +331,7 @@ def _stages(folder: Path) -> list[Path]:
 
 def _training_cost(folder: Path) -> dict[str, float]:
     """Seconds and characters of training, summed over the stages."""
-    from hldm.training.stages import read_totals
+    from hldm.runs.folder import read_totals
 
     totals = [read_totals(stage) for stage in _stages(folder)]
     return {

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from hldm.config import ChunkingConfig, Config, ConfigError, StagesConfig, Strategy, load_config
-from hldm.runs.checkpoints import atomic_write
+from hldm.runs.files import atomic_write
 from hldm.runs.reports import save_report
 from hldm.studies.rate_curve import timed
 
@@ -85,8 +85,8 @@ def chunking_for(base: Config, strategy: str, target: int) -> ChunkingConfig:
     if chunking.needs_segmenter:
         return chunking
     from hldm.chunking.chunker import make_chunker
+    from hldm.chunking.strategies import sample_of
     from hldm.text.corpus import load_corpus
-    from hldm.training.segmenters import sample_of
 
     sample = sample_of(load_corpus(base.data, "train"), FITTED_BYTES)
 
