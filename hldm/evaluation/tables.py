@@ -59,8 +59,9 @@ def _print_richly(table: Table) -> None:
     for cells in table.rows:
         drawn.add_row(*cells)
     console = Console(markup=False, emoji=False, highlight=False)
-    # wider than the terminal: its lines wrap there, no column is cut
-    console.width = max(console.width, console.measure(drawn).maximum)
+    # as wide as it needs: lines longer than the terminal's wrap there, and no column is cut
+    needed = console.measure(drawn, options=console.options.update(width=10**6)).maximum
+    console.width = max(console.width, needed)
     console.print(drawn)
 
 
