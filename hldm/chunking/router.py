@@ -5,7 +5,7 @@ Three things differ from H-Net. Chunks begin where the state *before* a byte has
 nothing of the byte it is at. What teaches the router is how much the decoder misses what was before a start. And
 in `learned_form` "forget" no chunk level crosses the border, so there is nothing to smooth.
 
-"hnet" has that level (`ChunkLevel`): hard chunks, smoothing, repetition, straight-through confidence. Confidence
+"hnet" has that level (hldm.chunking.level): hard chunks, smoothing, repetition, straight-through confidence. Confidence
 makes surer of whatever cuts there are, so the router hears little of it. F1 of boundaries in the language of
 tests/languages.py after 0.2 million bytes: 0.71 with LEVEL_GRADIENT, 0.73 without any gradient from the level, 0.62
 with all of smoothing's and none of confidence's, 0.42 with a tenth of both and noise added to the chunks; "forget"
@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from hldm.chunking.level import ChunkLevel
 from hldm.chunking.scorer import ChunkWriter
 from hldm.chunking.segmenter import Features, Segmenter, SegmenterState
-from hldm.kernels.scan import linear_scan
 
 RATIO_WEIGHT = 3.0  # alpha; H-Net's 0.03 is for chunks that gain from being short, these only lose
 CURRICULUM = 0.3  # share of the progress in which the target shortens from half as much again as is wanted
@@ -86,31 +86,3 @@ class LearnedSegmenter(Segmenter):
         ratio = target / (target - 1) * ((target - 1) * share * mean + (1 - share) * (1 - mean))
         loss = self.next_byte_nats(features, text).mean() + nats + RATIO_WEIGHT * ratio
         return loss, after._replace(carry=carry)
-
-
-class ChunkLevel(nn.Module):
-    """What the decoder is told of the chunks before its own (H-Net's equations 5 to 8).
-
-    States at chunk starts -> few numbers -> a recurrence over chunks -> smoothed, repeated, weighed by confidence.
-
-    All of it at the places of bytes: between starts both recurrences hold, which repeats each chunk's vector
-    (equation 8) and needs no list of chunks. Gradients reach the router by smoothing and confidence alone.
-    """
-
-    def __init__(self, width: int, numbers: int) -> None:
-        super().__init__()
-        self.gate_and_value = nn.Linear(width, 2 * numbers)
-        self.linear_out = nn.Linear(numbers, width)
-
-    def forward(self, states: Tensor, p: Tensor, start: Tensor) -> Tensor:
-        """What is known at every byte of its chunk's start and those before. (b t d).
-
-        states: (b t d) of the router's trunk;  p: (b t) probability of a start;  start: (b t) 1 where a chunk starts
-        """
-        opens, sure = start[..., None], p[..., None]
-        gate, value = self.gate_and_value(states).chunk(2, dim=-1)
-        new = opens * (1 - gate.sigmoid())
-        z, _ = linear_scan(1 - new, new * value)  # (b t k)
-        z, _ = linear_scan((1 - opens * sure).expand_as(z), opens * sure * z)  # equation 5
-        confidence = torch.where(start > 0, p, 1 - p)[..., None]  # equation 6
-        return self.linear_out(z * (confidence + (1 - confidence).detach()))  # equations 7 and 8

@@ -172,7 +172,7 @@ def segmenter_weights(chunking: ChunkingConfig) -> list[Weight]:
         weights += [_embedding(257, d), *layer * 2, *_linear(d, 256)]
     if chunking.strategy == "learned":
         weights += [*_linear(d, d, bias=False) * 2, *perceptron]
-        if chunking.learned_form == "hnet":  # hldm.chunking.router
+        if chunking.learned_form == "hnet":  # hldm.chunking.level
             weights += [*_linear(d, 2 * CHUNK_NUMBERS), *_linear(CHUNK_NUMBERS, d)]
     elif chunking.strategy == "reinforce":
         weights += [*_linear(d, d), *_linear(d, 1)] * 2

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from languages import boundary_f1, unsegmented
 
 from hldm.chunking.chunker import TEXT_STRATEGIES
+from hldm.chunking.level import ChunkLevel
 from hldm.chunking.policy import PolicySegmenter, sentence_starts
-from hldm.chunking.router import ChunkLevel
 from hldm.chunking.scorer import ChunkWriter
 from hldm.chunking.segmenter import ChunkStream, Segmenter
 from hldm.config import ChunkingConfig, ConfigError, ModelStrategy, SegmenterConfig, TextStrategy
