@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -198,7 +198,6 @@ class AutoencoderConfig:
     decoder: GriffinConfig = field(default_factory=GriffinConfig)
     trunk_layers: int = 0  # recurrent blocks that take a step a chunk: what is known before the next one
     trunk_width: int = 256
-    writes: Literal["bytes", "chunks"] = "bytes"  # decoder: byte after byte, or all of a chunk at once
     carry_state: bool = False  # decoder: keep the recurrent state from chunk to chunk, or start fresh
     reads_text: bool = False  # decoder: sees the encoder's feature at the byte before each, too
     byte_dropout: float = 0.0  # share of the decoder's input bytes hidden in training
@@ -225,21 +224,8 @@ class AutoencoderConfig:
         )
         if self.trunk_layers:
             _ = self.trunk  # its own checks
-        if self.writes == "chunks":
-            self._require_no_bytes_before()
         _require(
             self.rate_weight >= 0, f"autoencoder.rate_weight must not be negative, got {self.rate_weight}"
-        )
-
-    def _require_no_bytes_before(self) -> None:
-        """What a decoder that writes all bytes of a chunk at once cannot have."""
-        at_once = "autoencoder.writes=chunks writes all bytes of a chunk at once"
-        _require(self.latent_dim > 0, f"{at_once}, from a latent: autoencoder.latent_dim must not be 0")
-        _require(not self.carry_state, f"{at_once}: autoencoder.carry_state must be false")
-        _require(self.byte_dropout == 0, f"{at_once}, and reads none: autoencoder.byte_dropout must be 0")
-        _require(
-            set(self.decoder.blocks) == {"attention"},
-            f"{at_once}: autoencoder.decoder.blocks must all be attention, got {list(self.decoder.blocks)}",
         )
 
     @property
@@ -272,6 +258,19 @@ class HierarchyConfig:
         _require(2 <= self.ratio <= 64, f"hierarchy.ratio must lie in 2..64, got {self.ratio}")
         _require(self.window <= 4096, f"hierarchy.window must be at most 4096, got {self.window}")
 
+    @property
+    def capacity(self) -> int:
+        """How many entries a state must be able to hold: those visible now or at any later time.
+
+        A level keeps its blocks from s_l on, also those that finer entries still stand for, hence
+        cap_l = ceil(cap_{l-1} / r) + w + r.
+        """
+        total = level_capacity = 0
+        for _ in range(self.levels + 1):
+            level_capacity = -(-level_capacity // self.ratio) + self.window + self.ratio
+            total += level_capacity
+        return total
+
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionConfig:
@@ -290,28 +289,6 @@ class DiffusionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EnergyConfig:
-    """A head that draws a latent in one step, trained by the energy score (CALM, arXiv 2510.27688)."""
-
-    width: int = 128  # d of its blocks
-    layers: int = 2
-    samples: int = 8  # N, of the head for each chunk of training
-    targets: int = 16  # M, noisy latents of the chunk that they are compared with
-    exponent: float = 1.0  # beta of the distances
-
-    def __post_init__(self) -> None:
-        _require_positive("prior.energy", self, "width", "layers", "targets")
-        _require(self.width <= 65_536, f"prior.energy.width must be at most 65536, got {self.width}")
-        _require(self.layers <= 512, f"prior.energy.layers: at most 512, got {self.layers}")
-        _require(2 <= self.samples <= 4096, f"prior.energy.samples must lie in 2..4096, got {self.samples}")
-        _require(self.targets <= 4096, f"prior.energy.targets: at most 4096, got {self.targets}")
-        # at 2 the score compares means alone
-        _require(
-            0 < self.exponent < 2, f"prior.energy.exponent must lie between 0 and 2, got {self.exponent}"
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
 class PriorConfig:
     """Two towers: a causal contextualiser over latents, a denoiser of the next one."""
 
@@ -326,8 +303,6 @@ class PriorConfig:
     self_conditioning: float = 0.0  # share of steps fed with their own first estimate
     context_dropout: float = 0.1  # share of contexts hidden in training, for guidance
     dropout: float = 0.0
-    one_step: Literal["none", "energy"] = "none"  # a second head that needs no denoising (scheduler: energy)
-    energy: EnergyConfig = field(default_factory=EnergyConfig)  # of one_step 'energy'
 
     def __post_init__(self) -> None:
         _require_positive(
@@ -432,8 +407,7 @@ class GenerationConfig:
     """Defaults of generate.py and of the pipeline."""
 
     steps: int = 4  # denoising steps a latent; 0: a draw from the mixture (docs/results.md compares them)
-    # energy: no denoising but one call of the prior's one-step head, whatever the steps
-    scheduler: Literal["ancestral", "ddim", "dpm", "flow", "energy"] = "ancestral"
+    scheduler: Literal["ancestral", "ddim", "dpm", "flow"] = "ancestral"
     guidance: float = 1.0  # 1: none
     temperature: float = 1.0  # scale of the latent's noise
     decoder_temperature: float = 0.7  # 0: the likeliest byte
@@ -449,26 +423,11 @@ class GenerationConfig:
                 math.isfinite(value) and value >= 0,
                 f"generation.{name} must not be negative, got {value}",
             )
-        _require(
-            not self.is_one_step or self.guidance == 1,
-            f"generation.guidance must be 1 with generation.scheduler=energy, got {self.guidance}: "
-            "choose another scheduler, or none of it",
-        )
-
-    @property
-    def is_one_step(self) -> bool:
-        """Whether latents come from the prior's one-step head."""
-        return self.scheduler == "energy"
-
-    @property
-    def solver(self) -> Literal["ancestral", "ddim", "dpm", "flow"]:
-        """The sampler that a saved pipeline names: ancestral stands for the one-step head, which has none."""
-        return "ancestral" if self.scheduler == "energy" else self.scheduler
 
     @property
     def reads_latents(self) -> bool:
         """Whether the latents of the text so far say anything about the next: a mixture alone asks the text."""
-        return self.is_one_step or self.steps > 0
+        return self.steps > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -501,15 +460,43 @@ class Config:
             f"chunking.min_bytes to chunking.max_bytes, got {chunking.strategy}, {chunking.min_bytes} and "
             f"{chunking.max_bytes}",
         )
-        _require(
-            self.is_twin or not self.generation.is_one_step or self.prior.one_step == "energy",
-            "generation.scheduler=energy needs prior.one_step=energy, got none: set it, or another scheduler",
-        )
 
     @property
     def is_twin(self) -> bool:
         """Whether this is the plain autoregressive model, without latents."""
         return self.autoencoder.latent_dim == 0
+
+
+# Settings of earlier versions that are gone, each with the value that says what is left; None: any, since without the
+# form it belonged to it says nothing. A saved model or a file that says this much loads as before.
+RETIRED: Mapping[str, str | None] = {
+    "autoencoder.writes": "bytes",
+    "prior.one_step": "none",
+    "prior.energy": None,
+}
+# Values that are gone, of settings that are not.
+RETIRED_VALUES: Mapping[str, tuple[str, ...]] = {"generation.scheduler": ("energy",)}
+
+
+def _drop_retired(settings: Mapping[str, Setting], section: str = "") -> dict[str, Setting]:
+    """The settings without those of RETIRED. Raises ConfigError for a form that was removed.
+
+    section: opens their keys in a Config, such as `prior.`; a saved model holds its sections alone.
+    """
+    kept = {}
+    for key, setting in settings.items():
+        whole = f"{section}{key}"
+        retired = next((old for old in RETIRED if f"{whole}.".startswith(f"{old}.")), None)
+        left = RETIRED[retired] if retired else None
+        removed = setting.value in RETIRED_VALUES.get(whole, ())
+        if removed or (left is not None and setting.value != left):
+            raise ConfigError(
+                f"{setting.where}: {whole}={setting.value} is a form that was removed: choose another or, for a model "
+                f"trained with it, use the version of hldm that trained it or train again"
+            )
+        if retired is None:
+            kept[key] = setting
+    return kept
 
 
 def stage_training(config: Config, stage: str, **changes: Any) -> Config:
@@ -532,18 +519,19 @@ def load_config(paths: Sequence[str | Path] | str | Path, overrides: Sequence[st
         settings |= read_settings(Path(path))
     for override in overrides:
         settings |= parse_override(override)
-    config = build_dataclass(Config, settings)
+    config = build_dataclass(Config, _drop_retired(settings))
     return replace(config, name=Path(files[-1]).stem) if files and not config.name else config
 
 
 def config_from_dict(settings: Mapping[str, Any]) -> Config:
     """The config of a nested dict, as strict as a file; the inverse of `to_dict`."""
-    return build_dataclass(Config, flatten_settings(settings))
+    return build_dataclass(Config, _drop_retired(flatten_settings(settings)))
 
 
 def section_from_dict(cls: type[T], settings: Mapping[str, Any]) -> T:
     """One section of a nested dict, as strict as a file: what a saved model's config.json holds."""
-    return build_dataclass(cls, flatten_settings(settings))
+    section = next(f"{f.name}." for f in fields(Config) if f.default_factory is cls)
+    return build_dataclass(cls, _drop_retired(flatten_settings(settings), section))
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import argparse
 import importlib.metadata
 import os
 import platform
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -20,6 +19,7 @@ from typing import NamedTuple
 from packaging.requirements import Requirement
 
 from hldm.config import ConfigError
+from hldm.runs.machine import free_disk, physical_memory
 
 GIB = 2**30
 PEER_TIMEOUT = timedelta(seconds=60)  # two imports of torch on a busy laptop take half of it
@@ -96,9 +96,9 @@ def check_machine() -> Iterator[Finding]:
     threads = os.environ.get("OMP_NUM_THREADS", "not set")
     yield Finding(f"{torch.get_num_threads()} threads of {os.cpu_count()} cores (OMP_NUM_THREADS {threads})")
     yield Finding(f"C++ kernels: {kernels().told}")
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    yield Finding(f"memory {memory / GIB:.1f} GiB")
-    yield Finding(f"disk {shutil.disk_usage(Path.cwd()).free / GIB:.1f} GiB free in {Path.cwd()}")
+    yield Finding(f"memory {physical_memory() / GIB:.1f} GiB")
+    free, folder = free_disk(Path.cwd())
+    yield Finding(f"disk {free / GIB:.1f} GiB free in {folder}")
 
 
 def check_corpus() -> Iterator[Finding]:

@@ -1,7 +1,7 @@
 """`state_change`, `gate` and `entropy` by a trained run: its encoder or its twin gives the signal, nothing is trained.
 
 For a look at cuts without waiting (`hldm chunk`): the shipped run by default. A run to be trained takes a segmenter
-of its own (hldm.training.segmenters): its chunks must be known before its encoder is.
+of its own (hldm.chunking.strategies): its chunks must be known before its encoder is.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class TwinEntropy(ModelSegmenter):
     def signal(self, text: Tensor, doc_start: Tensor, state: SegmenterState) -> tuple[Tensor, SegmenterState]:
         before = torch.cat([state.carry[:, :1].long(), text[:, :-1]], dim=1)
         symbol = before.masked_fill(doc_start, START)
-        logits, griffin = self.model.decode(symbol, None, symbol, doc_start, doc_start, state.griffin)
+        logits, griffin = self.model.decode_symbols(symbol, doc_start, doc_start, state.griffin)
         log_p = logits[..., :BYTES].log_softmax(dim=-1)
         signal, carry = entropy_signal(log_p, text, self.chunking.entropy_form, state.carry[:, 1:])
         carry = torch.cat([text[:, -1:].to(carry.dtype), carry], dim=1)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from hldm.chunking.attached import chunker_of
 from hldm.chunking.chunker import Chunker
 from hldm.config import GenerationConfig
 from hldm.evaluation.metrics import compute, diversity, random_passage, repeat_last_words
@@ -95,7 +96,7 @@ def continue_prompts(
             "baselines": {name: rouge(texts, wanted) for name, texts in baselines.items()},
         },
         "diversity": {**diversity(written), "reference": diversity(wanted)},
-        "rechunked": None if prior is None else rechunked(found.rows, autoencoder.chunker),
+        "rechunked": None if prior is None else rechunked(found.rows, chunker_of(autoencoder)),
         "speed": {
             "characters_per_second": found.characters_per_second,
             "denoising_calls": found.denoising_calls,

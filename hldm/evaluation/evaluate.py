@@ -202,7 +202,7 @@ def evaluate_model(
             raise ValueError(f"{name} must be at least {least}, got {value}")
     generator = torch.Generator().manual_seed(seed)
     windows = held_out_windows(autoencoder, corpus)
-    chunker = prompt_chunker(autoencoder.chunker, is_twin=prior is None)
+    chunker = prompt_chunker(autoencoder)
     # the twin's likelihood needs no bound
     samples = 0 if prior is None else samples
     bound = evaluate_bound(autoencoder, prior, windows, draws=draws, samples=samples, generator=generator)
@@ -254,7 +254,7 @@ def _stages(folder: Path) -> list[Path]:
 
 def _training_cost(folder: Path) -> dict[str, float]:
     """Seconds and characters of training, summed over the stages."""
-    from hldm.training.stages import read_totals
+    from hldm.runs.folder import read_totals
 
     totals = [read_totals(stage) for stage in _stages(folder)]
     return {

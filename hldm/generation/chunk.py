@@ -1,8 +1,7 @@
 """The bytes of a chunk, or of a stretch of the twin's text: from what is known before it to symbols drawn one by one.
 
-Where there are kernels all of it is one call (`hldm.kernels.write`); the loops here, a decoder step and a draw at a time,
-are what that is held to, and what runs everywhere else. A decoder that writes a chunk at once needs neither. Every
-row draws from its own generator.
+Where there are kernels all of it is one call (`hldm.kernels.write`); the loops here, a decoder step and a draw at a
+time, are what that is held to, and what runs everywhere else. Every row draws from its own generator.
 """
 
 from __future__ import annotations
@@ -15,10 +14,9 @@ from torch import Tensor
 
 from hldm.config import GenerationConfig
 from hldm.kernels.write import Emitted, can_write, write_events
-from hldm.model.autoencoder import Autoencoder, DecoderState, EncoderState
+from hldm.model.autoencoder import Autoencoder
 from hldm.model.griffin import GriffinState
-from hldm.model.parallel_decoder import ENDS, ParallelDecoder
-from hldm.model.state import put_rows, take_rows
+from hldm.model.state import DecoderState, EncoderState, put_rows, take_rows
 from hldm.text.bytes import END_OF_CHUNK, END_OF_DOCUMENT, START
 
 
@@ -72,14 +70,6 @@ def write_chunks(
     u = _draws(generators, most + 1, device)
     doc_start = torch.tensor(opens, device=device)
     known = autoencoder.from_trunk(encoder.known * ~doc_start[:, None]) if model.trunk_layers else None
-    if isinstance(autoencoder.decoder, ParallelDecoder):
-        if model.reads_text:
-            text = autoencoder.from_text(encoder.feature) * ~doc_start[:, None]
-            known = text if known is None else text + known
-        told = autoencoder.told_by_latent(latent, known)
-        symbols = _write_at_once(autoencoder.decoder, told, u, settings)
-        features, griffin = _read_back(autoencoder, symbols, doc_start, encoder)
-        return Written(_pieces(symbols), features, griffin, decoder.griffin)
     if can_write(autoencoder, encoder.griffin, decoder.griffin, len(latent)):
         always = torch.ones_like(doc_start)
         emitted = write_events(
@@ -100,39 +90,6 @@ def write_chunks(
     else:
         emitted = _write_by_event(autoencoder, latent, known, u, encoder, decoder, doc_start, settings)
     return Written(_pieces(emitted.symbols), emitted.features, emitted.encoder, emitted.decoder)
-
-
-def _write_at_once(decoder: ParallelDecoder, told: Tensor, u: Tensor, settings: GenerationConfig) -> Tensor:
-    """Symbols (b e) of a chunk a row: its length is picked first, then all bytes. told (b e d), u (b e)."""
-    heat, top_p = settings.decoder_temperature, settings.top_p
-    chosen = pick(decoder.length_logits(told[:, -1]).float(), u[:, -1], heat, top_p)
-    length = chosen // ENDS + 1
-    longest = int(length.max())
-    logits = decoder.byte_logits(told[:, : longest + 1], length)[:, :longest].float()
-    symbols = pick(logits.flatten(0, 1), u[:, :longest].flatten(), heat, top_p).view(-1, longest)
-    ends = (END_OF_CHUNK + chosen % ENDS)[:, None]
-    written = torch.arange(longest, device=told.device) < length[:, None]
-    return torch.cat([torch.where(written, symbols, ends), ends], dim=1)
-
-
-def _read_back(
-    autoencoder: Autoencoder, symbols: Tensor, opens: Tensor, encoder: EncoderState
-) -> tuple[Tensor, GriffinState]:
-    """The encoder's features at the bytes of chunks (b e-1 w), and its state after them; symbols (b e), opens (b)."""
-    rows, events = symbols.shape
-    features = encoder.feature.new_zeros(rows, events - 1, encoder.feature.shape[1])
-    # of the rows with bytes left; byte by byte, for which there is a kernel
-    live, doc_start = torch.arange(rows, device=symbols.device), opens[:, None]
-    ends = state = encoder.griffin
-    for index in range(events - 1):
-        start = torch.full_like(doc_start, index == 0)
-        y, state = autoencoder.read_byte(symbols[live, index, None], doc_start & start, start, state)
-        features[live, index] = y[:, 0]
-        done = symbols[live, index + 1] >= END_OF_CHUNK
-        if bool(done.any()):
-            ends = put_rows(ends, live[done], take_rows(state, done))
-            live, doc_start, state = take_rows((live, doc_start, state), ~done)
-    return features, ends
 
 
 def _draws(generators: Sequence[torch.Generator], events: int, device: torch.device) -> Tensor:
@@ -173,15 +130,15 @@ def _write_by_event(
     symbol = torch.full((rows, 1), START, device=device)
     for index in range(events):
         reading, writing = states
-        first = torch.zeros_like(symbol)
         start = torch.full_like(symbol, index == 0, dtype=torch.bool)
         opening = doc_start & start
         told = known
         if features is not None:
             text = autoencoder.from_text(feature) * ~opening[..., None]
             told = text if known is None else text + known
-        logits, writing = autoencoder.decode(
-            symbol, latent, first, opening, start, writing, place=first + index, told=told
+        place = torch.full_like(symbol, index)
+        logits, writing = autoencoder.decode_symbols(
+            symbol, opening, start, writing, latent=latent, place=place, told=told
         )
         logits = logits[:, 0].float()
         if index == 0:  # no chunk is empty
@@ -244,9 +201,7 @@ def write_bytes(
     ended = torch.zeros_like(opening)
     for index in range(u.shape[1]):
         start = (opening & (index == 0))[:, None]
-        logits, griffin = autoencoder.decode(
-            symbol[:, None], None, torch.zeros_like(symbol)[:, None], start, start, griffin
-        )
+        logits, griffin = autoencoder.decode_symbols(symbol[:, None], start, start, griffin)
         logits = logits[:, 0].float()
         logits[:, END_OF_CHUNK] = float("-inf")
         symbol = pick(logits, u[:, index], settings.decoder_temperature, settings.top_p)

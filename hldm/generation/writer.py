@@ -10,26 +10,26 @@ The twin writes byte by byte behind the same interface.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hldm.config import Config, GenerationConfig
+from hldm.chunking.attached import chunker_of
+from hldm.config import GenerationConfig
 from hldm.generation.chunk import Piece, Written, write_bytes, write_chunks
 from hldm.kernels.context import KeptContext, can_keep
 from hldm.kernels.denoise import PlannedSteps, can_denoise
-from hldm.model.autoencoder import Autoencoder, DecoderState, EncoderState
+from hldm.model.autoencoder import Autoencoder
 from hldm.model.contextualiser import Context, ContextState
 from hldm.model.denoiser import Told
 from hldm.model.diffusion import draw_noise, sample, sampler_steps
-from hldm.model.mixture import draw_rows
 from hldm.model.prior import Prior
-from hldm.model.state import select_rows
-from hldm.text.bytes import count_characters, split_incomplete, to_ids
-from hldm.training.sizes import PROMPT_WINDOW, require_room_to_write
+from hldm.model.state import DecoderState, EncoderState, select_rows
+from hldm.text.bytes import PROMPT_WINDOW, count_characters, split_incomplete
+from hldm.text.windows import Window, window_of
 
 
 class Writer(Protocol):
@@ -59,44 +59,9 @@ def row_generators(seed: int, rows: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed + row) for row in range(rows)]
 
 
-class _Window(NamedTuple):
-    """Bytes of several rows, padded, with their flags."""
-
-    text: Tensor
-    length: Tensor
-    doc_start: Tensor
-    chunk_start: Tensor
-    chunks: int | None = None  # a row, padded; None: the most in any
-
-
-def _window(
-    pieces: Sequence[bytes],
-    starts: Sequence[np.ndarray],
-    opens: Sequence[bool],
-    device: torch.device,
-    width: int | None = None,
-) -> _Window:
-    """width: pad to so many bytes a row (those of the longest when None)."""
-    width = max((len(piece) for piece in pieces), default=0) if width is None else width
-    text = np.zeros((len(pieces), width), dtype=np.int64)
-    chunk_start = np.zeros(text.shape, dtype=bool)
-    doc_start = np.zeros(text.shape, dtype=bool)
-    for row, (piece, start, opening) in enumerate(zip(pieces, starts, opens, strict=True)):
-        text[row, : len(piece)] = to_ids(piece)
-        chunk_start[row, : len(piece)] = start
-        if opening and piece:
-            doc_start[row, 0] = True
-    return _Window(
-        torch.from_numpy(text).to(device),
-        torch.tensor([len(piece) for piece in pieces]).to(device),
-        torch.from_numpy(doc_start).to(device),
-        torch.from_numpy(chunk_start).to(device),
-    )
-
-
 def _prompt_windows(
     prompts: Sequence[bytes], starts: Sequence[np.ndarray], device: torch.device
-) -> Iterator[_Window]:
+) -> Iterator[Window]:
     """Cut prompts at chunk borders into windows of about PROMPT_WINDOW bytes in all; short ones run out early.
 
     All have one shape, so that the memory which one gives back fits the next. Tensors of ever other sizes leave
@@ -117,7 +82,8 @@ def _prompt_windows(
             part = slice(cut[index], cut[index + 1]) if index + 1 < len(cut) else slice(0, 0)
             pieces.append(prompt[part])
             flags.append(start[part])
-        yield _window(pieces, flags, [index == 0] * len(prompts), device, width)._replace(chunks=chunks)
+        opens = [index == 0] * len(prompts)
+        yield window_of(pieces, flags, opens, device, width=width, chunks=chunks)
 
 
 class LatentWriter:
@@ -137,17 +103,16 @@ class LatentWriter:
         self.calls = 0
         self.plan = None
         self.planned: PlannedSteps | None = None
-        if settings.is_one_step:
-            prior.require_one_step()
-        elif settings.steps:
-            self.plan = sampler_steps(settings.solver, prior.schedule, settings.steps)
+        if settings.steps:
+            self.plan = sampler_steps(settings.scheduler, prior.schedule, settings.steps)
         rows = len(prompts)
         self.encoder: EncoderState = autoencoder.encoder_state(rows, self.device)
         self.decoder: DecoderState = autoencoder.decoder_state(rows, self.device)
         self.memory: ContextState | KeptContext = prior.initial_state(rows, self.device)
         self.context: Context | Told = self._read_nothing(self.memory)  # of the next chunk
         self.opens = [True] * rows  # whether the next chunk is the first of its document
-        starts = [autoencoder.chunker.chunk_start(prompt) for prompt in prompts]
+        chunker = chunker_of(autoencoder)
+        starts = [chunker.chunk_start(prompt) for prompt in prompts]
         for window in _prompt_windows(prompts, starts, self.device):
             self._read(window)
         self.opens = [not prompt for prompt in prompts]
@@ -159,28 +124,17 @@ class LatentWriter:
         context, _ = self.prior.contextualiser(latents, none, none, memory)
         return context.first(1)
 
-    def _read(self, window: _Window) -> None:
+    def _read(self, window: Window) -> None:
         """Take in whole chunks of a prompt: advance encoder, pyramid and a carried decoder."""
-        text, length, doc_start, chunk_start, chunks = window
-        encoding, self.encoder = self.autoencoder.encode(
-            text, length, doc_start, chunk_start, self.encoder, chunks
-        )
+        encoding, self.encoder = self.autoencoder.encode(window, self.encoder)
         self._remember(encoding.latents, encoding.mask, encoding.doc_start, encoding.after)
         if self.autoencoder.settings.carry_state:
-            never = torch.zeros_like(doc_start)
-            events = self.autoencoder.events(text, length, doc_start, never, chunk_start, self.decoder)
+            events = self.autoencoder.events(window, self.decoder)
             # the mean of what the decoder was trained on
             gamma_0 = torch.tensor(self.prior.diffusion.gamma_0, device=self.device)
-            _, griffin = self.autoencoder.decode(
-                events.symbol,
-                encoding.latents * torch.sigmoid(-gamma_0).sqrt(),
-                events.chunk,
-                events.doc_start,
-                events.unit_start,
-                self.decoder.griffin,
-                events.length,
-                told=self.autoencoder.tell(events, encoding),
-            )
+            mean = encoding.latents * torch.sigmoid(-gamma_0).sqrt()
+            told = self.autoencoder.tell(events, encoding)
+            _, griffin = self.autoencoder.decode(events, mean, self.decoder.griffin, told)
             self.decoder = DecoderState(griffin, events.last)
 
     def _read_own(self, written: Written) -> None:
@@ -189,8 +143,8 @@ class LatentWriter:
         closed = torch.tensor([piece.ends_document for piece in pieces], device=self.device)
         if written.features is None:
             starts = [np.arange(len(piece.text)) == 0 for piece in pieces]
-            window = _window([piece.text for piece in pieces], starts, self.opens, self.device)
-            encoding, self.encoder = self.autoencoder.encode(*window[:4], self.encoder)
+            window = window_of([piece.text for piece in pieces], starts, self.opens, self.device)
+            encoding, self.encoder = self.autoencoder.encode(window, self.encoder)
             self._remember_own(encoding.latents, encoding.doc_start, encoding.after, closed)
         else:
             length = torch.tensor([len(piece.text) for piece in pieces], device=self.device)
@@ -218,7 +172,6 @@ class LatentWriter:
         if (
             isinstance(self.memory, ContextState)
             and self.settings.guidance == 1
-            and not self.settings.is_one_step
             and can_keep(self.prior, self.memory)
         ):
             self.memory = KeptContext(self.prior, self.memory)
@@ -233,12 +186,6 @@ class LatentWriter:
 
     def sample_latents(self) -> Tensor:
         """z_0 of the next chunk of every row. (b z)."""
-        if self.settings.is_one_step:
-            assert isinstance(self.context, Context)
-            self.calls += 1
-            u, noise = draw_rows(self.prior.latent_dim, self.generators, self.device)
-            heat = self.settings.temperature
-            return self.prior.draw_once(self.context, u[:, None], noise[:, None], heat)[:, 0, 0]
         if self.plan is None:
             mixture = self.prior.mixture
             if mixture is None:
@@ -282,7 +229,7 @@ class LatentWriter:
             shape,
             self.prior.schedule,
             steps=self.settings.steps,
-            scheduler=self.settings.solver,
+            scheduler=self.settings.scheduler,
             generators=self.generators,
             temperature=temperature,
             device=self.device,
@@ -320,20 +267,11 @@ class ByteWriter:
         self.calls = 0
         rows = len(prompts)
         self.state = autoencoder.decoder_state(rows, self.device)
-        starts = [autoencoder.chunker.chunk_start(prompt) for prompt in prompts]
+        chunker = chunker_of(autoencoder)
+        starts = [chunker.chunk_start(prompt) for prompt in prompts]
         for window in _prompt_windows(prompts, starts, self.device):
-            text, length, doc_start, chunk_start, _ = window
-            never = torch.zeros_like(doc_start)
-            events = autoencoder.events(text, length, doc_start, never, chunk_start, self.state)
-            _, griffin = autoencoder.decode(
-                events.symbol,
-                None,
-                events.chunk,
-                events.doc_start,
-                events.unit_start,
-                self.state.griffin,
-                events.length,
-            )
+            events = autoencoder.events(window, self.state)
+            _, griffin = autoencoder.decode(events, None, self.state.griffin)
             self.state = DecoderState(griffin, events.last)
         self.opens = [not prompt for prompt in prompts]
 
@@ -381,10 +319,6 @@ def write_on(
         raise ValueError("no prompt given: pass at least one, '' starts a document")
     if max_characters < 1:
         raise ValueError(f"max_characters must be at least 1, got {max_characters}")
-    config = Config(autoencoder=autoencoder.settings, chunking=autoencoder.chunking)
-    if prior is not None:
-        config = replace(config, prior=prior.settings, hierarchy=prior.hierarchy)
-    require_room_to_write(config, len(prompts), max_characters, max(map(len, prompts)))
     rows = [Continuation(prompt) for prompt in prompts]
     writer = make_writer(autoencoder, prior, prompts, settings, row_generators(seed, len(prompts)))
     left = [_Budget(max_characters) for _ in rows]

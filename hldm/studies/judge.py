@@ -78,7 +78,7 @@ class NGram:
 # the settings that are varied, one at a time, around those that the run comes with
 VARIATIONS: Mapping[str, tuple[Any, ...]] = {
     "steps": (0, 1, 2, 4, 8, 16, 64),
-    "scheduler": ("ancestral", "ddim", "dpm", "energy"),
+    "scheduler": ("ancestral", "ddim", "dpm"),
     "temperature": (0.5, 0.7, 0.85, 1.0),
     "decoder_temperature": (0.0, 0.2, 0.5, 0.7, 1.0),
     "guidance": (1.0, 1.5, 2.0),
@@ -114,7 +114,7 @@ def judge_run(
     if vary and pipeline.prior is None:
         raise ValueError(f"{folder} is a twin: it has no sampler to vary")
     corpora = load_corpora(load_config(folder / "autoencoder" / "config.yaml").data)
-    chunker = prompt_chunker(pipeline.autoencoder.chunker, is_twin=pipeline.prior is None)
+    chunker = prompt_chunker(pipeline.autoencoder)
     chosen = choose_prompts(corpora["test"], chunker, prompts, max_characters=max_characters)
     starts = [prompt.text for prompt in chosen]
     bench = _Bench(
@@ -159,10 +159,7 @@ def _makes_sense(pipeline: HLDMPipeline, name: str, value: Any) -> bool:
     assert prior is not None
     if (name, value) == ("steps", 0) and prior.mixture is None:
         return False
-    if value == "energy" and (prior.energy is None or settings.guidance != 1):
-        return False
-    heeded = not (settings.is_one_step and name in ("steps", "guidance"))
-    return heeded and getattr(settings, name) != value
+    return getattr(settings, name) != value
 
 
 class _Bench:

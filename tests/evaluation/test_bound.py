@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,7 +23,6 @@ from hldm.model.diffusion import end_term
 from hldm.model.prior import Prior
 from hldm.text.corpus import Corpus, make_corpus
 from hldm.text.windows import Windows
-from hldm.training.objectives import read_latents
 
 GRIFFIN = GriffinConfig(width=32, blocks=("recurrent", "attention"), heads=2)
 DIFFUSION = DiffusionConfig()
@@ -37,14 +35,12 @@ def make_model(
     target: str = "v",
     rate: str = "diffusion",
     gamma_0: float = DIFFUSION.gamma_0,
-    writes: str = "bytes",
 ):
     torch.manual_seed(0)
     settings = AutoencoderConfig(
         latent_dim=latent_dim,
         encoder=GRIFFIN,
-        decoder=GRIFFIN if writes == "bytes" else replace(GRIFFIN, blocks=("attention",)),
-        writes=writes,
+        decoder=GRIFFIN,
         carry_state=carry_state,
         reads_text=reads_text,
         rate=rate,
@@ -108,7 +104,6 @@ def test_the_twin_costs_the_same_however_the_text_is_laid_out(lanes, window_byte
         dict(carry_state=True),
         dict(reads_text=True),
         dict(rate="mixture"),
-        dict(writes="chunks", reads_text=True),
     ],
 )
 def test_the_latent_model_costs_the_same_however_the_text_is_laid_out_but_for_its_noise(kind):
@@ -125,7 +120,7 @@ def test_the_denoiser_that_expects_standard_normal_latents_costs_their_divergenc
     autoencoder, prior = model = make_model()
     windows = lay_out(make_text(), lanes=1, window_bytes=10_000)
     with torch.no_grad():
-        encoding, _ = read_latents(autoencoder, windows.batch(0), autoencoder.encoder_state(1))
+        encoding, _ = autoencoder.encode(windows.batch(0), autoencoder.encoder_state(1))
     expected = float(end_term(encoding.latents, DIFFUSION.gamma_0).sum())
     bounds = [bound_of(model, windows, seed) for seed in range(4)]
     paid = np.array([bound.latent.sum() + bound.end.sum() for bound in bounds])

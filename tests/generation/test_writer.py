@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from hldm.chunking.attached import chunker_of
 from hldm.chunking.chunker import make_chunker
 from hldm.config import (
     AutoencoderConfig,
@@ -23,7 +24,6 @@ from hldm.generation.writer import (
     LatentWriter,
     _cut,
     _prompt_windows,
-    _window,
     make_writer,
     row_generators,
     write_on,
@@ -31,9 +31,9 @@ from hldm.generation.writer import (
 from hldm.kernels.library import without_kernels
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.prior import Prior
-from hldm.runs.checkpoints import fingerprint
-from hldm.text.bytes import END_OF_DOCUMENT, count_characters
-from hldm.training.sizes import PROMPT_WINDOW
+from hldm.runs.files import fingerprint
+from hldm.text.bytes import END_OF_DOCUMENT, PROMPT_WINDOW, count_characters
+from hldm.text.windows import window_of
 
 GRIFFIN = GriffinConfig(width=16, blocks=("recurrent", "attention"), heads=2)
 SETTINGS = GenerationConfig(steps=3)
@@ -47,15 +47,12 @@ def make_model(
     rate: str = "diffusion",
     trunk_layers: int = 0,
     pooling: str = "mean",
-    writes: str = "bytes",
-    one_step: str = "none",
 ) -> tuple[Autoencoder, Prior | None]:
     torch.manual_seed(0)
     settings = AutoencoderConfig(
         latent_dim=latent_dim,
         encoder=GRIFFIN,
-        decoder=GRIFFIN if writes == "bytes" else replace(GRIFFIN, blocks=("attention",)),
-        writes=writes,
+        decoder=GRIFFIN,
         carry_state=carry_state,
         reads_text=reads_text,
         trunk_layers=trunk_layers,
@@ -78,7 +75,6 @@ def make_model(
             heads=2,
             denoiser_width=16,
             denoiser_layers=1,
-            one_step=one_step,
         ),
         HierarchyConfig(levels=2, ratio=2, window=2),
         DiffusionConfig(),
@@ -105,8 +101,6 @@ LATENT = [
     dict(carry_state=True, reads_text=True, **TRUNK),
     dict(pooling="strided"),
     dict(reads_text=True, pooling="strided"),
-    dict(writes="chunks", reads_text=True),
-    dict(writes="chunks", reads_text=True, **TRUNK),
 ]
 MODELS = [*LATENT, dict(latent_dim=0, carry_state=True)]
 
@@ -129,11 +123,7 @@ def test_a_batch_of_prompts_writes_what_each_writes_alone(kind, scheduler):
 @pytest.mark.parametrize("kind", LATENT)
 def test_going_on_from_carried_state_equals_reading_everything_again(kind):
     autoencoder, prior = make_model(**kind)
-    if kind.get("writes") == "chunks":
-        ends = autoencoder.decoder.lengths.bias.data[1::2]
-    else:
-        ends = autoencoder.outputs.bias.data[END_OF_DOCUMENT:]
-    ends.fill_(-100.0)  # one document throughout
+    autoencoder.outputs.bias.data[END_OF_DOCUMENT:].fill_(-100.0)  # one document throughout
     writer = LatentWriter(autoencoder, prior, [b"In the beginning"], SETTINGS, row_generators(3, 1))
     with torch.no_grad():
         chunks = [writer.write()[0].text for _ in range(12)]
@@ -143,7 +133,7 @@ def test_going_on_from_carried_state_equals_reading_everything_again(kind):
         start = make_chunker(autoencoder.chunking).chunk_start(b"In the beginning").tolist()
         for chunk in chunks:
             start += [True] + [False] * (len(chunk) - 1)
-        again._read(_window([text], [np.array(start)], [True], torch.device("cpu")))
+        again._read(window_of([text], [np.array(start)], [True]))
         torch.testing.assert_close(again.encoder, writer.encoder, rtol=1e-4, atol=1e-5)
         again.generators, writer.generators = row_generators(4, 1), row_generators(4, 1)
         torch.testing.assert_close(again.sample_latents(), writer.sample_latents(), rtol=1e-4, atol=1e-5)
@@ -152,10 +142,7 @@ def test_going_on_from_carried_state_equals_reading_everything_again(kind):
 @pytest.mark.parametrize("kind", LATENT)
 def test_kernels_write_what_torch_writes_through_the_ends_of_documents(plain_torch, kind):
     autoencoder, prior = make_model(**kind)
-    if kind.get("writes") == "chunks":
-        autoencoder.decoder.lengths.bias.data[1::2] = 4.0  # with the document's end
-    else:
-        autoencoder.outputs.bias.data[END_OF_DOCUMENT] = 4.0
+    autoencoder.outputs.bias.data[END_OF_DOCUMENT] = 4.0
     rows = write((autoencoder, prior), PROMPTS, seed=5, characters=40, through_ends=True)
     with plain_torch():
         assert rows == write((autoencoder, prior), PROMPTS, seed=5, characters=40, through_ends=True)
@@ -192,12 +179,12 @@ def test_windows_of_prompts_have_one_shape_and_as_many_bytes_whatever_the_number
     text = b"In the beginning was the word, and so on, and so on. " * 60
     for rows in (1, 3, 16):
         prompts = [text[row:] for row in range(rows)]
-        starts = [autoencoder.chunker.chunk_start(prompt) for prompt in prompts]
+        starts = [chunker_of(autoencoder).chunk_start(prompt) for prompt in prompts]
         windows = list(_prompt_windows(prompts, starts, torch.device("cpu")))
-        assert len({(window.text.shape, window.chunks) for window in windows}) == 1
-        assert windows[0].text.numel() <= PROMPT_WINDOW + rows * autoencoder.chunking.max_bytes
+        assert len({(window.bytes.shape, window.chunks) for window in windows}) == 1
+        assert windows[0].bytes.numel() <= PROMPT_WINDOW + rows * autoencoder.chunking.max_bytes
         for row, prompt in enumerate(prompts):
-            read = [bytes(window.text[row, : window.length[row]].tolist()) for window in windows]
+            read = [bytes(window.bytes[row, : window.length[row]].tolist()) for window in windows]
             assert b"".join(read) == prompt
             assert max(int(window.chunk_start[row].sum()) for window in windows) <= windows[0].chunks
 
@@ -220,16 +207,10 @@ def test_the_twin_writes_what_it_scores():
     prompt = b"And the king"
     text = write((autoencoder, None), [prompt], settings, characters=20, through_ends=True)[0]
     full = prompt + text
-    start = torch.from_numpy(make_chunker(autoencoder.chunking).chunk_start(full).copy())[None]
-    doc_start, never = torch.zeros_like(start), torch.zeros_like(start)
-    doc_start[:, 0] = True
-    symbols = torch.from_numpy(np.frombuffer(full, np.uint8).astype(np.int64))[None]
+    window = window_of([full], [make_chunker(autoencoder.chunking).chunk_start(full)], [True])
     state = autoencoder.decoder_state(1)
-    events = autoencoder.events(symbols, torch.tensor([len(full)]), doc_start, never, start, state)
     with torch.no_grad():
-        logits, _ = autoencoder.decode(
-            events.symbol, None, events.chunk, events.doc_start, events.unit_start, state.griffin
-        )
+        logits, _ = autoencoder.decode(autoencoder.events(window, state), None, state.griffin)
     assert bytes(logits[0, len(prompt) :, :256].argmax(-1).tolist()) == text
 
 

@@ -67,13 +67,7 @@ CHOICES = [
     ["autoencoder.byte_dropout=0.2", "autoencoder.latent_dropout=0.2", "autoencoder.clean_latents=0.3"],
     ["prior.contextualiser=griffin"],
     ["prior.reads_text=true", "autoencoder.reads_text=true"],
-    [
-        "autoencoder.writes=chunks",
-        "autoencoder.decoder.blocks=[attention,attention]",
-        "autoencoder.reads_text=true",
-    ],
     ["autoencoder.rate=mixture", "autoencoder.components=8"],
-    ["autoencoder.rate=mixture", "prior.one_step=energy", "prior.energy.samples=3"],
     ["prior.self_conditioning=0.99", "prior.context_dropout=0.0"],
     ["diffusion.target=x0", "diffusion.schedule=linear"],
     ["diffusion.target=eps", "diffusion.schedule=cosine"],
