@@ -16,7 +16,7 @@ from hldm.config import GenerationConfig
 from hldm.kernels.write import Emitted, can_write, write_events
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.griffin import GriffinState
-from hldm.model.state import DecoderState, EncoderState, put_rows, take_rows
+from hldm.model.state import DecoderState, EncoderState, pick_rows, put_rows
 from hldm.text.bytes import END_OF_CHUNK, END_OF_DOCUMENT, START
 
 
@@ -150,11 +150,11 @@ def _write_by_event(
         states = (reading, writing)
         done = symbol[:, 0] >= END_OF_CHUNK
         if bool(done.any()):
-            ends = put_rows(ends, live[done], take_rows(states, done))
+            ends = put_rows(ends, live[done], pick_rows(states, done))
             if bool(done.all()):
                 break
             go_on = ~done
-            live, symbol, latent, doc_start, opening, start, states, known = take_rows(
+            live, symbol, latent, doc_start, opening, start, states, known = pick_rows(
                 (live, symbol, latent, doc_start, opening, start, states, known), go_on
             )
         if features is not None:
