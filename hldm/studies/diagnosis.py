@@ -327,7 +327,7 @@ def _neighbours(mu: Tensor, windows: Windows) -> list[dict[str, Any]]:
     # chunks in the order they were read: window by window, lane by lane
     index = np.concatenate(
         [
-            b.chunk_index[b.chunk_index >= 0].numpy()
+            b.chunk_index[b.is_chunk].numpy()
             for b in map(windows.batch, range(windows.windows_per_epoch))
         ]
     )[: len(mu)]
