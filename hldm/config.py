@@ -120,10 +120,6 @@ class ChunkingConfig:
     min_bytes: int = 4  # a chunk ends at a border only once it holds so many bytes
     max_bytes: int = 12  # no chunk is longer
     target_bytes: float = 6.0  # mean length that strategies with a segmenter are set to, on training text
-    entropy_form: Literal["threshold", "rise", "budget"] = "threshold"  # of 'entropy': bits, rise, sum
-    gate_form: Literal["first", "last"] = "first"  # of 'gate': the block; gates of the first see four bytes
-    learned_form: Literal["forget", "hnet"] = "forget"  # of 'learned': a decoder that forgets, H-Net's recipe
-    select_form: Literal["last", "attention"] = "last"  # of 'select': a kept state, or those before it pooled
     segmenter: SegmenterConfig = field(default_factory=SegmenterConfig)  # of strategies that ask one
 
     def __post_init__(self) -> None:
@@ -200,12 +196,10 @@ class AutoencoderConfig:
     trunk_width: int = 256
     carry_state: bool = False  # decoder: keep the recurrent state from chunk to chunk, or start fresh
     reads_text: bool = False  # decoder: sees the encoder's feature at the byte before each, too
-    byte_dropout: float = 0.0  # share of the decoder's input bytes hidden in training
-    latent_dropout: float = 0.0  # share of latents zeroed before the decoder in training
-    clean_latents: float = 0.0  # share of latents the decoder reads without noise in training
-    rate: Literal["none", "gaussian", "mixture", "diffusion"] = "diffusion"  # what latents pay in stage one
-    components: int = 512  # of rate 'mixture', whose denoiser the prior then corrects
-    rate_weight: float = 0.3  # weight of that payment against reconstruction
+    # Of the mixture whose rate latents pay in stage one, and whose denoiser the prior then corrects; 0: they pay none,
+    # and the prior starts from nothing.
+    components: int = 512
+    rate_weight: float = 0.3  # weight of the rate against reconstruction
     rate_anneal: float = 0.0  # last share of the progress over which the weight goes to 1, that of the bound
 
     def __post_init__(self) -> None:
@@ -213,10 +207,10 @@ class AutoencoderConfig:
             0 <= self.latent_dim <= 4096,
             f"autoencoder.latent_dim must lie in 0..4096, got {self.latent_dim}",
         )
-        _require_share("autoencoder", self, "byte_dropout", "latent_dropout", "clean_latents", "rate_anneal")
+        _require_share("autoencoder", self, "rate_anneal")
         _require(
-            1 <= self.components <= 65_536,
-            f"autoencoder.components must lie in 1..65536, got {self.components}",
+            0 <= self.components <= 65_536,
+            f"autoencoder.components must lie in 0..65536, got {self.components}",
         )
         _require(
             0 <= self.trunk_layers <= 512,
@@ -265,8 +259,7 @@ class DiffusionConfig:
 
     gamma_0: float = -2.0  # least noise: the latent the decoder reads (log SNR 2)
     gamma_1: float = 5.0  # most noise (log SNR -5)
-    schedule: Literal["linear", "cosine", "learned"] = "learned"  # how gammas are drawn in between
-    target: Literal["x0", "v", "eps"] = "v"  # what the denoiser regresses
+    target: Literal["x0", "v"] = "v"  # what the denoiser regresses, where there is no mixture to correct
 
     def __post_init__(self) -> None:
         _require(
@@ -279,7 +272,6 @@ class DiffusionConfig:
 class PriorConfig:
     """Two towers: a causal contextualiser over latents, a denoiser of the next one."""
 
-    contextualiser: Literal["transformer", "griffin"] = "transformer"
     reads_text: bool = False  # the contextualiser sees the encoder's feature after each chunk, too
     width: int = 128  # d of the contextualiser
     layers: int = 3
@@ -458,31 +450,59 @@ class Config:
 # form it belonged to it says nothing. A saved model or a file that says this much loads as before.
 RETIRED: Mapping[str, str | None] = {
     "autoencoder.writes": "bytes",
+    "autoencoder.rate": "mixture",
+    "autoencoder.byte_dropout": "0.0",
+    "autoencoder.latent_dropout": "0.0",
+    "autoencoder.clean_latents": "0.0",
+    "chunking.entropy_form": "threshold",
+    "chunking.gate_form": "first",
+    "chunking.learned_form": "forget",
+    "chunking.select_form": "last",
+    "diffusion.schedule": "learned",
+    "prior.contextualiser": "transformer",
     "prior.one_step": "none",
     "prior.energy": None,
 }
 # Values that are gone, of settings that are not.
-RETIRED_VALUES: Mapping[str, tuple[str, ...]] = {"generation.scheduler": ("energy",)}
+RETIRED_VALUES: Mapping[str, tuple[str, ...]] = {
+    "diffusion.target": ("eps",),
+    "generation.scheduler": ("energy",),
+}
+
+
+def is_retired(key: str, value: object) -> bool:
+    """Whether this is a setting of RETIRED. Raises ConfigError where it says another form than what is left.
+
+    value: as it was written, or what was read of it
+    """
+    old = next((old for old in RETIRED if f"{key}.".startswith(f"{old}.")), None)
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    left = RETIRED[old] if old else None
+    if text in RETIRED_VALUES.get(key, ()) or (left is not None and not _alike(text, left)):
+        raise ConfigError(
+            f"{key}={text[:100]} is a form that was removed: choose another or, for what was trained with it, "
+            "use the version of hldm that trained it or train again"
+        )
+    return old is not None
+
+
+def _alike(one: str, other: str) -> bool:
+    """0 and 0.0 are the same number."""
+    try:
+        return float(one) == float(other)
+    except ValueError:
+        return one == other
 
 
 def _drop_retired(settings: Mapping[str, Setting], section: str = "") -> dict[str, Setting]:
-    """The settings without those of RETIRED. Raises ConfigError for a form that was removed.
-
-    section: opens their keys in a Config, such as `prior.`; a saved model holds its sections alone.
-    """
+    """The settings without those of RETIRED; section: `prior.`, where they are a section's alone."""
     kept = {}
     for key, setting in settings.items():
-        whole = f"{section}{key}"
-        retired = next((old for old in RETIRED if f"{whole}.".startswith(f"{old}.")), None)
-        left = RETIRED[retired] if retired else None
-        removed = setting.value in RETIRED_VALUES.get(whole, ())
-        if removed or (left is not None and setting.value != left):
-            raise ConfigError(
-                f"{setting.where}: {whole}={setting.value} is a form that was removed: choose another or, for a model "
-                f"trained with it, use the version of hldm that trained it or train again"
-            )
-        if retired is None:
-            kept[key] = setting
+        try:
+            if not is_retired(f"{section}{key}", setting.value):
+                kept[key] = setting
+        except ConfigError as error:
+            raise ConfigError(f"{setting.where}: {error}") from None
     return kept
 
 

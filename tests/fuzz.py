@@ -346,7 +346,7 @@ def tiny_pipeline() -> HLDMPipeline:
         torch.manual_seed(0)
         griffin = GriffinConfig(width=8, blocks=("recurrent", "attention"), heads=2)
         settings = AutoencoderConfig(
-            latent_dim=2, encoder=griffin, decoder=griffin, reads_text=True, rate="mixture", components=4
+            latent_dim=2, encoder=griffin, decoder=griffin, reads_text=True, components=4
         )
         autoencoder = Autoencoder.from_settings(settings, ChunkingConfig(min_bytes=2, max_bytes=4))
         prior = Prior.from_settings(

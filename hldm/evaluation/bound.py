@@ -122,7 +122,7 @@ def evaluate_bound(
     if samples and (mixture is None or autoencoder.settings.carry_state):
         raise ValueError(
             "importance weights need the latents' density and chunks that are independent given the text: "
-            "autoencoder.rate mixture and carry_state false"
+            "autoencoder.components above 0 and carry_state false"
         )
     device = next(autoencoder.parameters()).device
     rows, corpus = windows.lanes, windows.corpus

@@ -66,7 +66,7 @@ def _parameters(prior: Any) -> dict[str, list[Tensor | None]]:
 def can_keep(prior: Any, memory: ContextState) -> bool:
     """Whether `KeptContext` does from this state on what contextualiser and `Prior.tell` would."""
     hierarchy, dropout = prior.hierarchy, prior.training and prior.settings.dropout
-    if not kernels_can_compute() or prior.contextualiser.griffin is not None or dropout:
+    if not kernels_can_compute() or dropout:
         return False
     if memory.hidden.dtype != torch.float32 or hierarchy.ratio**hierarchy.levels > MOST_CHUNKS:
         return False

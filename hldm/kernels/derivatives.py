@@ -2,7 +2,7 @@
 
 Left to autograd these elementwise chains cost a CPU nearly as much as the matrix products; so, 0.6 of that
 (measured, width 128). Where `hldm.kernels.operators` has kernels all use them. `hldm.model.griffin` says what they are for;
-tests/test_griffin.py holds them against transformers' RecurrentGemma and against autograd's own derivatives.
+tests/model/test_griffin.py holds them against transformers' RecurrentGemma and against autograd's own derivatives.
 """
 
 from __future__ import annotations

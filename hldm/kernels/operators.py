@@ -107,7 +107,7 @@ def scan_back(a: Tensor, h0: Tensor, h: Tensor, dh: Tensor, dh_last: Tensor) -> 
 def gated_scan(
     x: Tensor, gates: Tensor, bias: Tensor, log_radius: Tensor, reset: Tensor, h0: Tensor
 ) -> Tensor:
-    """All states (b t d) of the RG-LRU; `hldm.kernels.derivatives.RGLRUFunction` says what they are.
+    """All states (b t d) of the RG-LRU; `hldm.kernels.derivatives.GatedScanFunction` says what they are.
 
     x (b t d), gates (h bt 2w): logits without bias, replaced by the gates; bias (2 h w), log_radius (d),
     reset (b t) 0 or minus infinity, h0 (b d)

@@ -26,7 +26,7 @@ from hldm.model.griffin import Griffin, GriffinState
 from hldm.model.ops import take_rows
 from hldm.model.readouts import LatentNormaliser, MeanReadout, PlacedReadout, StridedReadout, shares
 from hldm.runs.saved_model import SavedModel
-from hldm.text.bytes import HIDDEN, START, VOCABULARY
+from hldm.text.bytes import START, VOCABULARY
 from hldm.text.events import Events, decoder_events, ends_of, place_in_chunk, positions
 
 OUTPUTS = 258  # what the decoder may emit: 256 bytes and the two ends
@@ -291,7 +291,3 @@ class Autoencoder(SavedModel):
         """Latents (b n z) at the places of their chunks' events: chunk, place (b t'). (b t' d)."""
         inner = self.from_latent.inner(latent)  # (b n 2d)
         return self.from_latent.outer(self.from_latent.features_at(inner, chunk, place))
-
-    def hide_bytes(self, symbol: Tensor, hidden: Tensor) -> Tensor:
-        """Byte dropout: replace inputs where hidden (b t'), except the start of a unit."""
-        return torch.where(hidden & (symbol != START), HIDDEN, symbol)

@@ -27,6 +27,7 @@ from typing import Any
 
 import yaml
 
+from hldm.config import is_retired
 from hldm.runs.checkpoints import atomic_write, checkpoints_in, naming
 
 NAME = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,64}")
@@ -247,6 +248,7 @@ def check_settings(folder: Path, config: dict[str, Any], may_change: tuple[str, 
         started = _dotted(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (yaml.YAMLError, ValueError, RecursionError, AttributeError) as error:
         raise ValueError(f"{path} is damaged; restore it or choose another --name") from error
+    started = {key: value for key, value in started.items() if not is_retired(key, value)}
     now = _dotted(_plain(config))
     changes = [
         f"{key} {started.get(key, 'absent')} -> {now.get(key, 'absent')}"

@@ -76,9 +76,7 @@ def stage_one(config: Config) -> AutoencoderObjective:
     autoencoder = Autoencoder.from_settings(config.autoencoder, config.chunking)
     if config.training.autoencoder.gradient_checkpointing:
         autoencoder.enable_gradient_checkpointing()
-    light = config.autoencoder.rate == "diffusion" and not config.is_twin
-    prior = _prior(config) if light else None
-    return AutoencoderObjective(autoencoder, config.autoencoder, config.diffusion.gamma_0, prior)
+    return AutoencoderObjective(autoencoder, config.autoencoder, config.diffusion.gamma_0)
 
 
 def stage_two(config: Config, windows: Windows) -> PriorObjective:
@@ -193,7 +191,7 @@ def memory_of(trainer: Trainer) -> dict[str, int] | None:
 # Who an operator works for is the first of these that knows it or one of its callers; see group_of.
 _CALLERS = {
     "optimizer": r"Optimizer\.|aten::_foreach_|aten::_fused_adam",  # clipping and averaging, too
-    "recurrence": r"_ChunkedScan|_CppScan|GatedDecayFunction|GatedScanFunction|CausalConvFunction",
+    "recurrence": r"_ChunkedScan|_OnePassScan|GatedDecayFunction|GatedScanFunction|CausalConvFunction",
     "attention": r"scaled_dot_product|ScaledDotProduct|aten::_softmax",
     "norm": r"RMSNormFunction|layer_norm|LayerNorm|rms_norm",
     "embedding": r"(?i:embedding)",

@@ -17,7 +17,6 @@ FLOAT = 4  # bytes of a float32
 INTEGER = 8  # bytes of an int64
 OUTPUTS = 258  # of the decoder: bytes and the two ends
 TIME_WIDTH = 32  # of the denoiser's embedding of gamma
-CHUNK_NUMBERS = 4  # of a chunk, in the segmenter of hldm.chunking.router
 MUON_WIDTH = 32  # narrower matrices are AdamW's (hldm.training.trainer)
 
 
@@ -100,13 +99,9 @@ def prior_weights(config: Config) -> list[Weight]:
     weights = [*_linear(z, d), _embedding(config.hierarchy.levels + 1, d), Weight((d,)), *norm]
     if prior.reads_text:
         weights += _linear(config.autoencoder.known_width, d, bias=False)
-    if config.autoencoder.rate == "mixture":
-        weights += mixture_weights(config)
-    if prior.contextualiser == "griffin":
-        weights += _griffin(_recurrent_contextualiser(config))
-    else:
-        layer = [*norm, *_linear(d, d), *_linear(d, 2 * d), *_linear(d, d), bias, *norm]
-        weights += [*layer, *_linear(d, 4 * d), *_linear(4 * d, d)] * prior.layers
+    weights += mixture_weights(config)
+    layer = [*norm, *_linear(d, d), *_linear(d, 2 * d), *_linear(d, d), bias, *norm]
+    weights += [*layer, *_linear(d, 4 * d), *_linear(4 * d, d)] * prior.layers
     block = [*_linear(wide, d), *_linear(d, 2 * d), *_linear(d, wide), bias]
     block += [*_linear(wide, 3 * wide), *_linear(3 * wide, wide)]
     block += [*_linear(d, 6 * wide), *_linear(TIME_WIDTH, 4 * wide, bias=False)]
@@ -115,23 +110,12 @@ def prior_weights(config: Config) -> list[Weight]:
 
 
 def mixture_weights(config: Config) -> list[Weight]:
-    """Parameters of hldm.model.mixture.MixturePredictor."""
+    """Parameters of hldm.model.mixture.MixturePredictor, which prices latents in stage one; none without latents."""
     settings = config.autoencoder
+    if config.is_twin or not settings.components:
+        return []
     d, k, z = settings.known_width, settings.components, settings.latent_dim
     return [*[Weight((d,))] * 2, *_linear(d, 2 * d), *_linear(2 * d, k), Weight((k, z)), Weight((z,))]
-
-
-def rate_weights(config: Config) -> list[Weight]:
-    """Parameters of what prices the latents in stage one."""
-    settings = config.autoencoder
-    if config.is_twin or settings.rate == "none":
-        return []
-    if settings.rate == "diffusion":
-        return prior_weights(config)
-    if settings.rate == "mixture":
-        return mixture_weights(config)
-    d = settings.known_width
-    return [*[Weight((d,))] * 2, *_linear(d, 2 * d), *_linear(2 * d, 2 * settings.latent_dim)]
 
 
 def segmenter_weights(chunking: ChunkingConfig) -> list[Weight]:
@@ -146,8 +130,6 @@ def segmenter_weights(chunking: ChunkingConfig) -> list[Weight]:
         weights += [_embedding(257, d), *layer * 2, *_linear(d, 256)]
     if chunking.strategy == "learned":
         weights += [*_linear(d, d, bias=False) * 2, *perceptron]
-        if chunking.learned_form == "hnet":  # hldm.chunking.level
-            weights += [*_linear(d, 2 * CHUNK_NUMBERS), *_linear(CHUNK_NUMBERS, d)]
     elif chunking.strategy == "reinforce":
         weights += [*_linear(d, d), *_linear(d, 1)] * 2
     elif chunking.strategy == "select":
@@ -160,11 +142,6 @@ def segmenter_trunk(chunking: ChunkingConfig) -> GriffinConfig:
     """The byte model inside of a segmenter."""
     settings = chunking.segmenter
     return GriffinConfig(width=settings.width, blocks=("recurrent",) * settings.layers)
-
-
-def _recurrent_contextualiser(config: Config) -> GriffinConfig:
-    prior = config.prior
-    return GriffinConfig(width=prior.width, blocks=("recurrent",) * prior.layers, heads=prior.heads)
 
 
 def capacity(hierarchy: HierarchyConfig) -> int:
@@ -203,12 +180,9 @@ def state_parts(config: Config) -> dict[str, int]:
     decoder = INTEGER + _griffin_state(settings.decoder, window + 1)
     if config.is_twin:
         return {"decoder": decoder}
-    recurrent = prior.contextualiser == "griffin"
-    layers = 0 if recurrent else prior.layers
-    context = capacity(hierarchy) * ((layers + 1) * prior.width * FLOAT + 3 * INTEGER) + INTEGER
+    context = capacity(hierarchy) * ((prior.layers + 1) * prior.width * FLOAT + 3 * INTEGER) + INTEGER
     context += (hierarchy.levels * settings.latent_dim + prior.width) * FLOAT
-    context += _griffin_state(_recurrent_contextualiser(config), 1) if recurrent else 0
-    context += settings.known_width * FLOAT if prior.reads_text or settings.rate == "mixture" else 0
+    context += settings.known_width * FLOAT if prior.reads_text or settings.components else 0
     encoder = _griffin_state(settings.encoder, window)
     encoder += (settings.encoder.width + settings.known_width) * FLOAT
     encoder += _griffin_state(settings.trunk, 1) if settings.trunk_layers else 0
@@ -218,7 +192,7 @@ def state_parts(config: Config) -> dict[str, int]:
 def kept_bytes(config: Config) -> int:
     """A row's past while it is written on: keys and values of `hldm.kernels.context`."""
     prior = config.prior
-    if config.is_twin or prior.contextualiser == "griffin":
+    if config.is_twin:
         return 0
     pairs = 2 * (prior.layers + prior.denoiser_layers) * prior.width
     return (capacity(config.hierarchy) + 1) * (pairs * FLOAT + 2 * INTEGER)
@@ -227,7 +201,7 @@ def kept_bytes(config: Config) -> int:
 def state_bytes(config: Config, stage: str) -> int:
     """What a stage carries from window to window for each row."""
     states = state_parts(config)
-    if stage == "autoencoder" and config.autoencoder.rate != "diffusion":
+    if stage == "autoencoder":
         states.pop("context", None)
     if stage == "prior" and config.data.cache_latents:
         del states["encoder"]
@@ -270,13 +244,11 @@ def prior_numbers(config: Config, rows: int, chunks: int) -> int:
     pairs = queries * keys
     layer = 15 * queries * d + 6 * keys * d + 4 * prior.heads * pairs
     context = prior.layers * layer + 8 * pairs
-    if prior.contextualiser == "griffin":
-        context = stack_numbers(_recurrent_contextualiser(config), chunks, 1, False) + 8 * pairs
     pairs = chunks * draws * keys
     block = chunks * draws * (22 * wide + 3 * d) + 6 * chunks * wide + 4 * keys * d + 4 * prior.heads * pairs
     settings = config.autoencoder
     ends = chunks * draws * 8 * settings.latent_dim
-    mixture = 6 * chunks * draws * settings.components if settings.rate == "mixture" else 0
+    mixture = 6 * chunks * draws * settings.components
     return rows * (context + prior.denoiser_layers * block + ends + mixture)
 
 
@@ -302,8 +274,6 @@ def activation_bytes(config: Config, stage: str, rows: int) -> int:
         numbers = writing * rows
     elif stage == "autoencoder":
         numbers = (reading + writing) * rows
-        if settings.rate == "diffusion":
-            numbers += prior_numbers(config, rows, chunks)
     else:
         numbers = prior_numbers(config, rows, chunks)
         if config.training.prior.joint:

@@ -2,7 +2,7 @@
 
 Weights are counted exactly, by the shapes that the modules will have; what else follows from them (gradients,
 optimizer, average, checkpoints) is as exact; activations are an estimate, measured against real steps
-(tests/test_sizes.py). Arithmetic alone, no torch: a config of a thousand billion weights is refused as
+(tests/training/test_sizes.py). Arithmetic alone, no torch: a config of a thousand billion weights is refused as
 quickly as any other.
 """
 
@@ -26,10 +26,10 @@ from hldm.training.shapes import (
     chunk_bytes,
     count,
     kept_bytes,
+    mixture_weights,
     optimizer_numbers,
     prior_numbers,
     prior_weights,
-    rate_weights,
     segmenter_trunk,
     segmenter_weights,
     stack_numbers,
@@ -129,7 +129,7 @@ def stage_weights(config: Config, stage: str) -> dict[str, list[Weight]]:
     """The parts that the stage's objective holds, which is what its checkpoints do."""
     parts = {"autoencoder": autoencoder_weights(config)}
     if stage == "autoencoder":
-        parts["rate"] = rate_weights(config)
+        parts["rate"] = mixture_weights(config)
     else:
         parts["prior"] = prior_weights(config)
     return parts

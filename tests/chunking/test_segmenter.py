@@ -147,7 +147,7 @@ def test_a_document_knows_nothing_of_the_one_before_from_its_second_byte_on(stra
 
 
 def test_a_chunker_keeps_the_weights_it_was_made_of():
-    segmenter = small_segmenter("entropy", entropy_form="rise")
+    segmenter = small_segmenter("entropy")
     text = random_text(1, 200)[0][0].numpy().astype(np.uint8) % 26 + 97
     segmenter.calibrate([text])
     chunker = segmenter.chunker(1, 12)

@@ -18,7 +18,7 @@ from hldm.model.state import take_rows
 from hldm.text.bytes import END_OF_DOCUMENT
 
 SETTINGS = GenerationConfig(decoder_temperature=1.0)
-TRUNK = dict(trunk_layers=1, rate="mixture")
+TRUNK = dict(trunk_layers=1)
 KINDS = [
     dict(),
     dict(carry_state=True),

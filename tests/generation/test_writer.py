@@ -44,7 +44,7 @@ def make_model(
     latent_dim: int = 4,
     carry_state: bool = False,
     reads_text: bool = False,
-    rate: str = "diffusion",
+    components: int = 0,
     trunk_layers: int = 0,
     pooling: str = "mean",
 ) -> tuple[Autoencoder, Prior | None]:
@@ -57,8 +57,7 @@ def make_model(
         reads_text=reads_text,
         trunk_layers=trunk_layers,
         trunk_width=24,
-        rate=rate,
-        components=4,
+        components=components,
         pooling=pooling,
     )
     strategy = "words" if latent_dim and pooling == "mean" else "fixed"
@@ -90,12 +89,12 @@ def write(model, prompts, settings=SETTINGS, characters=30, **options) -> list[b
     return [row.text for row in rows]
 
 
-TRUNK = dict(trunk_layers=1, rate="mixture")
+TRUNK = dict(trunk_layers=1, components=4)
 LATENT = [
     dict(),
     dict(carry_state=True),
     dict(reads_text=True),
-    dict(rate="mixture"),
+    dict(components=4),
     TRUNK,
     dict(reads_text=True, **TRUNK),
     dict(carry_state=True, reads_text=True, **TRUNK),
@@ -266,7 +265,7 @@ def test_the_byte_tokenizer_gives_any_text_back():
 
 
 def test_without_denoising_steps_latents_are_drawn_from_the_mixture():
-    model = make_model(rate="mixture", reads_text=True)
+    model = make_model(components=4, reads_text=True)
     settings = replace(SETTINGS, steps=0)
     together = write(model, PROMPTS, settings, seed=7, through_ends=True)
     assert together == [
