@@ -58,7 +58,7 @@ class DataConfig:
     max_bytes: int = 1_000_000_000  # stop reading after so much text
     held_out: float = 0.03  # share of documents kept for validation, and again for test
     lanes: int = 16  # texts read side by side: the global batch
-    window_bytes: int = 512  # bytes of each lane in one optimizer step
+    window_bytes: int = 256  # bytes of each lane in one optimizer step
     cache_latents: bool = False  # stage two: encode the whole corpus once, to disk
 
     def __post_init__(self) -> None:
@@ -118,7 +118,7 @@ class ChunkingConfig:
 
     strategy: Strategy = "words"
     min_bytes: int = 4  # a chunk ends at a border only once it holds so many bytes
-    max_bytes: int = 12  # no chunk is longer
+    max_bytes: int = 10  # no chunk is longer
     target_bytes: float = 6.0  # mean length that strategies with a segmenter are set to, on training text
     segmenter: SegmenterConfig = field(default_factory=SegmenterConfig)  # of strategies that ask one
 
@@ -152,7 +152,7 @@ class GriffinConfig:
     """A stack of residual blocks (Griffin, arXiv 2402.19427); the pattern is data."""
 
     width: int = 128  # d, residual stream
-    blocks: tuple[str, ...] = ("recurrent", "recurrent", "attention")
+    blocks: tuple[str, ...] = ("recurrent", "attention", "recurrent")
     heads: int = 4  # attention heads, and diagonal blocks of the RG-LRU gates
     mlp_ratio: float = 2.0  # hidden width of the gated MLP over d
     conv_width: int = 4  # taps of the causal convolution
@@ -186,21 +186,21 @@ class GriffinConfig:
 class AutoencoderConfig:
     """Bytes to one latent a chunk and back."""
 
-    latent_dim: int = 16  # z; 0 is the twin: a plain autoregressive Griffin without latents
+    latent_dim: int = 4  # z; 0 is the twin: a plain autoregressive Griffin without latents
     # A latent from its chunk's features: their mean, each with its place; or, where chunks have a constant length, a
     # causal convolution with that kernel and stride.
     pooling: Literal["mean", "strided"] = "mean"
     encoder: GriffinConfig = field(default_factory=GriffinConfig)
-    decoder: GriffinConfig = field(default_factory=GriffinConfig)
-    trunk_layers: int = 0  # recurrent blocks that take a step a chunk: what is known before the next one
-    trunk_width: int = 256
+    decoder: GriffinConfig = field(default_factory=lambda: GriffinConfig(blocks=("recurrent",)))
+    trunk_layers: int = 2  # recurrent blocks that take a step a chunk: what is known before the next one
+    trunk_width: int = 192
     carry_state: bool = False  # decoder: keep the recurrent state from chunk to chunk, or start fresh
-    reads_text: bool = False  # decoder: sees the encoder's feature at the byte before each, too
+    reads_text: bool = True  # decoder: sees the encoder's feature at the byte before each, too
     # Of the mixture whose rate latents pay in stage one, and whose denoiser the prior then corrects; 0: they pay none,
     # and the prior starts from nothing.
-    components: int = 512
-    rate_weight: float = 0.3  # weight of the rate against reconstruction
-    rate_anneal: float = 0.0  # last share of the progress over which the weight goes to 1, that of the bound
+    components: int = 384
+    rate_weight: float = 0.5  # weight of the rate against reconstruction
+    rate_anneal: float = 0.5  # last share of the progress over which the weight goes to 1, that of the bound
 
     def __post_init__(self) -> None:
         _require(
@@ -244,7 +244,7 @@ class HierarchyConfig:
 
     levels: int = 3  # summaries of r, r^2, ... chunks; 0: latents only
     ratio: int = 8  # r, how many entries of one level a summary of the next stands for
-    window: int = 16  # entries of each level seen in full, at least
+    window: int = 24  # entries of each level seen in full, at least
 
     def __post_init__(self) -> None:
         _require_positive("hierarchy", self, "window")
@@ -257,7 +257,7 @@ class HierarchyConfig:
 class DiffusionConfig:
     """Forward process of the prior: VDM's gamma = -log SNR, from gamma_0 to gamma_1."""
 
-    gamma_0: float = -2.0  # least noise: the latent the decoder reads (log SNR 2)
+    gamma_0: float = -2.2  # least noise: the latent the decoder reads (log SNR 2.2)
     gamma_1: float = 5.0  # most noise (log SNR -5)
     target: Literal["x0", "v"] = "v"  # what the denoiser regresses, where there is no mixture to correct
 
@@ -272,12 +272,12 @@ class DiffusionConfig:
 class PriorConfig:
     """Two towers: a causal contextualiser over latents, a denoiser of the next one."""
 
-    reads_text: bool = False  # the contextualiser sees the encoder's feature after each chunk, too
-    width: int = 128  # d of the contextualiser
-    layers: int = 3
+    reads_text: bool = True  # the contextualiser sees the encoder's feature after each chunk, too
+    width: int = 64  # d of the contextualiser
+    layers: int = 1
     heads: int = 4
-    denoiser_width: int = 192
-    denoiser_layers: int = 3
+    denoiser_width: int = 64
+    denoiser_layers: int = 1
     draws: int = 4  # noise draws that share one context
     self_conditioning: float = 0.0  # share of steps fed with their own first estimate
     context_dropout: float = 0.1  # share of contexts hidden in training, for guidance
@@ -308,8 +308,8 @@ class TrainingConfig:
     # What minutes count: time that passes, or, on CPUs, what a thread computed, so that runs on a machine that does
     # other work, too, can be compared.
     clock: Literal["wall", "cpu"] = "wall"
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    learning_rate: float = 2e-3  # peak
+    optimizer: Literal["adamw", "muon"] = "muon"
+    learning_rate: float = 1e-2  # peak
     weight_decay: float = 0.01
     warmup: float = 0.05  # share of the progress spent warming up
     final_learning_rate: float = 0.05  # at the end, as a share of the peak
@@ -343,7 +343,7 @@ class StagesConfig:
     """Training of the two stages."""
 
     autoencoder: TrainingConfig = field(default_factory=TrainingConfig)
-    prior: TrainingConfig = field(default_factory=TrainingConfig)
+    prior: TrainingConfig = field(default_factory=lambda: TrainingConfig(learning_rate=8e-3))
 
     def __post_init__(self) -> None:
         _require(
@@ -370,8 +370,8 @@ class CheckpointConfig:
 class LoggingConfig:
     """What a run writes while it trains."""
 
-    every: int = 20  # optimizer steps between metrics
-    sample_every: int = 0  # optimizer steps between samples; 0: only at the end
+    every: int = 50  # optimizer steps between metrics
+    sample_every: int = 1000  # optimizer steps between samples; 0: only at the end
     trackers: tuple[str, ...] = ()  # accelerate's trackers, e.g. [tensorboard]
 
     def __post_init__(self) -> None:

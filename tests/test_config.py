@@ -301,7 +301,7 @@ def test_a_form_that_was_removed_is_refused_by_name(override, tmp_path):
         ConfigError, match=rf"^command line: {override} is a form that was removed: .* train again$"
     ):
         load_config([], [override])
-    section, key, value = re.split("[.=]", override)
+    section, key, value = re.split("[.=]", override, maxsplit=2)
     file = tmp_path / "old.yaml"
     file.write_text(f"{section}: {{{key}: {value}}}")
     with pytest.raises(ConfigError, match=rf"old.yaml:1:\d+: {override} is a form"):

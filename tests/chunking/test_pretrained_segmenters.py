@@ -26,7 +26,7 @@ def asked(strategy: str) -> ModelSegmenter:
     torch.manual_seed(0)
     stack = GriffinConfig(width=24, heads=2, blocks=("recurrent", "attention", "recurrent"))
     settings = AutoencoderConfig(latent_dim=0 if strategy == "entropy" else 4, encoder=stack, decoder=stack)
-    chunking = ChunkingConfig(strategy=strategy, min_bytes=1, target_bytes=5)
+    chunking = ChunkingConfig(strategy=strategy, min_bytes=1, max_bytes=12, target_bytes=5)
     model = Autoencoder.from_settings(settings, ChunkingConfig()).eval()
     segmenter = MODEL_SEGMENTERS[strategy](chunking, model)
     segmenter.calibrate([np.frombuffer(TEXT, np.uint8)])
@@ -59,7 +59,7 @@ def test_the_signals_are_the_models_own():
     symbols = torch.from_numpy(np.frombuffer(TEXT[:40], np.uint8).astype(np.int64))[None]
     doc_start = torch.zeros_like(symbols, dtype=torch.bool)
     doc_start[0, [0, 25]] = True
-    twin = asked("entropy", "threshold")
+    twin = asked("entropy")
     assert isinstance(twin, TwinEntropy)
     with torch.no_grad():
         entropy, _ = twin.signal(symbols, doc_start, twin.initial_state(1))
@@ -72,7 +72,7 @@ def test_the_signals_are_the_models_own():
             p = logits[0, -1, :256].softmax(dim=0)
             torch.testing.assert_close(entropy[0, at, 0], -(p * p.log2()).sum())
 
-        states, gates = asked("state_change", "threshold"), asked("gate", "threshold")
+        states, gates = asked("state_change"), asked("gate")
         assert isinstance(states, EncoderSegmenter)
         moved, _ = states.signal(symbols, doc_start, states.initial_state(1))
         _, griffin = states.model.encoder(

@@ -114,7 +114,7 @@ def test_chunks_are_wanted_longer_at_first(progress, times, monkeypatch):
 def test_starts_are_the_routers_with_noise_that_halves(monkeypatch):
     p = torch.full((2, 50), 0.3, dtype=torch.float64)
     segmenter, told = with_router(p, monkeypatch), []
-    monkeypatch.setattr(segmenter.writer, "forward", lambda text, start, _: told.append(start) or start)
+    monkeypatch.setattr(segmenter.writer, "forward", lambda text, start: told.append(start) or start)
     for progress in (0.0, 1.0):
         loss_of(segmenter, 2, 50, progress)
     first, last = (start.logit() - SHARPNESS * p.logit() for start in told)
@@ -122,9 +122,8 @@ def test_starts_are_the_routers_with_noise_that_halves(monkeypatch):
     assert first.std() > 1 and first.mean().abs() < 0.5
 
 
-@pytest.mark.parametrize("form", ["forget", "hnet"])
-def test_the_decoders_bits_alone_teach_the_router(form, monkeypatch):
-    segmenter, nats = learned(form), []
+def test_the_decoders_bits_alone_teach_the_router(monkeypatch):
+    segmenter, nats = learned(), []
     write = segmenter.writer.forward
     monkeypatch.setattr(segmenter.writer, "forward", lambda *given: nats.append(write(*given)) or nats[0])
     monkeypatch.setattr(segmenter, "next_byte_nats", lambda *_: torch.zeros(()))

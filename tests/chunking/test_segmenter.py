@@ -22,7 +22,7 @@ def small_segmenter(strategy: ModelStrategy, seed: int = 0, layers: int = 1, **s
     """An untrained segmenter of a width of 16, in float64."""
     torch.manual_seed(seed)
     small = SegmenterConfig(width=16, layers=layers)
-    settings = {"min_bytes": 1, "target_bytes": 5, "segmenter": small, **settings}
+    settings = {"min_bytes": 1, "max_bytes": 12, "target_bytes": 5, "segmenter": small, **settings}
     chunking = ChunkingConfig(strategy=strategy, **settings)
     return SEGMENTERS[strategy].from_settings(chunking).double().eval()
 

@@ -34,7 +34,9 @@ def untrained(strategy: str) -> Segmenter:
     """Random weights, and a threshold in the middle of what they give."""
     torch.manual_seed(0)
     settings = SegmenterConfig(width=16, layers=1)
-    chunking = ChunkingConfig(strategy=strategy, min_bytes=1, target_bytes=5, segmenter=settings)
+    chunking = ChunkingConfig(
+        strategy=strategy, min_bytes=1, max_bytes=12, target_bytes=5, segmenter=settings
+    )
     segmenter = SEGMENTERS[strategy].from_settings(chunking).eval()
     for parameter in segmenter.parameters():
         if not parameter.any():  # a policy starts the same everywhere, which is no test of a cutter

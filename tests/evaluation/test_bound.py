@@ -213,7 +213,9 @@ def test_ends_cost_what_ending_and_going_on_are_not_expected():
     torch.manual_seed(0)
     griffin = GriffinConfig(width=16, blocks=("recurrent",), heads=2)
     chunking = ChunkingConfig(strategy="fixed", min_bytes=3, max_bytes=3)
-    settings = AutoencoderConfig(latent_dim=2, encoder=griffin, decoder=griffin)
+    settings = AutoencoderConfig(
+        latent_dim=2, encoder=griffin, decoder=griffin, reads_text=False, trunk_layers=0
+    )
     autoencoder = Autoencoder.from_settings(settings, chunking).eval()
     torch.nn.init.zeros_(autoencoder.outputs.weight)
     autoencoder.outputs.bias.data[:] = 0.0

@@ -23,7 +23,7 @@ def make_prior(layers: int = 2, components: int = 20, **settings) -> Prior:
     torch.manual_seed(0)
     griffin = GriffinConfig(width=24, blocks=("recurrent",), heads=2)
     autoencoder = AutoencoderConfig(
-        latent_dim=Z, encoder=griffin, decoder=griffin, reads_text=True, components=components
+        latent_dim=Z, encoder=griffin, decoder=griffin, reads_text=True, trunk_layers=0, components=components
     )
     config = PriorConfig(
         reads_text=True, width=16, layers=1, heads=2, denoiser_width=24, denoiser_layers=layers

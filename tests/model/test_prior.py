@@ -7,7 +7,9 @@ from hldm.config import DiffusionConfig, HierarchyConfig, PriorConfig
 from hldm.model.prior import Prior
 from hldm.model.state import named_tensors
 
-SETTINGS = PriorConfig(width=16, layers=2, heads=2, denoiser_width=16, denoiser_layers=2, draws=2)
+SETTINGS = PriorConfig(
+    reads_text=False, width=16, layers=2, heads=2, denoiser_width=16, denoiser_layers=2, draws=2
+)
 HIERARCHY = HierarchyConfig(levels=2, ratio=2, window=3)
 
 
@@ -103,7 +105,8 @@ def test_draws_that_share_a_context_do_not_see_each_other():
 def test_an_untrained_prior_of_zero_latents_pays_what_the_formula_says():
     # F starts at 0 and v = alpha eps - sigma x0: x0_hat = alpha z, so with x0 = 0 the error is alpha sigma eps
     torch.manual_seed(0)
-    prior = Prior(3, asdict(SETTINGS), asdict(HIERARCHY), asdict(DiffusionConfig())).double().eval()
+    diffusion = DiffusionConfig(gamma_0=-2.0)
+    prior = Prior(3, asdict(SETTINGS), asdict(HIERARCHY), asdict(diffusion)).double().eval()
     chunks, draws = 4, 2_000
     latents = torch.zeros(1, chunks, 3, dtype=torch.float64)
     mask = torch.ones(1, chunks, dtype=torch.bool)
