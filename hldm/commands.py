@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -218,8 +219,9 @@ def chunk(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(f"--minutes must not be negative, got {arguments.minutes:g}")
         text = read_input(arguments.text, MAX_PROMPT_BYTES)
         from hldm.chunking.view import PAGE_MARK, as_json, as_page, as_text, cut_text
-        from hldm.runs.checkpoints import atomic_write
+        from hldm.runs.files import atomic_write
         from hldm.runs.reports import check_page_path
+        from hldm.training.segmenters import train_for_minutes
 
         if arguments.html is not None:
             check_page_path(arguments.html, PAGE_MARK)
@@ -229,7 +231,7 @@ def chunk(argv: Sequence[str] | None = None) -> int:
             arguments.run,
             chunking=chunking,
             whole_bytes=1024 if arguments.max_bytes is None else None,
-            minutes=arguments.minutes,
+            train=partial(train_for_minutes, arguments.minutes) if arguments.minutes else None,
         )
         if arguments.html is not None:
             atomic_write(arguments.html, as_page(cuts))

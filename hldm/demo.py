@@ -49,7 +49,7 @@ def _write(config: Config, folder: Path) -> None:
     from hldm.text.bytes import printable
 
     pipeline = read_pipeline(folder / "pipeline")
-    chunker = prompt_chunker(pipeline.autoencoder.chunker, config.is_twin)
+    chunker = prompt_chunker(pipeline.autoencoder)
     prompts = [
         prompt for prompt, _ in held_out_prompts(config, chunker, "test", PROMPTS, prompt_characters=80)
     ]

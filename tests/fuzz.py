@@ -43,11 +43,13 @@ from hldm.config import (
 from hldm.generation.pipeline import ByteTokenizer, HLDMPipeline, read_pipeline
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.prior import Prior
-from hldm.runs.checkpoints import fingerprint, load_checkpoint, save_checkpoint, unflatten_optimizer
+from hldm.runs.checkpoints import load_checkpoint, save_checkpoint, unflatten_optimizer
+from hldm.runs.files import fingerprint
 from hldm.settings import parse_override
 from hldm.text.bytes import StreamDecoder, count_characters, printable, split_incomplete, to_bytes, to_ids
 from hldm.text.corpus import load_corpora, make_corpus
-from hldm.text.windows import Windows, cache_latents, load_latents
+from hldm.text.windows import Windows
+from hldm.training.latent_cache import cache_latents, load_latents
 
 SECONDS, BYTES = 10.0, 2**30
 ROOT = Path(__file__).parent.parent

@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 from hldm import cli
 from hldm.config import to_yaml
 from hldm.runs.checkpoints import newest_checkpoint
+from hldm.runs.exits import Interrupted
 from hldm.runs.ranks import RankLost
 from hldm.training import stages
-from hldm.training.trainer import Interrupted, TrainingDiverged
+from hldm.training.trainer import TrainingDiverged
 
 SCRIPTS = ("train_autoencoder.py", "train_diffusion.py", "generate.py")
 WEIGHTS = "diffusion_pytorch_model.safetensors"

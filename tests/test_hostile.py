@@ -26,7 +26,7 @@ from hldm.generation.writer import Continuation
 from hldm.model.autoencoder import Autoencoder
 from hldm.runs.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
 from hldm.runs.reports import check_report_path
-from hldm.text.windows import load_latents
+from hldm.training.latent_cache import load_latents
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

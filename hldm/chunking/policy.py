@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hldm.chunking.chunker import SentenceChunker
 from hldm.chunking.scorer import ChunkWriter
 from hldm.chunking.segmenter import Segmenter, SegmenterState
-from hldm.kernels.scan import linear_scan
+from hldm.model.ops import linear_scan
 
 PRETRAINING = 0.25  # share of the progress before the policy moves
 SENTENCES = 0.5  # share of lanes that are cut into sentences meanwhile, the others at random

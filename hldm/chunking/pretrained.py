@@ -1,7 +1,7 @@
 """`state_change`, `gate` and `entropy` by a trained run: its encoder or its twin gives the signal, nothing is trained.
 
 For a look at cuts without waiting (`hldm chunk`): the shipped run by default. A run to be trained takes a segmenter
-of its own (hldm.training.segmenters): its chunks must be known before its encoder is.
+of its own (hldm.chunking.strategies): its chunks must be known before its encoder is.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class TwinEntropy(ModelSegmenter):
     def signal(self, text: Tensor, doc_start: Tensor, state: SegmenterState) -> tuple[Tensor, SegmenterState]:
         before = torch.cat([state.carry.long(), text[:, :-1]], dim=1)
         symbol = before.masked_fill(doc_start, START)
-        logits, griffin = self.model.decode(symbol, None, symbol, doc_start, doc_start, state.griffin)
+        logits, griffin = self.model.decode_symbols(symbol, doc_start, doc_start, state.griffin)
         log_p = logits[..., :BYTES].log_softmax(dim=-1)
         carry = text[:, -1:].to(state.carry.dtype)
         return entropy_in_bits(log_p), state._replace(griffin=griffin, carry=carry)

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hldm.kernels.scan import linear_scan
 from hldm.model.griffin import RMSNorm
+from hldm.model.ops import linear_scan
 
 OPENING = 256  # the symbol before a chunk's first byte
 LAYERS = 2

@@ -17,15 +17,16 @@ import torch
 from torch import Tensor
 
 from hldm.evaluation.prompts import prompt_chunker
-from hldm.model.autoencoder import Autoencoder, DecoderState, Encoding
+from hldm.model.autoencoder import Autoencoder
 from hldm.model.contextualiser import Context
+from hldm.model.decoder import noisy_latents, read_chunks
 from hldm.model.diffusion import alpha_sigma
 from hldm.model.mixture import MixturePredictor
-from hldm.model.prior import Prior
+from hldm.model.prior import Prior, price_latents
+from hldm.model.state import DecoderState, Encoding
 from hldm.text.bytes import END_OF_CHUNK, END_OF_DOCUMENT, count_characters
 from hldm.text.corpus import Corpus
-from hldm.text.windows import Batch, Windows
-from hldm.training.objectives import draw_normal, noisy_latents, price_latents, read_chunks, read_latents
+from hldm.text.windows import Batch, Windows, draw_normal
 
 LANES, WINDOW_BYTES = 16, 512  # measured, configs/tiny.yaml on a CPU: 256 and 1024 bytes take longer
 PASSES = 2  # independent estimates of the latent model's terms: the least that shows how far they differ
@@ -37,9 +38,9 @@ def held_out_windows(
     """A corpus laid out for reading whole documents in order, a few at a time.
 
     chunk_start: (t,) bool where its chunks start, if that is known already. The twin's, which change nothing for it,
-    are the default words: costs are known by chunk, and its own are as long as its attention sees.
+    are TWIN_WORDS: costs are known by chunk, and its own are as long as its attention sees.
     """
-    chunker = prompt_chunker(autoencoder.chunker, is_twin=autoencoder.latent_dim == 0)
+    chunker = prompt_chunker(autoencoder)
     return Windows(
         corpus,
         chunker,
@@ -136,7 +137,7 @@ def evaluate_bound(
     memory = None if prior is None else prior.initial_state(rows, device)
     for step in range(windows.windows_per_epoch):
         batch = windows.batch(step)
-        is_chunk = batch.chunk_index >= 0  # (b n)
+        is_chunk = batch.is_chunk  # (b n)
         chunk = batch.chunk_index[is_chunk].numpy()
         document = document_of[chunk]
         batch = batch.to(device)
@@ -146,7 +147,7 @@ def evaluate_bound(
             passes.append(torch.stack([reading.nats, *2 * [torch.zeros_like(reading.nats)]]))
         else:
             assert encoder is not None and memory is not None
-            encoding, encoder = read_latents(autoencoder, batch, encoder)
+            encoding, encoder = autoencoder.encode(batch, encoder)
             context, memory = prior.contextualiser(
                 encoding.latents, encoding.mask, encoding.doc_start, memory, encoding.after
             )
@@ -204,7 +205,7 @@ def _one_pass(
 ) -> tuple[Tensor, DecoderState]:
     """One estimate of the terms of a window's chunks: (3 b n) decoder, latent, end."""
     paid = price_latents(prior, encoding, context, batch, generator, draws)
-    z_0 = noisy_latents(autoencoder, encoding, prior.diffusion.gamma_0, batch, generator)
+    z_0 = noisy_latents(encoding, prior.diffusion.gamma_0, batch, generator)
     reading, decoder = read_chunks(autoencoder, batch, z_0, decoder, encoding)
     return torch.stack([reading.nats, paid.latent, paid.end]), decoder
 
@@ -253,12 +254,12 @@ def bits_of_ends(autoencoder: Autoencoder, windows: Windows, generator: torch.Ge
     nats = 0.0
     for step in range(windows.windows_per_epoch):
         batch = windows.batch(step)
-        encoding, encoder = read_latents(autoencoder, batch, encoder)
-        latent = noisy_latents(autoencoder, encoding, autoencoder.config["gamma_0"], batch, generator)
+        encoding, encoder = autoencoder.encode(batch, encoder)
+        latent = noisy_latents(encoding, autoencoder.config["gamma_0"], batch, generator)
         reading, decoder = read_chunks(autoencoder, batch, latent, decoder, encoding)
         log_p = reading.logits.float().log_softmax(dim=-1)
         ending = log_p[..., END_OF_CHUNK : END_OF_DOCUMENT + 1].logsumexp(dim=-1)
         going_on = log_p[..., :END_OF_CHUNK].logsumexp(dim=-1)
-        told = torch.where(reading.target >= END_OF_CHUNK, ending, going_on)
-        nats -= float((told * reading.mask).sum())
+        told = torch.where(reading.events.target >= END_OF_CHUNK, ending, going_on)
+        nats -= float((told * reading.events.mask).sum())
     return nats / math.log(2) / count_characters(windows.corpus.text.tobytes())

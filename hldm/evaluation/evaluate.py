@@ -202,7 +202,7 @@ def evaluate_model(
             raise ValueError(f"{name} must be at least {least}, got {value}")
     generator = torch.Generator().manual_seed(seed)
     windows = held_out_windows(autoencoder, corpus)
-    chunker = prompt_chunker(autoencoder.chunker, is_twin=prior is None)
+    chunker = prompt_chunker(autoencoder)
     # the twin's likelihood needs no bound
     samples = 0 if prior is None else samples
     bound = evaluate_bound(autoencoder, prior, windows, draws=draws, samples=samples, generator=generator)
@@ -255,6 +255,7 @@ def continue_prompts(
     """
     import torch
 
+    from hldm.chunking.attached import chunker_of
     from hldm.evaluation.borders import rechunked
     from hldm.evaluation.metrics import diversity, random_passage, repeat_last_words
     from hldm.generation.writer import Continuation, write_on
@@ -293,7 +294,7 @@ def continue_prompts(
             "baselines": {name: _rouge(texts, wanted) for name, texts in baselines.items()},
         },
         "diversity": {**diversity(written), "reference": diversity(wanted)},
-        "rechunked": None if prior is None else rechunked(rows, autoencoder.chunker),
+        "rechunked": None if prior is None else rechunked(rows, chunker_of(autoencoder)),
         "speed": {
             "characters_per_second": sum(count_characters(row.text) for row in rows) / seconds,
             "denoising_calls": calls,
@@ -330,7 +331,7 @@ def _stages(folder: Path) -> list[Path]:
 
 def _training_cost(folder: Path) -> dict[str, float]:
     """Seconds and characters of training, summed over the stages."""
-    from hldm.training.stages import read_totals
+    from hldm.runs.folder import read_totals
 
     totals = [read_totals(stage) for stage in _stages(folder)]
     return {

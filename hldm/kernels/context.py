@@ -1,8 +1,7 @@
 """The context of one chunk more, in a single call of C++: contextualiser, and what the denoiser is told of it.
 
-What `hldm.model.contextualiser` and `Prior.tell` do for a window of one chunk, to rounding. Weights do not change while a
-text is written, so an entry's keys and values are worked out once, when it is born, and kept instead of it.
-`hldm.generation.writer` asks `can_keep` first.
+What `hldm.model.contextualiser` and `Prior.tell` do for a window of one chunk, to rounding. Weights do not change while
+a text is written, so an entry's keys and values are worked out once, when it is born, and kept instead of it.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from hldm.kernels.library import library
 from hldm.kernels.stack import is_plain, kernels_can_compute
 from hldm.model.contextualiser import ContextState
 from hldm.model.denoiser import BlockContext, Told
+from hldm.model.prior import Prior
 
 MOST_CHUNKS = 2**40  # that a summary may stand for
 _SIZES = (
@@ -44,7 +44,7 @@ def _of(*modules: Any) -> list[Tensor | None]:
     return [parameter for module in modules for parameter in (module.weight, module.bias)]
 
 
-def _parameters(prior: Any) -> dict[str, list[Tensor | None]]:
+def _parameters(prior: Prior) -> dict[str, list[Tensor | None]]:
     """What the kernel reads, in its order; None where a model has no such part."""
     context, mixture = prior.contextualiser, prior.mixture
     layers: list[Tensor | None] = []
@@ -63,15 +63,15 @@ def _parameters(prior: Any) -> dict[str, list[Tensor | None]]:
     }
 
 
-def can_keep(prior: Any, memory: ContextState) -> bool:
-    """Whether `KeptContext` does from this state on what contextualiser and `Prior.tell` would."""
+def can_keep(prior: Prior, rows: int) -> bool:
+    """Whether `KeptContext` does what contextualiser and `Prior.tell` would, for so many rows."""
     hierarchy, dropout = prior.hierarchy, prior.training and prior.settings.dropout
     if not kernels_can_compute() or dropout:
         return False
-    if memory.hidden.dtype != torch.float32 or hierarchy.ratio**hierarchy.levels > MOST_CHUNKS:
+    if hierarchy.ratio**hierarchy.levels > MOST_CHUNKS:
         return False
     parameters = [p for parts in _parameters(prior).values() for p in parts if p is not None]
-    return memory.written.shape[0] > 0 and all(map(is_plain, parameters))
+    return rows > 0 and all(map(is_plain, parameters))
 
 
 class KeptContext:
@@ -80,7 +80,7 @@ class KeptContext:
     Not a value as other states are: with many rows, to copy it would take longer than the step.
     """
 
-    def __init__(self, prior: Any, memory: ContextState):
+    def __init__(self, prior: Prior, memory: ContextState):
         """memory: where `Contextualiser` left off, left as it is; call only where `can_keep`."""
         kernels, context = library(), prior.contextualiser
         assert kernels is not None

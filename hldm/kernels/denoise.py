@@ -1,8 +1,7 @@
 """All denoising steps of a batch of latents in a single call of C++: mixture, network and solver in turns.
 
-What `hldm.model.diffusion.sample` does with `Prior.denoise`, to rounding, for a prior that corrects a mixture. What depends
-on the noise level alone is worked out in torch, once for a text: weights do not change while it is written.
-`hldm.generation.writer` asks `can_denoise` first.
+What `hldm.model.diffusion.sample` does with `Prior.denoise`, to rounding, for a prior that corrects a mixture. What
+depends on the noise level alone is worked out in torch, once for a text: weights do not change while it is written.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from hldm.kernels.library import library
 from hldm.kernels.stack import is_plain, kernels_can_compute
 from hldm.model.denoiser import Told
 from hldm.model.diffusion import Steps, alpha_sigma
+from hldm.model.prior import Prior
 
 MOST_STEPS = 1000  # whose noise is drawn beforehand
 _SIZES = ("rows", "steps", "z", "d", "width", "heads", "entries", "components", "hidden", "blocks", "threads")
@@ -34,13 +34,13 @@ class _Denoising(ctypes.Structure):
     ]
 
 
-def _layers(prior: Any) -> dict[str, Tensor]:
+def _layers(prior: Prior) -> dict[str, Tensor]:
     """The denoiser's first and last layer, by their names in `_Denoising`."""
     first, last = prior.denoiser.inputs, prior.denoiser.outputs
     return dict(zip(_LAYERS, (first.weight, first.bias, last.weight, last.bias), strict=True))
 
 
-def _parameters(prior: Any) -> list[Tensor]:
+def _parameters(prior: Prior) -> list[Tensor]:
     """What every block of the denoiser does products with, in the order of hldm/kernels/cpp/denoise.cpp."""
     return [
         parameter
@@ -50,9 +50,9 @@ def _parameters(prior: Any) -> list[Tensor]:
     ]
 
 
-def can_denoise(prior: Any, plan: Steps) -> bool:
-    """Whether `PlannedSteps` does what `sample` would with `Prior.denoise`."""
-    if not kernels_can_compute() or prior.mixture is None or len(plan.weights) > MOST_STEPS:
+def can_denoise(prior: Prior, steps: int) -> bool:
+    """Whether `PlannedSteps` does what so many steps of `sample` would with `Prior.denoise`."""
+    if not kernels_can_compute() or prior.mixture is None or steps > MOST_STEPS:
         return False
     if prior.training and prior.settings.dropout:
         return False
@@ -63,9 +63,9 @@ def can_denoise(prior: Any, plan: Steps) -> bool:
 class PlannedSteps:
     """A plan's steps, with all worked out that is the same for every latent; make one only where `can_denoise`."""
 
-    def __init__(self, prior: Any, plan: Steps):
+    def __init__(self, prior: Prior, plan: Steps):
         kernels, denoiser, mixture = library(), prior.denoiser, prior.mixture
-        assert kernels is not None
+        assert kernels is not None and mixture is not None
         self._run, self._steps = kernels.hldm_denoise, len(plan.weights)
         gammas = plan.gammas[:-1]
         time = denoiser.by_level(gammas)

@@ -8,6 +8,7 @@ Concept Model (arXiv 2412.08821). Knows latents, and if `reads_text` the encoder
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import NamedTuple
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -22,9 +23,19 @@ from hldm.config import (
 )
 from hldm.model.contextualiser import Context, ContextState, Contextualiser
 from hldm.model.denoiser import Denoiser, Told
-from hldm.model.diffusion import Schedule, alpha_sigma, bound_integrand, diffuse, x0_from
+from hldm.model.diffusion import (
+    Schedule,
+    alpha_sigma,
+    bound_integrand,
+    diffuse,
+    end_term,
+    stratified,
+    x0_from,
+)
 from hldm.model.mixture import MixturePredictor
+from hldm.model.state import Encoding
 from hldm.runs.saved_model import SavedModel
+from hldm.text.windows import Batch, draw_normal, draw_uniform
 
 
 class Prior(SavedModel):
@@ -93,15 +104,12 @@ class Prior(SavedModel):
             log_weights = self.mixture.log_weights(context.feature)[:, :, None]
         return Told(log_weights, self.denoiser.read(context))
 
-    def denoise(
-        self, z: Tensor, gamma: Tensor, context: Context | Told, estimate: Tensor | None = None
-    ) -> Tensor:
+    def denoise(self, z: Tensor, gamma: Tensor, told: Told, estimate: Tensor | None = None) -> Tensor:
         """x0_hat(z_gamma, gamma, context). z: (b n m z); gamma: (b n m); estimate: an earlier x0_hat.
 
-        context: as it is or, over several steps, as `tell` reads it.
+        told: `tell` of the context, once for all draws and steps.
         With a mixture: its own estimate, corrected by sigma times what the network says.
         """
-        told = self.tell(context) if isinstance(context, Context) else context
         if self.mixture is not None and told.log_weights is not None:
             estimate = self.mixture.denoise(z, gamma, told.log_weights)
             _, sigma = alpha_sigma(gamma.unsqueeze(-1))
@@ -114,12 +122,12 @@ class Prior(SavedModel):
         self, x0: Tensor, gamma: Tensor, noise: Tensor, context: Context, self_condition: bool = False
     ) -> Tensor:
         """x0_hat from x0 made noisy. x0, noise and result: (b n m z); gamma: (b n m)."""
-        z = diffuse(x0, gamma, noise)
+        z, told = diffuse(x0, gamma, noise), self.tell(context)
         earlier = None
         if self_condition:
             with torch.no_grad():
-                earlier = self.denoise(z, gamma, context)
-        return self.denoise(z, gamma, context, earlier)
+                earlier = self.denoise(z, gamma, told)
+        return self.denoise(z, gamma, told, earlier)
 
     def latent_term(
         self,
@@ -144,3 +152,41 @@ class Prior(SavedModel):
             squared_error = (x0 - x0_hat).detach().square().sum(dim=-1)
             self.schedule.observe(gamma[mask], squared_error[mask])
         return terms.mean(dim=-1)
+
+
+class Payment(NamedTuple):
+    """What the latents of a window cost under a prior, nats per chunk."""
+
+    latent: Tensor  # (b n)
+    end: Tensor  # (b n)
+
+
+def price_latents(
+    prior: Prior,
+    encoding: Encoding,
+    context: Context,
+    batch: Batch,
+    generator: torch.Generator,
+    draws: int | None = None,
+    hide: bool = False,
+) -> Payment:
+    """The latent and end terms of the bound, from `draws` stratified noise levels a chunk.
+
+    hide: training's context dropout and self-conditioning, by their configured shares.
+    """
+    settings = prior.settings
+    b, n, z = encoding.latents.shape
+    m = draws or settings.draws
+    u = stratified(m, draw_uniform(batch, (n,), generator))
+    noise = draw_normal(batch, (n, m, z), generator)
+    context = context.first(n)
+    self_condition = settings.self_conditioning > 0
+    if hide:
+        if settings.context_dropout:
+            hidden = draw_uniform(batch, (n,), generator) < settings.context_dropout
+            context = prior.hide(context, hidden)
+        coin = torch.rand((), generator=generator)
+        self_condition = bool(coin < settings.self_conditioning)
+    latent = prior.latent_term(encoding.latents, encoding.mask, context, u, noise, self_condition)
+    end = end_term(encoding.latents, prior.diffusion.gamma_1)
+    return Payment(latent * encoding.mask, end * encoding.mask)

@@ -90,9 +90,9 @@ def measure(
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     import torch
 
+    from hldm.chunking.strategies import attach_segmenter
     from hldm.studies import bench_training, bench_writing
     from hldm.text.corpus import load_corpus
-    from hldm.training.segmenters import attach_segmenter
 
     corpora = {data: load_corpus(data, "train") for data in {config.data, twin.data}}
     corpus = corpora[config.data]

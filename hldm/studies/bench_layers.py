@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hldm.config import GriffinConfig
 from hldm.kernels.library import kernels, library, without_kernels
-from hldm.kernels.scan import BACKENDS, can_run, linear_scan
+from hldm.kernels.scan import BACKENDS, can_run, linear_scan_by
 from hldm.model.griffin import RGLRU, AttentionBlock, Griffin, Layout
 
 BYTES_FORWARD, BYTES_BOTH = 12, 32  # that a scan must move, of float32, an element
@@ -78,7 +78,7 @@ def time_scan(shape: tuple[int, int, int], repeats: int) -> dict[str, Any]:
     a, b = (torch.rand(shape, requires_grad=True) for _ in range(2))
     x, y, z = (torch.rand(shape) for _ in range(3))
     names = [name for name in BACKENDS if name != "loop" and can_run(name, a)]
-    scans = {name: partial(lambda backend: linear_scan(a, b, backend=backend)[0], name) for name in names}
+    scans = {name: partial(lambda backend: linear_scan_by(backend, a, b)[0], name) for name in names}
 
     def forward(scan: Callable[[], Tensor]) -> None:
         with torch.no_grad():

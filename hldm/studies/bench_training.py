@@ -30,12 +30,14 @@ from hldm.model.prior import Prior
 from hldm.model.state import named_tensors
 from hldm.runs.clock import seconds_of
 from hldm.runs.folder import Run
-from hldm.runs.memory import peak_memory
+from hldm.runs.machine import peak_memory
 from hldm.text.corpus import Corpus
 from hldm.text.windows import Windows
-from hldm.training.objectives import AutoencoderObjective, CachedLatents, PriorObjective
+from hldm.training.latent_cache import CachedLatents
+from hldm.training.objectives import AutoencoderObjective, PriorObjective
 from hldm.training.segmenters import train_segmenter
-from hldm.training.trainer import Trainer, TrainingDiverged, make_accelerator
+from hldm.training.stage import make_accelerator
+from hldm.training.trainer import Trainer, TrainingDiverged
 
 if TYPE_CHECKING:
     from torch.autograd.profiler_util import FunctionEvent

@@ -22,11 +22,11 @@ from hldm.config import Config
 from hldm.evaluation.tables import align, row
 from hldm.generation.chunk import Piece
 from hldm.generation.writer import Writer, make_writer, row_generators
-from hldm.model.autoencoder import OUTPUTS, Autoencoder
+from hldm.model.autoencoder import Autoencoder
 from hldm.model.prior import Prior
 from hldm.runs.clock import wait_for_device
-from hldm.runs.memory import peak_memory
-from hldm.text.bytes import END_OF_CHUNK, count_characters
+from hldm.runs.machine import peak_memory
+from hldm.text.bytes import END_OF_CHUNK, OUTPUTS, count_characters
 from hldm.text.corpus import Corpus
 
 TURNS = 7

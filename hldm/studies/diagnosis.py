@@ -21,14 +21,14 @@ from torch import Tensor
 from hldm.config import load_config
 from hldm.evaluation.bound import held_out_windows
 from hldm.generation.pipeline import read_pipeline
-from hldm.model.autoencoder import Autoencoder, DecoderState, Encoding
+from hldm.model.autoencoder import Autoencoder
 from hldm.model.contextualiser import Context
+from hldm.model.decoder import Reading, noisy_latents, read_chunks
 from hldm.model.diffusion import BINS, alpha_sigma, diffuse, sample
-from hldm.model.prior import Prior
+from hldm.model.prior import Prior, price_latents
+from hldm.model.state import DecoderState, Encoding
 from hldm.text.corpus import Split, load_corpora
-from hldm.text.events import place_in_chunk
-from hldm.text.windows import Batch, Windows
-from hldm.training.objectives import draw_normal, noisy_latents, price_latents, read_chunks, read_latents
+from hldm.text.windows import Batch, Windows, draw_normal
 
 NOISE_LEVELS = 9  # points of the curve of accuracy against noise
 ENOUGH_CHUNKS = 4000  # where a figure needs a pass of its own: a standard error of about 1 % of it
@@ -87,12 +87,12 @@ def diagnose(
     seen = 0
     for step in range(windows.windows_per_epoch):
         batch = windows.batch(step).to(device)
-        encoding, encoder = read_latents(autoencoder, batch, encoder)
+        encoding, encoder = autoencoder.encode(batch, encoder)
         context, memory = prior.contextualiser(
             encoding.latents, encoding.mask, encoding.doc_start, memory, encoding.after
         )
         paid = price_latents(prior, encoding, context, batch, generator, draws)
-        z_0 = noisy_latents(autoencoder, encoding, prior.diffusion.gamma_0, batch, generator)
+        z_0 = noisy_latents(encoding, prior.diffusion.gamma_0, batch, generator)
         before = decoder
         reading, decoder = read_chunks(autoencoder, batch, z_0, decoder, encoding)
         chunk = batch.chunk_index[encoding.mask].cpu().numpy()
@@ -101,7 +101,7 @@ def diagnose(
             for x in (paid.latent + paid.end, reading.nats)
         ]
         spent.append(Spent(bits[0], bits[1], sizes[chunk], first_byte[chunk] - document[chunk]))
-        places.add(autoencoder, batch, before, reading.symbol_nats, reading.mask)
+        places.add(reading)
         latents.append(encoding.latents[encoding.mask])
         if seen < ENOUGH_CHUNKS:
             terms.add(encoding, context, batch, generator, draws)
@@ -231,14 +231,10 @@ class _Places:
         self.nats = torch.zeros(places, dtype=torch.float64)
         self.count = torch.zeros(places, dtype=torch.float64)
 
-    def add(
-        self, autoencoder: Autoencoder, batch: Batch, state: DecoderState, nats: Tensor, mask: Tensor
-    ) -> None:
-        events = autoencoder.events(
-            batch.bytes, batch.length, batch.doc_start, batch.doc_end, batch.chunk_start, state
-        )
-        place = place_in_chunk(events.unit_start)[mask].cpu()
-        self.nats.index_add_(0, place, nats[mask].double().cpu())
+    def add(self, reading: Reading) -> None:
+        mask = reading.events.mask
+        place = reading.events.place[mask].cpu()
+        self.nats.index_add_(0, place, reading.symbol_nats[mask].double().cpu())
         self.count.index_add_(0, place, torch.ones_like(place, dtype=torch.float64))
 
     def result(self) -> list[dict[str, float]]:
@@ -284,11 +280,10 @@ class _Readers:
             alpha, sigma = alpha_sigma(torch.tensor(gamma))
             scale = alpha_sigma(torch.tensor(gamma_0))[0] / alpha
             variants[f"gamma {gamma:.2f}"] = (scale * (alpha * mu + sigma * noise)).to(mu)
-        real = torch.arange(batch.bytes.shape[1], device=mu.device) < batch.length[:, None]
-        characters = int(((batch.bytes & 0xC0 != 0x80) & real).sum())
+        characters = int(batch.characters)
         for name, z_0 in variants.items():
             reading, _ = read_chunks(self.autoencoder, batch, z_0, state, encoding)
-            sums = (reading.nats.sum(), reading.correct.sum(), reading.mask.sum())
+            sums = (reading.nats.sum(), reading.correct.sum(), reading.events.mask.sum())
             found = np.array([*(float(x) for x in sums), characters])
             self.sums[name] = self.sums.get(name, np.zeros(4)) + found
 
@@ -298,10 +293,10 @@ class _Readers:
     def _sampled(self, mu: Tensor, context: Context) -> Tensor:
         """Latents drawn from the prior, given the true text before."""
         b, n, z = mu.shape
-        context = context.first(n)
+        told = self.prior.tell(context.first(n))
 
         def denoise(state: Tensor, gamma: Tensor) -> Tensor:
-            return self.prior.denoise(state.view(b, n, 1, z), gamma.view(b, n, 1), context).view(b * n, z)
+            return self.prior.denoise(state.view(b, n, 1, z), gamma.view(b, n, 1), told).view(b * n, z)
 
         seeds = torch.randint(2**62, (b * n,), generator=self.generator).tolist()
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]

@@ -100,7 +100,7 @@ def judge_run(
     if vary and pipeline.prior is None:
         raise ValueError(f"{folder} is a twin: it has no sampler to vary")
     corpora = load_corpora(load_config(folder / "autoencoder" / "config.yaml").data)
-    chunker = prompt_chunker(pipeline.autoencoder.chunker, is_twin=pipeline.prior is None)
+    chunker = prompt_chunker(pipeline.autoencoder)
     chosen = choose_prompts(corpora["test"], chunker, prompts, max_characters=max_characters)
     starts = [prompt.text for prompt in chosen]
     bench = _Bench(

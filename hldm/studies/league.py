@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from hldm.config import ChunkingConfig, Config, ConfigError, StagesConfig, Strategy, load_config
-from hldm.runs.checkpoints import atomic_write
+from hldm.runs.files import atomic_write
 from hldm.runs.reports import save_report
 from hldm.studies.rate_curve import timed
 
@@ -85,8 +85,8 @@ def chunking_for(base: Config, strategy: str, target: int) -> ChunkingConfig:
     if chunking.needs_segmenter:
         return chunking
     from hldm.chunking.chunker import make_chunker
+    from hldm.chunking.strategies import sample_of
     from hldm.text.corpus import load_corpus
-    from hldm.training.segmenters import sample_of
 
     sample = sample_of(load_corpus(base.data, "train"), FITTED_BYTES)
 
@@ -156,6 +156,7 @@ def measure(run: Path) -> dict[str, Any]:
     """All figures of a trained run on its test text."""
     import torch
 
+    from hldm.chunking.attached import chunker_of
     from hldm.evaluation.borders import describe_chunks
     from hldm.evaluation.bound import bits_of_ends, evaluate_bound, held_out_windows
     from hldm.evaluation.evaluate import evaluate_run
@@ -191,7 +192,7 @@ def measure(run: Path) -> dict[str, Any]:
     documents = [corpus.document(index) for index in range(len(corpus))]
     is_built_in = not (config.data.path or config.data.dataset)
     verses = bible_verse_starts("test") if is_built_in else None
-    chunks = describe_chunks(documents, autoencoder.chunker.chunk_starts(documents), verses)
+    chunks = describe_chunks(documents, chunker_of(autoencoder).chunk_starts(documents), verses)
     generator = torch.Generator().manual_seed(0)
     return found | {
         **chunks,

@@ -12,19 +12,18 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from hldm.config import AutoencoderConfig
-from hldm.model.autoencoder import Autoencoder, DecoderState, EncoderState, Encoding
-from hldm.model.contextualiser import Context, ContextState
-from hldm.model.diffusion import diffuse, end_term, stratified
+from hldm.model.autoencoder import Autoencoder
+from hldm.model.contextualiser import ContextState
+from hldm.model.decoder import noisy_latents, read_chunks
 from hldm.model.mixture import MixturePredictor
-from hldm.model.prior import Prior
-from hldm.model.state import map_carry
-from hldm.text.events import positions, sum_by_chunk, symbol_nats
-from hldm.text.windows import Batch
+from hldm.model.prior import Prior, price_latents
+from hldm.model.state import DecoderState, EncoderState, Encoding, map_carry
+from hldm.text.windows import Batch, draw_normal
+from hldm.training.latent_cache import CachedLatents
 
 
 class Carry(NamedTuple):
@@ -42,128 +41,6 @@ class Step(NamedTuple):
     nats: dict[str, Tensor]  # sums over this part, detached, by name
     characters: Tensor  # in this part
     carry: Carry  # detached
-
-
-def draw_normal(batch: Batch, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Standard normal noise (b *shape): drawn for the global batch, then this part's rows."""
-    return _own_rows(batch, torch.randn(batch.total_rows, *shape, generator=generator))
-
-
-def draw_uniform(batch: Batch, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Uniform noise in [0, 1), by the same rule."""
-    return _own_rows(batch, torch.rand(batch.total_rows, *shape, generator=generator))
-
-
-def _own_rows(batch: Batch, drawn: Tensor) -> Tensor:
-    rows = slice(batch.first_row, batch.first_row + batch.bytes.shape[0])
-    return drawn[rows].to(batch.bytes.device)
-
-
-def count_characters(batch: Batch) -> Tensor:
-    """UTF-8 characters in a batch: its bytes that do not continue one."""
-    real = torch.arange(batch.bytes.shape[1], device=batch.bytes.device) < batch.length[:, None]
-    return ((batch.bytes & 0xC0 != 0x80) & real).sum()
-
-
-class Reading(NamedTuple):
-    """What the decoder made of a window."""
-
-    nats: Tensor  # (b n) -log p of each chunk's bytes and end
-    symbol_nats: Tensor  # (b t') of each event
-    logits: Tensor  # (b t' v) of its symbol
-    target: Tensor  # (b t') that symbol
-    correct: Tensor  # (b t') bool: the likeliest symbol is the right one
-    mask: Tensor  # (b t') bool: real events
-    chunk: Tensor  # (b t') chunk of each event
-
-
-def read_chunks(
-    autoencoder: Autoencoder,
-    batch: Batch,
-    latent: Tensor | None,
-    state: DecoderState,
-    encoding: Encoding | None = None,
-) -> tuple[Reading, DecoderState]:
-    """Score a window's bytes given its latents z_0 (b n z), and what the encoder made of them."""
-    events = autoencoder.events(
-        batch.bytes, batch.length, batch.doc_start, batch.doc_end, batch.chunk_start, state
-    )
-    logits, griffin = autoencoder.decode(
-        events.symbol,
-        latent,
-        events.chunk,
-        events.doc_start,
-        events.unit_start,
-        state.griffin,
-        events.length,
-        told=None if encoding is None else autoencoder.tell(events, encoding),
-    )
-    nats = symbol_nats(logits, events)
-    by_chunk = sum_by_chunk(nats, events, batch.chunk_index.shape[1])
-    correct = (logits.argmax(dim=-1) == events.target) & events.mask
-    reading = Reading(by_chunk, nats, logits, events.target, correct, events.mask, events.chunk)
-    return reading, DecoderState(griffin, events.last)
-
-
-def read_latents(
-    autoencoder: Autoencoder, batch: Batch, state: EncoderState
-) -> tuple[Encoding, EncoderState]:
-    """mu of each chunk of a window."""
-    return autoencoder.encode(
-        batch.bytes,
-        batch.length,
-        batch.doc_start,
-        batch.chunk_start,
-        state,
-        chunks=batch.chunk_index.shape[1],
-    )
-
-
-class Payment(NamedTuple):
-    """What the latents of a window cost under a prior, nats per chunk."""
-
-    latent: Tensor  # (b n)
-    end: Tensor  # (b n)
-
-
-def price_latents(
-    prior: Prior,
-    encoding: Encoding,
-    context: Context,
-    batch: Batch,
-    generator: torch.Generator,
-    draws: int | None = None,
-    hide: bool = False,
-) -> Payment:
-    """The latent and end terms of the bound, from `draws` stratified noise levels a chunk.
-
-    hide: training's context dropout and self-conditioning, by their configured shares.
-    """
-    settings = prior.settings
-    b, n, z = encoding.latents.shape
-    m = draws or settings.draws
-    u = stratified(m, draw_uniform(batch, (n,), generator))
-    noise = draw_normal(batch, (n, m, z), generator)
-    context = context.first(n)
-    self_condition = settings.self_conditioning > 0
-    if hide:
-        if settings.context_dropout:
-            hidden = draw_uniform(batch, (n,), generator) < settings.context_dropout
-            context = prior.hide(context, hidden)
-        coin = torch.rand((), generator=generator)
-        self_condition = bool(coin < settings.self_conditioning)
-    latent = prior.latent_term(encoding.latents, encoding.mask, context, u, noise, self_condition)
-    end = end_term(encoding.latents, prior.diffusion.gamma_1)
-    return Payment(latent * encoding.mask, end * encoding.mask)
-
-
-def noisy_latents(
-    autoencoder: Autoencoder, encoding: Encoding, gamma_0: float, batch: Batch, generator: torch.Generator
-) -> Tensor:
-    """z_0 = alpha_0 mu + sigma_0 eps, what the decoder reads. (b n z)."""
-    noise = draw_normal(batch, encoding.latents.shape[1:], generator)
-    gamma = encoding.latents.new_full(encoding.latents.shape[:-1], gamma_0)
-    return diffuse(encoding.latents, gamma, noise)
 
 
 def rate_weight(settings: AutoencoderConfig, progress: float) -> float:
@@ -208,8 +85,8 @@ class AutoencoderObjective(nn.Module):
         encoder, z_0, encoding = carry.encoder, None, None
         rates: dict[str, Tensor] = {}
         if encoder is not None:
-            encoding, encoder = read_latents(autoencoder, batch, encoder)
-            z_0 = noisy_latents(autoencoder, encoding, self.gamma_0, batch, generator)
+            encoding, encoder = autoencoder.encode(batch, encoder)
+            z_0 = noisy_latents(encoding, self.gamma_0, batch, generator)
             if self.mixture is not None:
                 noise = draw_normal(batch, encoding.latents.shape[1:], generator)
                 weights = self.mixture.log_weights(encoding.before)
@@ -224,24 +101,9 @@ class AutoencoderObjective(nn.Module):
         return Step(
             loss / batch.total_bytes,
             {name: value.detach() for name, value in paid_for.items()},
-            count_characters(batch),
+            batch.characters,
             map_carry(torch.detach, Carry(encoder, decoder)),
         )
-
-
-class CachedLatents:
-    """mu of every chunk of a corpus, and what a prior reads beside it, on disk; copies of a model share it."""
-
-    def __init__(self, latents: np.ndarray):
-        self.latents = latents  # (chunks z) or (chunks z+d) float32, memory-mapped
-
-    def __deepcopy__(self, memo: dict) -> CachedLatents:
-        return self
-
-    def of(self, chunk: Tensor, latent_dim: int) -> tuple[Tensor, Tensor]:
-        """mu (b n z) and features (b n d) of chunks by their number in the corpus (b n), on its device."""
-        row = torch.from_numpy(self.latents[chunk.cpu().numpy()]).to(chunk.device)
-        return row[..., :latent_dim], row[..., latent_dim:]
 
 
 class PriorObjective(nn.Module):
@@ -283,14 +145,13 @@ class PriorObjective(nn.Module):
     ) -> tuple[Encoding, EncoderState | None]:
         if encoder is None:
             assert self.latents is not None
-            mask = batch.chunk_index >= 0
+            mask = batch.is_chunk
             latents, after = self.latents.of(batch.chunk_index.clamp(min=0), self.prior.latent_dim)
-            doc_start = batch.doc_start.gather(1, positions(batch.chunk_start, mask.shape[1])) & mask
             # no decoder reads along with a cache, so nobody asks for what comes before the chunks
             none = after[..., :0]
-            return Encoding(latents * mask[..., None], mask, doc_start, after, none, none), None
+            return Encoding(latents * mask[..., None], mask, batch.opens_document, after, none, none), None
         with torch.set_grad_enabled(learn):
-            return read_latents(self.autoencoder, batch, encoder)
+            return self.autoencoder.encode(batch, encoder)
 
     def forward(self, batch: Batch, carry: Carry, generator: torch.Generator, progress: float) -> Step:
         """Loss of one window."""
@@ -305,9 +166,7 @@ class PriorObjective(nn.Module):
         # before the joint phase the decoder only reads along, and only if it carries a state
         if decoder is not None and (jointly or self.autoencoder.settings.carry_state):
             with torch.set_grad_enabled(jointly):
-                z_0 = noisy_latents(
-                    self.autoencoder, encoding, self.prior.diffusion.gamma_0, batch, generator
-                )
+                z_0 = noisy_latents(encoding, self.prior.diffusion.gamma_0, batch, generator)
                 reading, decoder = read_chunks(self.autoencoder, batch, z_0, decoder, encoding)
             if jointly:
                 nats["decoder"] = reading.nats.sum()
@@ -316,6 +175,6 @@ class PriorObjective(nn.Module):
         return Step(
             loss / batch.total_bytes,
             {name: value.detach() for name, value in nats.items()},
-            count_characters(batch),
+            batch.characters,
             map_carry(torch.detach, Carry(encoder, decoder, context_state)),
         )

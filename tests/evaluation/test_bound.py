@@ -23,7 +23,6 @@ from hldm.model.diffusion import end_term
 from hldm.model.prior import Prior
 from hldm.text.corpus import Corpus, make_corpus
 from hldm.text.windows import Windows
-from hldm.training.objectives import read_latents
 
 GRIFFIN = GriffinConfig(width=32, blocks=("recurrent", "attention"), heads=2)
 DIFFUSION = DiffusionConfig()
@@ -120,7 +119,7 @@ def test_the_denoiser_that_expects_standard_normal_latents_costs_their_divergenc
     autoencoder, prior = model = make_model()
     windows = lay_out(make_text(), lanes=1, window_bytes=10_000)
     with torch.no_grad():
-        encoding, _ = read_latents(autoencoder, windows.batch(0), autoencoder.encoder_state(1))
+        encoding, _ = autoencoder.encode(windows.batch(0), autoencoder.encoder_state(1))
     expected = float(end_term(encoding.latents, DIFFUSION.gamma_0).sum())
     bounds = [bound_of(model, windows, seed) for seed in range(4)]
     paid = np.array([bound.latent.sum() + bound.end.sum() for bound in bounds])

@@ -17,7 +17,7 @@ from hldm.generation import pipeline
 from hldm.generation.pipeline import HLDMPipeline
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.prior import Prior
-from hldm.runs.checkpoints import fingerprint
+from hldm.runs.files import fingerprint
 
 GRIFFIN = {"width": 32, "blocks": ["recurrent"], "heads": 2}
 PRIOR = {"width": 32, "layers": 1, "heads": 2, "denoiser_width": 32, "denoiser_layers": 1}

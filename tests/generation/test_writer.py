@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from hldm.chunking.attached import chunker_of
 from hldm.chunking.chunker import make_chunker
 from hldm.config import (
     AutoencoderConfig,
@@ -23,7 +24,6 @@ from hldm.generation.writer import (
     LatentWriter,
     _cut,
     _prompt_windows,
-    _window,
     make_writer,
     row_generators,
     write_on,
@@ -31,9 +31,9 @@ from hldm.generation.writer import (
 from hldm.kernels.library import without_kernels
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.prior import Prior
-from hldm.runs.checkpoints import fingerprint
-from hldm.text.bytes import END_OF_DOCUMENT, count_characters
-from hldm.training.sizes import PROMPT_WINDOW
+from hldm.runs.files import fingerprint
+from hldm.text.bytes import END_OF_DOCUMENT, PROMPT_WINDOW, count_characters
+from hldm.text.windows import window_of
 
 GRIFFIN = GriffinConfig(width=16, blocks=("recurrent", "attention"), heads=2)
 SETTINGS = GenerationConfig(steps=3)
@@ -132,7 +132,7 @@ def test_going_on_from_carried_state_equals_reading_everything_again(kind):
         start = make_chunker(autoencoder.chunking).chunk_start(b"In the beginning").tolist()
         for chunk in chunks:
             start += [True] + [False] * (len(chunk) - 1)
-        again._read(_window([text], [np.array(start)], [True], torch.device("cpu")))
+        again._read(window_of([text], [np.array(start)], [True]))
         torch.testing.assert_close(again.encoder, writer.encoder, rtol=1e-4, atol=1e-5)
         again.generators, writer.generators = row_generators(4, 1), row_generators(4, 1)
         torch.testing.assert_close(again.sample_latents(), writer.sample_latents(), rtol=1e-4, atol=1e-5)
@@ -178,12 +178,12 @@ def test_windows_of_prompts_have_one_shape_and_as_many_bytes_whatever_the_number
     text = b"In the beginning was the word, and so on, and so on. " * 60
     for rows in (1, 3, 16):
         prompts = [text[row:] for row in range(rows)]
-        starts = [autoencoder.chunker.chunk_start(prompt) for prompt in prompts]
+        starts = [chunker_of(autoencoder).chunk_start(prompt) for prompt in prompts]
         windows = list(_prompt_windows(prompts, starts, torch.device("cpu")))
-        assert len({(window.text.shape, window.chunks) for window in windows}) == 1
-        assert windows[0].text.numel() <= PROMPT_WINDOW + rows * autoencoder.chunking.max_bytes
+        assert len({(window.bytes.shape, window.chunks) for window in windows}) == 1
+        assert windows[0].bytes.numel() <= PROMPT_WINDOW + rows * autoencoder.chunking.max_bytes
         for row, prompt in enumerate(prompts):
-            read = [bytes(window.text[row, : window.length[row]].tolist()) for window in windows]
+            read = [bytes(window.bytes[row, : window.length[row]].tolist()) for window in windows]
             assert b"".join(read) == prompt
             assert max(int(window.chunk_start[row].sum()) for window in windows) <= windows[0].chunks
 
@@ -206,16 +206,10 @@ def test_the_twin_writes_what_it_scores():
     prompt = b"And the king"
     text = write((autoencoder, None), [prompt], settings, characters=20, through_ends=True)[0]
     full = prompt + text
-    start = torch.from_numpy(make_chunker(autoencoder.chunking).chunk_start(full).copy())[None]
-    doc_start, never = torch.zeros_like(start), torch.zeros_like(start)
-    doc_start[:, 0] = True
-    symbols = torch.from_numpy(np.frombuffer(full, np.uint8).astype(np.int64))[None]
+    window = window_of([full], [make_chunker(autoencoder.chunking).chunk_start(full)], [True])
     state = autoencoder.decoder_state(1)
-    events = autoencoder.events(symbols, torch.tensor([len(full)]), doc_start, never, start, state)
     with torch.no_grad():
-        logits, _ = autoencoder.decode(
-            events.symbol, None, events.chunk, events.doc_start, events.unit_start, state.griffin
-        )
+        logits, _ = autoencoder.decode(autoencoder.events(window, state), None, state.griffin)
     assert bytes(logits[0, len(prompt) :, :256].argmax(-1).tolist()) == text
 
 
