@@ -24,7 +24,7 @@ ROOMS = (
     {"generation"},
     {"training", "evaluation", "kernels"},
     {"jepa", "studies"},
-    {"app", "doctor", "demo"},
+    {"app", "doctor"},
     {"commands"},
     {"cli"},
     {"", "train_autoencoder", "train_diffusion", "generate"},  # "": hldm/__init__.py and the scripts
