@@ -18,11 +18,12 @@ from typing import Any
 
 from hldm import commands
 from hldm.config import Config, ConfigError, GenerationConfig, load_config, stage_training, to_yaml
+from hldm.generation.footprint import read_model_settings, require_room_to_write
 from hldm.runs.exits import guarded
 from hldm.runs.folder import shipped_run
 from hldm.runs.signals import Stopped
 from hldm.text.bytes import MAX_PROMPT_BYTES, read_input
-from hldm.training.sizes import read_model_settings, require_room, require_room_to_write
+from hldm.training.sizes import require_room
 
 STAGES = {
     "autoencoder": "Stage one: train the autoencoder, or a twin, from a config.",
@@ -231,6 +232,7 @@ def _write(pipeline: object, prompts: list[bytes], arguments: argparse.Namespace
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
 
+    pipeline.require_room_to_write(prompts, arguments.max_chars)
     streams = len(prompts) == 1 and not arguments.json
     if streams:
         send(prompts[0])

@@ -258,6 +258,19 @@ class HierarchyConfig:
         _require(2 <= self.ratio <= 64, f"hierarchy.ratio must lie in 2..64, got {self.ratio}")
         _require(self.window <= 4096, f"hierarchy.window must be at most 4096, got {self.window}")
 
+    @property
+    def capacity(self) -> int:
+        """How many entries a state must be able to hold: those visible now or at any later time.
+
+        A level keeps its blocks from s_l on, also those that finer entries still stand for, hence
+        cap_l = ceil(cap_{l-1} / r) + w + r.
+        """
+        total = level_capacity = 0
+        for _ in range(self.levels + 1):
+            level_capacity = -(-level_capacity // self.ratio) + self.window + self.ratio
+            total += level_capacity
+        return total
+
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionConfig:

@@ -43,7 +43,8 @@ from hldm.config import (
 from hldm.generation.pipeline import ByteTokenizer, HLDMPipeline, read_pipeline
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.prior import Prior
-from hldm.runs.checkpoints import fingerprint, load_checkpoint, save_checkpoint, unflatten_optimizer
+from hldm.runs.checkpoints import load_checkpoint, save_checkpoint, unflatten_optimizer
+from hldm.runs.files import fingerprint
 from hldm.settings import parse_override
 from hldm.text.bytes import StreamDecoder, count_characters, printable, split_incomplete, to_bytes, to_ids
 from hldm.text.corpus import load_corpora, make_corpus

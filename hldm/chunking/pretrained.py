@@ -1,7 +1,7 @@
 """`state_change`, `gate` and `entropy` by a trained run: its encoder or its twin gives the signal, nothing is trained.
 
 For a look at cuts without waiting (`hldm chunk`): the shipped run by default. A run to be trained takes a segmenter
-of its own (hldm.training.segmenters): its chunks must be known before its encoder is.
+of its own (hldm.chunking.strategies): its chunks must be known before its encoder is.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from hldm.chunking.segmenter import Features, Rule, Segmenter, SegmenterState
 from hldm.model.griffin import RGLRU, Layout, ResidualBlock
@@ -68,12 +68,7 @@ class ForgettingSegmenter(Segmenter):
         return features, Recurrence(*(part[..., : self.channels] for part in found[self.block])), state
 
     def loss(
-        self,
-        text: Tensor,
-        doc_start: Tensor,
-        state: SegmenterState,
-        progress: float,
-        generator: torch.Generator,
+        self, text: Tensor, doc_start: Tensor, state: SegmenterState, progress: float, generator: Generator
     ) -> tuple[Tensor, SegmenterState]:
         features, recurrence, state = self.recurrence(text, doc_start, state)
         log_p = self.outputs(features.before).log_softmax(dim=-1)

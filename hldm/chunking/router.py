@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from hldm.chunking.level import ChunkLevel
 from hldm.chunking.scorer import ChunkWriter
@@ -65,12 +65,7 @@ class LearnedSegmenter(Segmenter):
         return p[..., None], after._replace(carry=carry)
 
     def loss(
-        self,
-        text: Tensor,
-        doc_start: Tensor,
-        state: SegmenterState,
-        progress: float,
-        generator: torch.Generator,
+        self, text: Tensor, doc_start: Tensor, state: SegmenterState, progress: float, generator: Generator
     ) -> tuple[Tensor, SegmenterState]:
         features, after = self.read(text, doc_start, state)
         p, carry = self.probability(features, state)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from hldm.chunking.segmenter import Segmenter, SegmenterState
 
@@ -32,12 +32,7 @@ class SelectSegmenter(Segmenter):
         return self.score(features.before), state
 
     def loss(
-        self,
-        text: Tensor,
-        doc_start: Tensor,
-        state: SegmenterState,
-        progress: float,
-        generator: torch.Generator,
+        self, text: Tensor, doc_start: Tensor, state: SegmenterState, progress: float, generator: Generator
     ) -> tuple[Tensor, SegmenterState]:
         features, state = self.read(text, doc_start, state)
         scores = self.score(features.before)[..., 0]

@@ -15,7 +15,7 @@ from torch import Tensor
 from hldm.config import GenerationConfig
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.griffin import GriffinState
-from hldm.model.state import DecoderState, EncoderState, put_rows, take_rows
+from hldm.model.state import DecoderState, EncoderState, pick_rows, put_rows
 from hldm.text.bytes import END_OF_CHUNK, END_OF_DOCUMENT, START
 
 
@@ -108,10 +108,10 @@ def write_chunks(
         states = (reading, writing)
         done = symbol[:, 0] >= END_OF_CHUNK
         if bool(done.any()):
-            ends = put_rows(ends, live[done], take_rows(states, done))
+            ends = put_rows(ends, live[done], pick_rows(states, done))
             if bool(done.all()):
                 break
-            live, symbol, latent, doc_start, opening, start, states, known = take_rows(
+            live, symbol, latent, doc_start, opening, start, states, known = pick_rows(
                 (live, symbol, latent, doc_start, opening, start, states, known), ~done
             )
         if reads_text:

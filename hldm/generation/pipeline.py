@@ -17,15 +17,16 @@ from diffusers.utils import BaseOutput
 from transformers import PreTrainedTokenizer
 
 from hldm.chunking.segmenter import Segmenter
-from hldm.config import GenerationConfig, section_from_dict
+from hldm.chunking.strategies import attach_segmenter, read_segmenter
+from hldm.config import Config, GenerationConfig, section_from_dict
+from hldm.generation.footprint import require_room_to_write
 from hldm.generation.writer import Continuation, write_on
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.diffusion import SchedulerName, make_scheduler, scheduler_name
 from hldm.model.prior import Prior
-from hldm.runs.checkpoints import fingerprint
+from hldm.runs.files import fingerprint
 from hldm.runs.saved_model import SAVED_BY_DIFFUSERS, SavedModel, first_line, read_json
 from hldm.text.bytes import StreamDecoder, to_bytes
-from hldm.training.segmenters import attach_segmenter, read_segmenter
 
 
 class ByteTokenizer(PreTrainedTokenizer):
@@ -142,6 +143,14 @@ class HLDMPipeline(DiffusionPipeline):
             settings = replace(settings, scheduler=scheduler_name(self.scheduler))
         return settings
 
+    def require_room_to_write(self, prompts: Sequence[bytes], max_characters: int) -> None:
+        """Raise ConfigError unless continuing so many prompts fits in the memory that there is."""
+        config = Config(autoencoder=self.autoencoder.settings, chunking=self.autoencoder.chunking)
+        if self.prior is not None:
+            config = replace(config, prior=self.prior.settings, hierarchy=self.prior.hierarchy)
+        longest = max(map(len, prompts), default=0)
+        require_room_to_write(config, len(prompts), max_characters, longest)
+
     def __call__(
         self,
         prompt: str | bytes | Sequence[str | bytes] = "",
@@ -177,6 +186,7 @@ class HLDMPipeline(DiffusionPipeline):
         if generator is not None:
             seed = int(torch.randint(2**31, (), generator=generator))
         settings = replace(self.settings, **{k: v for k, v in given.items() if v is not None})
+        self.require_room_to_write(rows, max_characters)
         decoders = [StreamDecoder() for _ in rows]
         written: list[Continuation] = []
         calls = 0

@@ -10,7 +10,7 @@ The twin writes byte by byte behind the same interface. `hldm.kernels.writer` ho
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hldm.chunking.attached import chunker_of
-from hldm.config import Config, GenerationConfig
+from hldm.config import GenerationConfig
 from hldm.generation.chunk import Piece, Written, write_bytes, write_chunks
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.contextualiser import Context, ContextState
@@ -27,9 +27,8 @@ from hldm.model.diffusion import Steps, sample, sampler_steps
 from hldm.model.prior import Prior
 from hldm.model.speed import has_faster_form
 from hldm.model.state import DecoderState, EncoderState, select_rows
-from hldm.text.bytes import count_characters, split_incomplete
+from hldm.text.bytes import PROMPT_WINDOW, count_characters, split_incomplete
 from hldm.text.windows import Window, window_of
-from hldm.training.sizes import PROMPT_WINDOW, require_room_to_write
 
 
 class Writer(Protocol):
@@ -338,10 +337,6 @@ def write_on(
         raise ValueError("no prompt given: pass at least one, '' starts a document")
     if max_characters < 1:
         raise ValueError(f"max_characters must be at least 1, got {max_characters}")
-    config = Config(autoencoder=autoencoder.settings, chunking=autoencoder.chunking)
-    if prior is not None:
-        config = replace(config, prior=prior.settings, hierarchy=prior.hierarchy)
-    require_room_to_write(config, len(prompts), max_characters, max(map(len, prompts)))
     rows = [Continuation(prompt) for prompt in prompts]
     writer = make_writer(autoencoder, prior, prompts, settings, row_generators(seed, len(prompts)))
     left = [_Budget(max_characters) for _ in rows]

@@ -70,7 +70,7 @@ class Stack:
         assert len(self.places) == sum(1 for _ in model.parameters())
         kinds = model.config.blocks
         self.kinds = (ctypes.c_uint8 * len(kinds))(*(kind == "recurrent" for kind in kinds))
-        self.hidden = len(model.get_parameter("blocks.0.mlp.gate.weight"))
+        self.hidden = cast("ResidualBlock", model.blocks[0]).mlp.gate.out_features
         self.addresses: list[int] = []
         self.pointers: Any = None
 

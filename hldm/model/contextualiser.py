@@ -17,7 +17,6 @@ from hldm.config import GriffinConfig, HierarchyConfig, PriorConfig
 from hldm.model.griffin import Griffin, GriffinState
 from hldm.model.hierarchy import (
     Entries,
-    capacity,
     distance_in_blocks,
     still_needed,
     summaries,
@@ -73,7 +72,7 @@ class RelativeBias(nn.Module):
 
     def __init__(self, heads: int, hierarchy: HierarchyConfig):
         super().__init__()
-        self.distances = capacity(hierarchy) + 1
+        self.distances = hierarchy.capacity + 1
         self.table = nn.Parameter(torch.zeros((hierarchy.levels + 1) * self.distances, heads))
 
     def forward(self, level: Tensor, distance: Tensor) -> Tensor:
@@ -145,7 +144,7 @@ class Contextualiser(nn.Module):
 
     def initial_state(self, batch: int, device: torch.device | None = None) -> ContextState:
         """Nothing written yet."""
-        c, levels = capacity(self.hierarchy), self.hierarchy.levels
+        c, levels = self.hierarchy.capacity, self.hierarchy.levels
         d, z = self.config.width, self.embed.in_features
         empty = torch.zeros(batch, c, dtype=torch.long, device=device)
         return ContextState(
@@ -244,7 +243,7 @@ class Contextualiser(nn.Module):
         # Keep what may still be looked at; the open document becomes document 0 of the next window.
         needed = still_needed(steps.written, steps.open_document, keys, self.hierarchy)
         needed &= keys.document >= 0
-        order = (~needed).to(torch.int8).argsort(dim=1, stable=True)[:, : capacity(self.hierarchy)]
+        order = (~needed).to(torch.int8).argsort(dim=1, stable=True)[:, : self.hierarchy.capacity]
         kept = needed.gather(1, order)
         everything = after_start(state.hidden, stacked)
         rows = order[..., None, None].expand(-1, -1, *everything.shape[2:])

@@ -71,7 +71,7 @@ def select_rows(condition: Tensor, yes: Any, no: Any) -> Any:
     return map_carry(choose, yes, no)
 
 
-def take_rows(carry: Any, index: Tensor) -> Any:
+def pick_rows(carry: Any, index: Tensor) -> Any:
     """Some rows only, in this order. index: (k), or (b) bool."""
     return map_carry(lambda x: x[index], carry)
 

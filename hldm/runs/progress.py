@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -36,6 +37,21 @@ def say_line(line: str) -> None:
         print(line, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class Recent:
+    """Bits per character, averaged over the steps since the last line of metrics."""
+
+    def __init__(self) -> None:
+        self.nats: dict[str, float] = {}
+        self.characters = 0.0
+
+    def add(self, nats: dict[str, float], characters: float) -> dict[str, float]:
+        """Include a step; returns the averages so far."""
+        self.characters += characters
+        for name, value in nats.items():
+            self.nats[name] = self.nats.get(name, 0.0) + value
+        return {name: total / self.characters / math.log(2) for name, total in self.nats.items()}
 
 
 class Progress:

@@ -24,19 +24,20 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from hldm.chunking.chunker import make_chunker
 from hldm.chunking.segmenter import Segmenter
 from hldm.config import Config, LoggingConfig
-from hldm.evaluation.tables import align, row
+from hldm.evaluation.tables import Table, row
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.prior import Prior
 from hldm.model.state import named_tensors
 from hldm.runs.clock import seconds_of
 from hldm.runs.folder import Run
-from hldm.runs.memory import peak_memory
+from hldm.runs.machine import peak_memory
 from hldm.text.corpus import Corpus
 from hldm.text.windows import Windows
 from hldm.training.latent_cache import CachedLatents
 from hldm.training.objectives import AutoencoderObjective, PriorObjective
 from hldm.training.segmenters import train_segmenter
-from hldm.training.trainer import Trainer, TrainingDiverged, make_accelerator
+from hldm.training.stage import make_accelerator
+from hldm.training.trainer import Trainer, TrainingDiverged
 
 if TYPE_CHECKING:
     from torch.autograd.profiler_util import FunctionEvent
@@ -311,8 +312,8 @@ def measure(stages: Mapping[str, Trainer], steps: int) -> dict[str, Any]:
     return {"gemm_gflops": peak, "training": training}
 
 
-def report(training: Mapping[str, Any]) -> str:
-    """What `measure` found of training, as an aligned table; `-` where there is nothing."""
+def report(training: Mapping[str, Any]) -> Table:
+    """What `measure` found of training."""
     rows = [
         row("training, characters per second", ",.0f", training, "characters_per_second"),
         row("  the best step", ",.0f", training, "characters_per_second_best"),
@@ -330,4 +331,4 @@ def report(training: Mapping[str, Any]) -> str:
         ["profiled step, milliseconds in", *("" for _ in training)],
         *(row(f"  {group}", ",.1f", training, "profile", "seconds", group, scale=1e3) for group in GROUPS),
     ]
-    return align(["", *training], rows)
+    return Table(["", *training], rows)

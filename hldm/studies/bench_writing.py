@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from hldm.config import Config
-from hldm.evaluation.tables import align, row
+from hldm.evaluation.tables import Table, row
 from hldm.generation.chunk import Piece
 from hldm.generation.writer import Writer, make_writer, row_generators
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.prior import Prior
 from hldm.runs.clock import wait_for_device
-from hldm.runs.memory import peak_memory
+from hldm.runs.machine import peak_memory
 from hldm.text.bytes import END_OF_CHUNK, OUTPUTS, count_characters
 from hldm.text.corpus import Corpus
 
@@ -261,8 +261,8 @@ def _rates(
     return None
 
 
-def report(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """What `measure` found, as an aligned table; `-` where there is nothing."""
+def report(found: Mapping[str, Mapping[str, Any]]) -> Table:
+    """What `measure` found."""
     rows = [row("parameters", ",.0f", found, "parameters")]
     labels = [label for label in next(iter(found.values())) if label != "parameters"]
     for label in labels:
@@ -280,4 +280,4 @@ def report(found: Mapping[str, Mapping[str, Any]]) -> str:
             line = row(f"  {name}", form, found, label, key, scale=scale)
             if set(line[1:]) != {"-"}:
                 rows.append(line)
-    return align(["writing", *found], rows)
+    return Table(["writing", *found], rows)

@@ -10,7 +10,6 @@ away: entropy, distinct words, repetition, known words, and copying. True contin
 from __future__ import annotations
 
 import math
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -21,15 +20,30 @@ import torch
 
 from hldm.config import GenerationConfig, load_config
 from hldm.evaluation.bound import evaluate_bound, held_out_windows
+from hldm.evaluation.continuations import write_batch
 from hldm.evaluation.metrics import TrainingText, diversity
 from hldm.evaluation.prompts import choose_prompts, prompt_chunker
+from hldm.evaluation.tables import Table
 from hldm.generation.pipeline import HLDMPipeline, read_pipeline
-from hldm.generation.writer import write_on
 from hldm.text.bytes import count_characters
 from hldm.text.corpus import load_corpora, make_corpus
 
 ORDER = 6  # bytes of an n-gram: on 64,000 characters, longer ones are too rare to change the figures
 SPAN = 50  # characters: nobody writes so many like another by chance
+
+# head of the table: key, format
+COLUMNS: Mapping[str, tuple[str, str]] = {
+    "": ("name", ""),
+    "n-gram bits": ("ngram_bits", ".3f"),
+    "judge bits": ("judge_bits", ".3f"),
+    "entropy": ("entropy", ".2f"),
+    "distinct-1": ("distinct1", ".3f"),
+    "distinct-2": ("distinct2", ".3f"),
+    "repetition": ("repetition", ".3f"),
+    "known words": ("known_words", ".1%"),
+    "copied": ("copied", ".2%"),
+    "chars/s": ("characters_per_second", ",.0f"),
+}
 
 
 class NGram:
@@ -111,22 +125,11 @@ def judge_run(
     )
 
     def write(model: HLDMPipeline, settings: GenerationConfig) -> dict[str, Any]:
-        began = time.perf_counter()
-        rows: Sequence[Any] = []
-        for rows, _, _ in write_on(  # noqa: B007 - the last yield is the finished text
-            model.autoencoder,
-            model.prior,
-            starts,
-            settings,
-            max_characters=max_characters,
-            seed=seed,
-            through_ends=True,
-        ):
-            pass
-        seconds = time.perf_counter() - began
-        texts = [row.text for row in rows]
-        speed = sum(map(count_characters, texts)) / seconds
-        return {**bench.judge(texts), "characters_per_second": speed}
+        written = write_batch(
+            model.autoencoder, model.prior, starts, settings, max_characters=max_characters, seed=seed
+        )
+        judged = bench.judge([row.text for row in written.rows])
+        return {**judged, "characters_per_second": written.characters_per_second}
 
     true = [prompt.continuation.encode() for prompt in chosen]
     found: dict[str, Any] = {"true text": bench.judge(true)}
@@ -194,25 +197,6 @@ class _Bench:
         return float(totals[0] - totals[1])
 
 
-def table(found: Mapping[str, Any]) -> str:
-    """What was judged, as a Markdown table."""
-    columns = {
-        "n-gram bits": ("ngram_bits", ".3f"),
-        "judge bits": ("judge_bits", ".3f"),
-        "entropy": ("entropy", ".2f"),
-        "distinct-1": ("distinct1", ".3f"),
-        "distinct-2": ("distinct2", ".3f"),
-        "repetition": ("repetition", ".3f"),
-        "known words": ("known_words", ".1%"),
-        "copied": ("copied", ".2%"),
-        "chars/s": ("characters_per_second", ",.0f"),
-    }
-    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for name, row in found["judged"].items():
-        values = [row.get(key) for key, _ in columns.values()]
-        cells = [
-            "-" if value is None else format(value, form)
-            for value, (_, form) in zip(values, columns.values(), strict=True)
-        ]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def table(found: Mapping[str, Any]) -> Table:
+    """What was judged, a row each."""
+    return Table.of_records(({"name": name, **row} for name, row in found["judged"].items()), COLUMNS)

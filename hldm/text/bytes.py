@@ -20,6 +20,9 @@ OUTPUTS = 258  # what the decoder may emit: 256 bytes and the two ends
 START = 258  # the decoder's first input in every chunk
 HIDDEN = 259  # stands for an input byte hidden by byte dropout
 VOCABULARY = 260
+PROMPT_WINDOW = (
+    1024  # bytes of prompts read at once, all together: bounds memory whatever their length and number
+)
 MAX_PROMPT_BYTES = 2**20  # 300 pages; more takes minutes to read, and a device such as /dev/zero never ends
 
 

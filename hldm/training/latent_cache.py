@@ -17,9 +17,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hldm.runs.checkpoints import naming
+from hldm.runs.files import naming
+from hldm.runs.machine import require_disk
 from hldm.text.windows import Batch, Windows
-from hldm.training.sizes import require_disk
 
 MAX_HEADER_BYTES = 1_000_000  # of a file of one tensor
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from hldm.chunking.segmenter import ChunkStream, Rule, Segmenter, SegmenterChunker, SegmenterState, Signaller
+from hldm.chunking.strategies import SEGMENTERS
 from hldm.config import ChunkingConfig, ModelStrategy, SegmenterConfig
-from hldm.training.segmenters import SEGMENTERS
 
 LIMITS = [(1, 1), (1, 12), (4, 12), (3, 40), (1, 65_536), (9, 65_536)]
 RULES: tuple[Rule, ...] = ("level", "movement")

@@ -18,10 +18,11 @@ from hldm.chunking.level import ChunkLevel
 from hldm.chunking.policy import PolicySegmenter, sentence_starts
 from hldm.chunking.scorer import ChunkWriter
 from hldm.chunking.segmenter import ChunkStream, Segmenter
+from hldm.chunking.strategies import SEGMENTERS, cached_starts, read_segmenter
 from hldm.config import ChunkingConfig, ConfigError, ModelStrategy, SegmenterConfig, TextStrategy
 from hldm.text.bytes import to_ids
 from hldm.text.corpus import make_corpus
-from hldm.training.segmenters import SEGMENTERS, cached_starts, read_segmenter, train_segmenter
+from hldm.training.segmenters import train_segmenter
 from tests.chunking.test_chunker import any_bytes, limits, valid_text
 
 FORMS = [(name, {}) for name in SEGMENTERS if name not in ("entropy", "gate", "learned", "select")]

@@ -14,7 +14,7 @@ from hldm.generation import chunk
 from hldm.generation.chunk import pick, write_chunks
 from hldm.generation.writer import row_generators
 from hldm.model.autoencoder import Autoencoder
-from hldm.model.state import take_rows
+from hldm.model.state import pick_rows
 from hldm.text.bytes import END_OF_DOCUMENT
 
 SETTINGS = GenerationConfig(decoder_temperature=1.0)
@@ -62,7 +62,7 @@ def write(
                 pieces, decoder = form.write_bytes(autoencoder, decoder, opens, settings, generators)
                 opens = [piece.ends_document for piece in pieces]
                 # what nobody reads may differ: states of documents that have ended, and keys of those before
-                recurrent, (keys, values, live) = take_rows(decoder.griffin, ~torch.tensor(opens))
+                recurrent, (keys, values, live) = pick_rows(decoder.griffin, ~torch.tensor(opens))
                 seen = live[..., None, None]
                 found += [pieces, recurrent, keys * seen, values * seen, live]
             return found

@@ -30,10 +30,9 @@ from hldm.generation.writer import (
 )
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.prior import Prior
-from hldm.runs.checkpoints import fingerprint
-from hldm.text.bytes import END_OF_DOCUMENT, count_characters
+from hldm.runs.files import fingerprint
+from hldm.text.bytes import END_OF_DOCUMENT, PROMPT_WINDOW, count_characters
 from hldm.text.windows import window_of
-from hldm.training.sizes import PROMPT_WINDOW
 
 GRIFFIN = GriffinConfig(width=16, blocks=("recurrent", "attention"), heads=2)
 SETTINGS = GenerationConfig(steps=3)

@@ -16,10 +16,10 @@ from hldm.config import (
     HierarchyConfig,
     PriorConfig,
 )
+from hldm.generation.footprint import kept_bytes
 from hldm.kernels.context import KeptContext, can_keep
 from hldm.model.prior import Prior
 from hldm.model.state import select_rows
-from hldm.training.shapes import kept_bytes
 
 Z, CHUNKS = 3, 150
 

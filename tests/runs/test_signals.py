@@ -22,7 +22,7 @@ from hldm.model.autoencoder import Autoencoder
 from hldm.runs.checkpoints import newest_checkpoint
 from hldm.runs.signals import Interrupt, Stopped
 from hldm.text.windows import Windows
-from hldm.training import stages
+from hldm.training import stage, stages
 from hldm.training import trainer as training
 from hldm.training.trainer import Trainer
 
@@ -262,7 +262,7 @@ def test_a_signal_at_the_first_step_saves_it(number, train, monkeypatch):
         ("accumulation", Windows, "batch", 5, ["training.autoencoder.accumulation=2"], 3),
         ("periodic save", training, "save_checkpoint", 2, [], 6),
         ("last save", training, "save_checkpoint", 4, [], 12),
-        ("export", stages, "_export", 1, [], 12),
+        ("export", stage, "export", 1, [], 12),
     ],
 )
 def test_a_signal_in_a_phase_of_training_loses_no_step(
@@ -285,9 +285,11 @@ def test_a_signal_ends_a_sample_and_saves(every, step, train, monkeypatch):
     assert newest_checkpoint(Path("runs/small/autoencoder")).step == step
 
 
-@pytest.mark.parametrize("name", ["load_corpora", "make_chunker", "open_run"])
-def test_a_signal_before_training_leaves_in_one_line(name, train, monkeypatch):
-    signal_at(1, monkeypatch, stages, name)
+@pytest.mark.parametrize(
+    ("owner", "name"), [(stages, "load_corpora"), (stages, "make_chunker"), (stage, "open_run")]
+)
+def test_a_signal_before_training_leaves_in_one_line(owner, name, train, monkeypatch):
+    signal_at(1, monkeypatch, owner, name)
     assert train() == (143, "hldm: stopped by SIGTERM\n")
     assert not list(Path().rglob("checkpoints"))
 

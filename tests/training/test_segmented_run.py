@@ -15,11 +15,11 @@ import pytest
 from conftest import ROOT
 
 from hldm.chunking.attached import chunker_of
+from hldm.chunking.strategies import read_segmenter
 from hldm.config import Config, SegmenterConfig, Strategy, stage_training
 from hldm.evaluation.evaluate import evaluate_run
 from hldm.generation.pipeline import read_pipeline
 from hldm.runs.folder import export_run
-from hldm.training.segmenters import read_segmenter
 from hldm.training.stages import train_autoencoder, train_diffusion, train_run
 
 # what each rank's autoencoder is bound to, and cuts a text into
