@@ -38,9 +38,12 @@ found = hldm.evaluate(folder, split="validation", draws=2, prompts=0)
 from hldm.generation.pipeline import read_pipeline
 from hldm.runs.folder import shipped_run
 shipped = read_pipeline(shipped_run(False) / "pipeline")
+twin = read_pipeline(shipped_run(True) / "pipeline")
+prompts = ["And the king said", "In the beginning"]
 texts = [
-    shipped(["And the king said", "In the beginning"], max_characters=40, seed=3, decoder_temperature=heat).texts
-    for heat in (0.0, 0.7)
+    pipeline(prompts, max_characters=40, seed=3, **settings).texts
+    for pipeline in (shipped, twin)
+    for settings in ({"decoder_temperature": 0.0}, {"guidance_scale": 1.5}, {"num_inference_steps": 0})
 ]
 metrics = [
     {name: value for name, value in json.loads(line).items() if "second" not in name}
