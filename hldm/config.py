@@ -58,7 +58,7 @@ class DataConfig:
     max_bytes: int = 1_000_000_000  # stop reading after so much text
     held_out: float = 0.03  # share of documents kept for validation, and again for test
     lanes: int = 16  # texts read side by side: the global batch
-    window_bytes: int = 512  # bytes of each lane in one optimizer step
+    window_bytes: int = 256  # bytes of each lane in one optimizer step
     cache_latents: bool = False  # stage two: encode the whole corpus once, to disk
 
     def __post_init__(self) -> None:
@@ -118,12 +118,8 @@ class ChunkingConfig:
 
     strategy: Strategy = "words"
     min_bytes: int = 4  # a chunk ends at a border only once it holds so many bytes
-    max_bytes: int = 12  # no chunk is longer
+    max_bytes: int = 10  # no chunk is longer
     target_bytes: float = 6.0  # mean length that strategies with a segmenter are set to, on training text
-    entropy_form: Literal["threshold", "rise", "budget"] = "threshold"  # of 'entropy': bits, rise, sum
-    gate_form: Literal["first", "last"] = "first"  # of 'gate': the block; gates of the first see four bytes
-    learned_form: Literal["forget", "hnet"] = "forget"  # of 'learned': a decoder that forgets, H-Net's recipe
-    select_form: Literal["last", "attention"] = "last"  # of 'select': a kept state, or those before it pooled
     segmenter: SegmenterConfig = field(default_factory=SegmenterConfig)  # of strategies that ask one
 
     def __post_init__(self) -> None:
@@ -156,7 +152,7 @@ class GriffinConfig:
     """A stack of residual blocks (Griffin, arXiv 2402.19427); the pattern is data."""
 
     width: int = 128  # d, residual stream
-    blocks: tuple[str, ...] = ("recurrent", "recurrent", "attention")
+    blocks: tuple[str, ...] = ("recurrent", "attention", "recurrent")
     heads: int = 4  # attention heads, and diagonal blocks of the RG-LRU gates
     mlp_ratio: float = 2.0  # hidden width of the gated MLP over d
     conv_width: int = 4  # taps of the causal convolution
@@ -190,33 +186,31 @@ class GriffinConfig:
 class AutoencoderConfig:
     """Bytes to one latent a chunk and back."""
 
-    latent_dim: int = 16  # z; 0 is the twin: a plain autoregressive Griffin without latents
+    latent_dim: int = 4  # z; 0 is the twin: a plain autoregressive Griffin without latents
     # A latent from its chunk's features: their mean, each with its place; or, where chunks have a constant length, a
     # causal convolution with that kernel and stride.
     pooling: Literal["mean", "strided"] = "mean"
     encoder: GriffinConfig = field(default_factory=GriffinConfig)
-    decoder: GriffinConfig = field(default_factory=GriffinConfig)
-    trunk_layers: int = 0  # recurrent blocks that take a step a chunk: what is known before the next one
-    trunk_width: int = 256
+    decoder: GriffinConfig = field(default_factory=lambda: GriffinConfig(blocks=("recurrent",)))
+    trunk_layers: int = 2  # recurrent blocks that take a step a chunk: what is known before the next one
+    trunk_width: int = 192
     carry_state: bool = False  # decoder: keep the recurrent state from chunk to chunk, or start fresh
-    reads_text: bool = False  # decoder: sees the encoder's feature at the byte before each, too
-    byte_dropout: float = 0.0  # share of the decoder's input bytes hidden in training
-    latent_dropout: float = 0.0  # share of latents zeroed before the decoder in training
-    clean_latents: float = 0.0  # share of latents the decoder reads without noise in training
-    rate: Literal["none", "gaussian", "mixture", "diffusion"] = "diffusion"  # what latents pay in stage one
-    components: int = 512  # of rate 'mixture', whose denoiser the prior then corrects
-    rate_weight: float = 0.3  # weight of that payment against reconstruction
-    rate_anneal: float = 0.0  # last share of the progress over which the weight goes to 1, that of the bound
+    reads_text: bool = True  # decoder: sees the encoder's feature at the byte before each, too
+    # Of the mixture whose rate latents pay in stage one, and whose denoiser the prior then corrects; 0: they pay none,
+    # and the prior starts from nothing.
+    components: int = 384
+    rate_weight: float = 0.5  # weight of the rate against reconstruction
+    rate_anneal: float = 0.5  # last share of the progress over which the weight goes to 1, that of the bound
 
     def __post_init__(self) -> None:
         _require(
             0 <= self.latent_dim <= 4096,
             f"autoencoder.latent_dim must lie in 0..4096, got {self.latent_dim}",
         )
-        _require_share("autoencoder", self, "byte_dropout", "latent_dropout", "clean_latents", "rate_anneal")
+        _require_share("autoencoder", self, "rate_anneal")
         _require(
-            1 <= self.components <= 65_536,
-            f"autoencoder.components must lie in 1..65536, got {self.components}",
+            0 <= self.components <= 65_536,
+            f"autoencoder.components must lie in 0..65536, got {self.components}",
         )
         _require(
             0 <= self.trunk_layers <= 512,
@@ -250,7 +244,7 @@ class HierarchyConfig:
 
     levels: int = 3  # summaries of r, r^2, ... chunks; 0: latents only
     ratio: int = 8  # r, how many entries of one level a summary of the next stands for
-    window: int = 16  # entries of each level seen in full, at least
+    window: int = 24  # entries of each level seen in full, at least
 
     def __post_init__(self) -> None:
         _require_positive("hierarchy", self, "window")
@@ -276,10 +270,9 @@ class HierarchyConfig:
 class DiffusionConfig:
     """Forward process of the prior: VDM's gamma = -log SNR, from gamma_0 to gamma_1."""
 
-    gamma_0: float = -2.0  # least noise: the latent the decoder reads (log SNR 2)
+    gamma_0: float = -2.2  # least noise: the latent the decoder reads (log SNR 2.2)
     gamma_1: float = 5.0  # most noise (log SNR -5)
-    schedule: Literal["linear", "cosine", "learned"] = "learned"  # how gammas are drawn in between
-    target: Literal["x0", "v", "eps"] = "v"  # what the denoiser regresses
+    target: Literal["x0", "v"] = "v"  # what the denoiser regresses, where there is no mixture to correct
 
     def __post_init__(self) -> None:
         _require(
@@ -292,13 +285,12 @@ class DiffusionConfig:
 class PriorConfig:
     """Two towers: a causal contextualiser over latents, a denoiser of the next one."""
 
-    contextualiser: Literal["transformer", "griffin"] = "transformer"
-    reads_text: bool = False  # the contextualiser sees the encoder's feature after each chunk, too
-    width: int = 128  # d of the contextualiser
-    layers: int = 3
+    reads_text: bool = True  # the contextualiser sees the encoder's feature after each chunk, too
+    width: int = 64  # d of the contextualiser
+    layers: int = 1
     heads: int = 4
-    denoiser_width: int = 192
-    denoiser_layers: int = 3
+    denoiser_width: int = 64
+    denoiser_layers: int = 1
     draws: int = 4  # noise draws that share one context
     self_conditioning: float = 0.0  # share of steps fed with their own first estimate
     context_dropout: float = 0.1  # share of contexts hidden in training, for guidance
@@ -329,8 +321,8 @@ class TrainingConfig:
     # What minutes count: time that passes, or, on CPUs, what a thread computed, so that runs on a machine that does
     # other work, too, can be compared.
     clock: Literal["wall", "cpu"] = "wall"
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    learning_rate: float = 2e-3  # peak
+    optimizer: Literal["adamw", "muon"] = "muon"
+    learning_rate: float = 1e-2  # peak
     weight_decay: float = 0.01
     warmup: float = 0.05  # share of the progress spent warming up
     final_learning_rate: float = 0.05  # at the end, as a share of the peak
@@ -364,7 +356,7 @@ class StagesConfig:
     """Training of the two stages."""
 
     autoencoder: TrainingConfig = field(default_factory=TrainingConfig)
-    prior: TrainingConfig = field(default_factory=TrainingConfig)
+    prior: TrainingConfig = field(default_factory=lambda: TrainingConfig(learning_rate=8e-3))
 
     def __post_init__(self) -> None:
         _require(
@@ -391,8 +383,8 @@ class CheckpointConfig:
 class LoggingConfig:
     """What a run writes while it trains."""
 
-    every: int = 20  # optimizer steps between metrics
-    sample_every: int = 0  # optimizer steps between samples; 0: only at the end
+    every: int = 50  # optimizer steps between metrics
+    sample_every: int = 1000  # optimizer steps between samples; 0: only at the end
     trackers: tuple[str, ...] = ()  # accelerate's trackers, e.g. [tensorboard]
 
     def __post_init__(self) -> None:
@@ -471,31 +463,59 @@ class Config:
 # form it belonged to it says nothing. A saved model or a file that says this much loads as before.
 RETIRED: Mapping[str, str | None] = {
     "autoencoder.writes": "bytes",
+    "autoencoder.rate": "mixture",
+    "autoencoder.byte_dropout": "0.0",
+    "autoencoder.latent_dropout": "0.0",
+    "autoencoder.clean_latents": "0.0",
+    "chunking.entropy_form": "threshold",
+    "chunking.gate_form": "first",
+    "chunking.learned_form": "forget",
+    "chunking.select_form": "last",
+    "diffusion.schedule": "learned",
+    "prior.contextualiser": "transformer",
     "prior.one_step": "none",
     "prior.energy": None,
 }
 # Values that are gone, of settings that are not.
-RETIRED_VALUES: Mapping[str, tuple[str, ...]] = {"generation.scheduler": ("energy",)}
+RETIRED_VALUES: Mapping[str, tuple[str, ...]] = {
+    "diffusion.target": ("eps",),
+    "generation.scheduler": ("energy",),
+}
+
+
+def is_retired(key: str, value: object) -> bool:
+    """Whether this is a setting of RETIRED. Raises ConfigError where it says another form than what is left.
+
+    value: as it was written, or what was read of it
+    """
+    old = next((old for old in RETIRED if f"{key}.".startswith(f"{old}.")), None)
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    left = RETIRED[old] if old else None
+    if text in RETIRED_VALUES.get(key, ()) or (left is not None and not _alike(text, left)):
+        raise ConfigError(
+            f"{key}={text[:100]} is a form that was removed: choose another or, for what was trained with it, "
+            "use the version of hldm that trained it or train again"
+        )
+    return old is not None
+
+
+def _alike(one: str, other: str) -> bool:
+    """0 and 0.0 are the same number."""
+    try:
+        return float(one) == float(other)
+    except ValueError:
+        return one == other
 
 
 def _drop_retired(settings: Mapping[str, Setting], section: str = "") -> dict[str, Setting]:
-    """The settings without those of RETIRED. Raises ConfigError for a form that was removed.
-
-    section: opens their keys in a Config, such as `prior.`; a saved model holds its sections alone.
-    """
+    """The settings without those of RETIRED; section: `prior.`, where they are a section's alone."""
     kept = {}
     for key, setting in settings.items():
-        whole = f"{section}{key}"
-        retired = next((old for old in RETIRED if f"{whole}.".startswith(f"{old}.")), None)
-        left = RETIRED[retired] if retired else None
-        removed = setting.value in RETIRED_VALUES.get(whole, ())
-        if removed or (left is not None and setting.value != left):
-            raise ConfigError(
-                f"{setting.where}: {whole}={setting.value} is a form that was removed: choose another or, for a model "
-                f"trained with it, use the version of hldm that trained it or train again"
-            )
-        if retired is None:
-            kept[key] = setting
+        try:
+            if not is_retired(f"{section}{key}", setting.value):
+                kept[key] = setting
+        except ConfigError as error:
+            raise ConfigError(f"{setting.where}: {error}") from None
     return kept
 
 

@@ -21,7 +21,6 @@ SMALL = [
     "data.window_bytes=64",
     "data.held_out=0.2",
     "autoencoder.latent_dim=4",
-    "autoencoder.rate=diffusion",
     "autoencoder.encoder.width=16",
     "autoencoder.encoder.blocks=[recurrent,attention]",
     "autoencoder.encoder.dropout=0.1",

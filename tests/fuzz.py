@@ -348,12 +348,12 @@ def tiny_pipeline() -> HLDMPipeline:
         torch.manual_seed(0)
         griffin = GriffinConfig(width=8, blocks=("recurrent", "attention"), heads=2)
         settings = AutoencoderConfig(
-            latent_dim=2, encoder=griffin, decoder=griffin, reads_text=True, rate="mixture", components=4
+            latent_dim=2, encoder=griffin, decoder=griffin, reads_text=True, trunk_layers=0, components=4
         )
         autoencoder = Autoencoder.from_settings(settings, ChunkingConfig(min_bytes=2, max_bytes=4))
         prior = Prior.from_settings(
             settings,
-            PriorConfig(width=8, layers=1, heads=2, denoiser_width=8, denoiser_layers=1),
+            PriorConfig(reads_text=False, width=8, layers=1, heads=2, denoiser_width=8, denoiser_layers=1),
             HierarchyConfig(levels=1, ratio=2, window=2),
             DiffusionConfig(),
         )

@@ -39,7 +39,7 @@ def held_out_windows(
     """A corpus laid out for reading whole documents in order, a few at a time.
 
     chunk_start: (t,) bool where its chunks start, if that is known already. The twin's, which change nothing for it,
-    are the default words: costs are known by chunk, and its own are as long as its attention sees.
+    are TWIN_WORDS: costs are known by chunk, and its own are as long as its attention sees.
     """
     chunker = prompt_chunker(autoencoder)
     return Windows(
@@ -161,7 +161,7 @@ def _check_bound(
     if samples and (not has_mixture or autoencoder.settings.carry_state):
         raise ValueError(
             "importance weights need the latents' density and chunks that are independent given the text: "
-            "autoencoder.rate mixture and carry_state false"
+            "autoencoder.components above 0 and carry_state false"
         )
 
 

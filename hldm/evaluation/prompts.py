@@ -31,9 +31,12 @@ def held_out_prompts(
     )
 
 
+TWIN_WORDS = ChunkingConfig(strategy="words", min_bytes=4, max_bytes=12)  # those of the reports so far
+
+
 def prompt_chunker(autoencoder: Autoencoder) -> Chunker:
-    """What cuts a model's prompts: its own chunker, for the twin (which goes on from anywhere) the default words."""
-    return chunker_of(autoencoder) if autoencoder.latent_dim else make_chunker(ChunkingConfig())
+    """What cuts a model's prompts: its own chunker, for the twin (which goes on from anywhere) TWIN_WORDS."""
+    return chunker_of(autoencoder) if autoencoder.latent_dim else make_chunker(TWIN_WORDS)
 
 
 def choose_prompts(

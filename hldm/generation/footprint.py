@@ -26,11 +26,6 @@ CHUNK_BYTES = 100  # Python's own of a chunk written: a bytes object, its place 
 # ---- carried states
 
 
-def recurrent_contextualiser(config: Config) -> GriffinConfig:
-    prior = config.prior
-    return GriffinConfig(width=prior.width, blocks=("recurrent",) * prior.layers, heads=prior.heads)
-
-
 def _griffin_state(config: GriffinConfig, window: int) -> int:
     """Bytes of a row's state."""
     recurrent = config.width * config.conv_width * FLOAT
@@ -45,12 +40,9 @@ def state_parts(config: Config) -> dict[str, int]:
     decoder = INTEGER + _griffin_state(settings.decoder, window + 1)
     if config.is_twin:
         return {"decoder": decoder}
-    recurrent = prior.contextualiser == "griffin"
-    layers = 0 if recurrent else prior.layers
-    context = hierarchy.capacity * ((layers + 1) * prior.width * FLOAT + 3 * INTEGER) + INTEGER
+    context = hierarchy.capacity * ((prior.layers + 1) * prior.width * FLOAT + 3 * INTEGER) + INTEGER
     context += (hierarchy.levels * settings.latent_dim + prior.width) * FLOAT
-    context += _griffin_state(recurrent_contextualiser(config), 1) if recurrent else 0
-    context += settings.known_width * FLOAT if prior.reads_text or settings.rate == "mixture" else 0
+    context += settings.known_width * FLOAT if prior.reads_text or settings.components else 0
     encoder = _griffin_state(settings.encoder, window)
     encoder += (settings.encoder.width + settings.known_width) * FLOAT
     encoder += _griffin_state(settings.trunk, 1) if settings.trunk_layers else 0
@@ -60,7 +52,7 @@ def state_parts(config: Config) -> dict[str, int]:
 def kept_bytes(config: Config) -> int:
     """A row's past while it is written on: keys and values of `hldm.kernels.context`."""
     prior = config.prior
-    if config.is_twin or prior.contextualiser == "griffin":
+    if config.is_twin:
         return 0
     pairs = 2 * (prior.layers + prior.denoiser_layers) * prior.width
     return (config.hierarchy.capacity + 1) * (pairs * FLOAT + 2 * INTEGER)
@@ -103,13 +95,11 @@ def prior_numbers(config: Config, rows: int, chunks: int) -> int:
     pairs = queries * keys
     layer = 15 * queries * d + 6 * keys * d + 4 * prior.heads * pairs
     context = prior.layers * layer + 8 * pairs
-    if prior.contextualiser == "griffin":
-        context = stack_numbers(recurrent_contextualiser(config), chunks, 1, False) + 8 * pairs
     pairs = chunks * draws * keys
     block = chunks * draws * (22 * wide + 3 * d) + 6 * chunks * wide + 4 * keys * d + 4 * prior.heads * pairs
     settings = config.autoencoder
     ends = chunks * draws * 8 * settings.latent_dim
-    mixture = 6 * chunks * draws * settings.components if settings.rate == "mixture" else 0
+    mixture = 6 * chunks * draws * settings.components
     return rows * (context + prior.denoiser_layers * block + ends + mixture)
 
 

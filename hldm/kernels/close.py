@@ -38,7 +38,8 @@ class _Closing(ctypes.Structure):
 
 def _parameters(autoencoder: Autoencoder) -> dict[str, Tensor]:
     """What the kernel reads of the readout, by the names in `_Closing`."""
-    read, normaliser = autoencoder.to_latent, autoencoder.normaliser
+    normaliser = autoencoder.normaliser
+    read: Any = autoencoder.to_latent  # Any: one of two readouts
     return {
         "inner": read.inner.weight,
         "inner_bias": read.inner.bias,
@@ -74,7 +75,7 @@ def close_chunk(
     """`Autoencoder.close_chunk` of float32 features y (b l d); state: left as it is."""
     kernels, (rows, bytes_, d) = library(), y.shape
     assert kernels is not None and length.shape == (rows,) and opens.shape == (rows, 1) and is_plain(y)
-    read, to_trunk = autoencoder.to_latent, getattr(autoencoder, "to_trunk", None)
+    to_trunk = autoencoder.to_trunk if autoencoder.settings.trunk_layers else None
     tensors = _parameters(autoencoder) | {
         "features": y,
         "length": length.contiguous(),
@@ -88,7 +89,7 @@ def close_chunk(
         rows=rows,
         bytes=bytes_,
         d=d,
-        k=read.inner.out_features,
+        k=len(tensors["inner"]),
         z=autoencoder.latent_dim,
         threads=torch.get_num_threads(),
         **{name: tensor.data_ptr() for name, tensor in tensors.items()},

@@ -44,7 +44,7 @@ def _of(*modules: Any) -> list[Tensor | None]:
     return [parameter for module in modules for parameter in (module.weight, module.bias)]
 
 
-def _parameters(prior: Prior) -> dict[str, list[Tensor | None]]:
+def _parameters(prior: Any) -> dict[str, list[Tensor | None]]:
     """What the kernel reads, in its order; None where a model has no such part."""
     context, mixture = prior.contextualiser, prior.mixture
     layers: list[Tensor | None] = []
@@ -66,7 +66,7 @@ def _parameters(prior: Prior) -> dict[str, list[Tensor | None]]:
 def can_keep(prior: Prior, rows: int) -> bool:
     """Whether `KeptContext` does what contextualiser and `Prior.tell` would, for so many rows."""
     hierarchy, dropout = prior.hierarchy, prior.training and prior.settings.dropout
-    if not kernels_can_compute() or prior.contextualiser.griffin is not None or dropout:
+    if not kernels_can_compute() or dropout:
         return False
     if hierarchy.ratio**hierarchy.levels > MOST_CHUNKS:
         return False
@@ -82,18 +82,20 @@ class KeptContext:
 
     def __init__(self, prior: Prior, memory: ContextState):
         """memory: where `Contextualiser` left off, left as it is; call only where `can_keep`."""
-        kernels, context = library(), prior.contextualiser
+        kernels = library()
+        context: Any = prior.contextualiser  # Any: modules in lists have no type of their own
+        denoiser: Any = prior.denoiser
         assert kernels is not None
         self._step = kernels.hldm_context
         rows, heads, d = len(memory.written), prior.settings.heads, prior.settings.width
         start = _start(context)
         kept = torch.cat([start.expand(rows, 1, -1, -1), memory.hidden], dim=1)  # (b places layers+1 d)
         pairs = [layer.key_value(layer.norm(kept[:, :, i])) for i, layer in enumerate(context.layers)]
-        pairs += [block.key_value(kept[:, :, -1]) for block in prior.denoiser.blocks]
+        pairs += [block.key_value(kept[:, :, -1]) for block in denoiser.blocks]
         parts = [
             rearrange(pair, "b c (two h e) -> two b h c e", two=2, h=heads).contiguous() for pair in pairs
         ]
-        places, blocks = kept.shape[1], len(prior.denoiser.blocks)
+        places, blocks = kept.shape[1], len(denoiser.blocks)
         zero = torch.zeros(rows, 1, dtype=torch.long)
         opening = start[0, -1].contiguous()
         is_empty = memory.entries.document < 0

@@ -34,13 +34,13 @@ class _Denoising(ctypes.Structure):
     ]
 
 
-def _layers(prior: Prior) -> dict[str, Tensor]:
+def _layers(prior: Any) -> dict[str, Tensor]:
     """The denoiser's first and last layer, by their names in `_Denoising`."""
     first, last = prior.denoiser.inputs, prior.denoiser.outputs
     return dict(zip(_LAYERS, (first.weight, first.bias, last.weight, last.bias), strict=True))
 
 
-def _parameters(prior: Prior) -> list[Tensor]:
+def _parameters(prior: Any) -> list[Tensor]:
     """What every block of the denoiser does products with, in the order of hldm/kernels/cpp/denoise.cpp."""
     return [
         parameter
@@ -64,7 +64,8 @@ class PlannedSteps:
     """A plan's steps, with all worked out that is the same for every latent; make one only where `can_denoise`."""
 
     def __init__(self, prior: Prior, plan: Steps):
-        kernels, denoiser, mixture = library(), prior.denoiser, prior.mixture
+        kernels, mixture = library(), prior.mixture
+        denoiser: Any = prior.denoiser  # Any: modules in lists have no type of their own
         assert kernels is not None and mixture is not None
         self._run, self._steps = kernels.hldm_denoise, len(plan.weights)
         gammas = plan.gammas[:-1]

@@ -12,14 +12,14 @@ from functools import cache
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hldm.config import GenerationConfig
 from hldm.generation.chunk import Piece, Written
 from hldm.generation.writer import ByteWriter, LatentWriter, Writer
 from hldm.kernels.close import can_close, close_chunk
-from hldm.kernels.context import KeptContext, can_keep
-from hldm.kernels.denoise import PlannedSteps, can_denoise
+from hldm.kernels.context import MOST_CHUNKS, KeptContext, can_keep
+from hldm.kernels.denoise import MOST_STEPS, PlannedSteps, can_denoise
 from hldm.kernels.library import library
 from hldm.kernels.stack import is_plain
 from hldm.kernels.write import can_write, write_bytes, write_chunks
@@ -29,13 +29,6 @@ from hldm.model.prior import Prior
 from hldm.model.state import DecoderState, EncoderState
 
 Step = Literal["close", "denoise", "context"]
-
-# What becomes of a step that the kernels do not take. Slower by: one continuation of configs/small.yaml, measured.
-PLAIN = {
-    "close": "chunks are read back in plain torch",
-    "denoise": "latents are denoised in plain torch",
-    "context": "the contextualiser runs in plain torch",
-}
 
 logger = logging.getLogger(__name__)
 
@@ -52,48 +45,55 @@ def make_writer(
     is_latent = autoencoder.latent_dim > 0
     if library() is None or device.type != "cpu" or (is_latent and prior is None):
         return NotImplemented
-    reason = why_plain(autoencoder, prior, len(prompts))
-    if reason:
-        _say(f"{reason}: text is written in plain torch, several times slower")
+    if reason := why_plain(autoencoder, prior, len(prompts)):
+        _say(f"{reason}: text is written in plain torch and takes about 20 times as long")
         return NotImplemented
     if prior is None:
         return FusedByteWriter(autoencoder, prompts, settings, generators)
     return FusedLatentWriter(autoencoder, prior, prompts, settings, generators)
 
 
+# How much longer text takes: one continuation with the shapes of configs/small.yaml, measured.
+
+
 def why_plain(autoencoder: Autoencoder, prior: Prior | None, rows: int) -> str:
     """Why the kernels cannot write text of this model, in words; '' where they can."""
     if torch.is_grad_enabled():
-        return "gradients are recorded (torch.no_grad() stops that)"
+        return "gradients are recorded (torch.no_grad() turns that off)"
     if torch.is_autocast_enabled("cpu"):
         return "autocast is on"
-    modules = [autoencoder] if prior is None else [autoencoder, prior]
-    if any(module.training for module in modules):
-        return "the model is in training mode (eval() ends it)"
-    if not all(is_plain(parameter) for module in modules for parameter in module.parameters()):
+    models = [autoencoder] if prior is None else [autoencoder, prior]
+    parts = [part for model in models for part in model.modules()]
+    if any(isinstance(part, nn.Dropout) and part.training and part.p for part in parts):
+        return "dropout is on (eval() turns it off)"
+    if not all(is_plain(parameter) for model in models for parameter in model.parameters()):
         return "weights are not all contiguous float32"
-    return "" if can_write(autoencoder, rows) else "the kernels cannot read this model's stacks"
+    return "" if can_write(autoencoder, rows) else "the kernels cannot read the encoder or the decoder"
 
 
 def plain_steps(
     autoencoder: Autoencoder, prior: Prior, settings: GenerationConfig, rows: int
 ) -> dict[Step, str]:
-    """The steps from chunk to chunk that stay in plain torch, each with the setting that costs it."""
+    """The steps from chunk to chunk that stay in plain torch: why, in words, and what that costs."""
     found: dict[Step, str] = {}
     if not can_close(autoencoder, rows):
-        found["close"] = f"autoencoder.pooling={autoencoder.settings.pooling}"
-    if settings.steps == 0:
-        return found
-    if settings.guidance != 1:
-        found["denoise"] = f"generation.guidance={settings.guidance:g}"
-    elif not can_denoise(prior, settings.steps):
-        found["denoise"] = (
-            f"generation.steps={settings.steps}"
-            if prior.mixture is not None
-            else "no autoencoder.rate=mixture"
+        found["close"] = (
+            f"autoencoder.pooling={autoencoder.settings.pooling}: chunks are closed in plain torch, "
+            "text takes about a quarter longer"
         )
-    if not can_keep(prior, rows):
-        found["context"] = f"prior.contextualiser={prior.settings.contextualiser}"
+    if settings.steps and settings.guidance != 1:
+        found["denoise"] = (
+            f"generation.guidance={settings.guidance:g}: latents are denoised in plain torch, "
+            "text takes about 4 times as long"
+        )
+    elif settings.steps and not can_denoise(prior, settings.steps):
+        reason = f"generation.steps={settings.steps} is above {MOST_STEPS}"
+        if prior.mixture is None:
+            reason = "the prior corrects no mixture (autoencoder.components=0)"
+        found["denoise"] = f"{reason}: latents are denoised in plain torch, text takes about twice as long"
+    if settings.steps and not can_keep(prior, rows):
+        reason = f"hierarchy.ratio^levels is above {MOST_CHUNKS}"
+        found["context"] = f"{reason}: contexts are made in plain torch, text takes about 4 times as long"
     return found
 
 
@@ -116,8 +116,8 @@ class FusedLatentWriter(LatentWriter):
     ):
         super().__init__(autoencoder, prior, prompts, settings, generators)
         self.plain: Mapping[Step, str] = plain_steps(autoencoder, prior, settings, len(prompts))
-        for step, setting in self.plain.items():
-            _say(f"{setting}: {PLAIN[step]}")
+        for line in self.plain.values():
+            _say(line)
         self.planned: PlannedSteps | None = None  # None: plain, or no steps at all
         if self.plan is not None and "denoise" not in self.plain:
             self.planned = PlannedSteps(prior, self.plan)

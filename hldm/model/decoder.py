@@ -5,7 +5,6 @@ The decoder's half of the bound, -log p(x_c | z_0, h); its layers are part of `h
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -15,7 +14,6 @@ from hldm.model.autoencoder import Autoencoder
 from hldm.model.diffusion import diffuse
 from hldm.model.ops import softmax_nats
 from hldm.model.state import DecoderState, Encoding
-from hldm.text.bytes import HIDDEN, START
 from hldm.text.events import Events
 from hldm.text.windows import Batch, Window, draw_normal
 
@@ -47,27 +45,14 @@ def read_chunks(
     latent: Tensor | None,
     state: DecoderState,
     encoding: Encoding | None = None,
-    hidden: Tensor | None = None,
 ) -> tuple[Reading, DecoderState]:
-    """Score a window's bytes given its latents z_0 (b n z), and what the encoder made of them.
-
-    hidden: (b t) bool, bytes that the decoder does not see (byte dropout).
-    """
+    """Score a window's bytes given its latents z_0 (b n z), and what the encoder made of them."""
     events = autoencoder.events(window, state)
-    if hidden is not None:
-        events = hide_bytes(events, hidden)
     told = None if encoding is None else autoencoder.tell(events, encoding)
     logits, griffin = autoencoder.decode(events, latent, state.griffin, told)
     nats = symbol_nats(logits, events)
     reading = Reading(sum_by_chunk(nats, events, window.chunks), nats, logits, events)
     return reading, DecoderState(griffin, events.last)
-
-
-def hide_bytes(events: Events, hidden: Tensor) -> Events:
-    """Byte dropout: other symbols read where hidden (b t), t at least t', except the start of a unit."""
-    symbol = events.symbol
-    is_hidden = hidden[:, : symbol.shape[1]] & (symbol != START)
-    return replace(events, symbol=torch.where(is_hidden, HIDDEN, symbol))
 
 
 def symbol_nats(logits: Tensor, events: Events) -> Tensor:

@@ -77,7 +77,7 @@ class Prior(SavedModel):
         diffusion: DiffusionConfig,
     ) -> Prior:
         """Build from config sections."""
-        components = autoencoder.components if autoencoder.rate == "mixture" else 0
+        components = autoencoder.components
         feature_dim = autoencoder.known_width if prior.reads_text or components else 0
         sections = (asdict(prior), asdict(hierarchy), asdict(diffusion))
         return cls(autoencoder.latent_dim, *sections, feature_dim, components)

@@ -28,6 +28,7 @@ from typing import Any
 
 import yaml
 
+from hldm.config import is_retired
 from hldm.runs.checkpoints import checkpoints_in
 from hldm.runs.files import atomic_write, naming
 from hldm.runs.machine import physical_memory
@@ -270,6 +271,7 @@ def check_settings(folder: Path, config: dict[str, Any], may_change: tuple[str, 
         started = dotted(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (yaml.YAMLError, ValueError, RecursionError, AttributeError) as error:
         raise ValueError(f"{path} is damaged; restore it or choose another --name") from error
+    started = {key: value for key, value in started.items() if not is_retired(key, value)}
     now = dotted(_plain(config))
     changes = [
         f"{key} {started.get(key, 'absent')} -> {now.get(key, 'absent')}"

@@ -78,9 +78,7 @@ def stage_one(config: Config) -> AutoencoderObjective:
     autoencoder = Autoencoder.from_settings(config.autoencoder, config.chunking)
     if config.training.autoencoder.gradient_checkpointing:
         autoencoder.enable_gradient_checkpointing()
-    light = config.autoencoder.rate == "diffusion" and not config.is_twin
-    prior = _prior(config) if light else None
-    return AutoencoderObjective(autoencoder, config.autoencoder, config.diffusion.gamma_0, prior)
+    return AutoencoderObjective(autoencoder, config.autoencoder, config.diffusion.gamma_0)
 
 
 def stage_two(config: Config, windows: Windows) -> PriorObjective:

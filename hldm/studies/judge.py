@@ -154,7 +154,7 @@ def judge_run(
 
 
 def _makes_sense(pipeline: HLDMPipeline, name: str, value: Any) -> bool:
-    """Whether a setting is another than the run's, heeded by its sampler, and one that its prior can do."""
+    """Whether a setting is another than the run's, and one that its prior can do."""
     settings, prior = pipeline.settings, pipeline.prior
     assert prior is not None
     if (name, value) == ("steps", 0) and prior.mixture is None:

@@ -19,11 +19,10 @@ from hldm.config import AutoencoderConfig
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.contextualiser import ContextState
 from hldm.model.decoder import noisy_latents, read_chunks
-from hldm.model.diffusion import alpha_sigma
 from hldm.model.mixture import MixturePredictor
 from hldm.model.prior import Prior, price_latents
 from hldm.model.state import DecoderState, EncoderState, Encoding, map_carry
-from hldm.text.windows import Batch, draw_normal, draw_uniform
+from hldm.text.windows import Batch, draw_normal
 from hldm.training.latent_cache import CachedLatents
 
 
@@ -44,28 +43,6 @@ class Step(NamedTuple):
     carry: Carry  # detached
 
 
-class GaussianRate(nn.Module):
-    """A light prior for stage one: N(m(h), s(h)^2) for z_0, h the encoder's feature before the chunk.
-
-    Its cost KL(q(z_0 | x) || N(m, s^2)) is in closed form, and with the decoder's it is a bound too.
-    """
-
-    def __init__(self, width: int, latent_dim: int):
-        super().__init__()
-        self.predict = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, 2 * latent_dim)
-        )
-
-    def forward(self, encoding: Encoding, gamma_0: float) -> Tensor:
-        """Nats per chunk (b n)."""
-        mean, log_scale = self.predict(encoding.before).chunk(2, dim=-1)
-        log_scale = 4 * torch.tanh(log_scale / 4)  # e^-4 .. e^4: never so sharp that one miss costs all
-        alpha, sigma = alpha_sigma(torch.as_tensor(gamma_0, device=mean.device))
-        away = (alpha * encoding.latents - mean).square() + sigma.square()
-        kl = log_scale - sigma.log() + 0.5 * away * (-2 * log_scale).exp() - 0.5
-        return kl.sum(dim=-1) * encoding.mask
-
-
 def rate_weight(settings: AutoencoderConfig, progress: float) -> float:
     """What a nat of the rate weighs against one of the decoder: rate_weight, in the end 1.
 
@@ -81,20 +58,13 @@ def rate_weight(settings: AutoencoderConfig, progress: float) -> float:
 class AutoencoderObjective(nn.Module):
     """Stage one: reconstruction from noisy latents plus what they cost (or the twin: plain bytes)."""
 
-    def __init__(
-        self, autoencoder: Autoencoder, settings: AutoencoderConfig, gamma_0: float, prior: Prior | None
-    ):
-        """prior: the light one of rate 'diffusion', which stage two may start from."""
+    def __init__(self, autoencoder: Autoencoder, settings: AutoencoderConfig, gamma_0: float):
+        """gamma_0: the noise that the decoder reads through."""
         super().__init__()
         self.autoencoder, self.settings, self.gamma_0 = autoencoder, settings, gamma_0
-        self.prior = prior
-        gaussian = settings.rate == "gaussian" and autoencoder.latent_dim > 0
-        width = settings.known_width
-        self.gaussian = GaussianRate(width, autoencoder.latent_dim) if gaussian else None
-        mixture = settings.rate == "mixture" and autoencoder.latent_dim > 0
-        self.mixture = (
-            MixturePredictor(width, autoencoder.latent_dim, settings.components) if mixture else None
-        )
+        self.mixture: MixturePredictor | None = None  # what prices the latents; stage two starts from it
+        if autoencoder.latent_dim and settings.components:
+            self.mixture = MixturePredictor(settings.known_width, autoencoder.latent_dim, settings.components)
 
     def initial_carry(self, rows: int, device: torch.device) -> Carry:
         """State before the first window."""
@@ -102,52 +72,28 @@ class AutoencoderObjective(nn.Module):
         return Carry(
             self.autoencoder.encoder_state(rows, device) if latent else None,
             self.autoencoder.decoder_state(rows, device),
-            self.prior.initial_state(rows, device) if self.prior is not None else None,
         )
 
     def end_step(self, skipped: bool) -> None:
-        """Fold the step's statistics into normaliser and schedule; forget them when it was not finite."""
+        """Fold the step's statistics into the normaliser; forget them when it was not finite."""
         if self.autoencoder.latent_dim:
             self.autoencoder.normaliser.update(skipped)
-        if self.prior is not None:
-            self.prior.schedule.update(skipped)
 
     def forward(self, batch: Batch, carry: Carry, generator: torch.Generator, progress: float) -> Step:
         """Loss of one window."""
         autoencoder, settings = self.autoencoder, self.settings
-        encoder, context_state, z_0, encoding = carry.encoder, carry.context, None, None
+        encoder, z_0, encoding = carry.encoder, None, None
         rates: dict[str, Tensor] = {}
         if encoder is not None:
             encoding, encoder = autoencoder.encode(batch, encoder)
             z_0 = noisy_latents(encoding, self.gamma_0, batch, generator)
-            if settings.clean_latents:
-                # Rare words drown in noise; without it encoder and decoder learn to tell them apart, too.
-                clean = draw_uniform(batch, (z_0.shape[1],), generator) < settings.clean_latents
-                alpha, _ = alpha_sigma(torch.as_tensor(self.gamma_0, device=z_0.device))
-                z_0 = torch.where(clean[..., None], alpha * encoding.latents, z_0)
-            if settings.latent_dropout:
-                kept = draw_uniform(batch, (z_0.shape[1],), generator) >= settings.latent_dropout
-                z_0 = z_0 * kept[..., None]
-            if self.prior is not None and context_state is not None:
-                context, context_state = self.prior.contextualiser(
-                    encoding.latents, encoding.mask, encoding.doc_start, context_state, encoding.after
-                )
-                paid = price_latents(self.prior, encoding, context, batch, generator, hide=True)
-                rates = {"latent": paid.latent.sum(), "end": paid.end.sum()}
-            elif self.gaussian is not None:
-                rates = {"latent": self.gaussian(encoding, self.gamma_0).sum()}
-            elif self.mixture is not None:
+            if self.mixture is not None:
                 noise = draw_normal(batch, encoding.latents.shape[1:], generator)
                 weights = self.mixture.log_weights(encoding.before)
                 nats = self.mixture.rate(encoding.latents, noise, self.gamma_0, weights)
                 rates = {"latent": (nats * encoding.mask).sum()}
-        hidden = None
-        if settings.byte_dropout:
-            # as many as events there may be: every byte and an end for each
-            width = 2 * batch.bytes.shape[1]
-            hidden = draw_uniform(batch, (width,), generator) < settings.byte_dropout
         assert carry.decoder is not None
-        reading, decoder = read_chunks(autoencoder, batch, z_0, carry.decoder, encoding, hidden)
+        reading, decoder = read_chunks(autoencoder, batch, z_0, carry.decoder, encoding)
         paid_for = {"decoder": reading.nats.sum(), **rates}
         loss = paid_for["decoder"] + rate_weight(settings, progress) * sum(rates.values())
         if encoding is not None:
@@ -156,7 +102,7 @@ class AutoencoderObjective(nn.Module):
             loss / batch.total_bytes,
             {name: value.detach() for name, value in paid_for.items()},
             batch.characters,
-            map_carry(torch.detach, Carry(encoder, decoder, context_state)),
+            map_carry(torch.detach, Carry(encoder, decoder)),
         )
 
 

@@ -12,11 +12,9 @@ from math import prod
 from typing import NamedTuple
 
 from hldm.config import ChunkingConfig, Config, GriffinConfig
-from hldm.generation.footprint import recurrent_contextualiser
 from hldm.text.bytes import OUTPUTS, VOCABULARY
 
 TIME_WIDTH = 32  # of the denoiser's embedding of gamma
-CHUNK_NUMBERS = 4  # of a chunk, in the segmenter of hldm.chunking.router
 MUON_WIDTH = 32  # narrower matrices are AdamW's (hldm.training.optimizers)
 
 
@@ -105,13 +103,9 @@ def prior_weights(config: Config) -> list[Weight]:
     weights = [*_linear(z, d), _embedding(config.hierarchy.levels + 1, d), Weight((d,)), *_norm(d)]
     if prior.reads_text:
         weights += _linear(config.autoencoder.known_width, d, bias=False)
-    if config.autoencoder.rate == "mixture":
-        weights += mixture_weights(config)
-    if prior.contextualiser == "griffin":
-        weights += _griffin(recurrent_contextualiser(config))
-    else:
-        layer = [*_norm(d), *_linear(d, d), *_linear(d, 2 * d), *_linear(d, d), bias, *_norm(d)]
-        weights += [*layer, *_perceptron(d, 4 * d, d)] * prior.layers
+    weights += mixture_weights(config)
+    layer = [*_norm(d), *_linear(d, d), *_linear(d, 2 * d), *_linear(d, d), bias, *_norm(d)]
+    weights += [*layer, *_perceptron(d, 4 * d, d)] * prior.layers
     block = [*_linear(wide, d), *_linear(d, 2 * d), *_linear(d, wide), bias]
     block += _perceptron(wide, 3 * wide, wide)
     block += [*_linear(d, 6 * wide), *_linear(TIME_WIDTH, 4 * wide, bias=False)]
@@ -120,23 +114,12 @@ def prior_weights(config: Config) -> list[Weight]:
 
 
 def mixture_weights(config: Config) -> list[Weight]:
-    """Parameters of hldm.model.mixture.MixturePredictor."""
+    """Parameters of hldm.model.mixture.MixturePredictor, which prices latents in stage one; none without latents."""
     settings = config.autoencoder
+    if config.is_twin or not settings.components:
+        return []
     d, k, z = settings.known_width, settings.components, settings.latent_dim
     return [*_norm(d), *_perceptron(d, 2 * d, k), Weight((k, z)), Weight((z,))]
-
-
-def rate_weights(config: Config) -> list[Weight]:
-    """Parameters of the prior that stage one trains its latents against."""
-    settings = config.autoencoder
-    if config.is_twin or settings.rate == "none":
-        return []
-    if settings.rate == "diffusion":
-        return prior_weights(config)
-    if settings.rate == "mixture":
-        return mixture_weights(config)
-    d = settings.known_width
-    return [*_norm(d), *_perceptron(d, 2 * d, 2 * settings.latent_dim)]
 
 
 def segmenter_weights(chunking: ChunkingConfig) -> list[Weight]:
@@ -151,8 +134,6 @@ def segmenter_weights(chunking: ChunkingConfig) -> list[Weight]:
         weights += [_embedding(257, d), *layer * 2, *_linear(d, 256)]
     if chunking.strategy == "learned":
         weights += [*_linear(d, d, bias=False) * 2, *perceptron]
-        if chunking.learned_form == "hnet":  # hldm.chunking.level
-            weights += [*_linear(d, 2 * CHUNK_NUMBERS), *_linear(CHUNK_NUMBERS, d)]
     elif chunking.strategy == "reinforce":
         weights += _perceptron(d, d, 1) * 2
     elif chunking.strategy == "select":

@@ -29,9 +29,9 @@ from hldm.training.shapes import (
     Weight,
     autoencoder_weights,
     count,
+    mixture_weights,
     optimizer_numbers,
     prior_weights,
-    rate_weights,
     segmenter_trunk,
     segmenter_weights,
 )
@@ -114,7 +114,7 @@ def stage_weights(config: Config, stage: str) -> dict[str, list[Weight]]:
     """The parts that the stage's objective holds, which is what its checkpoints do."""
     parts = {"autoencoder": autoencoder_weights(config)}
     if stage == "autoencoder":
-        parts["rate"] = rate_weights(config)
+        parts["rate"] = mixture_weights(config)
     else:
         parts["prior"] = prior_weights(config)
     return parts
@@ -168,7 +168,7 @@ def stage_sizes(config: Config, stage: str, processes: int = 1) -> Sizes:
 def state_bytes(config: Config, stage: str) -> int:
     """What a stage carries from window to window for each row."""
     states = state_parts(config)
-    if stage == "autoencoder" and config.autoencoder.rate != "diffusion":
+    if stage == "autoencoder":
         states.pop("context", None)
     if stage == "prior" and config.data.cache_latents:
         del states["encoder"]
@@ -199,8 +199,6 @@ def activation_bytes(config: Config, stage: str, rows: int) -> int:
         numbers = writing * rows
     elif stage == "autoencoder":
         numbers = (reading + writing) * rows
-        if settings.rate == "diffusion":
-            numbers += prior_numbers(config, rows, chunks)
     else:
         numbers = prior_numbers(config, rows, chunks)
         if config.training.prior.joint:

@@ -1,14 +1,13 @@
 """The two stages of training, as tables of contents: read the config, build the parts, fit, save.
 
 runs/<name>/segmenter/    what some chunking strategies ask, made before stage one: model/, boundaries
-runs/<name>/autoencoder/  stage one: checkpoints/, model/, rate/ (mixture or light prior, if there is one)
+runs/<name>/autoencoder/  stage one: checkpoints/, model/, rate/ (the mixture)
 runs/<name>/prior/        stage two: checkpoints/, model/
 runs/<name>/pipeline/     both, as a diffusers pipeline
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -53,11 +52,7 @@ def train_autoencoder(config: Config, *, resume: bool = False, root: Path = Path
         if stage.training.gradient_checkpointing:
             autoencoder.enable_gradient_checkpointing()
         parts: dict[str, nn.Module] = {"autoencoder": autoencoder}
-        prior = None
-        if config.autoencoder.rate == "diffusion" and not config.is_twin:
-            prior = Prior.from_settings(config.autoencoder, config.prior, config.hierarchy, config.diffusion)
-            parts["rate prior"] = prior
-        objective = AutoencoderObjective(autoencoder, config.autoencoder, config.diffusion.gamma_0, prior)
+        objective = AutoencoderObjective(autoencoder, config.autoencoder, config.diffusion.gamma_0)
 
         def on_sample(model: nn.Module) -> str:
             assert isinstance(model, AutoencoderObjective)
@@ -68,9 +63,8 @@ def train_autoencoder(config: Config, *, resume: bool = False, root: Path = Path
         bound_to = {} if segmenter is None else {"segmenter": autoencoder.config["segmenter"]}
         totals = stage.fit(objective, windows, parts, on_sample, bound_to)
         stage.export(autoencoder, stage.run.folder / "model")
-        rate = prior if prior is not None else objective.mixture
-        if rate is not None:
-            stage.export(rate, stage.run.folder / "rate")
+        if objective.mixture is not None:
+            stage.export(objective.mixture, stage.run.folder / "rate")
         if config.is_twin:
             pipeline = HLDMPipeline.assemble(autoencoder, None, config.generation)
             stage.export(pipeline.with_segmenter(segmenter), folder / "pipeline")
@@ -93,7 +87,7 @@ def train_diffusion(config: Config, *, resume: bool = False, root: Path = Path("
     sample_text = opening(chunker_of(autoencoder), corpora["validation"])
     with open_stage(config, "prior", resume, root) as stage:
         windows = stage.windows(corpora["train"], segmenter)
-        prior = _first_prior(folder, config, stage.say)
+        prior = _first_prior(folder, config)
         latents = None
         if config.data.cache_latents:
             whole = stage.windows(corpora["train"], segmenter, shuffle=False)
@@ -166,22 +160,12 @@ def opening(chunker: Chunker, corpus: Corpus) -> bytes:
     return text[: int(starts[starts <= SAMPLE_BYTES].max()) or SAMPLE_BYTES]
 
 
-def _first_prior(folder: Path, config: Config, say: Callable[[str], None]) -> Prior:
-    """Stage two starts from stage one's mixture, or from its light prior when that has the same shape."""
+def _first_prior(folder: Path, config: Config) -> Prior:
+    """Stage two starts from stage one's mixture."""
     prior = Prior.from_settings(config.autoencoder, config.prior, config.hierarchy, config.diffusion)
-    path = folder / "autoencoder" / "rate"
     if prior.mixture is not None:
-        mixture = MixturePredictor.from_pretrained(path)
+        mixture = MixturePredictor.from_pretrained(folder / "autoencoder" / "rate")
         prior.mixture.load_state_dict(mixture.state_dict())
-    elif path.is_dir():
-        light = Prior.from_pretrained(path)
-        shapes = {name: tensor.shape for name, tensor in prior.state_dict().items()}
-        if (light.diffusion, {k: v.shape for k, v in light.state_dict().items()}) == (
-            prior.diffusion,
-            shapes,
-        ):
-            say(f"starting from stage one's prior, {path}")
-            prior.load_state_dict(light.state_dict())
     return prior
 
 
@@ -190,7 +174,7 @@ def _cached_latents(
 ) -> CachedLatents:
     """mu of every chunk of the training text, from runs/<name>/latents.safetensors, made when missing."""
     path = folder / "latents.safetensors"
-    with_features = stage.config.prior.reads_text or stage.config.autoencoder.rate == "mixture"
+    with_features = stage.config.prior.reads_text or stage.config.autoencoder.components > 0
     bound: dict[str, object] = {
         "autoencoder": binding,
         "corpus": windows.corpus.fingerprint,

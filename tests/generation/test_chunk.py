@@ -24,7 +24,8 @@ def make_autoencoder(latent_dim: int = 3, width: int = 16, **settings) -> Autoen
     """Every parameter away from 0, chunks of at most 5 bytes of which some end early."""
     torch.manual_seed(0)
     griffin = GriffinConfig(width=width, blocks=("recurrent", "attention"), heads=2)
-    sections = dict(encoder=griffin, decoder=griffin, trunk_width=24, components=4) | settings
+    plain = dict(reads_text=False, trunk_layers=0, trunk_width=24, components=4)
+    sections = dict(encoder=griffin, decoder=griffin) | plain | settings
     autoencoder = Autoencoder.from_settings(
         AutoencoderConfig(latent_dim=latent_dim, **sections),
         ChunkingConfig(strategy="words" if latent_dim else "fixed", min_bytes=2, max_bytes=5),

@@ -24,7 +24,7 @@ def random_chunks(autoencoder: Autoencoder, rows: int):
 
 
 @pytest.mark.parametrize("rows", [1, 3, 12, 40])
-@pytest.mark.parametrize("kind", [dict(), dict(trunk_layers=2, rate="mixture")])
+@pytest.mark.parametrize("kind", [dict(), dict(trunk_layers=2)])
 def test_latent_and_trunk_are_the_same_in_one_call(plain_torch, kind, rows):
     autoencoder = make_autoencoder(reads_text=True, **kind)
     features, length, opens, state = random_chunks(autoencoder, rows)
@@ -40,7 +40,7 @@ def test_latent_and_trunk_are_the_same_in_one_call(plain_torch, kind, rows):
 
 
 def test_what_one_call_cannot_do_is_left_to_torch(plain_torch):
-    autoencoder = make_autoencoder(reads_text=True, trunk_layers=1, rate="mixture")
+    autoencoder = make_autoencoder(reads_text=True, trunk_layers=1)
     assert not can_close(autoencoder, 2)  # gradients
     with torch.no_grad():
         assert can_close(autoencoder, 2) and not can_close(autoencoder, 0)

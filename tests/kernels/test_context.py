@@ -24,12 +24,17 @@ from hldm.model.state import select_rows
 Z, CHUNKS = 3, 150
 
 
-def make_prior(levels: int = 2, reads_text: bool = True, rate: str = "mixture", **settings) -> Prior:
+def make_prior(levels: int = 2, reads_text: bool = True, components: int = 20, **settings) -> Prior:
     """Every parameter away from 0; with two levels the coarsest lets go of its first entries after 30 chunks."""
     torch.manual_seed(0)
     griffin = GriffinConfig(width=24, blocks=("recurrent",), heads=2)
     autoencoder = AutoencoderConfig(
-        latent_dim=Z, encoder=griffin, decoder=griffin, reads_text=reads_text, rate=rate, components=20
+        latent_dim=Z,
+        encoder=griffin,
+        decoder=griffin,
+        reads_text=reads_text,
+        trunk_layers=0,
+        components=components,
     )
     config = PriorConfig(
         reads_text=reads_text, width=16, layers=1, heads=2, denoiser_width=24, denoiser_layers=2
@@ -66,9 +71,9 @@ def seen(told) -> list[Tensor]:
         dict(levels=0),
         dict(levels=1, layers=2),
         dict(),
-        dict(levels=3, layers=2, rate="diffusion"),
+        dict(levels=3, layers=2, components=0),
         dict(levels=3, reads_text=False),
-        dict(levels=1, reads_text=False, rate="diffusion", denoiser_layers=1),
+        dict(levels=1, reads_text=False, components=0, denoiser_layers=1),
     ],
 )
 def test_every_chunk_of_many_has_the_context_that_torch_gives_it(plain_torch, kind, rows):
@@ -126,6 +131,5 @@ def test_what_one_call_cannot_do_is_left_to_torch(plain_torch):
         prior.eval()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert not can_keep(prior, 2)
-        assert not can_keep(make_prior(contextualiser="griffin"), 2)
         prior.contextualiser.embed.double()
         assert not can_keep(prior, 2)

@@ -18,12 +18,12 @@ from hldm.model.prior import Prior
 Z = 3
 
 
-def make_prior(layers: int = 2, rate: str = "mixture", **settings) -> Prior:
+def make_prior(layers: int = 2, components: int = 20, **settings) -> Prior:
     """Every parameter away from 0, and pooled entries of two levels."""
     torch.manual_seed(0)
     griffin = GriffinConfig(width=24, blocks=("recurrent",), heads=2)
     autoencoder = AutoencoderConfig(
-        latent_dim=Z, encoder=griffin, decoder=griffin, reads_text=True, rate=rate, components=20
+        latent_dim=Z, encoder=griffin, decoder=griffin, reads_text=True, trunk_layers=0, components=components
     )
     config = PriorConfig(
         reads_text=True, width=16, layers=1, heads=2, denoiser_width=24, denoiser_layers=layers
@@ -95,6 +95,6 @@ def test_what_one_call_cannot_do_is_left_to_torch(plain_torch):
         prior.eval()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert not can_denoise(prior, 2)
-        assert not can_denoise(make_prior(rate="diffusion"), 2)  # without a mixture
+        assert not can_denoise(make_prior(components=0), 2)  # without a mixture
         prior.denoiser.inputs.double()
         assert not can_denoise(prior, 2)

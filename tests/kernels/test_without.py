@@ -38,9 +38,12 @@ found = hldm.evaluate(folder, split="validation", draws=2, prompts=0)
 from hldm.generation.pipeline import read_pipeline
 from hldm.runs.folder import shipped_run
 shipped = read_pipeline(shipped_run(False) / "pipeline")
+twin = read_pipeline(shipped_run(True) / "pipeline")
+prompts = ["And the king said", "In the beginning"]
 texts = [
-    shipped(["And the king said", "In the beginning"], max_characters=40, seed=3, decoder_temperature=heat).texts
-    for heat in (0.0, 0.7)
+    pipeline(prompts, max_characters=40, seed=3, **settings).texts
+    for pipeline in (shipped, twin)
+    for settings in ({"decoder_temperature": 0.0}, {"guidance_scale": 1.5}, {"num_inference_steps": 0})
 ]
 metrics = [
     {name: value for name, value in json.loads(line).items() if "second" not in name}
@@ -88,6 +91,7 @@ def test_a_layer_needs_no_kernels(without_package):
     assert hldm.linear_scan is linear_scan
 
 
+@pytest.mark.timeout(900)  # three processes, each of which trains, measures and writes
 def test_everything_works_without_the_package_and_writes_the_same(without_package, small_overrides, tmp_path):
     plain = work(without_package, tmp_path / "plain", small_overrides)
     in_torch = work(ROOT, tmp_path / "torch", small_overrides, HLDM_KERNELS="0")

@@ -15,7 +15,7 @@ from hldm.text.bytes import END_OF_DOCUMENT
 from tests.generation.test_chunk import SETTINGS, make_autoencoder, write
 
 pytestmark = pytest.mark.usefixtures("plain_torch")  # skips where there are no kernels
-TRUNK = dict(trunk_layers=1, rate="mixture")
+TRUNK = dict(trunk_layers=1)
 KINDS = [
     dict(),
     dict(carry_state=True),

@@ -19,7 +19,13 @@ TEXT = b"In the beginning was the word. And then? Nothing much, it seems."
 def make_autoencoder(carry_state: bool = False, latent_dim: int = 4, pooling: str = "mean") -> Autoencoder:
     torch.manual_seed(0)
     settings = AutoencoderConfig(
-        latent_dim=latent_dim, encoder=GRIFFIN, decoder=GRIFFIN, carry_state=carry_state, pooling=pooling
+        latent_dim=latent_dim,
+        encoder=GRIFFIN,
+        decoder=GRIFFIN,
+        trunk_layers=0,
+        carry_state=carry_state,
+        reads_text=False,
+        pooling=pooling,
     )
     chunking = CHUNKING if latent_dim else replace(CHUNKING, strategy="fixed")
     chunking = CONSTANT if pooling == "strided" else chunking

@@ -35,8 +35,8 @@ class Source:
         return self.log_posterior(z, gamma).exp() @ self.embedding
 
     def schedule(self, kind: str, gamma_0: float) -> Schedule:
-        schedule = Schedule(DiffusionConfig(schedule=kind, gamma_0=gamma_0, gamma_1=10.0))
-        for seed in range(10):
+        schedule = Schedule(DiffusionConfig(gamma_0=gamma_0, gamma_1=10.0))
+        for seed in range(10 if kind == "learned" else 0):
             symbol = torch.multinomial(self.probability, 8000, replacement=True, generator=seeded(seed))
             x0 = self.embedding[symbol]
             gamma = schedule.gamma(torch.rand(8000, generator=seeded(seed), dtype=torch.float64))
@@ -86,18 +86,17 @@ def test_the_bound_of_a_perfect_model_is_the_entropy_under_every_schedule(gamma_
 @pytest.mark.parametrize("gamma_0", [-3.0, 0.0])
 def test_a_learned_schedule_estimates_the_bound_with_less_variance(gamma_0):
     source = Source()
-    linear = source.schedule("linear", gamma_0)
+    uniform = source.schedule("uniform", gamma_0)
     u, noise = spread_draws(2**15)
-    gamma, draws = linear.gamma(u), source.latent_bits(linear, u, noise)
-    # E_p[(f / p)^2] = E_linear[(f / linear)^2 linear / p]: the same draws serve every density
+    gamma, draws = uniform.gamma(u), source.latent_bits(uniform, u, noise)
+    # E_p[(f / p)^2] = E_uniform[(f / uniform)^2 uniform / p]: the same draws serve every density
     square = draws.square() @ source.probability
     mean = draws.mean(0) @ source.probability
     variance = {}
     for kind in KINDS:
-        weight = linear.density(gamma) / source.schedule(kind, gamma_0).density(gamma)
+        weight = uniform.density(gamma) / source.schedule(kind, gamma_0).density(gamma)
         variance[kind] = ((square * weight).mean() - mean.square()).item()
-    assert variance["learned"] < 0.4 * variance["linear"]
-    assert variance["learned"] < 0.9 * variance["cosine"]
+    assert variance["learned"] < 0.4 * variance["uniform"]
 
 
 def test_a_constant_latent_costs_nothing_and_tells_nothing():

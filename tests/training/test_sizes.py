@@ -36,17 +36,8 @@ needs_linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), rea
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 TINY = ROOT / "configs/tiny.yaml"
 OTHERS = [  # settings around configs/tiny.yaml that the shipped files do not show
-    [
-        "autoencoder.rate=diffusion",
-        "autoencoder.encoder.conv_width=40",
-        "training.autoencoder.optimizer=adamw",
-    ],
-    [
-        "prior.contextualiser=griffin",
-        "hierarchy.levels=0",
-        "autoencoder.rate=none",
-        "autoencoder.latent_dim=200",
-    ],
+    ["autoencoder.encoder.conv_width=40", "training.autoencoder.optimizer=adamw"],
+    ["hierarchy.levels=0", "autoencoder.components=0", "autoencoder.latent_dim=200"],
     [
         "prior.width=128",
         "prior.heads=32",
@@ -54,7 +45,7 @@ OTHERS = [  # settings around configs/tiny.yaml that the shipped files do not sh
         "autoencoder.decoder.mlp_ratio=1.37",
         "training.prior.joint=0.5",
     ],
-    ["autoencoder.rate=mixture", "autoencoder.reads_text=true", "prior.reads_text=true"],
+    ["autoencoder.reads_text=false", "prior.reads_text=false"],
     [
         "autoencoder.pooling=strided",
         "autoencoder.latent_dim=40",
@@ -69,20 +60,15 @@ def objective_of(config: Config, stage: str) -> AutoencoderObjective | PriorObje
     """A stage's modules, built without memory."""
     with torch.device("meta"):
         autoencoder = Autoencoder.from_settings(config.autoencoder, config.chunking)
-        prior = None
-        if stage == "prior" or (config.autoencoder.rate == "diffusion" and not config.is_twin):
-            prior = Prior.from_settings(config.autoencoder, config.prior, config.hierarchy, config.diffusion)
         if stage == "autoencoder":
-            return AutoencoderObjective(autoencoder, config.autoencoder, 0.0, prior)
-        assert prior is not None
+            return AutoencoderObjective(autoencoder, config.autoencoder, 0.0)
+        prior = Prior.from_settings(config.autoencoder, config.prior, config.hierarchy, config.diffusion)
         return PriorObjective(prior, autoencoder, config.training.prior.joint)
 
 
-@pytest.mark.parametrize(
-    ("strategy", "form"), [*((name, "forget") for name in SEGMENTERS), ("learned", "hnet")]
-)
-def test_the_weights_of_a_segmenter_are_counted_exactly(strategy, form):
-    settings = [f"strategy={strategy}", f"learned_form={form}", "segmenter.layers=3"]
+@pytest.mark.parametrize("strategy", list(SEGMENTERS))
+def test_the_weights_of_a_segmenter_are_counted_exactly(strategy):
+    settings = [f"strategy={strategy}", "segmenter.layers=3"]
     config = load_config([TINY], [f"chunking.{setting}" for setting in settings])
     with torch.device("meta"):
         segmenter = SEGMENTERS[strategy].from_settings(config.chunking)

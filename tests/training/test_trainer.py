@@ -236,7 +236,7 @@ def test_a_run_that_stays_not_finite_ends_with_a_post_mortem(tmp_path, small_con
 
 def objective_of(config: Config) -> AutoencoderObjective:
     autoencoder = Autoencoder.from_settings(config.autoencoder, config.chunking, config.diffusion.gamma_0)
-    return AutoencoderObjective(autoencoder, config.autoencoder, config.diffusion.gamma_0, None)
+    return AutoencoderObjective(autoencoder, config.autoencoder, config.diffusion.gamma_0)
 
 
 def windows_of(config: Config) -> Windows:
