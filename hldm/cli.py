@@ -21,7 +21,8 @@ from hldm.config import Config, ConfigError, GenerationConfig, load_config, stag
 from hldm.runs.exits import guarded
 from hldm.runs.folder import shipped_run
 from hldm.runs.signals import Stopped
-from hldm.text.bytes import MAX_PROMPT_BYTES, read_input
+from hldm.text.bytes import MAX_PROMPT_BYTES
+from hldm.text.encodings import read_text
 from hldm.training.sizes import read_model_settings, require_room, require_room_to_write
 
 STAGES = {
@@ -159,7 +160,7 @@ def _prompts(arguments: argparse.Namespace) -> list[bytes]:
     # argv that is not UTF-8 arrives with surrogate escapes; fsencode gives the bytes back
     prompts = [os.fsencode(prompt) for prompt in arguments.prompt]
     for name in arguments.prompt_file:
-        prompts.append(read_input(name, MAX_PROMPT_BYTES).removesuffix(b"\n"))
+        prompts.append(read_text(name, MAX_PROMPT_BYTES).removesuffix(b"\n"))
     if not prompts:
         raise ValueError("no prompt given: pass --prompt TEXT, --prompt-file FILE or --prompt-file -")
     return [prompt for prompt in prompts for _ in range(arguments.num_samples)]

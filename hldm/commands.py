@@ -13,7 +13,8 @@ from typing import get_args
 from hldm.config import ChunkingConfig, ConfigError, Strategy, load_config
 from hldm.runs.exits import guarded
 from hldm.runs.folder import export_run
-from hldm.text.bytes import MAX_PROMPT_BYTES, read_input
+from hldm.text.bytes import MAX_PROMPT_BYTES
+from hldm.text.encodings import read_text
 from hldm.training.sizes import report, survey
 
 
@@ -216,7 +217,7 @@ def chunk(argv: Sequence[str] | None = None) -> int:
         )
         if not 0 <= arguments.minutes < math.inf:
             raise ConfigError(f"--minutes must not be negative, got {arguments.minutes:g}")
-        text = read_input(arguments.text, MAX_PROMPT_BYTES)
+        text = read_text(arguments.text, MAX_PROMPT_BYTES)
         from hldm.chunking.view import PAGE_MARK, as_json, as_page, as_text, cut_text
         from hldm.runs.checkpoints import atomic_write
         from hldm.runs.reports import check_page_path

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import codecs
 import re
-import sys
-from typing import BinaryIO
 
 import numpy as np
 
@@ -39,26 +37,6 @@ def to_bytes(text: str) -> bytes:
 def to_ids(text: bytes) -> np.ndarray:
     """Ids (t,) int64 of a byte string, one a byte."""
     return np.frombuffer(text, np.uint8).astype(np.int64)
-
-
-def read_up_to(file: BinaryIO, limit: int, name: str) -> bytes:
-    """All bytes of a file, which may be a pipe. Raises ValueError as soon as there are more than limit."""
-    text = bytearray()
-    while block := file.read(2**20):
-        text += block
-        if len(text) > limit:
-            raise ValueError(f"{name}: longer than {limit:,} bytes; take a part of it, such as its end")
-    return bytes(text)
-
-
-def read_input(name: str, limit: int) -> bytes:
-    """A file, or standard input for `-`; as `read_up_to`."""
-    if name == "-":
-        if sys.stdin is None:
-            raise ValueError("-: standard input is closed")
-        return read_up_to(sys.stdin.buffer, limit, "standard input")
-    with open(name, "rb") as file:
-        return read_up_to(file, limit, name)
 
 
 def count_characters(text: bytes) -> int:
