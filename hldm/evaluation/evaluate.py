@@ -17,10 +17,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from hldm.evaluation.tables import align, cell
 from hldm.runs.exits import guarded
 from hldm.runs.folder import shipped_run
 from hldm.runs.reports import check_report_path, save_report
-from hldm.text.bytes import read_up_to
+from hldm.text.encodings import is_blank, read_text
 
 if TYPE_CHECKING:
     from hldm.config import GenerationConfig
@@ -123,10 +124,10 @@ def evaluate_run(
     """
     given = None
     if text is not None:
-        with text.open("rb") as file:
-            given = read_up_to(file, MAX_TEXT_BYTES, str(text))
-    if given == b"":
-        raise ValueError(f"{text} is empty: there is nothing to measure")
+        given = read_text(text, MAX_TEXT_BYTES)
+        if is_blank(given):
+            fault = "holds nothing but white space" if given else "is empty"
+            raise ValueError(f"{text} {fault}: there is nothing to measure")
 
     import torch
 
@@ -200,6 +201,8 @@ def evaluate_model(
     for name, value, least in limits:
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
+    if is_blank(corpus.text.tobytes()):
+        raise ValueError(f"{corpus.name} holds nothing but white space: there is nothing to measure")
     generator = torch.Generator().manual_seed(seed)
     windows = held_out_windows(autoencoder, corpus)
     chunker = prompt_chunker(autoencoder.chunker, is_twin=prior is None)
@@ -301,24 +304,26 @@ def continue_prompts(
     }
 
 
-def _rouge(written: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:
+def _rouge(written: Sequence[str], wanted: Sequence[str]) -> dict[str, float | None]:
     from hldm.evaluation.metrics import Rouge
 
     return _compute(Rouge, predictions=written, references=wanted)
 
 
 def _perplexity(nats: float, windows: Windows) -> dict[str, float | None]:
-    """By character and by word (what white space separates); None where it overflows."""
+    """By character and by word (`hldm.evaluation.words`); None where it overflows."""
     from hldm.evaluation.metrics import Perplexity
+    from hldm.evaluation.words import count_words
 
     corpus = windows.corpus
-    words = sum(len(corpus.document(index).tobytes().split()) for index in range(len(corpus)))
+    texts = (corpus.document(index).tobytes().decode("utf-8", "replace") for index in range(len(corpus)))
+    words = sum(map(count_words, texts))
     values = _compute(Perplexity, nats=[nats], characters=[windows.characters], words=[words])
     values = {unit: values[f"{unit}_perplexity"] for unit in ("character", "word")}
     return {unit: value if math.isfinite(value) else None for unit, value in values.items()}
 
 
-def _compute(metric: type, **columns: Any) -> dict[str, float]:
+def _compute(metric: type, **columns: Any) -> dict[str, Any]:
     """One of evaluate's metrics, which write what they are given to disk: gone when they are done."""
     with TemporaryDirectory() as folder:
         return metric(cache_dir=folder).compute(**columns)
@@ -403,14 +408,20 @@ def compare(columns: Mapping[str, Mapping[str, Any]]) -> str:
     """Evaluations side by side as an aligned table: a column each, named by its key, `-` where it has no value."""
     from hldm.evaluation.context_length import rows
 
-    table = [["", *columns]]
+    table = [["", *map(cell, columns)]]
     for label, key, form in (*_ROWS, *rows(columns.values())):
         values = [_look_up(evaluation, key) for evaluation in columns.values()]
-        table.append([label, *("-" if value is None else format(value, form) for value in values)])
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    align = [str.ljust, *[str.rjust] * len(columns)]
-    lines = ["  ".join(map(lambda cell, width, to: to(cell, width), row, widths, align)) for row in table]
-    return "\n".join(line.rstrip() for line in lines)
+        table.append([label, *(_cell(value, form) for value in values)])
+    return align(table[0], table[1:])
+
+
+def _cell(value: Any, form: str) -> str:
+    """A value as it is printed: a name made harmless, a huge number in scientific form."""
+    if value is None:
+        return "-"
+    if isinstance(value, str):
+        return cell(value)
+    return format(value, ".3e" if form.endswith("f") and "," not in form and abs(value) >= 1e7 else form)
 
 
 def _look_up(evaluation: Mapping[str, Any], key: str) -> Any:
