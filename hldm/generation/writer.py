@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hldm.config import Config, GenerationConfig
 from hldm.generation.chunk import Piece, Written, write_bytes, write_chunks
+from hldm.generation.finite import require_finite
 from hldm.kernels.context import KeptContext, can_keep
 from hldm.kernels.denoise import PlannedSteps, can_denoise
 from hldm.model.autoencoder import Autoencoder, DecoderState, EncoderState
@@ -293,7 +294,7 @@ class LatentWriter:
         """Sample and write one chunk a row."""
         written = write_chunks(
             self.autoencoder,
-            self.sample_latents(),
+            require_finite(self.sample_latents(), "latents", self.settings),
             self.encoder,
             self.decoder,
             self.opens,
