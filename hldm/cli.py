@@ -215,18 +215,20 @@ def _write(pipeline: object, prompts: list[bytes], arguments: argparse.Namespace
     """Write to standard output: streamed for one continuation, each whole for several."""
     from hldm.generation.pipeline import HLDMPipeline
     from hldm.generation.writer import Continuation, write_on
-    from hldm.text.bytes import StreamDecoder, count_characters, printable, tinted
+    from hldm.text.bytes import StreamDecoder, count_characters, printable, shows_colour, tinted
 
     assert isinstance(pipeline, HLDMPipeline)
     settings = replace(pipeline.settings, **_given(arguments))
     safe = sys.stdout.isatty() and not arguments.raw
+    has_colour = safe and shows_colour(sys.stdout)
     decoder = StreamDecoder()
 
     def send(data: bytes, is_last: bool = True, chunk: int | None = None) -> None:
         """A terminal gets whole, harmless characters, chunks in tints by turns; anything else the very bytes."""
         if safe:
             text = printable(decoder.push(data) + (decoder.finish() if is_last else ""))
-            data = (text if chunk is None else tinted(text, chunk)).encode()
+            marked = tinted(text, chunk or 0) if has_colour else f"|{text}"
+            data = (text if chunk is None else marked).encode()
         elif chunk is not None:
             data = b"|" + data
         sys.stdout.buffer.write(data)

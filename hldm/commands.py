@@ -13,7 +13,7 @@ from typing import get_args
 from hldm.config import ChunkingConfig, ConfigError, Strategy, load_config
 from hldm.runs.exits import guarded
 from hldm.runs.folder import export_run
-from hldm.text.bytes import MAX_PROMPT_BYTES
+from hldm.text.bytes import MAX_PROMPT_BYTES, shows_colour
 from hldm.text.encodings import read_text
 from hldm.training.sizes import report, survey
 
@@ -235,7 +235,7 @@ def chunk(argv: Sequence[str] | None = None) -> int:
         if arguments.html is not None:
             atomic_write(arguments.html, as_page(cuts))
         else:
-            print(as_json(cuts) if arguments.json else as_text(cuts, sys.stdout.isatty()))
+            print(as_json(cuts) if arguments.json else as_text(cuts, shows_colour(sys.stdout)))
         return 0
 
     return guarded(work)

@@ -456,6 +456,22 @@ def test_what_the_model_writes_reaches_no_terminal_raw(more, generate, monkeypat
         assert raw == NASTY + NASTY + b"\n"
 
 
+@pytest.mark.parametrize("name", ["NO_COLOR", "TERM"])
+def test_chunks_are_marked_where_no_colours_are_wanted(name, generate, tmp_path, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    (tmp_path / "a.txt").write_text("some words here")
+
+    def shown() -> bytes:
+        return written_to_terminal(lambda: generate("--prompt", "a", "--show-chunks")) + written_to_terminal(
+            lambda: cli.main(["chunk", "--text", str(tmp_path / "a.txt"), "--strategy", "words"])
+        )
+
+    assert shown().count(b"\x1b[30;48") >= 3
+    monkeypatch.setenv(name, "dumb")
+    assert b"\x1b" not in shown() and b"some| words| here" in shown()
+
+
 def test_an_error_message_steers_no_terminal(refused):
     assert "\\x1b[2J" in refused(cli.generate(["--run", "no\x1b[2J", "--prompt", "a"]))
 

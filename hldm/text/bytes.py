@@ -8,7 +8,9 @@ Knows numpy and the standard library only.
 from __future__ import annotations
 
 import codecs
+import os
 import re
+from typing import TextIO
 
 import numpy as np
 
@@ -67,6 +69,16 @@ class StreamDecoder:
         rest = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return rest
+
+
+def shows_colour(stream: TextIO | None) -> bool:
+    """Whether colours may be written: to a terminal that has them, unless the user asks for none (no-color.org)."""
+    return (
+        stream is not None
+        and stream.isatty()
+        and not os.environ.get("NO_COLOR")
+        and os.environ.get("TERM", "dumb") not in ("dumb", "")
+    )
 
 
 TINTS = (153, 223)  # of the 256 colours of terminals: light blue and light orange, both read below black
