@@ -17,15 +17,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hldm.config import Config, load_config
+    from hldm.evaluation.evaluate import evaluate_run as evaluate
     from hldm.generation.pipeline import HLDMPipeline, HLDMPipelineOutput
-    from hldm.kernels.scan import linear_scan
     from hldm.model.autoencoder import Autoencoder
     from hldm.model.griffin import Griffin
+    from hldm.model.ops import linear_scan
     from hldm.model.prior import Prior
+    from hldm.training.stages import train_autoencoder, train_diffusion
 
 __version__ = "0.1.0"
 
-# Where each public name lives; imported on first use (PEP 562), so that `import hldm` needs no torch.
+# Where each public name lives, and its name there if another; imported on first use (PEP 562), so that `import hldm`
+# needs no torch.
 _HOMES = {
     "Autoencoder": "model.autoencoder",
     "Config": "config",
@@ -33,8 +36,11 @@ _HOMES = {
     "HLDMPipeline": "generation.pipeline",
     "HLDMPipelineOutput": "generation.pipeline",
     "Prior": "model.prior",
-    "linear_scan": "kernels.scan",
+    "evaluate": "evaluation.evaluate:evaluate_run",
+    "linear_scan": "model.ops",
     "load_config": "config",
+    "train_autoencoder": "training.stages",
+    "train_diffusion": "training.stages",
 }
 __all__ = [
     "Autoencoder",
@@ -43,12 +49,16 @@ __all__ = [
     "HLDMPipeline",
     "HLDMPipelineOutput",
     "Prior",
+    "evaluate",
     "linear_scan",
     "load_config",
+    "train_autoencoder",
+    "train_diffusion",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'hldm' has no attribute {name!r}")
-    return getattr(import_module(f"hldm.{_HOMES[name]}"), name)
+    home, _, own_name = _HOMES[name].partition(":")
+    return getattr(import_module(f"hldm.{home}"), own_name or name)

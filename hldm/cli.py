@@ -18,12 +18,13 @@ from typing import Any
 
 from hldm import commands
 from hldm.config import Config, ConfigError, GenerationConfig, load_config, stage_training, to_yaml
+from hldm.generation.footprint import read_model_settings, require_room_to_write
 from hldm.runs.exits import guarded
 from hldm.runs.folder import shipped_run
 from hldm.runs.signals import Stopped
 from hldm.text.bytes import MAX_PROMPT_BYTES
 from hldm.text.encodings import read_text
-from hldm.training.sizes import read_model_settings, require_room, require_room_to_write
+from hldm.training.sizes import require_room
 
 STAGES = {
     "autoencoder": "Stage one: train the autoencoder, or a twin, from a config.",
@@ -140,7 +141,7 @@ def _generation_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-chars", type=int, default=400, help="characters to write (default 400)")
     parser.add_argument("--num-samples", type=int, default=1, help="continuations of each prompt")
     parser.add_argument("--steps", type=int, help="denoising steps of each latent")
-    parser.add_argument("--scheduler", choices=["ancestral", "ddim", "dpm", "flow", "energy"], help="sampler")
+    parser.add_argument("--scheduler", choices=["ancestral", "ddim", "dpm", "flow"], help="sampler")
     parser.add_argument("--guidance", type=float, help="weight of the context; 1 is none")
     parser.add_argument("--temperature", type=float, help="scale of the latents' noise")
     parser.add_argument("--decoder-temperature", type=float, help="of the bytes; 0 takes the likeliest")
@@ -234,6 +235,7 @@ def _write(pipeline: object, prompts: list[bytes], arguments: argparse.Namespace
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
 
+    pipeline.require_room_to_write(prompts, arguments.max_chars)
     streams = len(prompts) == 1 and not arguments.json
     if streams:
         send(prompts[0])

@@ -6,16 +6,22 @@ import argparse
 import json
 import math
 import sys
+import time
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
-from hldm.config import ChunkingConfig, ConfigError, Strategy, load_config
+from hldm.config import ChunkingConfig, Config, ConfigError, Strategy, load_config
+from hldm.evaluation.tables import compare, show
 from hldm.runs.exits import guarded
 from hldm.runs.folder import export_run
 from hldm.text.bytes import MAX_PROMPT_BYTES, shows_colour
 from hldm.text.encodings import read_text
-from hldm.training.sizes import report, survey
+from hldm.training.sizes import report, require_room, survey
+
+DEMO_PROMPTS = 3  # continued by `hldm demo`
 
 
 def evaluate(argv: Sequence[str] | None = None) -> int:
@@ -50,7 +56,7 @@ def diagnose(argv: Sequence[str] | None = None) -> int:
         diagnosis = diagnose_run(
             arguments.run, split=arguments.split, draws=arguments.draws, seed=arguments.seed
         )
-        print(summary(diagnosis))
+        show(*summary(diagnosis))
         if arguments.json is not None:
             save_report(arguments.json, diagnosis)
         if arguments.png is not None:
@@ -92,7 +98,7 @@ def rate_curve(argv: Sequence[str] | None = None) -> int:
         curve = run_curve(arguments.config, arguments.minutes, only=arguments.only, clock=arguments.clock)
         target = Path("runs") / f"{arguments.config.stem}-curve" / "rate-curve.png"
         plot_rate_curve(curve, target)
-        print(f"{table(curve)}\n\nrate-curve.json and rate-curve.png are in {target.parent}")
+        show(table(curve), f"rate-curve.json and rate-curve.png are in {target.parent}")
         return 0
 
     return guarded(work)
@@ -124,7 +130,7 @@ def chunkers(argv: Sequence[str] | None = None) -> int:
         )
         folder = Path("runs") / f"{arguments.config.stem}-league"
         plot_league(league, folder / "league.png")
-        print(f"{table(league)}\n\nleague.json, league.md and league.png are in {folder}")
+        show(table(league), f"league.json, league.md and league.png are in {folder}")
         return 0
 
     return guarded(work)
@@ -167,7 +173,7 @@ def judge(argv: Sequence[str] | None = None) -> int:
             max_characters=arguments.max_characters,
             seed=arguments.seed,
         )
-        print(table(found))
+        show(table(found))
         if arguments.json is not None:
             save_report(arguments.json, found)
         return 0
@@ -219,8 +225,9 @@ def chunk(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(f"--minutes must not be negative, got {arguments.minutes:g}")
         text = read_text(arguments.text, MAX_PROMPT_BYTES)
         from hldm.chunking.view import PAGE_MARK, as_json, as_page, as_text, cut_text
-        from hldm.runs.checkpoints import atomic_write
+        from hldm.runs.files import atomic_write
         from hldm.runs.reports import check_page_path
+        from hldm.training.segmenters import train_for_minutes
 
         if arguments.html is not None:
             check_page_path(arguments.html, PAGE_MARK)
@@ -230,7 +237,7 @@ def chunk(argv: Sequence[str] | None = None) -> int:
             arguments.run,
             chunking=chunking,
             whole_bytes=1024 if arguments.max_bytes is None else None,
-            minutes=arguments.minutes,
+            train=partial(train_for_minutes, arguments.minutes) if arguments.minutes else None,
         )
         if arguments.html is not None:
             atomic_write(arguments.html, as_page(cuts))
@@ -312,9 +319,55 @@ def demo(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
 
     def work() -> int:
-        from hldm.demo import run_demo
-
         run_demo(Path(arguments.config), arguments.name)
         return 0
 
     return guarded(work)
+
+
+def run_demo(path: Path, name: str | None = None, root: Path = Path("runs")) -> None:
+    """Train what is not trained yet, evaluate, write. Leaves runs/<name>, runs/<name>-twin."""
+    began = time.monotonic()
+    name = name or ("demo" if path.stem == "tiny" else f"demo-{path.stem}")
+    config = replace(load_config([path]), name=name)
+    twin = replace(load_config([path.with_name(f"{path.stem}-twin.yaml")]), name=f"{name}-twin")
+
+    for planned, stage in ((config, "autoencoder"), (config, "prior"), (twin, "autoencoder")):
+        require_room(planned, stage, root)  # before the first of them takes an hour
+
+    from hldm.training.stages import train_run
+
+    train_run(config, root=root)
+    train_run(twin, root=root)
+
+    from hldm.evaluation.evaluate import evaluate_run
+    from hldm.runs.reports import save_report
+
+    columns = {}
+    for label, run in (("model", name), ("twin", twin.name)):
+        print(f"evaluating {root / run} on the test text", flush=True)
+        columns[label] = evaluate_run(root / run)
+        save_report(root / run / "evaluation.json", columns[label])
+    _write_samples(config, root / name)
+    show(compare(columns))
+    minutes = (time.monotonic() - began) / 60
+    print(f"\n{minutes:.1f} minutes. Everything is in {root / name} and {root / twin.name}.")
+    print(f'Next: python generate.py --run {root / name} --prompt "And the king said"')
+
+
+def _write_samples(config: Config, folder: Path) -> None:
+    """Three continuations of held-out prompts."""
+    from hldm.evaluation.prompts import held_out_prompts, prompt_chunker
+    from hldm.generation.pipeline import HLDMPipelineOutput, read_pipeline
+    from hldm.text.bytes import printable
+
+    pipeline = read_pipeline(folder / "pipeline")
+    chunker = prompt_chunker(pipeline.autoencoder)
+    prompts = [
+        prompt for prompt, _ in held_out_prompts(config, chunker, "test", DEMO_PROMPTS, prompt_characters=80)
+    ]
+    output = pipeline(prompts, max_characters=240, seed=config.seed)
+    assert isinstance(output, HLDMPipelineOutput)
+    for prompt, text in zip(prompts, output.texts, strict=True):
+        print(printable(f"\n{prompt.decode(errors='replace')} >>>{text}"))
+    print()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -58,7 +58,7 @@ class DataConfig:
     max_bytes: int = 1_000_000_000  # stop reading after so much text
     held_out: float = 0.03  # share of documents kept for validation, and again for test
     lanes: int = 16  # texts read side by side: the global batch
-    window_bytes: int = 512  # bytes of each lane in one optimizer step
+    window_bytes: int = 256  # bytes of each lane in one optimizer step
     cache_latents: bool = False  # stage two: encode the whole corpus once, to disk
 
     def __post_init__(self) -> None:
@@ -118,12 +118,8 @@ class ChunkingConfig:
 
     strategy: Strategy = "words"
     min_bytes: int = 4  # a chunk ends at a border only once it holds so many bytes
-    max_bytes: int = 12  # no chunk is longer
+    max_bytes: int = 10  # no chunk is longer
     target_bytes: float = 6.0  # mean length that strategies with a segmenter are set to, on training text
-    entropy_form: Literal["threshold", "rise", "budget"] = "threshold"  # of 'entropy': bits, rise, sum
-    gate_form: Literal["first", "last"] = "first"  # of 'gate': the block; gates of the first see four bytes
-    learned_form: Literal["forget", "hnet"] = "forget"  # of 'learned': a decoder that forgets, H-Net's recipe
-    select_form: Literal["last", "attention"] = "last"  # of 'select': a kept state, or those before it pooled
     segmenter: SegmenterConfig = field(default_factory=SegmenterConfig)  # of strategies that ask one
 
     def __post_init__(self) -> None:
@@ -156,7 +152,7 @@ class GriffinConfig:
     """A stack of residual blocks (Griffin, arXiv 2402.19427); the pattern is data."""
 
     width: int = 128  # d, residual stream
-    blocks: tuple[str, ...] = ("recurrent", "recurrent", "attention")
+    blocks: tuple[str, ...] = ("recurrent", "attention", "recurrent")
     heads: int = 4  # attention heads, and diagonal blocks of the RG-LRU gates
     mlp_ratio: float = 2.0  # hidden width of the gated MLP over d
     conv_width: int = 4  # taps of the causal convolution
@@ -190,34 +186,31 @@ class GriffinConfig:
 class AutoencoderConfig:
     """Bytes to one latent a chunk and back."""
 
-    latent_dim: int = 16  # z; 0 is the twin: a plain autoregressive Griffin without latents
+    latent_dim: int = 4  # z; 0 is the twin: a plain autoregressive Griffin without latents
     # A latent from its chunk's features: their mean, each with its place; or, where chunks have a constant length, a
     # causal convolution with that kernel and stride.
     pooling: Literal["mean", "strided"] = "mean"
     encoder: GriffinConfig = field(default_factory=GriffinConfig)
-    decoder: GriffinConfig = field(default_factory=GriffinConfig)
-    trunk_layers: int = 0  # recurrent blocks that take a step a chunk: what is known before the next one
-    trunk_width: int = 256
-    writes: Literal["bytes", "chunks"] = "bytes"  # decoder: byte after byte, or all of a chunk at once
+    decoder: GriffinConfig = field(default_factory=lambda: GriffinConfig(blocks=("recurrent",)))
+    trunk_layers: int = 2  # recurrent blocks that take a step a chunk: what is known before the next one
+    trunk_width: int = 192
     carry_state: bool = False  # decoder: keep the recurrent state from chunk to chunk, or start fresh
-    reads_text: bool = False  # decoder: sees the encoder's feature at the byte before each, too
-    byte_dropout: float = 0.0  # share of the decoder's input bytes hidden in training
-    latent_dropout: float = 0.0  # share of latents zeroed before the decoder in training
-    clean_latents: float = 0.0  # share of latents the decoder reads without noise in training
-    rate: Literal["none", "gaussian", "mixture", "diffusion"] = "diffusion"  # what latents pay in stage one
-    components: int = 512  # of rate 'mixture', whose denoiser the prior then corrects
-    rate_weight: float = 0.3  # weight of that payment against reconstruction
-    rate_anneal: float = 0.0  # last share of the progress over which the weight goes to 1, that of the bound
+    reads_text: bool = True  # decoder: sees the encoder's feature at the byte before each, too
+    # Of the mixture whose rate latents pay in stage one, and whose denoiser the prior then corrects; 0: they pay none,
+    # and the prior starts from nothing.
+    components: int = 384
+    rate_weight: float = 0.5  # weight of the rate against reconstruction
+    rate_anneal: float = 0.5  # last share of the progress over which the weight goes to 1, that of the bound
 
     def __post_init__(self) -> None:
         _require(
             0 <= self.latent_dim <= 4096,
             f"autoencoder.latent_dim must lie in 0..4096, got {self.latent_dim}",
         )
-        _require_share("autoencoder", self, "byte_dropout", "latent_dropout", "clean_latents", "rate_anneal")
+        _require_share("autoencoder", self, "rate_anneal")
         _require(
-            1 <= self.components <= 65_536,
-            f"autoencoder.components must lie in 1..65536, got {self.components}",
+            0 <= self.components <= 65_536,
+            f"autoencoder.components must lie in 0..65536, got {self.components}",
         )
         _require(
             0 <= self.trunk_layers <= 512,
@@ -225,21 +218,8 @@ class AutoencoderConfig:
         )
         if self.trunk_layers:
             _ = self.trunk  # its own checks
-        if self.writes == "chunks":
-            self._require_no_bytes_before()
         _require(
             self.rate_weight >= 0, f"autoencoder.rate_weight must not be negative, got {self.rate_weight}"
-        )
-
-    def _require_no_bytes_before(self) -> None:
-        """What a decoder that writes all bytes of a chunk at once cannot have."""
-        at_once = "autoencoder.writes=chunks writes all bytes of a chunk at once"
-        _require(self.latent_dim > 0, f"{at_once}, from a latent: autoencoder.latent_dim must not be 0")
-        _require(not self.carry_state, f"{at_once}: autoencoder.carry_state must be false")
-        _require(self.byte_dropout == 0, f"{at_once}, and reads none: autoencoder.byte_dropout must be 0")
-        _require(
-            set(self.decoder.blocks) == {"attention"},
-            f"{at_once}: autoencoder.decoder.blocks must all be attention, got {list(self.decoder.blocks)}",
         )
 
     @property
@@ -264,7 +244,7 @@ class HierarchyConfig:
 
     levels: int = 3  # summaries of r, r^2, ... chunks; 0: latents only
     ratio: int = 8  # r, how many entries of one level a summary of the next stands for
-    window: int = 16  # entries of each level seen in full, at least
+    window: int = 24  # entries of each level seen in full, at least
 
     def __post_init__(self) -> None:
         _require_positive("hierarchy", self, "window")
@@ -272,15 +252,27 @@ class HierarchyConfig:
         _require(2 <= self.ratio <= 64, f"hierarchy.ratio must lie in 2..64, got {self.ratio}")
         _require(self.window <= 4096, f"hierarchy.window must be at most 4096, got {self.window}")
 
+    @property
+    def capacity(self) -> int:
+        """How many entries a state must be able to hold: those visible now or at any later time.
+
+        A level keeps its blocks from s_l on, also those that finer entries still stand for, hence
+        cap_l = ceil(cap_{l-1} / r) + w + r.
+        """
+        total = level_capacity = 0
+        for _ in range(self.levels + 1):
+            level_capacity = -(-level_capacity // self.ratio) + self.window + self.ratio
+            total += level_capacity
+        return total
+
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionConfig:
     """Forward process of the prior: VDM's gamma = -log SNR, from gamma_0 to gamma_1."""
 
-    gamma_0: float = -2.0  # least noise: the latent the decoder reads (log SNR 2)
+    gamma_0: float = -2.2  # least noise: the latent the decoder reads (log SNR 2.2)
     gamma_1: float = 5.0  # most noise (log SNR -5)
-    schedule: Literal["linear", "cosine", "learned"] = "learned"  # how gammas are drawn in between
-    target: Literal["x0", "v", "eps"] = "v"  # what the denoiser regresses
+    target: Literal["x0", "v"] = "v"  # what the denoiser regresses, where there is no mixture to correct
 
     def __post_init__(self) -> None:
         _require(
@@ -290,44 +282,19 @@ class DiffusionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EnergyConfig:
-    """A head that draws a latent in one step, trained by the energy score (CALM, arXiv 2510.27688)."""
-
-    width: int = 128  # d of its blocks
-    layers: int = 2
-    samples: int = 8  # N, of the head for each chunk of training
-    targets: int = 16  # M, noisy latents of the chunk that they are compared with
-    exponent: float = 1.0  # beta of the distances
-
-    def __post_init__(self) -> None:
-        _require_positive("prior.energy", self, "width", "layers", "targets")
-        _require(self.width <= 65_536, f"prior.energy.width must be at most 65536, got {self.width}")
-        _require(self.layers <= 512, f"prior.energy.layers: at most 512, got {self.layers}")
-        _require(2 <= self.samples <= 4096, f"prior.energy.samples must lie in 2..4096, got {self.samples}")
-        _require(self.targets <= 4096, f"prior.energy.targets: at most 4096, got {self.targets}")
-        # at 2 the score compares means alone
-        _require(
-            0 < self.exponent < 2, f"prior.energy.exponent must lie between 0 and 2, got {self.exponent}"
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
 class PriorConfig:
     """Two towers: a causal contextualiser over latents, a denoiser of the next one."""
 
-    contextualiser: Literal["transformer", "griffin"] = "transformer"
-    reads_text: bool = False  # the contextualiser sees the encoder's feature after each chunk, too
-    width: int = 128  # d of the contextualiser
-    layers: int = 3
+    reads_text: bool = True  # the contextualiser sees the encoder's feature after each chunk, too
+    width: int = 64  # d of the contextualiser
+    layers: int = 1
     heads: int = 4
-    denoiser_width: int = 192
-    denoiser_layers: int = 3
+    denoiser_width: int = 64
+    denoiser_layers: int = 1
     draws: int = 4  # noise draws that share one context
     self_conditioning: float = 0.0  # share of steps fed with their own first estimate
     context_dropout: float = 0.1  # share of contexts hidden in training, for guidance
     dropout: float = 0.0
-    one_step: Literal["none", "energy"] = "none"  # a second head that needs no denoising (scheduler: energy)
-    energy: EnergyConfig = field(default_factory=EnergyConfig)  # of one_step 'energy'
 
     def __post_init__(self) -> None:
         _require_positive(
@@ -354,8 +321,8 @@ class TrainingConfig:
     # What minutes count: time that passes, or, on CPUs, what a thread computed, so that runs on a machine that does
     # other work, too, can be compared.
     clock: Literal["wall", "cpu"] = "wall"
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    learning_rate: float = 2e-3  # peak
+    optimizer: Literal["adamw", "muon"] = "muon"
+    learning_rate: float = 1e-2  # peak
     weight_decay: float = 0.01
     warmup: float = 0.05  # share of the progress spent warming up
     final_learning_rate: float = 0.05  # at the end, as a share of the peak
@@ -389,7 +356,7 @@ class StagesConfig:
     """Training of the two stages."""
 
     autoencoder: TrainingConfig = field(default_factory=TrainingConfig)
-    prior: TrainingConfig = field(default_factory=TrainingConfig)
+    prior: TrainingConfig = field(default_factory=lambda: TrainingConfig(learning_rate=8e-3))
 
     def __post_init__(self) -> None:
         _require(
@@ -416,8 +383,8 @@ class CheckpointConfig:
 class LoggingConfig:
     """What a run writes while it trains."""
 
-    every: int = 20  # optimizer steps between metrics
-    sample_every: int = 0  # optimizer steps between samples; 0: only at the end
+    every: int = 50  # optimizer steps between metrics
+    sample_every: int = 1000  # optimizer steps between samples; 0: only at the end
     trackers: tuple[str, ...] = ()  # accelerate's trackers, e.g. [tensorboard]
 
     def __post_init__(self) -> None:
@@ -432,8 +399,7 @@ class GenerationConfig:
     """Defaults of generate.py and of the pipeline."""
 
     steps: int = 4  # denoising steps a latent; 0: a draw from the mixture (docs/results.md compares them)
-    # energy: no denoising but one call of the prior's one-step head, whatever the steps
-    scheduler: Literal["ancestral", "ddim", "dpm", "flow", "energy"] = "ancestral"
+    scheduler: Literal["ancestral", "ddim", "dpm", "flow"] = "ancestral"
     guidance: float = 1.0  # 1: none
     temperature: float = 1.0  # scale of the latent's noise
     decoder_temperature: float = 0.7  # 0: the likeliest byte
@@ -451,26 +417,11 @@ class GenerationConfig:
             not 0 < self.decoder_temperature < 1e-6,
             f"generation.decoder_temperature must be 0 or at least 1e-6, got {self.decoder_temperature}",
         )
-        _require(
-            not self.is_one_step or self.guidance == 1,
-            f"generation.guidance must be 1 with generation.scheduler=energy, got {self.guidance}: "
-            "choose another scheduler, or none of it",
-        )
-
-    @property
-    def is_one_step(self) -> bool:
-        """Whether latents come from the prior's one-step head."""
-        return self.scheduler == "energy"
-
-    @property
-    def solver(self) -> Literal["ancestral", "ddim", "dpm", "flow"]:
-        """The sampler that a saved pipeline names: ancestral stands for the one-step head, which has none."""
-        return "ancestral" if self.scheduler == "energy" else self.scheduler
 
     @property
     def reads_latents(self) -> bool:
         """Whether the latents of the text so far say anything about the next: a mixture alone asks the text."""
-        return self.is_one_step or self.steps > 0
+        return self.steps > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -503,15 +454,71 @@ class Config:
             f"chunking.min_bytes to chunking.max_bytes, got {chunking.strategy}, {chunking.min_bytes} and "
             f"{chunking.max_bytes}",
         )
-        _require(
-            self.is_twin or not self.generation.is_one_step or self.prior.one_step == "energy",
-            "generation.scheduler=energy needs prior.one_step=energy, got none: set it, or another scheduler",
-        )
 
     @property
     def is_twin(self) -> bool:
         """Whether this is the plain autoregressive model, without latents."""
         return self.autoencoder.latent_dim == 0
+
+
+# Settings of earlier versions that are gone, each with the value that says what is left; None: any, since without the
+# form it belonged to it says nothing. A saved model or a file that says this much loads as before.
+RETIRED: Mapping[str, str | None] = {
+    "autoencoder.writes": "bytes",
+    "autoencoder.rate": "mixture",
+    "autoencoder.byte_dropout": "0.0",
+    "autoencoder.latent_dropout": "0.0",
+    "autoencoder.clean_latents": "0.0",
+    "chunking.entropy_form": "threshold",
+    "chunking.gate_form": "first",
+    "chunking.learned_form": "forget",
+    "chunking.select_form": "last",
+    "diffusion.schedule": "learned",
+    "prior.contextualiser": "transformer",
+    "prior.one_step": "none",
+    "prior.energy": None,
+}
+# Values that are gone, of settings that are not.
+RETIRED_VALUES: Mapping[str, tuple[str, ...]] = {
+    "diffusion.target": ("eps",),
+    "generation.scheduler": ("energy",),
+}
+
+
+def is_retired(key: str, value: object) -> bool:
+    """Whether this is a setting of RETIRED. Raises ConfigError where it says another form than what is left.
+
+    value: as it was written, or what was read of it
+    """
+    old = next((old for old in RETIRED if f"{key}.".startswith(f"{old}.")), None)
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    left = RETIRED[old] if old else None
+    if text in RETIRED_VALUES.get(key, ()) or (left is not None and not _alike(text, left)):
+        raise ConfigError(
+            f"{key}={text[:100]} is a form that was removed: choose another or, for what was trained with it, "
+            "use the version of hldm that trained it or train again"
+        )
+    return old is not None
+
+
+def _alike(one: str, other: str) -> bool:
+    """0 and 0.0 are the same number."""
+    try:
+        return float(one) == float(other)
+    except ValueError:
+        return one == other
+
+
+def _drop_retired(settings: Mapping[str, Setting], section: str = "") -> dict[str, Setting]:
+    """The settings without those of RETIRED; section: `prior.`, where they are a section's alone."""
+    kept = {}
+    for key, setting in settings.items():
+        try:
+            if not is_retired(f"{section}{key}", setting.value):
+                kept[key] = setting
+        except ConfigError as error:
+            raise ConfigError(f"{setting.where}: {error}") from None
+    return kept
 
 
 def stage_training(config: Config, stage: str, **changes: Any) -> Config:
@@ -534,18 +541,19 @@ def load_config(paths: Sequence[str | Path] | str | Path, overrides: Sequence[st
         settings |= read_settings(Path(path))
     for override in overrides:
         settings |= parse_override(override)
-    config = build_dataclass(Config, settings)
+    config = build_dataclass(Config, _drop_retired(settings))
     return replace(config, name=Path(files[-1]).stem) if files and not config.name else config
 
 
 def config_from_dict(settings: Mapping[str, Any]) -> Config:
     """The config of a nested dict, as strict as a file; the inverse of `to_dict`."""
-    return build_dataclass(Config, flatten_settings(settings))
+    return build_dataclass(Config, _drop_retired(flatten_settings(settings)))
 
 
 def section_from_dict(cls: type[T], settings: Mapping[str, Any]) -> T:
     """One section of a nested dict, as strict as a file: what a saved model's config.json holds."""
-    return build_dataclass(cls, flatten_settings(settings))
+    section = next(f"{f.name}." for f in fields(Config) if f.default_factory is cls)
+    return build_dataclass(cls, _drop_retired(flatten_settings(settings), section))
 
 
 def to_dict(config: Config) -> dict[str, Any]:

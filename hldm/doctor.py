@@ -10,16 +10,17 @@ import argparse
 import importlib.metadata
 import os
 import platform
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 from packaging.requirements import Requirement
 
 from hldm.config import ConfigError
+from hldm.runs.machine import free_disk, physical_memory
 
 GIB = 2**30
 PEER_TIMEOUT = timedelta(seconds=60)  # two imports of torch on a busy laptop take half of it
@@ -86,8 +87,6 @@ def check_machine() -> Iterator[Finding]:
     """Device, threads, kernels, memory, disk."""
     import torch
 
-    from hldm.kernels.library import kernels
-
     if torch.accelerator.is_available():
         name = torch.accelerator.current_accelerator()
         yield Finding(f"device {name}, {torch.accelerator.device_count()} of them")
@@ -95,10 +94,18 @@ def check_machine() -> Iterator[Finding]:
         yield Finding("device cpu, no accelerator")
     threads = os.environ.get("OMP_NUM_THREADS", "not set")
     yield Finding(f"{torch.get_num_threads()} threads of {os.cpu_count()} cores (OMP_NUM_THREADS {threads})")
-    yield Finding(f"C++ kernels: {kernels().told}")
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    yield Finding(f"memory {memory / GIB:.1f} GiB")
-    yield Finding(f"disk {shutil.disk_usage(Path.cwd()).free / GIB:.1f} GiB free in {Path.cwd()}")
+    yield Finding(f"C++ kernels: {_kernels()}")
+    yield Finding(f"memory {physical_memory() / GIB:.1f} GiB")
+    free, folder = free_disk(Path.cwd())
+    yield Finding(f"disk {free / GIB:.1f} GiB free in {folder}")
+
+
+def _kernels() -> str:
+    if find_spec("hldm.kernels") is None:
+        return "none, plain torch does the same (hldm/kernels is not there)"
+    from hldm.kernels.library import kernels
+
+    return kernels().told
 
 
 def check_corpus() -> Iterator[Finding]:

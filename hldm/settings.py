@@ -13,7 +13,7 @@ import math
 import re
 import reprlib
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -258,8 +258,9 @@ def _leaf_annotations(cls: Any, prefix: str = "") -> dict[str, str]:
     """Every dotted key of a tree of dataclasses, and the annotation of its field as written."""
     leaves: dict[str, str] = {}
     for f in fields(cls):
-        if is_dataclass(f.default_factory):
-            leaves |= _leaf_annotations(f.default_factory, f"{prefix}{f.name}.")
+        default = None if f.default_factory is MISSING else f.default_factory()
+        if is_dataclass(default):
+            leaves |= _leaf_annotations(default, f"{prefix}{f.name}.")
         else:
             leaves[f"{prefix}{f.name}"] = str(f.type)
     return leaves

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -9,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from hldm.config import Config, load_config
+from hldm.config import Config, load_config, to_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -19,7 +21,6 @@ SMALL = [
     "data.window_bytes=64",
     "data.held_out=0.2",
     "autoencoder.latent_dim=4",
-    "autoencoder.rate=diffusion",
     "autoencoder.encoder.width=16",
     "autoencoder.encoder.blocks=[recurrent,attention]",
     "autoencoder.encoder.dropout=0.1",
@@ -97,3 +98,43 @@ def plain_torch() -> Callable[[], AbstractContextManager[None]]:
     if kernels.library() is None:
         pytest.skip(f"C++ kernels: {kernels.kernels().told}")
     return kernels.without_kernels
+
+
+@pytest.fixture
+def config_file(small_config) -> str:
+    """small.yaml in the current folder, which the test has changed to one of its own."""
+    Path("small.yaml").write_text(to_yaml(small_config))
+    return "small.yaml"
+
+
+@pytest.fixture
+def run_copy(trained_run) -> Path:
+    """A trained runs/small in the current folder, to be spoiled."""
+    return Path(shutil.copytree(trained_run, "runs/small"))
+
+
+@pytest.fixture
+def refused(capsys):
+    """Check that a command ends with code 2 and one line on standard error, and return the line."""
+
+    def check(code: int) -> str:
+        error = capsys.readouterr().err
+        assert code == 2 and error.startswith("hldm: ") and error.count("\n") == 1, (code, error)
+        return error
+
+    return check
+
+
+def truncate(path: Path) -> None:
+    """Leave the first half of a file."""
+    os.truncate(path, path.stat().st_size // 2)
+
+
+@pytest.fixture(scope="session")
+def saved_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline of a tiny model with random weights. Read only: copy it to change it."""
+    from fuzz import tiny_pipeline
+
+    folder = tmp_path_factory.mktemp("saved") / "pipeline"
+    tiny_pipeline().save_pretrained(folder)
+    return folder

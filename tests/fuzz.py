@@ -43,11 +43,13 @@ from hldm.config import (
 from hldm.generation.pipeline import ByteTokenizer, HLDMPipeline, read_pipeline
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.prior import Prior
-from hldm.runs.checkpoints import fingerprint, load_checkpoint, save_checkpoint, unflatten_optimizer
+from hldm.runs.checkpoints import load_checkpoint, save_checkpoint, unflatten_optimizer
+from hldm.runs.files import fingerprint
 from hldm.settings import parse_override
 from hldm.text.bytes import StreamDecoder, count_characters, printable, split_incomplete, to_bytes, to_ids
 from hldm.text.corpus import load_corpora, make_corpus
-from hldm.text.windows import Windows, cache_latents, load_latents
+from hldm.text.windows import Windows
+from hldm.training.latent_cache import cache_latents, load_latents
 
 SECONDS, BYTES = 10.0, 2**30
 ROOT = Path(__file__).parent.parent
@@ -346,12 +348,12 @@ def tiny_pipeline() -> HLDMPipeline:
         torch.manual_seed(0)
         griffin = GriffinConfig(width=8, blocks=("recurrent", "attention"), heads=2)
         settings = AutoencoderConfig(
-            latent_dim=2, encoder=griffin, decoder=griffin, reads_text=True, rate="mixture", components=4
+            latent_dim=2, encoder=griffin, decoder=griffin, reads_text=True, trunk_layers=0, components=4
         )
         autoencoder = Autoencoder.from_settings(settings, ChunkingConfig(min_bytes=2, max_bytes=4))
         prior = Prior.from_settings(
             settings,
-            PriorConfig(width=8, layers=1, heads=2, denoiser_width=8, denoiser_layers=1),
+            PriorConfig(reads_text=False, width=8, layers=1, heads=2, denoiser_width=8, denoiser_layers=1),
             HierarchyConfig(levels=1, ratio=2, window=2),
             DiffusionConfig(),
         )

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import json
-import os
 import shutil
 import signal
 import subprocess
@@ -13,15 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
-from safetensors.torch import load_file, save_file
+from conftest import ROOT, truncate
 
 from hldm import cli
-from hldm.config import to_yaml
 from hldm.runs.checkpoints import newest_checkpoint
+from hldm.runs.exits import Interrupted
 from hldm.runs.ranks import RankLost
 from hldm.training import stages
-from hldm.training.trainer import Interrupted, TrainingDiverged
+from hldm.training.trainer import TrainingDiverged
 
 SCRIPTS = ("train_autoencoder.py", "train_diffusion.py", "generate.py")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -30,31 +26,6 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def config_file(small_config) -> str:
-    """small.yaml in the current folder."""
-    Path("small.yaml").write_text(to_yaml(small_config))
-    return "small.yaml"
-
-
-@pytest.fixture
-def run_copy(trained_run) -> Path:
-    """A trained runs/small in the current folder, to be spoiled."""
-    return Path(shutil.copytree(trained_run, "runs/small"))
-
-
-@pytest.fixture
-def refused(capsys):
-    """Check that a command ends with code 2 and one line on standard error, and return the line."""
-
-    def check(code: int) -> str:
-        error = capsys.readouterr().err
-        assert code == 2 and error.startswith("hldm: ") and error.count("\n") == 1, (code, error)
-        return error
-
-    return check
 
 
 # --- what costs no torch
@@ -188,10 +159,6 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_again(run_copy, co
     assert contents(run_copy / "autoencoder/checkpoints") == before
 
 
-def truncate(path: Path) -> None:
-    os.truncate(path, path.stat().st_size // 2)
-
-
 # --- stage two
 
 
@@ -249,171 +216,7 @@ def test_a_slip_of_ours_keeps_its_traceback():
         cli.guarded(work)
 
 
-# --- generation
-
-
-@pytest.fixture
-def write(trained_run, capsysbinary):
-    """Run generate.py's main function on the trained run; returns what it wrote."""
-
-    def run(*arguments: str) -> bytes:
-        code = cli.generate(["--run", str(trained_run), "--max-chars", "20", *arguments])
-        out, error = capsysbinary.readouterr()
-        assert (code, error) == (0, b"")
-        return out
-
-    return run
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (["--run", "nowhere", "--prompt", "a"], "nowhere/pipeline holds no trained model: run train_auto"),
-        ([], "no prompt given: pass --prompt TEXT"),
-        (["--prompt-file", "nowhere.txt"], "nowhere.txt: No such file"),
-        (["--prompt-file", "."], "Is a directory"),
-        (["--prompt", "a", "--max-chars", "0"], "--max-chars must be at least 1, got 0"),
-        (["--prompt", "a", "--num-samples", "0"], "--num-samples must be at least 1, got 0"),
-        (["--prompt", "a", "--steps", "-1"], "generation.steps must lie in 0..10000, got -1"),
-        (["--prompt", "a", "--steps", "0"], "this prior has no mixture to draw from"),
-        (["--prompt", "a", "--temperature", "-1"], "generation.temperature must lie in 0..100, got -1"),
-        (["--prompt", "a", "--guidance", "nan"], "generation.guidance must lie in 0..100, got nan"),
-        (["--prompt", "a", "--guidance", "inf"], "generation.guidance must lie in 0..100, got inf"),
-        (["--prompt", "a", "--guidance", "1e20"], "generation.guidance must lie in 0..100, got 1e+20"),
-        (["--prompt", "a", "--decoder-temperature", "1e-308"], "must be 0 or at least 1e-6, got 1e-308"),
-        (["--prompt", "a", "--top-p", "0"], "generation.top_p must be positive, got 0"),
-        (["--prompt", "a", "--seed", str(2**64)], "--seed"),
-        (["--prompt", "a", "--seed", "-1"], "--seed"),
-    ],
-)
-def test_generation_refuses(arguments, says, trained_run, refused):
-    assert says in refused(cli.generate(["--run", str(trained_run), *arguments]))
-
-
-def test_without_a_run_the_shipped_one_writes_if_there_is_one(trained_run, monkeypatch, capsysbinary):
-    def nowhere(twin=False):
-        raise FileNotFoundError("pretrained is not there: pass --run")
-
-    monkeypatch.setattr(cli, "shipped_run", nowhere)
-    assert cli.generate(["--prompt", "a"]) == 2
-    assert b"pass --run" in capsysbinary.readouterr().err
-    monkeypatch.setattr(cli, "shipped_run", lambda: trained_run)
-    assert cli.generate(["--prompt", "a", "--max-chars", "5"]) == 0
-    assert capsysbinary.readouterr().out.startswith(b"a")
-
-
-def test_an_exported_run_writes_and_evaluates_like_the_run(trained_run, capsys, refused):
-    assert cli.main(["export", "--run", str(trained_run), "--to", "slim"]) == 0
-    assert {path.name for path in Path("slim").iterdir()} == {"autoencoder", "prior", "pipeline"}
-    assert not list(Path("slim").rglob("checkpoints")) and not list(Path("slim").rglob("metrics.jsonl"))
-    capsys.readouterr()
-    tables = []
-    for run in (str(trained_run), "slim"):
-        assert cli.main(["evaluate", "--run", run, "--draws", "2", "--prompts", "0"]) == 0
-        tables.append(capsys.readouterr().out.splitlines()[1:])
-    assert tables[0] == tables[1]
-    assert "is there already" in refused(cli.main(["export", "--run", str(trained_run), "--to", "slim"]))
-    assert "no finished run" in refused(cli.main(["export", "--run", "nowhere", "--to", "other"]))
-
-
-def test_generation_refuses_a_run_without_its_second_stage(run_copy, refused):
-    shutil.rmtree(run_copy / "pipeline")
-    assert "train_diffusion.py" in refused(cli.generate(["--run", str(run_copy), "--prompt", "a"]))
-
-
-@pytest.mark.parametrize("part", ["autoencoder", "prior"])
-def test_generation_refuses_damaged_weights(part, run_copy, refused):
-    truncate(run_copy / "pipeline" / part / WEIGHTS)
-    assert "cannot be loaded" in refused(cli.generate(["--run", str(run_copy), "--prompt", "a"]))
-
-
-def test_generation_refuses_a_damaged_index(run_copy, refused):
-    truncate(run_copy / "pipeline/model_index.json")
-    assert "cannot be loaded" in refused(cli.generate(["--run", str(run_copy), "--prompt", "a"]))
-
-
-def test_generation_refuses_a_prior_with_another_autoencoder(run_copy, refused):
-    path = run_copy / "pipeline/autoencoder" / WEIGHTS
-    weights = load_file(path)
-    name = next(name for name, tensor in weights.items() if tensor.is_floating_point())
-    save_file({**weights, name: weights[name] + 1}, path, metadata={"format": "pt"})
-    error = refused(cli.generate(["--run", str(run_copy), "--prompt", "a"]))
-    assert "trained on another autoencoder's latents" in error
-
-
-def test_the_same_seed_writes_the_same_text(write):
-    first = write("--prompt", "And the king said", "--seed", "3")
-    assert first.startswith(b"And the king said") and first.endswith(b"\n")
-    assert first == write("--prompt", "And the king said", "--seed", "3")
-    assert first != write("--prompt", "And the king said", "--seed", "4")
-
-
-def test_prompts_of_any_bytes_are_gone_on_from(write):
-    out = write("--prompt", os.fsdecode(b"caf\xc3\xa9 \xff\x00\xfe"))
-    assert out.startswith(b"caf\xc3\xa9 \xff\x00\xfe")
-
-
-def test_an_empty_prompt_starts_a_document(write):
-    assert len(write("--prompt", "")) > 1
-
-
-def test_a_prompt_far_longer_than_any_context_is_read(write):
-    text = ("In the beginning God made the heaven and the earth. " * 1000)[:50_000]
-    Path("long.txt").write_text(text)
-    assert write("--prompt-file", "long.txt").startswith(text.encode())
-
-
-def test_a_prompt_is_read_from_standard_input(write, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"In the beginning\n")))
-    assert write("--prompt-file", "-") == write("--prompt", "In the beginning")
-
-
-def test_json_is_one_object_a_continuation(write):
-    lines = write("--prompt", "And", "--prompt", "caf\xe9", "--num-samples", "2", "--json").splitlines()
-    records = [json.loads(line) for line in lines]
-    assert [record["prompt"] for record in records] == ["And", "And", "caf\xe9", "caf\xe9"]
-    assert [record["seed"] for record in records] == [0, 1, 2, 3]
-    for record in records:
-        assert set(record) == {
-            *("prompt", "text", "chunk_spans", "ended", "seed"),
-            *("seconds", "characters_per_second", "denoising_calls"),
-        }
-        spans = record["chunk_spans"]
-        assert spans[0][0] == 0 and all(a[1] == b[0] for a, b in zip(spans, spans[1:], strict=False))
-        assert 0 < len(record["text"]) <= 20 and record["denoising_calls"] >= 2
-
-
-def test_several_continuations_are_what_their_seeds_write_alone(write):
-    both = write("--prompt", "And", "--num-samples", "2")
-    alone = [write("--prompt", "And", "--seed", seed) for seed in ("0", "1")]
-    assert both == b"[1] " + alone[0] + b"[2] " + alone[1]
-
-
-def test_chunk_borders_can_be_shown(write):
-    arguments = ("--prompt", "And", "--num-samples", "6", "--max-chars", "60")
-    plain, marked = write(*arguments), write(*arguments, "--show-chunks")
-    records = [json.loads(line) for line in write(*arguments, "--json").splitlines()]
-    chunks = [len(record["chunk_spans"]) for record in records]
-    assert marked.startswith(b"[1] And|") and max(chunks) > 1
-    assert marked.count(b"|") == plain.count(b"|") + sum(chunks)
-    assert write("--prompt", "And", "--show-chunks").startswith(b"And|")
-
-
-def test_a_reader_that_leaves_early_ends_it_quietly(trained_run):
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "generate.py"), "--run", str(trained_run), "--prompt", "And"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    assert process.stdout is not None and process.stderr is not None
-    assert process.stdout.read(3) == b"And"
-    process.stdout.close()
-    error = process.stderr.read()
-    assert (process.wait(timeout=60), error) == (0, b"")
-    process.stderr.close()
-
-
-# --- trackers
+# --- what is printed and tracked
 
 
 def test_a_training_goes_on_when_nobody_reads_its_output_any_more(config_file):

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hldm.config import Config, ConfigError, config_from_dict, load_config, to_dict, to_yaml
+from hldm.config import (
+    Config,
+    ConfigError,
+    PriorConfig,
+    config_from_dict,
+    load_config,
+    section_from_dict,
+    to_dict,
+    to_yaml,
+)
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
@@ -101,8 +111,8 @@ def test_a_field_decides_the_type_of_its_text(tmp_path):
         ("data: {path: [a]}", "data.path must be text without ${, got ['a']"),
         ("data: {path: '${oc.env:HOME}'}", "data.path must be text without ${, got '${oc.env:HOME}'"),
         (
-            "autoencoder: {rate: vae}",
-            "autoencoder.rate must be one of 'none', 'gaussian', 'mixture', 'diffusion', got 'vae'",
+            "autoencoder: {pooling: max}",
+            "autoencoder.pooling must be one of 'mean', 'strided', got 'max'",
         ),
         (
             "logging: {trackers: tensorboard}",
@@ -260,3 +270,47 @@ def test_to_dict_holds_plain_values_only():
 def test_importing_config_imports_no_torch():
     code = "import sys, hldm.config; sys.exit('torch' in sys.modules or 'omegaconf' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "autoencoder.writes=bytes",
+        "prior.one_step=none",
+        "prior.energy.samples=3",
+        "autoencoder.byte_dropout=0",
+    ],
+)
+def test_a_retired_setting_that_says_what_is_left_is_dropped(override):
+    assert load_config([], [override]) == load_config([])
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "autoencoder.writes=chunks",
+        "autoencoder.rate=diffusion",
+        "autoencoder.clean_latents=0.2",
+        "chunking.learned_form=hnet",
+        "prior.one_step=energy",
+        "diffusion.target=eps",
+        "generation.scheduler=energy",
+    ],
+)
+def test_a_form_that_was_removed_is_refused_by_name(override, tmp_path):
+    with pytest.raises(
+        ConfigError, match=rf"^command line: {override} is a form that was removed: .* train again$"
+    ):
+        load_config([], [override])
+    section, key, value = re.split("[.=]", override, maxsplit=2)
+    file = tmp_path / "old.yaml"
+    file.write_text(f"{section}: {{{key}: {value}}}")
+    with pytest.raises(ConfigError, match=rf"old.yaml:1:\d+: {override} is a form"):
+        load_config(file)
+    with pytest.raises(ConfigError, match=rf"settings: {override} is a form"):
+        section_from_dict(type(getattr(Config(), section)), {key: value})
+
+
+def test_a_saved_section_with_retired_settings_loads():
+    old = asdict(PriorConfig()) | {"one_step": "none", "energy": {"width": 128, "samples": 8}}
+    assert section_from_dict(PriorConfig, old) == PriorConfig()

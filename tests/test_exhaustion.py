@@ -22,8 +22,9 @@ from hldm.runs.checkpoints import newest_checkpoint
 from hldm.runs.folder import open_run
 from hldm.runs.reports import save_report
 from hldm.text.corpus import make_corpus
-from hldm.text.windows import Windows, cache_latents
-from hldm.training import sizes, stages
+from hldm.text.windows import Windows
+from hldm.training import sizes, stage, stages
+from hldm.training.latent_cache import cache_latents
 
 FULL = re.escape(os.strerror(errno.ENOSPC)) + r" \([0-9,]+ bytes free\)"
 WINDOWS = Windows(
@@ -91,7 +92,7 @@ def test_whatever_is_written_to_a_full_disk_says_so_and_leaves_the_old_files_int
     run.sample(1, "text")
     run.close()
     export = small_disk / "model"
-    stages._export(Model(), export)
+    stage.export(Model(), export)
     table, latents = small_disk / "evaluation.json", small_disk / "latents.safetensors"
     save_report(table, {"bits": 2.0})
     write_latents(latents)
@@ -102,7 +103,7 @@ def test_whatever_is_written_to_a_full_disk_says_so_and_leaves_the_old_files_int
     writes = {
         "metrics.jsonl": lambda: run.log(2, text="x" * 10_000),
         "samples.txt": lambda: run.sample(2, "x" * 10_000),
-        "model": lambda: stages._export(Model(), export),
+        "model": lambda: stage.export(Model(), export),
         "evaluation.json": lambda: save_report(table, {"bits": 3.0}),
         "config.yaml": lambda: (run.close(), settings(run.folder)),
     }
@@ -195,10 +196,10 @@ def test_an_export_that_fails_leaves_the_old_one_alone(error, tmp_path):
             Path(path).mkdir()
             raise error
 
-    stages._export(Model(), tmp_path / "model")
+    stage.export(Model(), tmp_path / "model")
     before = contents(tmp_path)
     with pytest.raises(OSError, match=FULL):
-        stages._export(Failing(), tmp_path / "model")
+        stage.export(Failing(), tmp_path / "model")
     assert contents(tmp_path) == before and not (tmp_path / "model.new").exists()
 
 

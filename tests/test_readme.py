@@ -22,7 +22,7 @@ PARSERS = {
     "train_autoencoder.py": lambda: cli._training_parser("autoencoder"),
     "train_diffusion.py": lambda: cli._training_parser("prior"),
     "generate.py": cli._generation_parser,
-    "hldm.evaluation.evaluate": evaluation._parser,
+    "hldm.evaluation": evaluation._parser,
 }
 
 

@@ -15,14 +15,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from hldm.config import ChunkingConfig, ConfigError
-from hldm.model.ops import add_rows
 
 _IS_SPACE = np.zeros(256, bool)
 _IS_SPACE[list(b" \t\n\v\f\r")] = True
@@ -240,58 +237,3 @@ def make_chunker(config: ChunkingConfig, segmenter: MakesChunker | None = None) 
             f"chunking.strategy={config.strategy} needs a segmenter: pass a run that train_autoencoder.py made with it"
         )
     return segmenter.chunker(config.min_bytes, config.max_bytes)
-
-
-class Segments(NamedTuple):
-    """Which chunk of its row every byte belongs to."""
-
-    chunk_id: Tensor  # (b t) int64, 0..count-1; -1 where padded
-    count: Tensor  # type: ignore[assignment]  # (b,) int64, chunks of each row; hides tuple.count
-
-
-def segments(chunk_start: Tensor, length: Tensor) -> Segments:
-    """Number the chunks of each row from 0.
-
-    chunk_start: (b t) bool, true at the first byte of every chunk;  length: (b,) valid bytes of each row
-    Raises ValueError when the shapes do not agree.
-    """
-    if chunk_start.ndim != 2 or length.shape != chunk_start.shape[:1]:
-        raise ValueError(
-            f"chunk_start is (b t) and length (b,), got {tuple(chunk_start.shape)} and {tuple(length.shape)}"
-        )
-    position = torch.arange(chunk_start.shape[1], device=chunk_start.device)
-    is_valid = position < length[:, None]
-    chunk_id = (chunk_start & is_valid).cumsum(dim=1) - 1
-    count = (chunk_start & is_valid).sum(dim=1)
-    return Segments(chunk_id.masked_fill(~is_valid, -1), count)
-
-
-def pool_by_chunk(x: Tensor, segments: Segments, chunks: int | None = None) -> Tensor:
-    """Mean of x over the bytes of each chunk; zeros where a row has fewer chunks.
-
-    x: (b t d), summed in float32 at least;  chunks: n of the result, the largest count when None
-    Returns (b n d). Raises ValueError when x and segments differ in b or t.
-    """
-    if x.shape[:2] != segments.chunk_id.shape:
-        raise ValueError(
-            f"x (b t d) and chunk_id (b t) must share b and t, got {tuple(x.shape)} and "
-            f"{tuple(segments.chunk_id.shape)}"
-        )
-    n = int(segments.count.max()) if chunks is None else chunks
-    values = x.to(torch.promote_types(x.dtype, torch.float32))
-    size = add_rows(values.new_ones(*x.shape[:2], 1), segments.chunk_id, n)
-    return (add_rows(values, segments.chunk_id, n) / size.clamp(min=1)).to(x.dtype)  # (b n d)
-
-
-def lay_by_chunk(x: Tensor, segments: Segments, place: Tensor, chunks: int, most: int) -> Tensor:
-    """The bytes of each chunk side by side, zeros after its last. (b t d) -> (b n l d).
-
-    place: (b t) of each byte in its chunk, below `most` = l;  chunks: n
-    """
-    b, _, d = x.shape
-    # one row of places for all, with a spare one at the end for padding
-    size = b * chunks * most
-    chunk = segments.chunk_id + chunks * torch.arange(b, device=x.device)[:, None]
-    index = torch.where(segments.chunk_id < 0, size, chunk * most + place).flatten()
-    laid = x.new_zeros(size + 1, d).index_copy(0, index, x.flatten(0, 1))
-    return laid[:-1].view(b, chunks, most, d)

@@ -7,12 +7,12 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from hldm.chunking.chunker import SentenceChunker
 from hldm.chunking.scorer import ChunkWriter
 from hldm.chunking.segmenter import Segmenter, SegmenterState
-from hldm.kernels.scan import linear_scan
+from hldm.model.ops import linear_scan
 
 PRETRAINING = 0.25  # share of the progress before the policy moves
 SENTENCES = 0.5  # share of lanes that are cut into sentences meanwhile, the others at random
@@ -55,12 +55,7 @@ class PolicySegmenter(Segmenter):
         return self.policy(features.before), state
 
     def loss(
-        self,
-        text: Tensor,
-        doc_start: Tensor,
-        state: SegmenterState,
-        progress: float,
-        generator: torch.Generator,
+        self, text: Tensor, doc_start: Tensor, state: SegmenterState, progress: float, generator: Generator
     ) -> tuple[Tensor, SegmenterState]:
         features, state = self.read(text, doc_start, state)
         known = features.before.detach()  # the policy reads the features, and does not bend them

@@ -1,7 +1,7 @@
 """`state_change`, `gate` and `entropy` by a trained run: its encoder or its twin gives the signal, nothing is trained.
 
 For a look at cuts without waiting (`hldm chunk`): the shipped run by default. A run to be trained takes a segmenter
-of its own (hldm.training.segmenters): its chunks must be known before its encoder is.
+of its own (hldm.chunking.strategies): its chunks must be known before its encoder is.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hldm.chunking.entropy import entropy_signal, rule_of
+from hldm.chunking.entropy import entropy_in_bits
 from hldm.chunking.recurrence import Recurrence, fall_of_memory, watched
 from hldm.chunking.segmenter import Rule, SegmenterState, Signaller
 from hldm.config import ChunkingConfig
@@ -32,9 +32,9 @@ class ModelSegmenter(Signaller, nn.Module):
         self.chunking, self.model = chunking, model
         self.register_buffer("threshold", torch.zeros(()))
 
-    def state(self, griffin: GriffinState, batch: int, carried: int = 1) -> SegmenterState:
+    def state(self, griffin: GriffinState, batch: int) -> SegmenterState:
         """The state before any text, of a stack."""
-        nothing = self.model.write.weight.new_zeros(batch, carried)
+        nothing = self.model.write.weight.new_zeros(batch, 1)
         return SegmenterState(griffin, nothing, nothing)
 
 
@@ -78,23 +78,16 @@ class EncoderGates(EncoderSegmenter):
 class TwinEntropy(ModelSegmenter):
     """`entropy`: of the twin's next byte, in bits."""
 
-    def __init__(self, chunking: ChunkingConfig, model: Autoencoder) -> None:
-        super().__init__(chunking, model)
-        self.rule = rule_of(chunking.entropy_form)
-
     def initial_state(self, batch: int) -> SegmenterState:
-        return self.state(
-            self.model.decoder_state(batch).griffin, batch, carried=3
-        )  # a byte, and the signal's
+        return self.state(self.model.decoder_state(batch).griffin, batch)  # carries the last byte
 
     def signal(self, text: Tensor, doc_start: Tensor, state: SegmenterState) -> tuple[Tensor, SegmenterState]:
-        before = torch.cat([state.carry[:, :1].long(), text[:, :-1]], dim=1)
+        before = torch.cat([state.carry.long(), text[:, :-1]], dim=1)
         symbol = before.masked_fill(doc_start, START)
-        logits, griffin = self.model.decode(symbol, None, symbol, doc_start, doc_start, state.griffin)
+        logits, griffin = self.model.decode_symbols(symbol, doc_start, doc_start, state.griffin)
         log_p = logits[..., :BYTES].log_softmax(dim=-1)
-        signal, carry = entropy_signal(log_p, text, self.chunking.entropy_form, state.carry[:, 1:])
-        carry = torch.cat([text[:, -1:].to(carry.dtype), carry], dim=1)
-        return signal, state._replace(griffin=griffin, carry=carry)
+        carry = text[:, -1:].to(state.carry.dtype)
+        return entropy_in_bits(log_p), state._replace(griffin=griffin, carry=carry)
 
 
 MODEL_SEGMENTERS: dict[str, Callable[[ChunkingConfig, Autoencoder], ModelSegmenter]] = {

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from hldm.chunking.segmenter import Features, Rule, Segmenter, SegmenterState
 from hldm.model.griffin import RGLRU, Layout, ResidualBlock
@@ -68,12 +68,7 @@ class ForgettingSegmenter(Segmenter):
         return features, Recurrence(*(part[..., : self.channels] for part in found[self.block])), state
 
     def loss(
-        self,
-        text: Tensor,
-        doc_start: Tensor,
-        state: SegmenterState,
-        progress: float,
-        generator: torch.Generator,
+        self, text: Tensor, doc_start: Tensor, state: SegmenterState, progress: float, generator: Generator
     ) -> tuple[Tensor, SegmenterState]:
         features, recurrence, state = self.recurrence(text, doc_start, state)
         log_p = self.outputs(features.before).log_softmax(dim=-1)
@@ -107,15 +102,12 @@ class StateSegmenter(ForgettingSegmenter):
 class GateSegmenter(ForgettingSegmenter):
     """How much less the gates kept at the byte before than at the one before that: the fall of 1 - r.
 
-    r: a mean over the taught channels. gate_form "first": of the first block, whose gates see what its convolution
-    does, four bytes, so that the same letters are cut alike wherever they stand and chunks of a text are of fewer
-    kinds; "last": of the last, whose gates see all of the text so far. Without spaces four bytes do not tell where a
-    word ends: F1 in tests/languages.py 0.44, by the last block's 0.99.
+    r: a mean over the taught channels of the first block. Its gates see what its convolution does, four bytes, so that
+    the same letters are cut alike wherever they stand and chunks of a text are of fewer kinds. Without spaces four
+    bytes do not tell where a word ends: F1 in tests/languages.py 0.44.
     """
 
-    def build(self) -> None:
-        super().build()
-        self.block = 0 if self.chunking.gate_form == "first" else -1
+    block = 0
 
     @property
     def carried(self) -> int:
@@ -123,10 +115,7 @@ class GateSegmenter(ForgettingSegmenter):
         return 2
 
     def signal(self, text: Tensor, doc_start: Tensor, state: SegmenterState) -> tuple[Tensor, SegmenterState]:
-        if self.chunking.gate_form == "first":
-            gates, after = self.first_gates(text, doc_start, state)
-        else:
-            _, (_, gates), after = self.recurrence(text, doc_start, state)
+        gates, after = self.first_gates(text, doc_start, state)
         fall, kept = fall_of_memory(gates, state.carry[:, :1])
         fall = fall.masked_fill(doc_start[..., None], 0.0)  # not from another document's last byte
         before = torch.cat([state.carry[:, None, 1:], fall[:, :-1]], dim=1)

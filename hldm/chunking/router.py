@@ -3,30 +3,20 @@
 bytes -> trunk -> router -> starts to some extent -> a decoder that forgets at starts (hldm.chunking.scorer) -> bytes.
 Three things differ from H-Net. Chunks begin where the state *before* a byte has turned, so that a start tells
 nothing of the byte it is at. What teaches the router is how much the decoder misses what was before a start. And
-in `learned_form` "forget" no chunk level crosses the border, so there is nothing to smooth.
-
-"hnet" has that level (hldm.chunking.level): hard chunks, smoothing, repetition, straight-through confidence. Confidence
-makes surer of whatever cuts there are, so the router hears little of it. F1 of boundaries in the language of
-tests/languages.py after 0.2 million bytes: 0.71 with LEVEL_GRADIENT, 0.73 without any gradient from the level, 0.62
-with all of smoothing's and none of confidence's, 0.42 with a tenth of both and noise added to the chunks; "forget"
-0.76, and 0.99 after a million. H-Net alone, hard starts in the decoder too: 0.08 (0.27 a byte late) after 0.4 million,
-straight-through 0.30.
+no chunk level crosses the border, so there is nothing to smooth (H-Net's own form found fewer words: docs/journal.md).
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
-from hldm.chunking.level import ChunkLevel
 from hldm.chunking.scorer import ChunkWriter
 from hldm.chunking.segmenter import Features, Segmenter, SegmenterState
 
 RATIO_WEIGHT = 3.0  # alpha; H-Net's 0.03 is for chunks that gain from being short, these only lose
 CURRICULUM = 0.3  # share of the progress in which the target shortens from half as much again as is wanted
-LEVEL_GRADIENT = 0.03  # of what smoothing and confidence tell the router: see above
-NUMBERS = 4  # of a chunk that H-Net's form tells the decoder
 SHARPNESS = 3.0  # of a start's log odds
 NOISE = 1.5  # logistic, that training adds to them, less and less
 
@@ -44,8 +34,6 @@ class LearnedSegmenter(Segmenter):
             nn.init.eye_(linear.weight)
         self.turn = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
         self.writer = ChunkWriter(width)
-        if self.chunking.learned_form == "hnet":
-            self.level = ChunkLevel(width, NUMBERS)
 
     @property
     def carried(self) -> int:
@@ -65,12 +53,7 @@ class LearnedSegmenter(Segmenter):
         return p[..., None], after._replace(carry=carry)
 
     def loss(
-        self,
-        text: Tensor,
-        doc_start: Tensor,
-        state: SegmenterState,
-        progress: float,
-        generator: torch.Generator,
+        self, text: Tensor, doc_start: Tensor, state: SegmenterState, progress: float, generator: Generator
     ) -> tuple[Tensor, SegmenterState]:
         features, after = self.read(text, doc_start, state)
         p, carry = self.probability(features, state)
@@ -78,12 +61,7 @@ class LearnedSegmenter(Segmenter):
         # than a straight-through one, with which F1 stayed below 0.4
         u = torch.rand(p.shape, generator=generator).clamp(1e-4, 1 - 1e-4)
         start = (SHARPNESS * p.logit() + NOISE * (1 - progress / 2) * u.logit()).sigmoid()
-        told = None
-        if self.chunking.learned_form == "hnet":
-            known = start.detach()
-            weak = known + LEVEL_GRADIENT * (start - known)
-            told = self.level(features.before, weak, (known >= 0.5).to(p.dtype))
-        nats = self.writer(text, start, told)[:, 1:].mean()
+        nats = self.writer(text, start)[:, 1:].mean()
 
         # equation 10: least where the share of starts and their mean probability are both 1 / target
         target = self.chunking.target_bytes * max(1.0, 1.5 - 0.5 * progress / CURRICULUM)

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hldm.kernels.scan import linear_scan
 from hldm.model.griffin import RMSNorm
+from hldm.model.ops import linear_scan
 
 OPENING = 256  # the symbol before a chunk's first byte
 LAYERS = 2
@@ -45,15 +45,11 @@ class ChunkWriter(nn.Module):
         self.layers = nn.ModuleList(_ResettingLayer(width) for _ in range(LAYERS))
         self.outputs = nn.Linear(width, 256)
 
-    def forward(self, text: Tensor, start: Tensor, context: Tensor | None = None) -> Tensor:
-        """Nats of text (b t) when chunks start where start (b t) is 1, or start to that extent. (b t).
-
-        context: (b t d) what the decoder is told at each byte, nothing when None
-        """
+    def forward(self, text: Tensor, start: Tensor) -> Tensor:
+        """Nats of text (b t) when chunks start where start (b t) is 1, or start to that extent. (b t)."""
         start = torch.cat([torch.ones_like(start[:, :1]), start[:, 1:]], dim=1)[..., None]
         before = self.embed(F.pad(text[:, :-1], (1, 0), value=OPENING))  # (b t d)
         x = before * (1 - start) + self.embed.weight[OPENING] * start
-        x = x if context is None else x + context
         for layer in self.layers:
             x = layer(x, 1 - start)
         return F.cross_entropy(self.outputs(x).mT, text, reduction="none")

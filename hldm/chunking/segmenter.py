@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from hldm.chunking.chunker import Chunker, Cutter
 from hldm.config import ChunkingConfig, GriffinConfig, section_from_dict
@@ -144,12 +144,7 @@ class Segmenter(SavedModel, Signaller):
         return Features(after, before), state._replace(griffin=griffin, feature=after[:, -1])
 
     def loss(
-        self,
-        text: Tensor,
-        doc_start: Tensor,
-        state: SegmenterState,
-        progress: float,
-        generator: torch.Generator,
+        self, text: Tensor, doc_start: Tensor, state: SegmenterState, progress: float, generator: Generator
     ) -> tuple[Tensor, SegmenterState]:
         """What training minimises on a window (b t) of every lane: here, nats of a next byte.
 

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from hldm.chunking.segmenter import Segmenter, SegmenterState
 
 FRESH_BYTES = 2  # last bytes that the reader sees beside what was kept
-POOLED_BYTES = 16  # how far back attention pools, at most
 
 
 class SelectSegmenter(Segmenter):
     """A reader of kept states must foresee the next byte; what helps it is kept.
 
     Training keeps the k = window / target_bytes best of a window: hard forward, the score's sigmoid backward
-    (straight-through). The reader sees the last kept state and the last FRESH_BYTES bytes. select_form "last" keeps a
-    state as it is, "attention" the states of its chunk so far, pooled by their scores. At use a byte starts a chunk
-    when the score of the state before it is above the threshold, which no later byte can change.
+    (straight-through). The reader sees the last kept state and the last FRESH_BYTES bytes. At use a byte starts a
+    chunk when the score of the state before it is above the threshold, which no later byte can change.
     """
 
     def build(self) -> None:
@@ -32,19 +30,12 @@ class SelectSegmenter(Segmenter):
         return self.score(features.before), state
 
     def loss(
-        self,
-        text: Tensor,
-        doc_start: Tensor,
-        state: SegmenterState,
-        progress: float,
-        generator: torch.Generator,
+        self, text: Tensor, doc_start: Tensor, state: SegmenterState, progress: float, generator: Generator
     ) -> tuple[Tensor, SegmenterState]:
         features, state = self.read(text, doc_start, state)
         scores = self.score(features.before)[..., 0]
         start = self.best(scores)
         kept = features.before
-        if self.chunking.select_form == "attention":
-            kept = pool_by_score(kept, scores, start.detach() > 0)
         held = hold(kept * start[..., None], start.detach() > 0)
         recent = torch.zeros_like(kept)
         for back, table in enumerate(self.fresh, start=1):
@@ -68,14 +59,3 @@ def hold(kept: Tensor, start: Tensor) -> Tensor:
     last = torch.where(start, position, -1).cummax(dim=1).values  # (b t)
     held = kept.gather(1, last.clamp(min=0)[..., None].expand_as(kept))
     return held * (last >= 0)[..., None]
-
-
-def pool_by_score(states: Tensor, scores: Tensor, start: Tensor) -> Tensor:
-    """At every byte the mean of its chunk's states so far, and of those that end before a start, by e^score."""
-    b, t, d = states.shape
-    places = torch.arange(t, device=states.device)
-    ended = F.pad(start.long(), (1, 0))[:, :t].cumsum(dim=1)  # a kept state belongs to the chunk it ends
-    back = places[:, None] - places
-    near = (ended[:, :, None] == ended[:, None]) & (back >= 0) & (back < POOLED_BYTES)
-    weight = scores[:, None].expand(b, t, t).masked_fill(~near, -torch.inf).softmax(dim=-1)
-    return weight @ states

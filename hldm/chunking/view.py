@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +13,10 @@ import numpy as np
 from hldm.chunking.chunker import TEXT_STRATEGIES, make_chunker
 from hldm.chunking.pretrained import MODEL_SEGMENTERS, ask_shipped_run
 from hldm.chunking.segmenter import Signaller
+from hldm.chunking.strategies import SEGMENTERS, read_segmenter, sample_of, shipped_segmenter
 from hldm.config import ChunkingConfig, ConfigError, DataConfig, load_config
 from hldm.text.bytes import printable, tinted
 from hldm.text.corpus import Corpus, load_corpus
-from hldm.training.segmenters import SEGMENTERS, read_segmenter, sample_of, shipped_segmenter, train_segmenter
 
 TINTS = ("#cfe8ff", "#ffe6b3")  # light blue and light orange, told apart without colour vision
 STYLE = (
@@ -35,15 +35,15 @@ def cut_text(
     *,
     chunking: ChunkingConfig,
     whole_bytes: int | None = None,
-    minutes: float = 0.0,
+    train: Callable[[ChunkingConfig, Corpus], Signaller] | None = None,
 ) -> dict[str, list[bytes]]:
     """Chunks of a text by strategy, then by the chunking of each run.
 
     chunking: the limits of strategies that are named, and the mean length of those that ask a model
     whole_bytes: the most that a sentence or paragraph may hold; None: as any chunk
-    minutes: of training a segmenter for each strategy that asks one, on the built-in text; 0: what comes with hldm is
-        asked, its threshold set on the built-in text: the shipped run's states and gates, its twin's entropy, and
-        small segmenters of the other strategies
+    train: makes a segmenter for each strategy that asks one, from the built-in text; None: what comes with hldm is
+        asked, its threshold set on the built-in text: the shipped run's states and gates, its twin's entropy, and small
+        segmenters of the other strategies
     Raises ConfigError for a strategy that is unknown, ValueError or OSError for a run.
     """
     known = (*TEXT_STRATEGIES, *SEGMENTERS)
@@ -58,7 +58,7 @@ def cut_text(
             settings = replace(settings, max_bytes=whole_bytes)
         segmenter: Signaller | None = None
         if corpus is not None and settings.needs_segmenter:
-            segmenter = _segmenter(settings, corpus, minutes)
+            segmenter = train(settings, corpus) if train else _shipped(settings, corpus)
         cuts[strategy] = split(text, make_chunker(settings, segmenter).chunk_start(text))
     for run in runs:
         path = run / "autoencoder" / "config.yaml"
@@ -72,11 +72,8 @@ def cut_text(
     return cuts
 
 
-def _segmenter(chunking: ChunkingConfig, corpus: Corpus, minutes: float) -> Signaller:
-    """Trained now for so many minutes, or what comes with hldm."""
-    if minutes:
-        limits = replace(chunking.segmenter, minutes=minutes, steps=10**9)
-        return train_segmenter(replace(chunking, segmenter=limits), corpus)
+def _shipped(chunking: ChunkingConfig, corpus: Corpus) -> Signaller:
+    """What comes with hldm, its threshold set on this corpus."""
     sample = sample_of(corpus, SAMPLE_BYTES)
     if chunking.strategy in MODEL_SEGMENTERS:
         return ask_shipped_run(chunking, sample)

@@ -10,6 +10,7 @@ tighter by as many draws as one likes (`importance_nats`).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,15 +18,16 @@ import torch
 from torch import Tensor
 
 from hldm.evaluation.prompts import prompt_chunker
-from hldm.model.autoencoder import Autoencoder, DecoderState, Encoding
-from hldm.model.contextualiser import Context
+from hldm.model.autoencoder import Autoencoder
+from hldm.model.contextualiser import Context, ContextState
+from hldm.model.decoder import noisy_latents, read_chunks
 from hldm.model.diffusion import alpha_sigma
 from hldm.model.mixture import MixturePredictor
-from hldm.model.prior import Prior
+from hldm.model.prior import Prior, price_latents
+from hldm.model.state import DecoderState, EncoderState, Encoding
 from hldm.text.bytes import END_OF_CHUNK, END_OF_DOCUMENT, count_characters
 from hldm.text.corpus import Corpus
-from hldm.text.windows import Batch, Windows
-from hldm.training.objectives import draw_normal, noisy_latents, price_latents, read_chunks, read_latents
+from hldm.text.windows import Batch, Windows, draw_normal
 
 LANES, WINDOW_BYTES = 16, 512  # measured, configs/tiny.yaml on a CPU: 256 and 1024 bytes take longer
 PASSES = 2  # independent estimates of the latent model's terms: the least that shows how far they differ
@@ -37,9 +39,9 @@ def held_out_windows(
     """A corpus laid out for reading whole documents in order, a few at a time.
 
     chunk_start: (t,) bool where its chunks start, if that is known already. The twin's, which change nothing for it,
-    are the default words: costs are known by chunk, and its own are as long as its attention sees.
+    are TWIN_WORDS: costs are known by chunk, and its own are as long as its attention sees.
     """
-    chunker = prompt_chunker(autoencoder.chunker, is_twin=autoencoder.latent_dim == 0)
+    chunker = prompt_chunker(autoencoder)
     return Windows(
         corpus,
         chunker,
@@ -110,6 +112,43 @@ def evaluate_bound(
     samples: of `importance_nats`, 0 for none; only for a prior with a mixture and a decoder that carries no state.
     Raises ValueError for shuffled windows, models in training mode, or draws that two passes cannot share.
     """
+    _check_bound(autoencoder, prior, windows, draws, samples)
+    corpus, device = windows.corpus, next(autoencoder.parameters()).device
+    nats = np.zeros((3, windows.chunks))  # decoder, latent, end of every chunk
+    importance = np.zeros(windows.chunks)
+    variance = 0.0
+    state = _Carried.before_text(autoencoder, prior, windows.lanes, device)
+    for step in range(windows.windows_per_epoch):
+        batch = windows.batch(step)
+        is_chunk = batch.is_chunk  # (b n)
+        chunk = batch.chunk_index[is_chunk].numpy()
+        passes, tight, state = _read_window(
+            autoencoder, prior, batch.to(device), state, draws // PASSES, samples, generator
+        )
+        nats[:, chunk] = passes.mean(dim=0)[:, is_chunk].numpy()
+        if tight is not None:
+            importance[chunk] = tight[is_chunk].numpy()
+        difference = (passes[0] - passes[-1]).sum(dim=0)  # (b n)
+        if autoencoder.settings.carry_state:
+            difference = difference.sum(dim=1)
+        variance += float(difference.square().sum()) / 4
+
+    if not np.isfinite(nats).all():
+        raise ValueError("the model gives this text a cost that is not finite: train it again")
+    document = np.searchsorted(corpus.offsets, np.flatnonzero(windows.chunk_start), side="right") - 1
+    decoder, latent, end, tighter = (
+        np.bincount(document, weights=term, minlength=len(corpus)) for term in (*nats, importance)
+    )
+    characters = [count_characters(corpus.document(index).tobytes()) for index in range(len(corpus))]
+    return Bound(
+        decoder, latent, end, variance, np.array(characters), nats.sum(axis=0), tighter if samples else None
+    )
+
+
+def _check_bound(
+    autoencoder: Autoencoder, prior: Prior | None, windows: Windows, draws: int, samples: int
+) -> None:
+    """Raise ValueError for what `evaluate_bound` cannot measure."""
     if windows.shuffle:
         raise ValueError("the bound is summed over whole documents: pass Windows(..., shuffle=False)")
     if autoencoder.training or (prior is not None and prior.training):
@@ -118,78 +157,67 @@ def evaluate_bound(
         raise ValueError(f"draws must be even, half for each of two passes, got {draws}")
     if (autoencoder.latent_dim > 0) != (prior is not None):
         raise ValueError("a prior belongs to an autoencoder with latents, and to no other")
-    mixture = None if prior is None or not samples else prior.mixture
-    if samples and (mixture is None or autoencoder.settings.carry_state):
+    has_mixture = prior is not None and prior.mixture is not None
+    if samples and (not has_mixture or autoencoder.settings.carry_state):
         raise ValueError(
             "importance weights need the latents' density and chunks that are independent given the text: "
-            "autoencoder.rate mixture and carry_state false"
+            "autoencoder.components above 0 and carry_state false"
         )
-    device = next(autoencoder.parameters()).device
-    rows, corpus = windows.lanes, windows.corpus
-    document_of = np.searchsorted(corpus.offsets, np.flatnonzero(windows.chunk_start), side="right") - 1
-    nats = np.zeros((3, len(corpus)))  # decoder, latent, end of every document
-    importance, by_chunk = np.zeros(len(corpus)), np.zeros(windows.chunks)
-    variance = 0.0
 
-    decoders = [autoencoder.decoder_state(rows, device) for _ in range(1 if prior is None else PASSES)]
-    encoder = None if prior is None else autoencoder.encoder_state(rows, device)
-    memory = None if prior is None else prior.initial_state(rows, device)
-    for step in range(windows.windows_per_epoch):
-        batch = windows.batch(step)
-        is_chunk = batch.chunk_index >= 0  # (b n)
-        chunk = batch.chunk_index[is_chunk].numpy()
-        document = document_of[chunk]
-        batch = batch.to(device)
-        passes = []
+
+class _Carried(NamedTuple):
+    """State between windows."""
+
+    decoders: Sequence[DecoderState]  # of each pass
+    encoder: EncoderState | None  # None for the twin
+    memory: ContextState | None  # of the contextualiser; None for the twin
+
+    @classmethod
+    def before_text(
+        cls, autoencoder: Autoencoder, prior: Prior | None, rows: int, device: torch.device
+    ) -> _Carried:
+        """State before any text; the twin is read once."""
         if prior is None:
-            reading, decoders[0] = read_chunks(autoencoder, batch, None, decoders[0])
-            passes.append(torch.stack([reading.nats, *2 * [torch.zeros_like(reading.nats)]]))
-        else:
-            assert encoder is not None and memory is not None
-            encoding, encoder = read_latents(autoencoder, batch, encoder)
-            context, memory = prior.contextualiser(
-                encoding.latents, encoding.mask, encoding.doc_start, memory, encoding.after
-            )
-            for index, decoder in enumerate(decoders):
-                terms, decoders[index] = _one_pass(
-                    autoencoder, prior, encoding, context, batch, decoder, draws // PASSES, generator
-                )
-                passes.append(terms)
-            if mixture is not None:
-                tight = importance_nats(
-                    autoencoder,
-                    mixture,
-                    encoding,
-                    batch,
-                    decoders[0],
-                    prior.diffusion.gamma_0,
-                    samples,
-                    generator,
-                )
-                np.add.at(importance, document, tight[is_chunk].cpu().numpy())
+            return cls([autoencoder.decoder_state(rows, device)], None, None)
+        return cls(
+            [autoencoder.decoder_state(rows, device) for _ in range(PASSES)],
+            autoencoder.encoder_state(rows, device),
+            prior.initial_state(rows, device),
+        )
 
-        estimate = torch.stack(passes).double().mean(dim=0).cpu()  # (3 b n)
-        for total, term in zip(nats, estimate, strict=True):
-            np.add.at(total, document, term[is_chunk].numpy())
-        by_chunk[chunk] = estimate.sum(dim=0)[is_chunk].numpy()
-        difference = (passes[0] - passes[-1]).double().sum(dim=0)  # (b n)
-        if autoencoder.settings.carry_state:
-            difference = difference.sum(dim=1)
-        variance += float(difference.square().sum()) / 4
 
-    if not np.isfinite(nats).all():
-        raise ValueError("the model gives this text a cost that is not finite: train it again")
-    characters = [count_characters(corpus.document(index).tobytes()) for index in range(len(corpus))]
-    decoder_nats, latent_nats, end_nats = nats
-    return Bound(
-        decoder_nats,
-        latent_nats,
-        end_nats,
-        variance,
-        np.array(characters),
-        by_chunk,
-        importance if samples else None,
+def _read_window(
+    autoencoder: Autoencoder,
+    prior: Prior | None,
+    batch: Batch,
+    state: _Carried,
+    draws: int,
+    samples: int,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor | None, _Carried]:
+    """Independent estimates of a window's terms (passes 3 b n), its `importance_nats` (b n), the state after it."""
+    if prior is None:
+        reading, decoder = read_chunks(autoencoder, batch, None, state.decoders[0])
+        none = torch.zeros_like(reading.nats)
+        terms = torch.stack([reading.nats, none, none])[None]
+        return terms.double().cpu(), None, state._replace(decoders=[decoder])
+    assert state.encoder is not None and state.memory is not None
+    encoding, encoder = autoencoder.encode(batch, state.encoder)
+    context, memory = prior.contextualiser(
+        encoding.latents, encoding.mask, encoding.doc_start, state.memory, encoding.after
     )
+    passes, decoders = [], []
+    for before in state.decoders:
+        terms, decoder = _one_pass(autoencoder, prior, encoding, context, batch, before, draws, generator)
+        passes.append(terms)
+        decoders.append(decoder)
+    tight = None
+    if samples and prior.mixture is not None:
+        gamma_0 = prior.diffusion.gamma_0
+        tight = importance_nats(
+            autoencoder, prior.mixture, encoding, batch, decoders[0], gamma_0, samples, generator
+        ).cpu()
+    return torch.stack(passes).double().cpu(), tight, _Carried(decoders, encoder, memory)
 
 
 def _one_pass(
@@ -204,7 +232,7 @@ def _one_pass(
 ) -> tuple[Tensor, DecoderState]:
     """One estimate of the terms of a window's chunks: (3 b n) decoder, latent, end."""
     paid = price_latents(prior, encoding, context, batch, generator, draws)
-    z_0 = noisy_latents(autoencoder, encoding, prior.diffusion.gamma_0, batch, generator)
+    z_0 = noisy_latents(encoding, prior.diffusion.gamma_0, batch, generator)
     reading, decoder = read_chunks(autoencoder, batch, z_0, decoder, encoding)
     return torch.stack([reading.nats, paid.latent, paid.end]), decoder
 
@@ -253,12 +281,12 @@ def bits_of_ends(autoencoder: Autoencoder, windows: Windows, generator: torch.Ge
     nats = 0.0
     for step in range(windows.windows_per_epoch):
         batch = windows.batch(step)
-        encoding, encoder = read_latents(autoencoder, batch, encoder)
-        latent = noisy_latents(autoencoder, encoding, autoencoder.config["gamma_0"], batch, generator)
+        encoding, encoder = autoencoder.encode(batch, encoder)
+        latent = noisy_latents(encoding, autoencoder.config["gamma_0"], batch, generator)
         reading, decoder = read_chunks(autoencoder, batch, latent, decoder, encoding)
         log_p = reading.logits.float().log_softmax(dim=-1)
         ending = log_p[..., END_OF_CHUNK : END_OF_DOCUMENT + 1].logsumexp(dim=-1)
         going_on = log_p[..., :END_OF_CHUNK].logsumexp(dim=-1)
-        told = torch.where(reading.target >= END_OF_CHUNK, ending, going_on)
-        nats -= float((told * reading.mask).sum())
+        told = torch.where(reading.events.target >= END_OF_CHUNK, ending, going_on)
+        nats -= float((told * reading.events.mask).sum())
     return nats / math.log(2) / count_characters(windows.corpus.text.tobytes())

@@ -10,7 +10,7 @@ middle of a text pay for that, too. Arithmetic on the nats of every chunk (`hldm
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -40,16 +40,19 @@ class Places(NamedTuple):
         return cls(start, document, start - corpus.offsets[document], characters)
 
 
-def by_distance(nats: np.ndarray, windows: Windows) -> dict[str, dict[str, Any] | None]:
+def by_distance(
+    nats: np.ndarray, windows: Windows, distances: Sequence[int] = DISTANCES
+) -> dict[str, dict[str, Any] | None]:
     """Bits per character of the chunks that begin at least so far from their document's start, up to the next bucket.
 
     nats: (chunks,);  the standard error is that of another text, from the spread over documents
+    distances: rising from 0, where buckets begin;  None for a bucket without characters
     """
     places = Places.of(windows)
-    bucket = np.searchsorted(DISTANCES, places.distance, side="right") - 1
+    bucket = np.searchsorted(distances, places.distance, side="right") - 1
     return {
         str(first): _ratio(nats, places.characters, places.document, bucket == index)
-        for index, first in enumerate(DISTANCES)
+        for index, first in enumerate(distances)
     }
 
 

@@ -3,7 +3,8 @@
     python -m hldm.evaluation --run runs/demo --json demo.json
 
 Everything is measured on held-out text with the run's own pipeline, and has the same keys for a latent model
-and for its twin, so that `compare` can set them side by side. Imports torch only once there is work to do.
+and for its twin, so that `hldm.evaluation.tables.compare` can set them side by side. Imports torch only once there
+is work to do.
 """
 
 from __future__ import annotations
@@ -11,13 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from hldm.evaluation.tables import align, cell
+from hldm.evaluation.tables import compare, show
 from hldm.runs.exits import guarded
 from hldm.runs.folder import shipped_run
 from hldm.runs.reports import check_report_path, save_report
@@ -25,7 +24,6 @@ from hldm.text.encodings import is_blank, read_text
 
 if TYPE_CHECKING:
     from hldm.config import GenerationConfig
-    from hldm.evaluation.prompts import Prompt
     from hldm.model.autoencoder import Autoencoder
     from hldm.model.prior import Prior
     from hldm.text.corpus import Corpus, Split
@@ -57,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         if target is not None:
             save_report(target, evaluation)
-        print(compare({evaluation["run"]: evaluation}), flush=True)
+        show(compare({evaluation["run"]: evaluation}))
         return 0
 
     return guarded(work)
@@ -188,6 +186,7 @@ def evaluate_model(
 
     from hldm.evaluation.bound import evaluate_bound, held_out_windows
     from hldm.evaluation.context_length import by_distance, compare_contexts, cut_documents
+    from hldm.evaluation.continuations import continue_prompts
     from hldm.evaluation.prompts import choose_prompts, prompt_chunker
     from hldm.evaluation.reconstruction import reconstruct
 
@@ -205,7 +204,7 @@ def evaluate_model(
         raise ValueError(f"{corpus.name} holds nothing but white space: there is nothing to measure")
     generator = torch.Generator().manual_seed(seed)
     windows = held_out_windows(autoencoder, corpus)
-    chunker = prompt_chunker(autoencoder.chunker, is_twin=prior is None)
+    chunker = prompt_chunker(autoencoder)
     # the twin's likelihood needs no bound
     samples = 0 if prior is None else samples
     bound = evaluate_bound(autoencoder, prior, windows, draws=draws, samples=samples, generator=generator)
@@ -240,93 +239,17 @@ def evaluate_model(
     }
 
 
-def continue_prompts(
-    autoencoder: Autoencoder,
-    prior: Prior | None,
-    prompts: Sequence[Prompt],
-    training_text: bytes,
-    settings: GenerationConfig,
-    *,
-    max_characters: int,
-    seed: int,
-) -> dict[str, Any]:
-    """ROUGE, diversity, re-chunking and speed of continuations written in one batch; each None without prompts.
-
-    ROUGE compares with the true continuation, and so does it two baselines that read nothing: the
-    prompt's last words repeated, and a random passage of the training text. Re-chunking: the share of written
-    chunks that start where the strategy starts one, reading what was written; None for the twin.
-    """
-    import torch
-
-    from hldm.evaluation.borders import rechunked
-    from hldm.evaluation.metrics import diversity, random_passage, repeat_last_words
-    from hldm.generation.writer import Continuation, write_on
-    from hldm.text.bytes import count_characters
-
-    if not prompts:
-        return {"prompts": 0, "rouge": None, "diversity": None, "rechunked": None, "speed": None}
-    wanted = [prompt.continuation for prompt in prompts]
-    generator = torch.Generator().manual_seed(seed)
-    baselines = {
-        "repeat_prompt": [
-            repeat_last_words(prompt.text.decode("utf-8", errors="replace"), max_characters)
-            for prompt in prompts
-        ],
-        "random_passage": [random_passage(training_text, max_characters, generator) for _ in prompts],
-    }
-    began = time.perf_counter()
-    rows: list[Continuation] = []
-    calls = 0
-    for rows, _, calls in write_on(  # noqa: B007 - the last yield is the finished text
-        autoencoder,
-        prior,
-        [prompt.text for prompt in prompts],
-        settings,
-        max_characters=max_characters,
-        seed=seed,
-        through_ends=True,
-    ):
-        pass
-    seconds = time.perf_counter() - began
-    written = [row.text.decode("utf-8", errors="replace") for row in rows]
-    return {
-        "prompts": len(prompts),
-        "rouge": {
-            **_rouge(written, wanted),
-            "baselines": {name: _rouge(texts, wanted) for name, texts in baselines.items()},
-        },
-        "diversity": {**diversity(written), "reference": diversity(wanted)},
-        "rechunked": None if prior is None else rechunked(rows, autoencoder.chunker),
-        "speed": {
-            "characters_per_second": sum(count_characters(row.text) for row in rows) / seconds,
-            "denoising_calls": calls,
-        },
-    }
-
-
-def _rouge(written: Sequence[str], wanted: Sequence[str]) -> dict[str, float | None]:
-    from hldm.evaluation.metrics import Rouge
-
-    return _compute(Rouge, predictions=written, references=wanted)
-
-
 def _perplexity(nats: float, windows: Windows) -> dict[str, float | None]:
     """By character and by word (`hldm.evaluation.words`); None where it overflows."""
-    from hldm.evaluation.metrics import Perplexity
+    from hldm.evaluation.metrics import Perplexity, compute
     from hldm.evaluation.words import count_words
 
     corpus = windows.corpus
     texts = (corpus.document(index).tobytes().decode("utf-8", "replace") for index in range(len(corpus)))
     words = sum(map(count_words, texts))
-    values = _compute(Perplexity, nats=[nats], characters=[windows.characters], words=[words])
+    values = compute(Perplexity, nats=[nats], characters=[windows.characters], words=[words])
     values = {unit: values[f"{unit}_perplexity"] for unit in ("character", "word")}
     return {unit: value if math.isfinite(value) else None for unit, value in values.items()}
-
-
-def _compute(metric: type, **columns: Any) -> dict[str, Any]:
-    """One of evaluate's metrics, which write what they are given to disk: gone when they are done."""
-    with TemporaryDirectory() as folder:
-        return metric(cache_dir=folder).compute(**columns)
 
 
 def _stages(folder: Path) -> list[Path]:
@@ -335,7 +258,7 @@ def _stages(folder: Path) -> list[Path]:
 
 def _training_cost(folder: Path) -> dict[str, float]:
     """Seconds and characters of training, summed over the stages."""
-    from hldm.training.stages import read_totals
+    from hldm.runs.folder import read_totals
 
     totals = [read_totals(stage) for stage in _stages(folder)]
     return {
@@ -348,85 +271,3 @@ def _commit(folder: Path) -> str | None:
     """The commit that the run's last stage last started from, if it was a clone's."""
     path = _stages(folder)[-1] / "environment.json"
     return json.loads(path.read_text(encoding="utf-8"))[-1].get("commit") if path.exists() else None
-
-
-# ---- tables
-
-# label, dotted key, format
-_ROWS: tuple[tuple[str, str, str], ...] = (
-    ("measured on", "split", ""),
-    ("characters", "characters", ",.0f"),
-    ("bits per character (an upper bound)", "bits_per_character.bound", ".4f"),
-    ("  standard error, Monte Carlo", "bits_per_character.standard_error", ".4f"),
-    ("  standard error, another text", "bits_per_character.standard_error_text", ".4f"),
-    ("  of it latents", "bits_per_character.latent", ".4f"),
-    ("  of it bytes and ends", "bits_per_character.decoder", ".4f"),
-    ("  of it end of the diffusion", "bits_per_character.end", ".4f"),
-    ("  by importance-weighted draws", "bits_per_character.importance", ".4f"),
-    ("    how many", "samples", ".0f"),
-    ("perplexity, character", "perplexity.character", ".3f"),
-    ("perplexity, word", "perplexity.word", ".1f"),
-    ("characters per chunk", "characters_per_chunk", ".2f"),
-    ("reconstruction, bytes right", "reconstruction.noisy.byte_accuracy", ".2%"),
-    ("  from latents without noise", "reconstruction.clean.byte_accuracy", ".2%"),
-    ("reconstruction, bytes written right", "reconstruction.noisy.written_accuracy", ".2%"),
-    ("  from latents without noise", "reconstruction.clean.written_accuracy", ".2%"),
-    ("reconstruction, chunks right", "reconstruction.noisy.chunk_accuracy", ".2%"),
-    ("  from latents without noise", "reconstruction.clean.chunk_accuracy", ".2%"),
-    *(
-        row
-        for kind in ("1", "2", "L")
-        for row in (
-            (f"ROUGE-{kind} of continuations", f"rouge.rouge{kind}", ".3f"),
-            ("  prompt repeated", f"rouge.baselines.repeat_prompt.rouge{kind}", ".3f"),
-            ("  random passage", f"rouge.baselines.random_passage.rouge{kind}", ".3f"),
-        )
-    ),
-    *(
-        row
-        for label, key, form in (
-            ("different words", "distinct1", ".3f"),
-            ("different word pairs", "distinct2", ".3f"),
-            ("entropy of words, bits", "entropy", ".2f"),
-            ("repetition", "repetition", ".3f"),
-        )
-        for row in (
-            (f"diversity, {label}", f"diversity.{key}", form),
-            ("  of the true text", f"diversity.reference.{key}", form),
-        )
-    ),
-    ("written chunks, cut again the same", "rechunked", ".2%"),
-    ("speed, characters per second", "speed.characters_per_second", ",.0f"),
-    ("  denoising calls", "speed.denoising_calls", ",.0f"),
-    ("cost, parameters", "cost.parameters", ",.0f"),
-    ("  seconds of training", "cost.train_seconds", ",.0f"),
-    ("  characters of training", "cost.train_characters", ",.0f"),
-)
-
-
-def compare(columns: Mapping[str, Mapping[str, Any]]) -> str:
-    """Evaluations side by side as an aligned table: a column each, named by its key, `-` where it has no value."""
-    from hldm.evaluation.context_length import rows
-
-    table = [["", *map(cell, columns)]]
-    for label, key, form in (*_ROWS, *rows(columns.values())):
-        values = [_look_up(evaluation, key) for evaluation in columns.values()]
-        table.append([label, *(_cell(value, form) for value in values)])
-    return align(table[0], table[1:])
-
-
-def _cell(value: Any, form: str) -> str:
-    """A value as it is printed: a name made harmless, a huge number in scientific form."""
-    if value is None:
-        return "-"
-    if isinstance(value, str):
-        return cell(value)
-    return format(value, ".3e" if form.endswith("f") and "," not in form and abs(value) >= 1e7 else form)
-
-
-def _look_up(evaluation: Mapping[str, Any], key: str) -> Any:
-    """The value at a dotted key, None where the path ends early."""
-    value: Any = evaluation
-    for part in key.split("."):
-        value = None if value is None else value.get(part)
-    return value

@@ -6,8 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hldm.chunking.attached import chunker_of
 from hldm.chunking.chunker import Chunker, make_chunker
 from hldm.config import ChunkingConfig, Config
+from hldm.model.autoencoder import Autoencoder
 from hldm.text.corpus import Corpus, Split, load_corpus
 
 PROMPT_CHARACTERS = 200  # some 35 words: enough to say who speaks and about what
@@ -29,9 +31,12 @@ def held_out_prompts(
     )
 
 
-def prompt_chunker(chunker: Chunker, is_twin: bool) -> Chunker:
-    """What cuts a model's prompts: its own chunker, for the twin (which goes on from anywhere) the default words."""
-    return make_chunker(ChunkingConfig()) if is_twin else chunker
+TWIN_WORDS = ChunkingConfig(strategy="words", min_bytes=4, max_bytes=12)  # those of the reports so far
+
+
+def prompt_chunker(autoencoder: Autoencoder) -> Chunker:
+    """What cuts a model's prompts: its own chunker, for the twin (which goes on from anywhere) TWIN_WORDS."""
+    return chunker_of(autoencoder) if autoencoder.latent_dim else make_chunker(TWIN_WORDS)
 
 
 def choose_prompts(

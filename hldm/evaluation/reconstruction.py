@@ -11,10 +11,11 @@ from torch import Tensor
 from hldm.config import GenerationConfig
 from hldm.generation.chunk import write_chunks
 from hldm.generation.writer import row_generators
-from hldm.model.autoencoder import Autoencoder, DecoderState, Encoding
+from hldm.model.autoencoder import Autoencoder
+from hldm.model.decoder import noisy_latents, read_chunks, sum_by_chunk
 from hldm.model.diffusion import alpha_sigma
+from hldm.model.state import DecoderState, Encoding
 from hldm.text.windows import Batch, Windows
-from hldm.training.objectives import noisy_latents, read_chunks, read_latents
 
 ENOUGH_CHUNKS = 4096  # the standard error of a share is then below 0.8 points: 0.5 / sqrt(4096)
 
@@ -44,8 +45,8 @@ def reconstruct(
     encoder = autoencoder.encoder_state(windows.lanes, device)
     for step in range(windows.windows_per_epoch):
         batch = windows.batch(step).to(device)
-        encoding, encoder = read_latents(autoencoder, batch, encoder)
-        noisy = noisy_latents(autoencoder, encoding, gamma_0, batch, generator)
+        encoding, encoder = autoencoder.encode(batch, encoder)
+        noisy = noisy_latents(encoding, gamma_0, batch, generator)
         for name, latent in (("noisy", noisy), ("clean", alpha_0 * encoding.latents)):
             found, decoders[name] = _read_along(autoencoder, batch, encoding, latent, decoders[name])
             read[name] += found
@@ -67,7 +68,7 @@ def reconstruct(
 
 def _write_freely(autoencoder: Autoencoder, windows: Windows, batch: Batch, latent: Tensor) -> np.ndarray:
     """Bytes right, bytes, chunks right, chunks of a window, every chunk written on its own."""
-    is_chunk = batch.chunk_index >= 0
+    is_chunk = batch.is_chunk
     chunks = batch.chunk_index[is_chunk].cpu().numpy()
     text = windows.corpus.text
     border = np.append(np.flatnonzero(windows.chunk_start), len(text))
@@ -97,8 +98,7 @@ def _read_along(
 ) -> tuple[np.ndarray, DecoderState]:
     """Symbols right, symbols, chunks right, chunks of a window, the true bytes as input."""
     reading, state = read_chunks(autoencoder, batch, latent, state, encoding)
-    is_wrong = (reading.mask & ~reading.correct).long()
-    wrong = torch.zeros_like(batch.chunk_index).scatter_add(1, reading.chunk, is_wrong)  # (b n)
-    is_chunk = batch.chunk_index >= 0
-    found = [reading.correct.sum(), reading.mask.sum(), ((wrong == 0) & is_chunk).sum(), is_chunk.sum()]
+    mask, correct = reading.events.mask, reading.correct
+    wrong = sum_by_chunk((mask & ~correct).long(), reading.events, batch.chunks)  # (b n)
+    found = [correct.sum(), mask.sum(), ((wrong == 0) & batch.is_chunk).sum(), batch.is_chunk.sum()]
     return torch.stack(found).cpu().numpy(), state

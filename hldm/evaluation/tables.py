@@ -1,27 +1,89 @@
-"""Tables for a terminal: a label a row, a value for each column, `-` where there is none."""
+"""Tables: by rich on a terminal, in Markdown anywhere else; `-` where there is no value.
+
+`compare` holds the rows of an evaluation; the studies make their own. Knows no model.
+"""
 
 from __future__ import annotations
 
+import sys
 import unicodedata
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from hldm.text.bytes import printable
 
 CELL_WIDTH = 24  # columns of a terminal that a name may take: two of them beside a label fit into 80
 
 
-def row(label: str, form: str, columns: Mapping[str, Any], *keys: str, scale: float = 1) -> list[str]:
-    """A label and, for every column, the formatted value below these keys."""
-    cells = [label]
-    for value in columns.values():
-        for key in keys:
-            value = None if value is None else value.get(key)
-        cells.append("-" if value is None else format(value * scale, form))
-    return cells
+class Table(NamedTuple):
+    """Formatted cells below a head. The first column is a label, at the left; values stand at the right."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def __str__(self) -> str:
+        """Markdown, its columns of one width each, so that it can be read as it is."""
+        table = [[printable(" ".join(text.split("\n"))) for text in line] for line in (self.head, *self.rows)]
+        widths = [max(map(width, column)) for column in zip(*table, strict=True)]
+        rule = ["-" * (widths[0] + 2), *("-" * (most + 1) + ":" for most in widths[1:])]
+        lines = []
+        for label, *values in table:
+            cells = [
+                " " * (most - width(value)) + value for value, most in zip(values, widths[1:], strict=True)
+            ]
+            lines.append(f"| {' | '.join([label + ' ' * (widths[0] - width(label)), *cells])} |")
+        return "\n".join([lines[0], f"|{'|'.join(rule)}|", *lines[1:]])
+
+    @classmethod
+    def of_records(
+        cls, records: Iterable[Mapping[str, Any]], columns: Mapping[str, tuple[str, str]]
+    ) -> Table:
+        """A row a record. columns: head of each, with the key and the format of its values."""
+        rows = [[cell(record.get(key), form) for key, form in columns.values()] for record in records]
+        return cls(list(columns), rows)
 
 
-def cell(text: str) -> str:
+def show(*parts: str | Table) -> None:
+    """Print texts and tables on standard output, an empty line between any two."""
+    on_terminal = sys.stdout is not None and sys.stdout.isatty()
+    for number, part in enumerate(parts):
+        if number:
+            print()
+        if on_terminal and isinstance(part, Table):
+            _print_richly(part)
+        else:
+            print(part)
+    print(end="", flush=True)
+
+
+def _print_richly(table: Table) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table as RichTable
+
+    drawn = RichTable(box=box.SIMPLE_HEAD)
+    for number, name in enumerate(table.head):
+        drawn.add_column(printable(name), justify="right" if number else "left", no_wrap=True)
+    for cells in table.rows:
+        drawn.add_row(*map(printable, cells))
+    console = Console(markup=False, emoji=False, highlight=False)
+    # as wide as it needs: lines longer than the terminal's wrap there, and no column is cut
+    needed = console.measure(drawn, options=console.options.update(width=10**6)).maximum
+    console.width = max(console.width, needed)
+    console.print(drawn)
+
+
+def cell(value: Any, form: str, scale: float = 1) -> str:
+    """A formatted value: a name short and harmless, a huge number in scientific form."""
+    if value is None:
+        return "-"
+    if isinstance(value, str):
+        return short(value)
+    value *= scale
+    return format(value, ".3e" if form.endswith("f") and "," not in form and abs(value) >= 1e7 else form)
+
+
+def short(text: str) -> str:
     """A name for a table: one line, harmless, with its middle left out where it is long."""
     shown = printable(" ".join(text.split()))
     if width(shown) <= CELL_WIDTH:
@@ -43,12 +105,75 @@ def width(text: str) -> int:
     )
 
 
-def align(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns of one width each: labels to the left, values to the right."""
-    table = [[printable(" ".join(text.split("\n"))) for text in row] for row in [head, *rows]]
-    widths = [max(width(row[column]) for row in table) for column in range(len(head))]
-    lines = []
-    for label, *values in table:
-        cells = [" " * (most - width(value)) + value for value, most in zip(values, widths[1:], strict=True)]
-        lines.append("  ".join([label + " " * (widths[0] - width(label)), *cells]).rstrip())
-    return "\n".join(lines)
+def row(label: str, form: str, columns: Mapping[str, Any], *keys: str, scale: float = 1) -> list[str]:
+    """A label and, for every column, the formatted value below these keys; `-` where the path ends early."""
+    cells = [label]
+    for value in columns.values():
+        for key in keys:
+            value = None if value is None else value.get(key)
+        cells.append(cell(value, form, scale))
+    return cells
+
+
+# ---- evaluations
+
+# label, dotted key, format
+_ROWS: tuple[tuple[str, str, str], ...] = (
+    ("measured on", "split", ""),
+    ("characters", "characters", ",.0f"),
+    ("bits per character (an upper bound)", "bits_per_character.bound", ".4f"),
+    ("  standard error, Monte Carlo", "bits_per_character.standard_error", ".4f"),
+    ("  standard error, another text", "bits_per_character.standard_error_text", ".4f"),
+    ("  of it latents", "bits_per_character.latent", ".4f"),
+    ("  of it bytes and ends", "bits_per_character.decoder", ".4f"),
+    ("  of it end of the diffusion", "bits_per_character.end", ".4f"),
+    ("  by importance-weighted draws", "bits_per_character.importance", ".4f"),
+    ("    how many", "samples", ".0f"),
+    ("perplexity, character", "perplexity.character", ".3f"),
+    ("perplexity, word", "perplexity.word", ".1f"),
+    ("characters per chunk", "characters_per_chunk", ".2f"),
+    ("reconstruction, bytes right", "reconstruction.noisy.byte_accuracy", ".2%"),
+    ("  from latents without noise", "reconstruction.clean.byte_accuracy", ".2%"),
+    ("reconstruction, bytes written right", "reconstruction.noisy.written_accuracy", ".2%"),
+    ("  from latents without noise", "reconstruction.clean.written_accuracy", ".2%"),
+    ("reconstruction, chunks right", "reconstruction.noisy.chunk_accuracy", ".2%"),
+    ("  from latents without noise", "reconstruction.clean.chunk_accuracy", ".2%"),
+    *(
+        row
+        for kind in ("1", "2", "L")
+        for row in (
+            (f"ROUGE-{kind} of continuations", f"rouge.rouge{kind}", ".3f"),
+            ("  prompt repeated", f"rouge.baselines.repeat_prompt.rouge{kind}", ".3f"),
+            ("  random passage", f"rouge.baselines.random_passage.rouge{kind}", ".3f"),
+        )
+    ),
+    *(
+        row
+        for label, key, form in (
+            ("different words", "distinct1", ".3f"),
+            ("different word pairs", "distinct2", ".3f"),
+            ("entropy of words, bits", "entropy", ".2f"),
+            ("repetition", "repetition", ".3f"),
+        )
+        for row in (
+            (f"diversity, {label}", f"diversity.{key}", form),
+            ("  of the true text", f"diversity.reference.{key}", form),
+        )
+    ),
+    ("written chunks, cut again the same", "rechunked", ".2%"),
+    ("speed, characters per second", "speed.characters_per_second", ",.0f"),
+    ("  denoising calls", "speed.denoising_calls", ",.0f"),
+    ("cost, parameters", "cost.parameters", ",.0f"),
+    ("  seconds of training", "cost.train_seconds", ",.0f"),
+    ("  characters of training", "cost.train_characters", ",.0f"),
+)
+
+
+def compare(columns: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Evaluations side by side: a column each, named by its key."""
+    from hldm.evaluation.context_length import rows
+
+    found = (*_ROWS, *rows(columns.values()))
+    return Table(
+        ["", *map(short, columns)], [row(label, form, columns, *key.split(".")) for label, key, form in found]
+    )

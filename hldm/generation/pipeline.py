@@ -17,15 +17,16 @@ from diffusers.utils import BaseOutput
 from transformers import PreTrainedTokenizer
 
 from hldm.chunking.segmenter import Segmenter
-from hldm.config import GenerationConfig, section_from_dict
+from hldm.chunking.strategies import attach_segmenter, read_segmenter
+from hldm.config import Config, GenerationConfig, section_from_dict
+from hldm.generation.footprint import require_room_to_write
 from hldm.generation.writer import Continuation, write_on
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.diffusion import SchedulerName, make_scheduler, scheduler_name
 from hldm.model.prior import Prior
-from hldm.runs.checkpoints import fingerprint
+from hldm.runs.files import fingerprint
 from hldm.runs.saved_model import SAVED_BY_DIFFUSERS, SavedModel, first_line, read_json
 from hldm.text.bytes import StreamDecoder, to_bytes
-from hldm.training.segmenters import attach_segmenter, read_segmenter
 
 
 class ByteTokenizer(PreTrainedTokenizer):
@@ -111,7 +112,7 @@ class HLDMPipeline(DiffusionPipeline):
         """Put a trained model together, with the sampler that its config names."""
         scheduler = None
         if prior is not None:
-            scheduler = make_scheduler(defaults.solver, prior.schedule, max(1, defaults.steps))
+            scheduler = make_scheduler(defaults.scheduler, prior.schedule, max(1, defaults.steps))
         return cls(
             autoencoder.eval(),
             ByteTokenizer(),
@@ -139,8 +140,16 @@ class HLDMPipeline(DiffusionPipeline):
         """The generation settings of this pipeline; a scheduler put in by the user is honoured."""
         settings = GenerationConfig(**dict(self.config["defaults"]))
         if self.scheduler is not None:
-            settings = _with_solver(settings, scheduler_name(self.scheduler))
+            settings = replace(settings, scheduler=scheduler_name(self.scheduler))
         return settings
+
+    def require_room_to_write(self, prompts: Sequence[bytes], max_characters: int) -> None:
+        """Raise ConfigError unless continuing so many prompts fits in the memory that there is."""
+        config = Config(autoencoder=self.autoencoder.settings, chunking=self.autoencoder.chunking)
+        if self.prior is not None:
+            config = replace(config, prior=self.prior.settings, hierarchy=self.prior.hierarchy)
+        longest = max(map(len, prompts), default=0)
+        require_room_to_write(config, len(prompts), max_characters, longest)
 
     def __call__(
         self,
@@ -177,6 +186,7 @@ class HLDMPipeline(DiffusionPipeline):
         if generator is not None:
             seed = int(torch.randint(2**31, (), generator=generator))
         settings = replace(self.settings, **{k: v for k, v in given.items() if v is not None})
+        self.require_room_to_write(rows, max_characters)
         decoders = [StreamDecoder() for _ in rows]
         written: list[Continuation] = []
         calls = 0
@@ -226,7 +236,7 @@ def read_pipeline(folder: str | Path) -> HLDMPipeline:
         settings = _defaults(found)
         if scheduler is not None:
             saved = read_json(folder / "scheduler" / "scheduler_config.json")
-            settings = _with_solver(settings, _scheduler_name(scheduler, saved.get("solver_order")))
+            settings = replace(settings, scheduler=_scheduler_name(scheduler, saved.get("solver_order")))
         autoencoder = Autoencoder.from_pretrained(folder / "autoencoder")
         prior = None if scheduler is None else Prior.from_pretrained(folder / "prior")
         segmenter = read_segmenter(folder / "segmenter", autoencoder.chunking)
@@ -243,11 +253,6 @@ def _defaults(index: dict[str, Any]) -> GenerationConfig:
     if not isinstance(defaults, dict):
         raise ValueError(f"model_index.json: defaults must be an object, got {defaults!r:.80}")
     return section_from_dict(GenerationConfig, defaults)
-
-
-def _with_solver(settings: GenerationConfig, name: SchedulerName) -> GenerationConfig:
-    """The settings with another sampler, if it is another: the one-step head keeps the one that stands for it."""
-    return settings if name == settings.solver else replace(settings, scheduler=name)
 
 
 def _scheduler_name(class_name: str, solver_order: object) -> SchedulerName:

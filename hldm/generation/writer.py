@@ -4,33 +4,32 @@
 
 Encoder, pyramid and (if carried) decoder keep their state, so a character costs the same however long
 the text. Each row draws from its own generator: a batch of prompts writes what they write one by one.
-The twin writes byte by byte behind the same interface.
+The twin writes byte by byte behind the same interface. `hldm.kernels.writer` holds the same writers in C++.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hldm.config import Config, GenerationConfig
+from hldm.chunking.attached import chunker_of
+from hldm.config import GenerationConfig
 from hldm.generation.chunk import Piece, Written, write_bytes, write_chunks
 from hldm.generation.finite import require_finite
-from hldm.kernels.context import KeptContext, can_keep
-from hldm.kernels.denoise import PlannedSteps, can_denoise
-from hldm.model.autoencoder import Autoencoder, DecoderState, EncoderState
+from hldm.model.autoencoder import Autoencoder
 from hldm.model.contextualiser import Context, ContextState
 from hldm.model.denoiser import Told
-from hldm.model.diffusion import draw_noise, sample, sampler_steps
-from hldm.model.mixture import draw_rows
+from hldm.model.diffusion import Steps, sample, sampler_steps
 from hldm.model.prior import Prior
-from hldm.model.state import select_rows
-from hldm.text.bytes import count_characters, split_incomplete, to_ids
-from hldm.training.sizes import PROMPT_WINDOW, require_room_to_write
+from hldm.model.speed import has_faster_form
+from hldm.model.state import DecoderState, EncoderState, select_rows
+from hldm.text.bytes import PROMPT_WINDOW, count_characters, split_incomplete
+from hldm.text.windows import Window, window_of
 
 
 class Writer(Protocol):
@@ -39,6 +38,241 @@ class Writer(Protocol):
     calls: int  # denoiser evaluations so far
 
     def write(self) -> list[Piece]: ...
+
+
+def row_generators(seed: int, rows: int) -> list[torch.Generator]:
+    """One generator a row: row i of seed s is row 0 of seed s + i."""
+    return [torch.Generator().manual_seed(seed + row) for row in range(rows)]
+
+
+@has_faster_form
+def make_writer(
+    autoencoder: Autoencoder,
+    prior: Prior | None,
+    prompts: Sequence[bytes],
+    settings: GenerationConfig,
+    generators: Sequence[torch.Generator],
+) -> Writer:
+    """The writer that fits the model: with a prior over latents, or the twin's."""
+    if autoencoder.latent_dim == 0:
+        return ByteWriter(autoencoder, prompts, settings, generators)
+    if prior is None:
+        raise ValueError("this autoencoder has no prior yet: train one with train_diffusion.py")
+    return LatentWriter(autoencoder, prior, prompts, settings, generators)
+
+
+# ---- the steps from chunk to chunk
+
+
+def sample_latents(
+    prior: Prior,
+    plan: Steps,
+    told: Told,
+    blind: Told | None,
+    settings: GenerationConfig,
+    generators: Sequence[torch.Generator],
+) -> Tensor:
+    """z_0 (b z) of the next chunk: noise, denoised by the steps of a plan, each row's from its own generator.
+
+    told: what the denoiser is told of the text so far
+    blind: the same of no text, for guidance: x0 = x0_blind + guidance (x0_told - x0_blind) (arXiv 2207.12598)
+    """
+    estimate: Tensor | None = None
+
+    def denoise(z: Tensor, gamma: Tensor) -> Tensor:
+        nonlocal estimate
+        z, gamma = z[:, None, None], gamma[:, None, None]  # (b n=1 m=1 z), (b 1 1)
+        x0 = prior.denoise(z, gamma, told, estimate)
+        if blind is not None:
+            without = prior.denoise(z, gamma, blind, estimate)
+            x0 = without + settings.guidance * (x0 - without)
+        if prior.settings.self_conditioning:
+            estimate = x0
+        return x0[:, 0, 0]
+
+    return sample(
+        denoise,
+        (len(generators), prior.latent_dim),
+        prior.schedule,
+        steps=settings.steps,
+        scheduler=settings.scheduler,
+        generators=generators,
+        temperature=settings.temperature,
+        device=plan.gammas.device,
+        plan=plan,
+    )
+
+
+def next_context(prior: Prior, memory: ContextState) -> Context:
+    """The context of the chunk that comes next (b 1 ...), from what is remembered of those before it."""
+    device, rows = memory.written.device, len(memory.written)
+    none = torch.zeros(rows, 0, dtype=torch.bool, device=device)
+    context, _ = prior.contextualiser(
+        torch.zeros(rows, 0, prior.latent_dim, device=device), none, none, memory
+    )
+    return context.first(1)
+
+
+def add_chunks(
+    prior: Prior, memory: ContextState, latents: Tensor, opens: Tensor, after: Tensor, closed: Tensor
+) -> tuple[Context, ContextState]:
+    """One chunk a row more: the context of the next, and what is remembered.
+
+    latents: (b 1 z);  opens: (b 1) bool, the first chunk of a document;  after: (b 1 f) of the text up to its end
+    closed: (b) bool, the last of its document: the next one has no past, should anyone go on
+    """
+    always = torch.ones_like(opens)
+    context, memory = prior.contextualiser(latents, always, opens, memory, after)
+    if not bool(closed.any()):
+        return context.of(always.long()), memory
+    fresh = prior.initial_state(len(closed), closed.device)
+    memory = select_rows(closed, fresh, memory)
+    return next_context(prior, memory), memory
+
+
+# ---- the writers
+
+
+class LatentWriter:
+    """The latent model: samples a latent, writes its chunk, reads it back.
+
+    What is carried from chunk to chunk are values, which are replaced and never written into.
+    """
+
+    def __init__(
+        self,
+        autoencoder: Autoencoder,
+        prior: Prior,
+        prompts: Sequence[bytes],
+        settings: GenerationConfig,
+        generators: Sequence[torch.Generator],
+    ):
+        """Reads the prompts. Raises ValueError when no denoising is asked for and there is no mixture."""
+        if not settings.steps and prior.mixture is None:
+            raise ValueError("this prior has no mixture to draw from: take 1 step or more")
+        self.autoencoder, self.prior, self.settings = autoencoder, prior, settings
+        self.generators = generators
+        self.device = next(autoencoder.parameters()).device
+        self.calls = 0
+        self.plan = (
+            sampler_steps(settings.scheduler, prior.schedule, settings.steps) if settings.steps else None
+        )
+        rows = len(prompts)
+        self.encoder = autoencoder.encoder_state(rows, self.device)
+        self.decoder = autoencoder.decoder_state(rows, self.device)
+        self.memory = prior.initial_state(
+            rows, self.device
+        )  # the pyramid; stays so where nothing is denoised
+        self.blind: Told | None = None  # what the denoiser is told of no text; None without guidance
+        if settings.guidance != 1:
+            nothing = next_context(prior, self.memory)
+            self.blind = prior.tell(prior.hide(nothing, torch.ones_like(nothing.visible[..., 0])))
+        for window in _prompt_windows(autoencoder, prompts, self.device):
+            self._read(window)
+        self.told = prior.tell(
+            next_context(prior, self.memory)
+        )  # what the denoiser is told of the next chunk
+        self.opens = [not prompt for prompt in prompts]  # whether the next chunk is the first of its document
+
+    def _read(self, window: Window) -> None:
+        """Take in whole chunks of a prompt: advance encoder, pyramid and a carried decoder."""
+        encoding, self.encoder = self.autoencoder.encode(window, self.encoder)
+        if self.settings.steps:
+            _, self.memory = self.prior.contextualiser(
+                encoding.latents, encoding.mask, encoding.doc_start, self.memory, encoding.after
+            )
+        if self.autoencoder.settings.carry_state:
+            events = self.autoencoder.events(window, self.decoder)
+            # the mean of what the decoder was trained on
+            gamma_0 = torch.tensor(self.prior.diffusion.gamma_0, device=self.device)
+            mean = encoding.latents * torch.sigmoid(-gamma_0).sqrt()
+            told = self.autoencoder.tell(events, encoding)
+            _, griffin = self.autoencoder.decode(events, mean, self.decoder.griffin, told)
+            self.decoder = DecoderState(griffin, events.last)
+
+    def write(self) -> list[Piece]:
+        """Sample and write one chunk a row."""
+        written = self.write_chunks(require_finite(self.sample_latents(), "latents", self.settings))
+        pieces = written.pieces
+        length = torch.tensor([len(piece.text) for piece in pieces], device=self.device)
+        last = torch.tensor([piece.text[-1] for piece in pieces], device=self.device)
+        closed = torch.tensor([piece.ends_document for piece in pieces], device=self.device)
+        opens = torch.tensor(self.opens, device=self.device)[:, None]
+        latents, self.encoder = self.close_chunks(written, length, opens)
+        self.decoder = DecoderState(written.decoder, last)
+        if self.settings.steps:
+            self.add_chunks(latents, opens, closed)
+        self.opens = [piece.ends_document for piece in pieces]
+        return pieces
+
+    def sample_latents(self) -> Tensor:
+        """z_0 of the next chunk of every row (b z); without denoising a draw from the mixture."""
+        if self.plan is not None:
+            self.calls += self.settings.steps * (1 if self.blind is None else 2)
+            return sample_latents(
+                self.prior, self.plan, self.told, self.blind, self.settings, self.generators
+            )
+        assert self.prior.mixture is not None
+        opens = torch.tensor(self.opens, device=self.device)
+        log_weights = self.prior.mixture.log_weights(self.encoder.known * ~opens[:, None])
+        gamma_0, heat = self.prior.diffusion.gamma_0, self.settings.temperature
+        return self.prior.mixture.sample(gamma_0, log_weights, self.generators, heat)
+
+    def write_chunks(self, latent: Tensor) -> Written:
+        """The bytes of a chunk a row, from its latent (b z)."""
+        return write_chunks(
+            self.autoencoder,
+            latent,
+            self.encoder,
+            self.decoder,
+            self.opens,
+            self.settings,
+            self.generators,
+        )
+
+    def close_chunks(self, written: Written, length: Tensor, opens: Tensor) -> tuple[Tensor, EncoderState]:
+        """The latents (b 1 z) of the chunks just written, and the state after them. length (b), opens (b 1)."""
+        return self.autoencoder.close_chunk(written.features, written.encoder, length, opens, self.encoder)
+
+    def add_chunks(self, latents: Tensor, opens: Tensor, closed: Tensor) -> None:
+        """What the denoiser is told of the chunk after those of these latents; see the function `add_chunks`."""
+        after = self.encoder.known[:, None]
+        context, self.memory = add_chunks(self.prior, self.memory, latents, opens, after, closed)
+        self.told = self.prior.tell(context)
+
+
+class ByteWriter:
+    """The twin: writes byte by byte, a chunk's worth of them at a time."""
+
+    def __init__(
+        self,
+        autoencoder: Autoencoder,
+        prompts: Sequence[bytes],
+        settings: GenerationConfig,
+        generators: Sequence[torch.Generator],
+    ):
+        self.autoencoder, self.settings, self.generators = autoencoder, settings, generators
+        device = next(autoencoder.parameters()).device
+        self.calls = 0
+        self.state = autoencoder.decoder_state(len(prompts), device)
+        for window in _prompt_windows(autoencoder, prompts, device):
+            events = autoencoder.events(window, self.state)
+            _, griffin = autoencoder.decode(events, None, self.state.griffin)
+            self.state = DecoderState(griffin, events.last)
+        self.opens = [not prompt for prompt in prompts]
+
+    def write(self) -> list[Piece]:
+        """Write max_bytes symbols a row, or up to the end of the document."""
+        pieces, self.state = self.write_bytes()
+        self.opens = [piece.ends_document for piece in pieces]
+        return pieces
+
+    def write_bytes(self) -> tuple[list[Piece], DecoderState]:
+        """What a row writes, and the state after it."""
+        return write_bytes(self.autoencoder, self.state, self.opens, self.settings, self.generators)
+
+
+# ---- prompts and continuations
 
 
 @dataclass
@@ -55,54 +289,16 @@ class Continuation:
         return b"".join(self.chunks)
 
 
-def row_generators(seed: int, rows: int) -> list[torch.Generator]:
-    """One generator a row: row i of seed s is row 0 of seed s + i."""
-    return [torch.Generator().manual_seed(seed + row) for row in range(rows)]
-
-
-class _Window(NamedTuple):
-    """Bytes of several rows, padded, with their flags."""
-
-    text: Tensor
-    length: Tensor
-    doc_start: Tensor
-    chunk_start: Tensor
-    chunks: int | None = None  # a row, padded; None: the most in any
-
-
-def _window(
-    pieces: Sequence[bytes],
-    starts: Sequence[np.ndarray],
-    opens: Sequence[bool],
-    device: torch.device,
-    width: int | None = None,
-) -> _Window:
-    """width: pad to so many bytes a row (those of the longest when None)."""
-    width = max((len(piece) for piece in pieces), default=0) if width is None else width
-    text = np.zeros((len(pieces), width), dtype=np.int64)
-    chunk_start = np.zeros(text.shape, dtype=bool)
-    doc_start = np.zeros(text.shape, dtype=bool)
-    for row, (piece, start, opening) in enumerate(zip(pieces, starts, opens, strict=True)):
-        text[row, : len(piece)] = to_ids(piece)
-        chunk_start[row, : len(piece)] = start
-        if opening and piece:
-            doc_start[row, 0] = True
-    return _Window(
-        torch.from_numpy(text).to(device),
-        torch.tensor([len(piece) for piece in pieces]).to(device),
-        torch.from_numpy(doc_start).to(device),
-        torch.from_numpy(chunk_start).to(device),
-    )
-
-
 def _prompt_windows(
-    prompts: Sequence[bytes], starts: Sequence[np.ndarray], device: torch.device
-) -> Iterator[_Window]:
+    autoencoder: Autoencoder, prompts: Sequence[bytes], device: torch.device
+) -> Iterator[Window]:
     """Cut prompts at chunk borders into windows of about PROMPT_WINDOW bytes in all; short ones run out early.
 
     All have one shape, so that the memory which one gives back fits the next. Tensors of ever other sizes leave
     glibc's heap in pieces, the more of them the longer the text.
     """
+    chunker = chunker_of(autoencoder)
+    starts = [chunker.chunk_start(prompt) for prompt in prompts]
     size = max(PROMPT_WINDOW // max(len(prompts), 1), 1)
     cuts, width, chunks = [], 0, 0
     for prompt, start in zip(prompts, starts, strict=True):
@@ -118,248 +314,8 @@ def _prompt_windows(
             part = slice(cut[index], cut[index + 1]) if index + 1 < len(cut) else slice(0, 0)
             pieces.append(prompt[part])
             flags.append(start[part])
-        yield _window(pieces, flags, [index == 0] * len(prompts), device, width)._replace(chunks=chunks)
-
-
-class LatentWriter:
-    """The latent model: samples a latent, writes its chunk, reads it back."""
-
-    def __init__(
-        self,
-        autoencoder: Autoencoder,
-        prior: Prior,
-        prompts: Sequence[bytes],
-        settings: GenerationConfig,
-        generators: Sequence[torch.Generator],
-    ):
-        self.autoencoder, self.prior, self.settings = autoencoder, prior, settings
-        self.generators = generators
-        self.device = next(autoencoder.parameters()).device
-        self.calls = 0
-        self.plan = None
-        self.planned: PlannedSteps | None = None
-        if settings.is_one_step:
-            prior.require_one_step()
-        elif settings.steps:
-            self.plan = sampler_steps(settings.solver, prior.schedule, settings.steps)
-        rows = len(prompts)
-        self.encoder: EncoderState = autoencoder.encoder_state(rows, self.device)
-        self.decoder: DecoderState = autoencoder.decoder_state(rows, self.device)
-        self.memory: ContextState | KeptContext = prior.initial_state(rows, self.device)
-        self.context: Context | Told = self._read_nothing(self.memory)  # of the next chunk
-        self.opens = [True] * rows  # whether the next chunk is the first of its document
-        starts = [autoencoder.chunker.chunk_start(prompt) for prompt in prompts]
-        for window in _prompt_windows(prompts, starts, self.device):
-            self._read(window)
-        self.opens = [not prompt for prompt in prompts]
-
-    def _read_nothing(self, memory: ContextState) -> Context:
-        rows = memory.written.shape[0]
-        none = torch.zeros(rows, 0, dtype=torch.bool, device=self.device)
-        latents = torch.zeros(rows, 0, self.prior.latent_dim, device=self.device)
-        context, _ = self.prior.contextualiser(latents, none, none, memory)
-        return context.first(1)
-
-    def _read(self, window: _Window) -> None:
-        """Take in whole chunks of a prompt: advance encoder, pyramid and a carried decoder."""
-        text, length, doc_start, chunk_start, chunks = window
-        encoding, self.encoder = self.autoencoder.encode(
-            text, length, doc_start, chunk_start, self.encoder, chunks
-        )
-        self._remember(encoding.latents, encoding.mask, encoding.doc_start, encoding.after)
-        if self.autoencoder.settings.carry_state:
-            never = torch.zeros_like(doc_start)
-            events = self.autoencoder.events(text, length, doc_start, never, chunk_start, self.decoder)
-            # the mean of what the decoder was trained on
-            gamma_0 = torch.tensor(self.prior.diffusion.gamma_0, device=self.device)
-            _, griffin = self.autoencoder.decode(
-                events.symbol,
-                encoding.latents * torch.sigmoid(-gamma_0).sqrt(),
-                events.chunk,
-                events.doc_start,
-                events.unit_start,
-                self.decoder.griffin,
-                events.length,
-                told=self.autoencoder.tell(events, encoding),
-            )
-            self.decoder = DecoderState(griffin, events.last)
-
-    def _read_own(self, written: Written) -> None:
-        """Take in the chunks just written, from where their writing left the models."""
-        pieces = written.pieces
-        closed = torch.tensor([piece.ends_document for piece in pieces], device=self.device)
-        if written.features is None:
-            starts = [np.arange(len(piece.text)) == 0 for piece in pieces]
-            window = _window([piece.text for piece in pieces], starts, self.opens, self.device)
-            encoding, self.encoder = self.autoencoder.encode(*window[:4], self.encoder)
-            self._remember_own(encoding.latents, encoding.doc_start, encoding.after, closed)
-        else:
-            length = torch.tensor([len(piece.text) for piece in pieces], device=self.device)
-            opens = torch.tensor(self.opens, device=self.device)[:, None]
-            features = written.features
-            latents, self.encoder = self.autoencoder.close_chunk(
-                features, written.encoder, length, opens, self.encoder
-            )
-            self._remember_own(latents, opens, self.encoder.known[:, None], closed)
-        last = torch.tensor([piece.text[-1] for piece in pieces], device=self.device)
-        self.decoder = DecoderState(written.decoder, last)
-
-    def _remember(self, latents: Tensor, mask: Tensor, doc_start: Tensor, after: Tensor) -> None:
-        """The context of the next chunk, from those of a window; a mixture alone has no use for the pyramid."""
-        if self.settings.reads_latents:
-            assert isinstance(self.memory, ContextState)
-            context, self.memory = self.prior.contextualiser(latents, mask, doc_start, self.memory, after)
-            self.context = context.of(mask.sum(dim=1, keepdim=True))
-
-    def _remember_own(self, latents: Tensor, opens: Tensor, after: Tensor, closed: Tensor) -> None:
-        """The same for one chunk a row; a document that it closes is followed by a new one, should anyone go on."""
-        if not self.settings.reads_latents:
-            return
-        # what is kept for writing can no longer be hidden
-        if (
-            isinstance(self.memory, ContextState)
-            and self.settings.guidance == 1
-            and not self.settings.is_one_step
-            and can_keep(self.prior, self.memory)
-        ):
-            self.memory = KeptContext(self.prior, self.memory)
-        if isinstance(self.memory, KeptContext):
-            self.context = self.memory.add(latents[:, 0], after[:, 0], closed)
-            return
-        self._remember(latents, torch.ones_like(opens), opens, after)
-        if bool(closed.any()):
-            fresh = self.prior.initial_state(len(closed), self.device)
-            memory: ContextState = select_rows(closed, fresh, self.memory)
-            self.memory, self.context = memory, self._read_nothing(memory)
-
-    def sample_latents(self) -> Tensor:
-        """z_0 of the next chunk of every row. (b z)."""
-        if self.settings.is_one_step:
-            assert isinstance(self.context, Context)
-            self.calls += 1
-            u, noise = draw_rows(self.prior.latent_dim, self.generators, self.device)
-            heat = self.settings.temperature
-            return self.prior.draw_once(self.context, u[:, None], noise[:, None], heat)[:, 0, 0]
-        if self.plan is None:
-            mixture = self.prior.mixture
-            if mixture is None:
-                raise ValueError("this prior has no mixture to draw from: take 1 step or more")
-            opens = torch.tensor(self.opens, device=self.device)
-            weights = mixture.log_weights(self.encoder.known * ~opens[:, None])
-            gamma_0, heat = self.prior.diffusion.gamma_0, self.settings.temperature
-            return mixture.sample(gamma_0, weights, self.generators, heat)
-        guidance = self.settings.guidance
-        context, blind = self.context, None
-        told = self.prior.tell(context) if isinstance(context, Context) else context
-        if guidance != 1:
-            assert isinstance(context, Context)
-            hidden = torch.ones_like(context.visible[..., 0])
-            blind = self.prior.tell(self.prior.hide(context, hidden))
-        estimate: Tensor | None = None
-
-        def denoise(z: Tensor, gamma: Tensor) -> Tensor:
-            nonlocal estimate
-            z, gamma = z[:, None, None], gamma[:, None, None]
-            x0 = self.prior.denoise(z, gamma, told, estimate)
-            self.calls += 1
-            if blind is not None:
-                without = self.prior.denoise(z, gamma, blind, estimate)
-                x0 = without + guidance * (x0 - without)
-                self.calls += 1
-            if self.prior.settings.self_conditioning:
-                estimate = x0
-            return x0[:, 0, 0]
-
-        shape, temperature = (len(self.generators), self.prior.latent_dim), self.settings.temperature
-        if self.planned is None and guidance == 1 and can_denoise(self.prior, self.plan):
-            self.planned = PlannedSteps(self.prior, self.plan)
-        if self.planned is not None:
-            self.calls += self.settings.steps
-            draws = 1 + self.settings.steps if self.plan.draws else 1
-            noise = draw_noise(draws, shape, self.generators, temperature, self.device)
-            return self.planned.draw(told, noise[0], noise[1:])
-        return sample(
-            denoise,
-            shape,
-            self.prior.schedule,
-            steps=self.settings.steps,
-            scheduler=self.settings.solver,
-            generators=self.generators,
-            temperature=temperature,
-            device=self.device,
-            plan=self.plan,
-        )
-
-    def write(self) -> list[Piece]:
-        """Sample and write one chunk a row."""
-        written = write_chunks(
-            self.autoencoder,
-            require_finite(self.sample_latents(), "latents", self.settings),
-            self.encoder,
-            self.decoder,
-            self.opens,
-            self.settings,
-            self.generators,
-        )
-        self._read_own(written)
-        self.opens = [piece.ends_document for piece in written.pieces]
-        return written.pieces
-
-
-class ByteWriter:
-    """The twin: writes byte by byte, a chunk's worth of them at a time."""
-
-    def __init__(
-        self,
-        autoencoder: Autoencoder,
-        prompts: Sequence[bytes],
-        settings: GenerationConfig,
-        generators: Sequence[torch.Generator],
-    ):
-        self.autoencoder, self.settings, self.generators = autoencoder, settings, generators
-        self.device = next(autoencoder.parameters()).device
-        self.calls = 0
-        rows = len(prompts)
-        self.state = autoencoder.decoder_state(rows, self.device)
-        starts = [autoencoder.chunker.chunk_start(prompt) for prompt in prompts]
-        for window in _prompt_windows(prompts, starts, self.device):
-            text, length, doc_start, chunk_start, _ = window
-            never = torch.zeros_like(doc_start)
-            events = autoencoder.events(text, length, doc_start, never, chunk_start, self.state)
-            _, griffin = autoencoder.decode(
-                events.symbol,
-                None,
-                events.chunk,
-                events.doc_start,
-                events.unit_start,
-                self.state.griffin,
-                events.length,
-            )
-            self.state = DecoderState(griffin, events.last)
-        self.opens = [not prompt for prompt in prompts]
-
-    def write(self) -> list[Piece]:
-        """Write max_bytes symbols a row, or up to the end of the document."""
-        pieces, self.state = write_bytes(
-            self.autoencoder, self.state, self.opens, self.settings, self.generators
-        )
-        self.opens = [piece.ends_document for piece in pieces]
-        return pieces
-
-
-def make_writer(
-    autoencoder: Autoencoder,
-    prior: Prior | None,
-    prompts: Sequence[bytes],
-    settings: GenerationConfig,
-    generators: Sequence[torch.Generator],
-) -> Writer:
-    """The writer that fits the model: with a prior over latents, or the twin's."""
-    if autoencoder.latent_dim == 0:
-        return ByteWriter(autoencoder, prompts, settings, generators)
-    if prior is None:
-        raise ValueError("this autoencoder has no prior yet: train one with train_diffusion.py")
-    return LatentWriter(autoencoder, prior, prompts, settings, generators)
+        opens = [index == 0] * len(prompts)
+        yield window_of(pieces, flags, opens, device, width=width, chunks=chunks)
 
 
 @torch.no_grad()
@@ -382,10 +338,6 @@ def write_on(
         raise ValueError("no prompt given: pass at least one, '' starts a document")
     if max_characters < 1:
         raise ValueError(f"max_characters must be at least 1, got {max_characters}")
-    config = Config(autoencoder=autoencoder.settings, chunking=autoencoder.chunking)
-    if prior is not None:
-        config = replace(config, prior=prior.settings, hierarchy=prior.hierarchy)
-    require_room_to_write(config, len(prompts), max_characters, max(map(len, prompts)))
     rows = [Continuation(prompt) for prompt in prompts]
     writer = make_writer(autoencoder, prior, prompts, settings, row_generators(seed, len(prompts)))
     left = [_Budget(max_characters) for _ in rows]

@@ -1,19 +1,22 @@
 """The latent of a chunk just written and the trunk's step after it, in a single call of C++.
 
-What `Autoencoder.close_chunk` does in torch, to rounding; it asks `can_close` first. Like `hldm.kernels.stack`, this reads the
-parameters where they are.
+What `Autoencoder.close_chunk` does in torch, to rounding; call only where `can_close`. Like `hldm.kernels.stack`, this
+reads the parameters where they are.
 """
 
 from __future__ import annotations
 
 import ctypes
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hldm.kernels.library import library
 from hldm.kernels.stack import StackCall, is_plain, kernels_can_compute, stack_call, stack_of
+from hldm.model.autoencoder import Autoencoder
+from hldm.model.griffin import GriffinState
+from hldm.model.state import EncoderState
 
 _SIZES = ("rows", "bytes", "d", "k", "z", "threads")
 _TENSORS = (
@@ -33,18 +36,10 @@ class _Closing(ctypes.Structure):
     ]
 
 
-class Closed(NamedTuple):
-    """What a chunk leaves, by row."""
-
-    latents: Tensor  # (b z) normalised
-    feature: Tensor  # (b d) of the encoder at the last byte
-    trunk: Any  # state, as `Griffin.initial_state` gives it; () without a trunk
-    known: Tensor  # (b w) the trunk's output; without one, the feature
-
-
-def _parameters(autoencoder: Any) -> dict[str, Tensor]:
+def _parameters(autoencoder: Autoencoder) -> dict[str, Tensor]:
     """What the kernel reads of the readout, by the names in `_Closing`."""
-    read, normaliser = autoencoder.to_latent, autoencoder.normaliser
+    normaliser = autoencoder.normaliser
+    read: Any = autoencoder.to_latent  # Any: one of two readouts
     return {
         "inner": read.inner.weight,
         "inner_bias": read.inner.bias,
@@ -56,29 +51,31 @@ def _parameters(autoencoder: Any) -> dict[str, Tensor]:
     }
 
 
-def can_close(autoencoder: Any, y: Tensor, trunk: Any) -> bool:
-    """Whether `close_step` does what the modules would, from features y (b l d) and a state of the trunk."""
-    if not kernels_can_compute() or len(y) == 0 or not is_plain(y):
-        return False
-    if autoencoder.settings.pooling != "mean":
+def can_close(autoencoder: Autoencoder, rows: int) -> bool:
+    """Whether the kernel does what the modules would, for so many rows."""
+    if not kernels_can_compute() or autoencoder.settings.pooling != "mean":
         return False
     parameters = list(_parameters(autoencoder).values())
     if autoencoder.settings.trunk_layers:
-        if stack_of(autoencoder.trunk, trunk, len(y)) is None:
+        trunk = autoencoder.trunk
+        if stack_of(trunk, trunk.initial_state(rows), rows) is None:
             return False
         parameters += [autoencoder.to_trunk.weight, autoencoder.to_trunk.bias]
     return all(map(is_plain, parameters))
 
 
-def close_step(autoencoder: Any, y: Tensor, length: Tensor, opens: Tensor, trunk: Any) -> Closed:
-    """Take in one chunk a row; call only where `can_close`.
-
-    y: (b l d) features of its bytes;  length: (b), at least 1;  opens: (b 1) bool, first chunk of a document
-    trunk: its state, left as it is
-    """
+def close_chunk(
+    autoencoder: Autoencoder,
+    y: Tensor,
+    griffin: GriffinState,
+    length: Tensor,
+    opens: Tensor,
+    state: EncoderState,
+) -> tuple[Tensor, EncoderState]:
+    """`Autoencoder.close_chunk` of float32 features y (b l d); state: left as it is."""
     kernels, (rows, bytes_, d) = library(), y.shape
-    assert kernels is not None and length.shape == (rows,) and opens.shape == (rows, 1)
-    read, to_trunk = autoencoder.to_latent, getattr(autoencoder, "to_trunk", None)
+    assert kernels is not None and length.shape == (rows,) and opens.shape == (rows, 1) and is_plain(y)
+    to_trunk = autoencoder.to_trunk if autoencoder.settings.trunk_layers else None
     tensors = _parameters(autoencoder) | {
         "features": y,
         "length": length.contiguous(),
@@ -92,16 +89,18 @@ def close_step(autoencoder: Any, y: Tensor, length: Tensor, opens: Tensor, trunk
         rows=rows,
         bytes=bytes_,
         d=d,
-        k=read.inner.out_features,
+        k=len(tensors["inner"]),
         z=autoencoder.latent_dim,
         threads=torch.get_num_threads(),
         **{name: tensor.data_ptr() for name, tensor in tensors.items()},
     )
-    kept: list[Any] = []
+    kept: list[Any] = []  # what the call points to, alive until it returns
+    trunk = state.trunk
     if to_trunk is not None:
         linear = (ctypes.c_void_p * 2)(to_trunk.weight.data_ptr(), to_trunk.bias.data_ptr())
         call.to_trunk = ctypes.addressof(linear)
         call.trunk, trunk = stack_call(autoencoder.trunk, trunk, rows, kept)
     kernels.hldm_close(ctypes.byref(call))
     feature = tensors["feature"]
-    return Closed(tensors["latents"], feature, trunk, tensors.get("known", feature))
+    known = tensors.get("known", feature)
+    return tensors["latents"][:, None], EncoderState(griffin, feature, trunk, known)

@@ -1,8 +1,7 @@
 """The context of one chunk more, in a single call of C++: contextualiser, and what the denoiser is told of it.
 
-What `hldm.model.contextualiser` and `Prior.tell` do for a window of one chunk, to rounding. Weights do not change while a
-text is written, so an entry's keys and values are worked out once, when it is born, and kept instead of it.
-`hldm.generation.writer` asks `can_keep` first.
+What `hldm.model.contextualiser` and `Prior.tell` do for a window of one chunk, to rounding. Weights do not change while
+a text is written, so an entry's keys and values are worked out once, when it is born, and kept instead of it.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from hldm.kernels.library import library
 from hldm.kernels.stack import is_plain, kernels_can_compute
 from hldm.model.contextualiser import ContextState
 from hldm.model.denoiser import BlockContext, Told
+from hldm.model.prior import Prior
 
 MOST_CHUNKS = 2**40  # that a summary may stand for
 _SIZES = (
@@ -63,15 +63,15 @@ def _parameters(prior: Any) -> dict[str, list[Tensor | None]]:
     }
 
 
-def can_keep(prior: Any, memory: ContextState) -> bool:
-    """Whether `KeptContext` does from this state on what contextualiser and `Prior.tell` would."""
+def can_keep(prior: Prior, rows: int) -> bool:
+    """Whether `KeptContext` does what contextualiser and `Prior.tell` would, for so many rows."""
     hierarchy, dropout = prior.hierarchy, prior.training and prior.settings.dropout
-    if not kernels_can_compute() or prior.contextualiser.griffin is not None or dropout:
+    if not kernels_can_compute() or dropout:
         return False
-    if memory.hidden.dtype != torch.float32 or hierarchy.ratio**hierarchy.levels > MOST_CHUNKS:
+    if hierarchy.ratio**hierarchy.levels > MOST_CHUNKS:
         return False
     parameters = [p for parts in _parameters(prior).values() for p in parts if p is not None]
-    return memory.written.shape[0] > 0 and all(map(is_plain, parameters))
+    return rows > 0 and all(map(is_plain, parameters))
 
 
 class KeptContext:
@@ -80,20 +80,22 @@ class KeptContext:
     Not a value as other states are: with many rows, to copy it would take longer than the step.
     """
 
-    def __init__(self, prior: Any, memory: ContextState):
+    def __init__(self, prior: Prior, memory: ContextState):
         """memory: where `Contextualiser` left off, left as it is; call only where `can_keep`."""
-        kernels, context = library(), prior.contextualiser
+        kernels = library()
+        context: Any = prior.contextualiser  # Any: modules in lists have no type of their own
+        denoiser: Any = prior.denoiser
         assert kernels is not None
         self._step = kernels.hldm_context
         rows, heads, d = len(memory.written), prior.settings.heads, prior.settings.width
         start = _start(context)
         kept = torch.cat([start.expand(rows, 1, -1, -1), memory.hidden], dim=1)  # (b places layers+1 d)
         pairs = [layer.key_value(layer.norm(kept[:, :, i])) for i, layer in enumerate(context.layers)]
-        pairs += [block.key_value(kept[:, :, -1]) for block in prior.denoiser.blocks]
+        pairs += [block.key_value(kept[:, :, -1]) for block in denoiser.blocks]
         parts = [
             rearrange(pair, "b c (two h e) -> two b h c e", two=2, h=heads).contiguous() for pair in pairs
         ]
-        places, blocks = kept.shape[1], len(prior.denoiser.blocks)
+        places, blocks = kept.shape[1], len(denoiser.blocks)
         zero = torch.zeros(rows, 1, dtype=torch.long)
         opening = start[0, -1].contiguous()
         is_empty = memory.entries.document < 0

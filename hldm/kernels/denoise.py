@@ -1,8 +1,7 @@
 """All denoising steps of a batch of latents in a single call of C++: mixture, network and solver in turns.
 
-What `hldm.model.diffusion.sample` does with `Prior.denoise`, to rounding, for a prior that corrects a mixture. What depends
-on the noise level alone is worked out in torch, once for a text: weights do not change while it is written.
-`hldm.generation.writer` asks `can_denoise` first.
+What `hldm.model.diffusion.sample` does with `Prior.denoise`, to rounding, for a prior that corrects a mixture. What
+depends on the noise level alone is worked out in torch, once for a text: weights do not change while it is written.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from hldm.kernels.library import library
 from hldm.kernels.stack import is_plain, kernels_can_compute
 from hldm.model.denoiser import Told
 from hldm.model.diffusion import Steps, alpha_sigma
+from hldm.model.prior import Prior
 
 MOST_STEPS = 1000  # whose noise is drawn beforehand
 _SIZES = ("rows", "steps", "z", "d", "width", "heads", "entries", "components", "hidden", "blocks", "threads")
@@ -50,9 +50,9 @@ def _parameters(prior: Any) -> list[Tensor]:
     ]
 
 
-def can_denoise(prior: Any, plan: Steps) -> bool:
-    """Whether `PlannedSteps` does what `sample` would with `Prior.denoise`."""
-    if not kernels_can_compute() or prior.mixture is None or len(plan.weights) > MOST_STEPS:
+def can_denoise(prior: Prior, steps: int) -> bool:
+    """Whether `PlannedSteps` does what so many steps of `sample` would with `Prior.denoise`."""
+    if not kernels_can_compute() or prior.mixture is None or steps > MOST_STEPS:
         return False
     if prior.training and prior.settings.dropout:
         return False
@@ -63,9 +63,10 @@ def can_denoise(prior: Any, plan: Steps) -> bool:
 class PlannedSteps:
     """A plan's steps, with all worked out that is the same for every latent; make one only where `can_denoise`."""
 
-    def __init__(self, prior: Any, plan: Steps):
-        kernels, denoiser, mixture = library(), prior.denoiser, prior.mixture
-        assert kernels is not None
+    def __init__(self, prior: Prior, plan: Steps):
+        kernels, mixture = library(), prior.mixture
+        denoiser: Any = prior.denoiser  # Any: modules in lists have no type of their own
+        assert kernels is not None and mixture is not None
         self._run, self._steps = kernels.hldm_denoise, len(plan.weights)
         gammas = plan.gammas[:-1]
         time = denoiser.by_level(gammas)

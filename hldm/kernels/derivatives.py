@@ -1,8 +1,8 @@
-"""Norm, convolution and gates of Griffin as autograd functions with their derivatives written out.
+"""Faster forms of `hldm.model.ops`: autograd functions with their derivatives written out.
 
 Left to autograd these elementwise chains cost a CPU nearly as much as the matrix products; so, 0.6 of that
-(measured, width 128). Where `hldm.kernels.operators` has kernels all use them. `hldm.model.griffin` says what they are for;
-tests/test_griffin.py holds them against transformers' RecurrentGemma and against autograd's own derivatives.
+(measured, width 128). Norm, convolution and gates have a form in torch, too, for where `hldm.kernels.operators` has no
+kernels; the others decline there. tests/kernels/test_forms.py holds them to the plain formulas.
 """
 
 from __future__ import annotations
@@ -16,13 +16,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hldm.kernels import operators
+from hldm.model.ops import MAX_SQRT_GRADIENT, at_least_float32, linear_scan
 
 CACHED_NUMBERS = 65_536  # of a tensor at a time, to stay in a core's cache: 4 % of a training step (measured)
-MAX_SQRT_GRADIENT = 1000.0  # recurrentgemma: bounds the gradient of sqrt(1 - a^2) as a nears 1
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _row_blocks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
@@ -34,8 +30,10 @@ def _row_blocks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
     return zip(*(x.split(rows) for x in tensors), strict=True)
 
 
+# ---------------------------------------------------------------- norm
+
+
 def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean x^2 + eps) (1 + scale) over the last axis, in float32 at least."""
     if x.dtype == scale.dtype and operators.available(x):
         return _KernelRMSNormFunction.apply(x, scale, eps)
     if not torch.is_grad_enabled():  # torch's own is as good
@@ -44,11 +42,9 @@ def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, branch: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x + branch, and the norm of it."""
     if x.dtype == branch.dtype == scale.dtype and operators.available(x):
         return _AddRMSNormFunction.apply(x, branch, scale, eps)
-    x = x + branch
-    return x, rms_norm(x, scale, eps)
+    return NotImplemented
 
 
 class _KernelRMSNormFunction(torch.autograd.Function):
@@ -116,12 +112,16 @@ class RMSNormFunction(torch.autograd.Function):
         return dx, dscale, None
 
 
+# ---------------------------------------------------------------- convolution
+
+
+def causal_conv(x: Tensor, taps: Tensor, weight: Tensor, bias: Tensor, inside: Tensor) -> Tensor:
+    if x.shape[1] == 1:
+        return NotImplemented  # the plain formula takes fewer steps
+    return CausalConvFunction.apply(x, taps, weight, bias, inside)
+
+
 class CausalConvFunction(torch.autograd.Function):
-    """y_t = bias + sum_i weight_i x_{t-(k-1-i)} over the taps inside t's document.
-
-    x (b t d), taps (b k-1 d) before it, weight (k d), bias (d), inside (b t k) 1 or 0.
-    """
-
     @staticmethod
     def forward(ctx: Any, x: Tensor, taps: Tensor, weight: Tensor, bias: Tensor, inside: Tensor) -> Tensor:
         ctx.save_for_backward(x, taps, weight, inside)
@@ -159,12 +159,22 @@ class CausalConvFunction(torch.autograd.Function):
         return dx, dtaps, dweight, dbias, None
 
 
-class GatedDecayFunction(torch.autograd.Function):
-    """The gates of the RG-LRU (Griffin, equations 1 to 4), from its input to the coefficients of its recurrence.
+# ---------------------------------------------------------------- RG-LRU
 
-    i, r = sigmoid(block-diagonal(x));  log a = log_radius r;  b = sqrt(1 - a^2) i x
-    At a document's start log a is minus infinity: a = 0 forgets the past, and b = i x is not attenuated.
-    x (n d), weight (h w 2w), bias (2 h w), log_radius (d), reset (n 1) 0 or minus infinity.
+
+def rg_lru(
+    x: Tensor, weight: Tensor, bias: Tensor, log_radius: Tensor, reset: Tensor, h0: Tensor
+) -> tuple[Tensor, Tensor]:
+    if operators.available(x):
+        return GatedScanFunction.apply(x, weight, bias, log_radius, reset, h0)
+    a, b = GatedDecayFunction.apply(x.flatten(0, 1), weight, bias, log_radius, reset.reshape(-1, 1))
+    return linear_scan(a.view(x.shape), b.view(x.shape), h0)
+
+
+class GatedDecayFunction(torch.autograd.Function):
+    """The gates of the RG-LRU: from its input to the coefficients a and b of h_t = a_t h_{t-1} + b_t.
+
+    x (n d), weight (h w 2w), bias (2 h w), log_radius (d), reset (n 1) 0 or minus infinity -> a, b (n d)
     """
 
     @staticmethod
@@ -216,9 +226,8 @@ class GatedDecayFunction(torch.autograd.Function):
 
 
 class GatedScanFunction(torch.autograd.Function):
-    """The RG-LRU whole: GatedDecayFunction and the recurrence h_t = a_t h_{t-1} + b_t, where kernels are available.
+    """The RG-LRU whole, where kernels are available.
 
-    x (b t d), weight, bias, log_radius as there, reset (b t), h0 (b d) -> h (b t d), the last one (b d).
     Keeps the gates and the states; the decays are worked out once more in the backward pass.
     """
 
@@ -247,11 +256,13 @@ class GatedScanFunction(torch.autograd.Function):
         return dx, dweight, dbias.sum(0).view(2, h, w), dlog_radius.sum(0), None, dh0
 
 
+# ---------------------------------------------------------------- gate of the MLP
+
+
 def gelu_gate(gate: Tensor, x: Tensor) -> Tensor:
-    """gelu(gate) x, gelu in its tanh form, of tensors of one shape."""
     if gate.dtype == x.dtype and operators.available(x):
         return _GeluGateFunction.apply(gate, x)
-    return F.gelu(gate, approximate="tanh") * x
+    return NotImplemented
 
 
 class _GeluGateFunction(torch.autograd.Function):
@@ -264,3 +275,75 @@ class _GeluGateFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
         return operators.gelu_gate_back(*ctx.saved_tensors, dy)
+
+
+# ---------------------------------------------------------------- rows by index
+
+
+def take_rows(x: Tensor, index: Tensor) -> Tensor:
+    return _TakeRowsFunction.apply(x, index) if operators.available(x) else NotImplemented
+
+
+class _TakeRowsFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.n = x.shape[1]
+        return operators.take_rows(x, index)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return operators.add_rows(dy, *ctx.saved_tensors, ctx.n), None
+
+
+def add_rows(y: Tensor, index: Tensor, n: int) -> Tensor:
+    return _AddRowsFunction.apply(y, index, n) if operators.available(y) else NotImplemented
+
+
+class _AddRowsFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, index: Tensor, n: int) -> Tensor:
+        ctx.save_for_backward(index)
+        return operators.add_rows(y, index, n)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None, None]:
+        return operators.take_rows(dx, *ctx.saved_tensors), None, None
+
+
+def placed_gelu(x: Tensor, index: Tensor, table: Tensor, place: Tensor) -> Tensor:
+    if x.dtype == table.dtype and operators.available(x):
+        return _PlacedGeluFunction.apply(x, index, table, place)
+    return NotImplemented
+
+
+class _PlacedGeluFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, table: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(x, index, table, place)
+        return operators.placed_gelu(x, index, table, place)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, Tensor, None]:
+        dx, dtable = operators.placed_gelu_back(*ctx.saved_tensors, dy)
+        return dx, None, dtable.sum(0), None
+
+
+def softmax_nats(logits: Tensor, target: Tensor) -> Tensor:
+    return _SoftmaxNatsFunction.apply(logits, target) if operators.available(logits) else NotImplemented
+
+
+class _SoftmaxNatsFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
+        nats, log_sum = operators.softmax_nats(logits, target)
+        ctx.save_for_backward(logits, target, log_sum)
+        return nats
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dnats: Tensor) -> tuple[Tensor, None]:
+        return operators.softmax_nats_back(*ctx.saved_tensors, dnats), None

@@ -1,9 +1,9 @@
 """C++ kernels, compiled when one is first asked for, and nothing at all where that cannot be done.
 
-The sources in hldm/kernels/cpp become one shared library with a plain C interface, called through ctypes: some seconds of the
-machine's own compiler, no headers of torch, no lock held while it computes. It is kept in the user's cache folder under
-a hash of all that it depends on. Without a compiler (or with HLDM_KERNELS=0) `library()` is None, and callers do the
-same in torch. Knows nothing of what the kernels mean.
+The sources in hldm/kernels/cpp become one shared library with a plain C interface, called through ctypes: some seconds
+of the machine's own compiler, no headers of torch, no lock held while it computes. It is kept in the user's cache
+folder under a hash of all that it depends on. Without a compiler (or with HLDM_KERNELS=0) `library()` is None, and the
+forms of `hldm.kernels` do the same in torch or decline. Knows nothing of what the kernels mean.
 """
 
 from __future__ import annotations

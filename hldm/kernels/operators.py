@@ -1,5 +1,5 @@
-"""The C++ kernels for training as operators of torch, for the autograd functions of `hldm.kernels.scan`, `hldm.kernels.derivatives`
-and `hldm.model.ops`.
+"""The C++ kernels for training as operators of torch, for the autograd functions of `hldm.kernels.scan` and
+`hldm.kernels.derivatives`.
 
 Registered with shapes and dtypes of what they return, so that torch.compile sees through them. An autograd function
 that calls such an operator costs 48 us forward and backward on a few numbers; torch.library.custom_op with its own
@@ -107,7 +107,7 @@ def scan_back(a: Tensor, h0: Tensor, h: Tensor, dh: Tensor, dh_last: Tensor) -> 
 def gated_scan(
     x: Tensor, gates: Tensor, bias: Tensor, log_radius: Tensor, reset: Tensor, h0: Tensor
 ) -> Tensor:
-    """All states (b t d) of the RG-LRU; `hldm.kernels.derivatives.RGLRUFunction` says what they are.
+    """All states (b t d) of the RG-LRU; `hldm.model.ops.rg_lru` says what they are.
 
     x (b t d), gates (h bt 2w): logits without bias, replaced by the gates; bias (2 h w), log_radius (d),
     reset (b t) 0 or minus infinity, h0 (b d)
@@ -164,7 +164,7 @@ def gated_scan_back(
     lambda x, taps, weight, bias, inside: x.new_empty(x.shape),
 )
 def conv(x: Tensor, taps: Tensor, weight: Tensor, bias: Tensor, inside: Tensor) -> Tensor:
-    """What `hldm.kernels.derivatives.CausalConvFunction` says; arguments as there."""
+    """`hldm.model.ops.causal_conv`; arguments as there."""
     y = x.new_empty(x.shape)
     _call("conv", *(part.contiguous() for part in (x, taps, weight, bias, inside)), y, *x.shape, len(weight))
     return y

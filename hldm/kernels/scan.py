@@ -1,24 +1,25 @@
-"""The linear recurrence h_t = a_t h_{t-1} + b_t along time, and nothing about what a and b mean.
+"""Faster forms of the linear recurrence h_t = a_t h_{t-1} + b_t, and nothing about what a and b mean.
 
-One door, `linear_scan`, and a dict of backends behind it: the plain loop that says what is computed, a chunked form in
-torch that runs anywhere, and one pass of C++ or, on a GPU, of Triton, where these can be compiled. None divides by a
-product of decays nor takes its logarithm, as the closed forms do: a decay of exactly 0 starts a document, and both
-would turn it into NaN. Griffin (arXiv 2402.19427), section 2.4.
+A dict of backends: the plain loop, a chunked form in torch that runs anywhere, and one pass of C++ or, on a GPU, of
+Triton, where these can be compiled. None divides by a product of decays nor takes its logarithm, as the closed forms
+do: a decay of exactly 0 starts a document, and both would turn it into NaN.
 """
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 from collections.abc import Callable
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hldm.kernels import operators
+from hldm.model import ops
 
 # Measured on one CPU core: a call on few numbers costs about as much as one on 30 thousand; more leave the cache.
 NUMBERS_PER_CALL = 32_768
@@ -26,44 +27,25 @@ NUMBERS_PER_CALL = 32_768
 logger = logging.getLogger(__name__)
 
 
-def linear_scan(
-    a: Tensor,
-    b: Tensor,
-    h0: Tensor | None = None,
-    *,
-    backend: Literal["auto", "loop", "chunked", "cpp", "triton"] = "auto",
-) -> tuple[Tensor, Tensor]:
-    """Run h_t = a_t h_{t-1} + b_t along time, differentiably in a, b and h0.
+def scan(a: Tensor, b: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
+    """The fastest that can be had here; `hldm.model.ops.scan` says what of."""
+    if a.shape[1] == 1:
+        return NotImplemented  # one step of the plain loop
+    compiled = "triton" if b.is_cuda else "cpp"
+    return BACKENDS[compiled if can_run(compiled, b) else "chunked"](a, b, h0)
 
-    a:  (b t d) decay;  b: (b t d) input
-    h0: (b d) state carried from the previous stretch of text; zeros when None
-    Returns all states (b t d) in b's dtype, and the last one (b d), ready to be carried on. Computes, and returns the
-    last state, in float32 (float64 when any argument is): bfloat16 rounds a decay of 0.999 to 1.
-    Raises ValueError when the shapes disagree, time is empty, or the backend is unknown or cannot be had.
+
+def linear_scan_by(backend: str, a: Tensor, b: Tensor, h0: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`hldm.model.ops.linear_scan` by a backend of one's choice, to compare them.
+
+    Raises ValueError when the backend is unknown or cannot be had, and as `linear_scan` does.
     """
-    if a.ndim != 3 or a.shape != b.shape:
-        raise ValueError(f"a and b must share a shape (b t d), got {tuple(a.shape)} and {tuple(b.shape)}")
-    batch, t, d = a.shape
-    if t == 0:
-        raise ValueError(f"a scan needs at least one step, got a of shape {tuple(a.shape)}")
-    if h0 is not None and h0.shape != (batch, d):
-        raise ValueError(f"h0 must have shape (b d) = {(batch, d)}, got {tuple(h0.shape)}")
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(f"backend must be 'auto' or one of {sorted(BACKENDS)}, got {backend!r}")
-
-    inputs = (a, b) if h0 is None else (a, b, h0)
-    dtype = torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32
-    a_exact, b_exact = a.to(dtype), b.to(dtype)
-    h0 = b.new_zeros(batch, d, dtype=dtype) if h0 is None else h0.to(dtype)
-    if backend == "auto":
-        if t == 1:
-            backend = "loop"
-        else:
-            compiled: Literal["cpp", "triton"] = "triton" if b_exact.is_cuda else "cpp"
-            backend = compiled if can_run(compiled, b_exact) else "chunked"
-    elif not can_run(backend, b_exact):
-        raise ValueError(f"backend {backend!r} needs {NEEDS[backend]}; or pass 'auto'")
-    h, h_last = BACKENDS[backend](a_exact, b_exact, h0)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {sorted(BACKENDS)}, got {backend!r}")
+    a, exact, h0 = ops.scan_inputs(a, b, h0)
+    if not can_run(backend, exact):
+        raise ValueError(f"backend {backend!r} needs {NEEDS[backend]}")
+    h, h_last = BACKENDS[backend](a, exact, h0)
     return h.to(b.dtype), h_last
 
 
@@ -77,13 +59,7 @@ def can_run(backend: str, x: Tensor) -> bool:
     return True
 
 
-def scan_by_loop(a: Tensor, b: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
-    """The recurrence as it is written; what every other backend is tested against."""
-    states, h = [], h0
-    for a_t, b_t in zip(a.unbind(1), b.unbind(1), strict=True):
-        h = torch.addcmul(b_t, a_t, h)
-        states.append(h)
-    return torch.stack(states, dim=1), h
+scan_by_loop = inspect.unwrap(ops.scan)  # the plain formula, which every other backend is tested against
 
 
 def scan_by_chunks(a: Tensor, b: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,20 +1,26 @@
 """All symbols of a chunk for a whole batch in a single call of C++: decoder, draw and encoder in turns.
 
-What `hldm.generation.chunk` does event by event in torch, to rounding; it asks `can_write` first. Like `hldm.kernels.stack`, this reads
-the parameters where they are.
+What `hldm.generation.chunk` does event by event in torch, to rounding, by the same names; call only where `can_write`.
+Like `hldm.kernels.stack`, this reads the parameters where they are.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from hldm.config import GenerationConfig
+from hldm.generation.chunk import Piece, Written, draw_uniform_rows, known_of_text, pieces_of
 from hldm.kernels.library import library
 from hldm.kernels.stack import StackCall, is_plain, kernels_can_compute, stack_call, stack_of
-from hldm.text.bytes import END_OF_CHUNK
+from hldm.model.autoencoder import Autoencoder
+from hldm.model.griffin import GriffinState
+from hldm.model.state import DecoderState, EncoderState
+from hldm.text.bytes import END_OF_CHUNK, START
 
 _TENSORS = (
     *("write", "known", "inner", "place", "outer", "outer_bias"),
@@ -35,18 +41,7 @@ class _Writing(ctypes.Structure):
     ]
 
 
-class Emitted(NamedTuple):
-    """What a call wrote, and the states after it."""
-
-    symbols: Tensor  # (b e) END_OF_CHUNK after a row's end
-    features: (
-        Tensor | None
-    )  # (b e-1 w) the encoder's, at each byte; None where the decoder does not read text
-    encoder: Any  # states, as `Griffin.initial_state` gives them: after the last byte
-    decoder: Any  # after the last symbol
-
-
-def _parameters(autoencoder: Any) -> dict[str, Tensor]:
+def _parameters(autoencoder: Autoencoder) -> dict[str, Tensor]:
     """The parameters outside of the stacks, by their names in `_Writing`."""
     found = {
         "write": autoencoder.write.weight,
@@ -54,79 +49,112 @@ def _parameters(autoencoder: Any) -> dict[str, Tensor]:
         "outputs_bias": autoencoder.outputs.bias,
     }
     if autoencoder.latent_dim:
-        read = autoencoder.from_latent
-        found |= {"place": read.place.weight, "outer": read.outer.weight, "outer_bias": read.outer.bias}
-    if autoencoder.latent_dim and autoencoder.settings.reads_text:
+        placed = autoencoder.from_latent
+        found |= {"place": placed.place.weight, "outer": placed.outer.weight, "outer_bias": placed.outer.bias}
         found["read"] = autoencoder.read.weight
+    if autoencoder.latent_dim and autoencoder.settings.reads_text:
         found["from_text"] = autoencoder.from_text.weight
         found["from_text_bias"] = autoencoder.from_text.bias
     return found
 
 
-def can_write(autoencoder: Any, encoder: Any, decoder: Any, rows: int) -> bool:
-    """Whether `write_events` does what the modules themselves would, from these states of encoder and decoder."""
-    if not kernels_can_compute() or stack_of(autoencoder.decoder, decoder, rows) is None:
+def can_write(autoencoder: Autoencoder, rows: int) -> bool:
+    """Whether the kernel writes what the modules themselves would, for so many rows."""
+    if not kernels_can_compute() or not all(map(is_plain, _parameters(autoencoder).values())):
         return False
-    parameters = _parameters(autoencoder)
-    if "read" in parameters and stack_of(autoencoder.encoder, encoder, rows) is None:
-        return False
-    return all(map(is_plain, parameters.values()))
+    stacks = [autoencoder.decoder, autoencoder.encoder] if autoencoder.latent_dim else [autoencoder.decoder]
+    return all(stack_of(stack, stack.initial_state(rows), rows) is not None for stack in stacks)
 
 
-def write_events(
-    autoencoder: Any,
-    latent: Tensor | None,
-    known: Tensor | None,
+def write_chunks(
+    autoencoder: Autoencoder,
+    latent: Tensor,
+    encoder: EncoderState,
+    decoder: DecoderState,
+    opens: Sequence[bool],
+    settings: GenerationConfig,
+    generators: Sequence[torch.Generator],
+) -> Written:
+    """`hldm.generation.chunk.write_chunks`."""
+    opening = torch.tensor(opens)
+    always = torch.ones_like(opening)
+    known = known_of_text(autoencoder, encoder, opening[:, None])
+    first = _FirstEvent(
+        symbol=torch.full_like(opening, START, dtype=torch.long),
+        doc_start=opening,
+        resets=opening if autoencoder.settings.carry_state else always,
+        starts=always,
+    )
+    u = draw_uniform_rows(generators, autoencoder.chunking.max_bytes + 1, opening.device)
+    given = {
+        "known": None if known is None else known[:, 0],
+        "inner": autoencoder.from_latent.inner(latent),
+        "feature": encoder.feature.clone(),
+        "features": u.new_zeros(len(u), u.shape[1] - 1, encoder.feature.shape[1]),
+    }
+    symbols, reading, writing = _call(
+        autoencoder, first, u, given, encoder.griffin, decoder.griffin, settings
+    )
+    return Written(pieces_of(symbols), given["features"], reading, writing)
+
+
+def write_bytes(
+    autoencoder: Autoencoder,
+    state: DecoderState,
+    opens: Sequence[bool],
+    settings: GenerationConfig,
+    generators: Sequence[torch.Generator],
+) -> tuple[list[Piece], DecoderState]:
+    """`hldm.generation.chunk.write_bytes`."""
+    opening = torch.tensor(opens)
+    first = _FirstEvent(torch.where(opening, START, state.symbol), opening, opening, opening)
+    u = draw_uniform_rows(generators, autoencoder.chunking.max_bytes, opening.device)
+    symbols, _, griffin = _call(autoencoder, first, u, {}, (), state.griffin, settings)
+    return pieces_of(symbols), DecoderState(griffin, symbols[:, -1])
+
+
+class _FirstEvent(NamedTuple):
+    """What sets the first event apart, by row (b)."""
+
+    symbol: Tensor  # int64, before it
+    doc_start: Tensor  # bool: it opens a document
+    resets: Tensor  # bool: it resets the decoder's state
+    starts: Tensor  # bool: it starts the decoder's unit
+
+
+def _call(
+    autoencoder: Autoencoder,
+    first: _FirstEvent,
     u: Tensor,
-    symbol: Tensor,
-    feature: Tensor | None,
-    encoder: Any,
-    decoder: Any,
-    *,
-    doc_start: Tensor,
-    resets: Tensor,
-    starts: Tensor,
-    temperature: float,
-    top_p: float,
-) -> Emitted:
-    """Write until a row's end symbol, e events at most; call only where `can_write`.
+    given: dict[str, Tensor | None],
+    encoder: GriffinState,
+    decoder: GriffinState,
+    settings: GenerationConfig,
+) -> tuple[Tensor, GriffinState, GriffinState]:
+    """Write until a row's end symbol, e events at most: symbols (b e), states of encoder and decoder after them.
 
-    latent: (b z) of the chunk, None for the twin, which writes no end of one
-    known: (b d) what the trunk tells of the text before, if there is one;  u: (b e) in [0, 1)
-    symbol: (b) before the first event;  feature: (b w) of the encoder at the byte before, where text is read
-    doc_start, resets, starts: (b) bool of the first event: opens a document; resets the decoder; starts its unit
-    encoder, decoder: states, left as they are
+    u: (b e) in [0, 1);  encoder, decoder: states, left as they are
+    given, none of it for the twin, which writes no end of a chunk and reads nothing back:
+    known (b d) or None, added to every event;  inner (b k) of the latent
+    feature (b w) of the encoder at the byte before, features (b e-1 w): written over
     """
     kernels, (rows, events) = library(), u.shape
     assert kernels is not None
-    parameters = _parameters(autoencoder)
-    reads = "read" in parameters
-    given: dict[str, Tensor | None] = {
-        **parameters,
-        "known": None if known is None else known.float(),
-        "inner": None if latent is None else autoencoder.from_latent.inner(latent).float(),
-        "u": u.float(),
-        "doc_start": doc_start,
-        "resets": resets,
-        "starts": starts,
-        "symbol": symbol,
-        "feature": feature.clone() if feature is not None and reads else None,
-        "emitted": torch.full((rows, events), END_OF_CHUNK),
-        "features": u.new_zeros(rows, events - 1, autoencoder.encoder.config.width) if reads else None,
-    }
-    tensors = {name: tensor.contiguous() for name, tensor in given.items() if tensor is not None}
+    emitted = torch.full((rows, events), END_OF_CHUNK)
+    found = {**_parameters(autoencoder), **given, **first._asdict(), "u": u, "emitted": emitted}
+    tensors = {name: tensor.contiguous() for name, tensor in found.items() if tensor is not None}
     call = _Writing(
         rows=rows,
         events=events,
-        places=0 if latent is None else autoencoder.from_latent.inner.out_features,
+        places=tensors["inner"].shape[1] if given else 0,
         threads=torch.get_num_threads(),
-        temperature=temperature,
-        top_p=top_p,
+        temperature=settings.decoder_temperature,
+        top_p=settings.top_p,
         **{name: tensor.data_ptr() for name, tensor in tensors.items()},
     )
     kept: list[Any] = []  # what the call points to, alive until it returns
     call.decoder, decoder = stack_call(autoencoder.decoder, decoder, rows, kept)
-    if reads:
+    if given:
         call.encoder, encoder = stack_call(autoencoder.encoder, encoder, rows, kept)
     kernels.hldm_write(ctypes.byref(call))
-    return Emitted(tensors["emitted"], tensors.get("features"), encoder, decoder)
+    return emitted, encoder, decoder

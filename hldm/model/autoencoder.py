@@ -4,60 +4,36 @@ The encoder reads a page and carries its state from chunk to chunk; a chunk's la
 features make together (hldm.model.readouts), standardised. The trunk, a wider Griffin that takes one step a chunk
 (`trunk_layers`), turns what the encoder made of each chunk into what is known before the next one: who
 predicts the next latent and who writes its bytes both read it. The decoder writes bytes from one latent
-until it emits an end, and may read the encoder's feature at the byte before, too (`reads_text`); or all of
-them at once (`writes`, hldm.model.parallel_decoder). Its latent is z_0 = alpha_0 mu + sigma_0 eps, the diffusion
-state at gamma_0 (hldm.model.diffusion), but it draws no noise itself. With latent_dim 0 encoder and trunk are gone,
-the decoder's unit is the document, and what remains is a plain autoregressive character Griffin: the twin.
+until it emits an end, and may read the encoder's feature at the byte before, too (`reads_text`). Its latent
+is z_0 = alpha_0 mu + sigma_0 eps, the diffusion state at gamma_0 (hldm.model.diffusion), but it draws no noise
+itself. With latent_dim 0 encoder and trunk are gone, the decoder's unit is the document, and what remains is a
+plain autoregressive character Griffin: the twin.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import NamedTuple
 
 import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from hldm.chunking.chunker import Chunker, make_chunker, pool_by_chunk, segments
 from hldm.config import AutoencoderConfig, ChunkingConfig, section_from_dict
-from hldm.kernels.close import can_close, close_step
 from hldm.model.griffin import Griffin, GriffinState
 from hldm.model.ops import take_rows
-from hldm.model.parallel_decoder import ParallelDecoder
-from hldm.model.readouts import LatentNormaliser, MeanReadout, PlacedReadout, StridedReadout, shares
+from hldm.model.readouts import (
+    LatentNormaliser,
+    MeanReadout,
+    PlacedReadout,
+    StridedReadout,
+    pool_by_chunk,
+    shares,
+)
+from hldm.model.state import DecoderState, EncoderState, Encoding
 from hldm.runs.saved_model import SavedModel
-from hldm.text.bytes import HIDDEN, START, VOCABULARY
-from hldm.text.events import Events, decoder_events, ends_of, place_in_chunk, positions
-
-OUTPUTS = 258  # what the decoder may emit: 256 bytes and the two ends
-
-
-class EncoderState(NamedTuple):
-    """What the encoder carries from one stretch of text to the next."""
-
-    griffin: GriffinState
-    feature: Tensor  # (b d) at the last byte
-    trunk: GriffinState  # one step a chunk; () without a trunk
-    known: Tensor  # (b w) what is known before the next chunk: the trunk's output, without one the feature
-
-
-class DecoderState(NamedTuple):
-    """What the decoder carries from one stretch to the next."""
-
-    griffin: GriffinState
-    symbol: Tensor  # (b) last symbol written, the next step's input unless a unit starts
-
-
-class Encoding(NamedTuple):
-    """One latent a chunk, and what the encoder knows of the text before and after each."""
-
-    latents: Tensor  # (b n z) mu, normalised
-    mask: Tensor  # (b n) bool, real chunks
-    doc_start: Tensor  # (b n) bool, first chunk of a document
-    after: Tensor  # (b n w) what is known after the chunk: the trunk's output there, or the encoder's
-    before: Tensor  # (b n w) what is known before it; 0 at a document start
-    features: Tensor  # (b t+1 d) encoder feature at the byte before the window, then at each of its bytes
+from hldm.text.bytes import OUTPUTS, START, VOCABULARY
+from hldm.text.events import Events, decoder_events
+from hldm.text.windows import Window
 
 
 class Autoencoder(SavedModel):
@@ -71,7 +47,7 @@ class Autoencoder(SavedModel):
         super().__init__()
         self.settings = section_from_dict(AutoencoderConfig, autoencoder)
         self.chunking = section_from_dict(ChunkingConfig, chunking)
-        self._chunker: Chunker | None = None
+        self.attached_chunker: object | None = None  # what cuts its text (hldm.chunking.attached)
         encoder, decoder = self.settings.encoder, self.settings.decoder
         z = self.latent_dim = self.settings.latent_dim
         if z:
@@ -87,19 +63,14 @@ class Autoencoder(SavedModel):
                 self.to_trunk = nn.Linear(2 * encoder.width, self.settings.trunk_width)
                 self.trunk = Griffin(self.settings.trunk, window=1)
                 self.from_trunk = nn.Linear(self.settings.trunk_width, decoder.width)
-        self.decoder: Griffin | ParallelDecoder
-        if self.settings.writes == "chunks":
-            self.decoder = ParallelDecoder(decoder, self.chunking.max_bytes)
-        else:
-            self.write = nn.Embedding(VOCABULARY, decoder.width)
-            # One position more than a chunk's bytes: the event that ends it.
-            self.decoder = Griffin(decoder, window=self.chunking.max_bytes + 1)
-            self.outputs = nn.Linear(decoder.width, OUTPUTS)
+        self.write = nn.Embedding(VOCABULARY, decoder.width)
+        # One position more than a chunk's bytes: the event that ends it.
+        self.decoder = Griffin(decoder, window=self.chunking.max_bytes + 1)
+        self.outputs = nn.Linear(decoder.width, OUTPUTS)
         for embedding in (m for m in self.modules() if isinstance(m, nn.Embedding)):
             nn.init.normal_(embedding.weight, std=0.5)
-        if self.settings.writes == "bytes":
-            nn.init.normal_(self.outputs.weight, std=0.5 * decoder.width**-0.5)
-            nn.init.zeros_(self.outputs.bias)
+        nn.init.normal_(self.outputs.weight, std=0.5 * decoder.width**-0.5)
+        nn.init.zeros_(self.outputs.bias)
 
     @classmethod
     def from_settings(
@@ -108,24 +79,10 @@ class Autoencoder(SavedModel):
         """Build from config sections."""
         return cls(asdict(autoencoder), asdict(chunking), gamma_0)
 
-    @property
-    def chunker(self) -> Chunker:
-        """What cuts text for this model. Raises ConfigError where that takes a segmenter and none was given."""
-        return self._chunker or make_chunker(self.chunking)
-
-    def use_chunker(self, chunker: Chunker, segmenter: str) -> None:
-        """Cut text by a segmenter of this fingerprint. Raises ValueError when it learned from another's chunks."""
-        if self.config["segmenter"] not in ("", segmenter):
-            raise ValueError(
-                "this autoencoder was trained on another segmenter's chunks: restore that, or train again"
-            )
-        self.register_to_config(segmenter=segmenter)
-        self._chunker = chunker
-
     def enable_gradient_checkpointing(self) -> None:
         """Recompute the stacks' activations in the backward pass: less memory, more time."""
         for module in self.modules():
-            if isinstance(module, Griffin | ParallelDecoder):
+            if isinstance(module, Griffin):
                 module.gradient_checkpointing = True
 
     def encoder_state(self, batch: int, device: torch.device | None = None) -> EncoderState:
@@ -141,63 +98,30 @@ class Autoencoder(SavedModel):
     def decoder_state(self, batch: int, device: torch.device | None = None) -> DecoderState:
         """State before the first symbol."""
         symbol = torch.full((batch,), START, device=device)
-        griffin = self.decoder.initial_state(batch, device) if isinstance(self.decoder, Griffin) else ()
-        return DecoderState(griffin, symbol)
+        return DecoderState(self.decoder.initial_state(batch, device), symbol)
 
-    def encode(
-        self,
-        text: Tensor,
-        length: Tensor,
-        doc_start: Tensor,
-        chunk_start: Tensor,
-        state: EncoderState,
-        chunks: int | None = None,
-    ) -> tuple[Encoding, EncoderState]:
-        """mu of each chunk: its bytes' features in one, projected and standardised.
+    def encode(self, window: Window, state: EncoderState) -> tuple[Encoding, EncoderState]:
+        """mu of each chunk of a window: its bytes' features in one, projected and standardised.
 
-        text (b t) bytes, a whole number of chunks; length (b); doc_start, chunk_start (b t) bool;
-        chunks: pad to so many per row (the most in any row when None).
+        Also what is known before and after each; state: what is carried from the text before.
         """
-        b, t = text.shape
-        if doc_start.shape != (b, t) or chunk_start.shape != (b, t):
-            raise ValueError(f"doc_start and chunk_start must be (b t) = {(b, t)} like the text")
-        y, griffin = self.encoder(self.read(text), state.griffin, doc_start, chunk_start, length)
-        return self.close_chunks(y, griffin, length, doc_start, chunk_start, state, chunks)
-
-    def close_chunks(
-        self,
-        y: Tensor,
-        griffin: GriffinState,
-        length: Tensor,
-        doc_start: Tensor,
-        chunk_start: Tensor,
-        state: EncoderState,
-        chunks: int | None = None,
-    ) -> tuple[Encoding, EncoderState]:
-        """The second half of `encode`: latents and trunk, from the encoder's features at every byte.
-
-        y: (b t d), griffin: its outputs and state;  state: before them;  the rest as for `encode`.
-        """
-        b, t, d = y.shape
-        where = segments(chunk_start, length)
-        n = int(where.count.max()) if chunks is None and b else (chunks or 0)
-        raw = self.to_latent.of_chunks(y, where, place_in_chunk(chunk_start), n)  # (b n z)
-        mask = torch.arange(n, device=y.device) < where.count[:, None]
+        y, griffin = self.encoder(
+            self.read(window.bytes), state.griffin, window.doc_start, window.chunk_start, window.length
+        )
+        mask, opens, count = window.is_chunk, window.opens_document, window.count[:, None]
+        raw = self.to_latent.of_chunks(y, window)  # (b n z)
         if self.training:
             self.normaliser.observe(raw[mask])
-        opens = doc_start.gather(1, positions(chunk_start, n)) & mask
-        last = positions(ends_of(chunk_start, length), n)
-        ending = take_rows(y, last) * mask[..., None]
-        count = where.count[:, None]
+        ending = take_rows(y, window.last_byte) * mask[..., None]  # (b n d)
         feature = take_rows(torch.cat([state.feature[:, None], ending], dim=1), count)[:, 0]
         after, trunk = ending, state.trunk
-        if self.settings.trunk_layers and n:
-            summary = self.to_trunk(torch.cat([ending, pool_by_chunk(y, where, n)], dim=-1))
-            after, trunk = self.trunk(summary, state.trunk, opens, opens, where.count)
+        if self.settings.trunk_layers and window.chunks:
+            summary = self.to_trunk(torch.cat([ending, pool_by_chunk(y, window)], dim=-1))
+            after, trunk = self.trunk(summary, state.trunk, opens, opens, window.count)
             after = after * mask[..., None]
         # before chunk 0, 1, ..., and after the last
         known = torch.cat([state.known[:, None], after], dim=1)
-        before = known[:, :n] * (mask & ~opens)[..., None]
+        before = known[:, : window.chunks] * (mask & ~opens)[..., None]
         known = take_rows(known, count)[:, 0]
         features = torch.cat([state.feature[:, None], y], dim=1)
         encoding = Encoding(self.normaliser(raw) * mask[..., None], mask, opens, after, before, features)
@@ -206,13 +130,10 @@ class Autoencoder(SavedModel):
     def close_chunk(
         self, y: Tensor, griffin: GriffinState, length: Tensor, opens: Tensor, state: EncoderState
     ) -> tuple[Tensor, EncoderState]:
-        """The latent (b 1 z) and the state that `close_chunks` gives, for one chunk a row, as it is written.
+        """The latent (b 1 z) and the state that `encode` gives, for one chunk a row, as it is written.
 
         y: (b l d) features of its bytes, griffin: the state after them;  length: (b), at least 1;  opens: (b 1) bool
         """
-        if can_close(self, y, state.trunk):
-            latents, feature, trunk, known = close_step(self, y, length, opens, state.trunk)
-            return latents[:, None], EncoderState(griffin, feature, trunk, known)
         latents = self.normaliser(self.to_latent.of_chunk(y, length))
         feature = take_rows(y, length[:, None] - 1)  # (b 1 d)
         known, trunk = feature, state.trunk
@@ -227,88 +148,74 @@ class Autoencoder(SavedModel):
         """The encoder's feature at one more byte a row (b 1 d). symbol, doc_start, chunk_start: (b 1)."""
         return self.encoder(self.read(symbol), griffin, doc_start, chunk_start)
 
-    def events(
-        self,
-        text: Tensor,
-        length: Tensor,
-        doc_start: Tensor,
-        doc_end: Tensor,
-        chunk_start: Tensor,
-        state: DecoderState,
-    ) -> Events:
+    def events(self, window: Window, state: DecoderState) -> Events:
         """What the decoder has to write for a window (see `decoder_events`).
 
         The twin's unit is the document, so that its attention is a sliding window, as in Griffin.
         """
-        if self.latent_dim:
-            unit_start, unit_end = chunk_start, ends_of(chunk_start, length)
-        else:
-            unit_start, unit_end = doc_start, doc_end
-        return decoder_events(
-            text, length, unit_start, unit_end, doc_start, doc_end, chunk_start, state.symbol
-        )
+        return decoder_events(window, state.symbol, by_document=self.latent_dim == 0)
 
     def tell(self, events: Events, encoding: Encoding) -> Tensor | None:
         """What the decoder is told of the text before each event. (b t' d), None for a fresh decoder.
 
-        The encoder's feature at the byte before the event, and what is known before the event's chunk. Whoever
-        writes chunks at once knows of no byte of them: the feature is the one before the chunk.
+        The encoder's feature at the byte before the event, and what is known before the event's chunk.
         """
         told = None
         if self.settings.reads_text:  # projected once a byte: some bytes come before two events
-            before, opens = events.bytes_before, events.doc_start
-            if self.settings.writes == "chunks":
-                before = before - place_in_chunk(events.unit_start)
-                opens = encoding.doc_start.gather(1, events.chunk)
-            told = take_rows(self.from_text(encoding.features), before.clamp(min=0))
-            told = told * ~opens[..., None]  # a document knows of no text before it
+            told = take_rows(self.from_text(encoding.features), events.bytes_before.clamp(min=0))
+            told = told * ~events.doc_start[..., None]  # a document knows of no text before it
         if self.settings.trunk_layers:
             known = take_rows(self.from_trunk(encoding.before), events.chunk)
             told = known if told is None else told + known
         return told
 
-    def told_by_latent(self, latent: Tensor, known: Tensor | None) -> Tensor:
-        """What `decode` adds to the symbols of a whole chunk, text left out. latent (b z), known (b d): (b e d)."""
-        read = self.from_latent
-        place = torch.arange(self.chunking.max_bytes + 1, device=latent.device)
-        told = read.outer(read.features(read.inner(latent)[:, None], place))  # (b e d)
-        return told if known is None else told + known[:, None]
-
     def decode(
+        self, events: Events, latent: Tensor | None, griffin: GriffinState, told: Tensor | None = None
+    ) -> tuple[Tensor, GriffinState]:
+        """Logits of the next symbol at every event of a window. (b t' 258).
+
+        latent: (b n z) z_0 of each chunk, None for the twin;
+        told: (b t' d) of the text before each event (see `tell`); None for a fresh decoder and the twin.
+        """
+        x = self.write(events.symbol)
+        if latent is not None:
+            x = x + self._spread(latent, events.chunk, events.place)
+        return self._next_symbols(x, told, events.doc_start, events.unit_start, griffin, events.length)
+
+    def decode_symbols(
         self,
         symbol: Tensor,
-        latent: Tensor | None,
-        chunk: Tensor,
+        doc_start: Tensor,
+        unit_start: Tensor,
+        griffin: GriffinState,
+        *,
+        latent: Tensor | None = None,
+        place: Tensor | None = None,
+        told: Tensor | None = None,
+    ) -> tuple[Tensor, GriffinState]:
+        """The same without a window: one symbol a row, as text is written, or a stretch of the twin's.
+
+        symbol, doc_start, unit_start: (b t);  latent: (b 1 z) of the chunk that is written and place (b t) in it
+        """
+        x = self.write(symbol)
+        if latent is not None:
+            assert place is not None
+            x = x + self._spread(latent, torch.zeros_like(place), place)
+        return self._next_symbols(x, told, doc_start, unit_start, griffin)
+
+    def _next_symbols(
+        self,
+        x: Tensor,
+        told: Tensor | None,
         doc_start: Tensor,
         unit_start: Tensor,
         griffin: GriffinState,
         length: Tensor | None = None,
-        place: Tensor | None = None,
-        told: Tensor | None = None,
     ) -> tuple[Tensor, GriffinState]:
-        """Logits of the next symbol at every event, a page or a single one.
-
-        symbol, chunk, doc_start, unit_start: (b t'); latent: (b n z) z_0 of each chunk;
-        told: (b t' d) of the text before each event (see `tell`); None for a fresh decoder and the twin;
-        place: (b t') events since the unit's start, worked out from unit_start when None.
-        Returns (b t' 258); of a decoder that writes chunks at once, which takes whole chunks, see `ParallelDecoder`.
-        """
-        if self.latent_dim and told is None and (self.settings.reads_text or self.settings.trunk_layers):
-            raise ValueError("this decoder knows of the text before: pass what it is told")
-        if isinstance(self.decoder, ParallelDecoder):
-            assert latent is not None and length is not None
-            # one place for every end: where it lies is for the decoder to say
-            place = place_in_chunk(unit_start).masked_fill(
-                ends_of(unit_start, length), self.chunking.max_bytes
-            )
-            x = self._spread(latent, chunk, place)
-            return self.decoder(x if told is None else x + told, unit_start, length), griffin
-        x = self.write(symbol)
-        if latent is not None:
-            place = place_in_chunk(unit_start) if place is None else place
-            x = x + self._spread(latent, chunk, place)
-        if told is not None and self.latent_dim:
+        if told is not None:
             x = x + told
+        elif self.latent_dim and (self.settings.reads_text or self.settings.trunk_layers):
+            raise ValueError("this decoder knows of the text before: pass what it is told")
         # A fresh decoder knows nothing but the latent: the state is reset at every chunk.
         reset = doc_start if self.settings.carry_state else unit_start
         y, griffin = self.decoder(x, griffin, reset, unit_start, length)
@@ -318,7 +225,3 @@ class Autoencoder(SavedModel):
         """Latents (b n z) at the places of their chunks' events: chunk, place (b t'). (b t' d)."""
         inner = self.from_latent.inner(latent)  # (b n 2d)
         return self.from_latent.outer(self.from_latent.features_at(inner, chunk, place))
-
-    def hide_bytes(self, symbol: Tensor, hidden: Tensor) -> Tensor:
-        """Byte dropout: replace inputs where hidden (b t'), except the start of a unit."""
-        return torch.where(hidden & (symbol != START), HIDDEN, symbol)

@@ -1,7 +1,7 @@
 """The prior's first tower: latents and their summaries, to what is known before each chunk.
 
-It reads the pyramid of `hldm.model.hierarchy` once per chunk, causally, by attention over the visible entries or, as a
-choice, by a recurrence. In generation it is called for one chunk at a time, with a state of O(log n) entries.
+It reads the pyramid of `hldm.model.hierarchy` once per chunk, causally, by attention over the visible entries. In
+generation it is called for one chunk at a time, with a state of O(log n) entries.
 """
 
 from __future__ import annotations
@@ -13,11 +13,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from hldm.config import GriffinConfig, HierarchyConfig, PriorConfig
-from hldm.model.griffin import Griffin, GriffinState
+from hldm.config import HierarchyConfig, PriorConfig
 from hldm.model.hierarchy import (
     Entries,
-    capacity,
     distance_in_blocks,
     still_needed,
     summaries,
@@ -34,7 +32,6 @@ class ContextState(NamedTuple):
     written: Tensor  # (b) chunks of the open document
     partial: Tensor  # (b levels z) sums of the blocks still open
     latest: Tensor  # (b d) output at the newest chunk
-    griffin: GriffinState  # state of the recurrent contextualiser; () for a transformer
     feature: Tensor  # (b f) of the text so far, if it is read
 
 
@@ -73,7 +70,7 @@ class RelativeBias(nn.Module):
 
     def __init__(self, heads: int, hierarchy: HierarchyConfig):
         super().__init__()
-        self.distances = capacity(hierarchy) + 1
+        self.distances = hierarchy.capacity + 1
         self.table = nn.Parameter(torch.zeros((hierarchy.levels + 1) * self.distances, heads))
 
     def forward(self, level: Tensor, distance: Tensor) -> Tensor:
@@ -131,21 +128,12 @@ class Contextualiser(nn.Module):
         self.embed_feature = nn.Linear(feature_dim, d, bias=False) if config.reads_text else None
         self.level = nn.Embedding(hierarchy.levels + 1, d)
         self.start = nn.Parameter(torch.randn(d) * 0.02)  # what every document begins with
-        recurrent = config.contextualiser == "griffin"
-        stack = GriffinConfig(
-            width=d,
-            blocks=("recurrent",) * config.layers,
-            heads=config.heads,
-            dropout=config.dropout,
-        )
-        self.griffin = Griffin(stack, window=1) if recurrent else None
-        layers = 0 if recurrent else config.layers
-        self.layers = nn.ModuleList(ContextLayer(config, hierarchy) for _ in range(layers))
+        self.layers = nn.ModuleList(ContextLayer(config, hierarchy) for _ in range(config.layers))
         self.norm = nn.LayerNorm(d)
 
     def initial_state(self, batch: int, device: torch.device | None = None) -> ContextState:
         """Nothing written yet."""
-        c, levels = capacity(self.hierarchy), self.hierarchy.levels
+        c, levels = self.hierarchy.capacity, self.hierarchy.levels
         d, z = self.config.width, self.embed.in_features
         empty = torch.zeros(batch, c, dtype=torch.long, device=device)
         return ContextState(
@@ -154,7 +142,6 @@ class Contextualiser(nn.Module):
             written=torch.zeros(batch, dtype=torch.long, device=device),
             partial=torch.zeros(batch, levels, z, device=device),
             latest=torch.zeros(batch, d, device=device),
-            griffin=() if self.griffin is None else self.griffin.initial_state(batch, device=device),
             feature=torch.zeros(batch, self.feature_dim, device=device),
         )
 
@@ -187,10 +174,6 @@ class Contextualiser(nn.Module):
             features = latents.new_zeros(b, n, self.feature_dim)
         if self.embed_feature is not None:
             x = x + self.embed_feature(features)
-        griffin = state.griffin
-        if self.griffin is not None and n:
-            chunk_start = torch.ones_like(mask)
-            x, griffin = self.griffin(x, state.griffin, doc_start, chunk_start, mask.sum(dim=1))
         start = self.start.expand(b, 1, -1)
         x = torch.cat([start, x, self.embed(means) + self.level(blocks.level)], dim=1)
         zero = steps.written.new_zeros(b, 1)
@@ -244,7 +227,7 @@ class Contextualiser(nn.Module):
         # Keep what may still be looked at; the open document becomes document 0 of the next window.
         needed = still_needed(steps.written, steps.open_document, keys, self.hierarchy)
         needed &= keys.document >= 0
-        order = (~needed).to(torch.int8).argsort(dim=1, stable=True)[:, : capacity(self.hierarchy)]
+        order = (~needed).to(torch.int8).argsort(dim=1, stable=True)[:, : self.hierarchy.capacity]
         kept = needed.gather(1, order)
         everything = after_start(state.hidden, stacked)
         rows = order[..., None, None].expand(-1, -1, *everything.shape[2:])
@@ -258,7 +241,6 @@ class Contextualiser(nn.Module):
             written=steps.written,
             partial=partial,
             latest=before.gather(1, count[..., None].expand(-1, -1, before.shape[2]))[:, 0],
-            griffin=griffin,
             feature=text.gather(1, count[..., None].expand(-1, -1, self.feature_dim))[:, 0],
         )
         return context, next_state

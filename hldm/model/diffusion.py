@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from hldm.config import ConfigError, DiffusionConfig
 
-Target = Literal["x0", "v", "eps"]
+Target = Literal["x0", "v"]
 SchedulerName = Literal["ancestral", "ddim", "dpm", "flow"]
 Scheduler: TypeAlias = DDIMScheduler | DPMSolverMultistepScheduler | FlowMatchEulerDiscreteScheduler
 
@@ -50,19 +50,14 @@ def noise_from(x0: Tensor, z: Tensor, gamma: Tensor) -> Tensor:
 
 
 def x0_from(prediction: Tensor, z: Tensor, gamma: Tensor, target: Target) -> Tensor:
-    """The estimate of x0 that a prediction of x0, of the noise or of v = alpha noise - sigma x0 stands for.
+    """The estimate of x0 that a prediction of x0 or of v = alpha noise - sigma x0 stands for.
 
     prediction, z: (... z); gamma: (...), float32 at least.  v: arXiv 2202.00512.
-
-    An error in eps counts exp(gamma / 2) times in x0, so keep to v or x0 where gamma_1 is large; the
-    bound multiplies the square by exp(-gamma) and stays 1/2 ||eps - eps_hat||^2.
     """
-    alpha, sigma = alpha_sigma(gamma.unsqueeze(-1))
     if target == "x0":
         return prediction
-    if target == "v":
-        return alpha * z - sigma * prediction
-    return (z - sigma * prediction) / alpha
+    alpha, sigma = alpha_sigma(gamma.unsqueeze(-1))
+    return alpha * z - sigma * prediction
 
 
 def bound_integrand(x0: Tensor, x0_hat: Tensor, gamma: Tensor) -> Tensor:
@@ -94,26 +89,20 @@ class Schedule(nn.Module):
 
     The bound does not depend on the density p, the variance of its estimate f(gamma)/p(gamma) does:
     E[(f/p)^2] = integral of E[f^2 | gamma] / p, least under the constraint integral p = 1 where
-    E[f^2 | gamma] / p^2 is constant: p = sqrt(E[f^2 | gamma]) up to scale. `learned` follows it in closed
-    form from the squares it has observed; VDM (section 5.3) descends its gradient instead.
-    `linear` is uniform in gamma, `cosine` the cosine schedule (arXiv 2102.09672) cut to the range.
+    E[f^2 | gamma] / p^2 is constant: p = sqrt(E[f^2 | gamma]) up to scale. The schedule follows it in closed
+    form from the squares it has observed; VDM (section 5.3) descends its gradient instead. At first p is uniform.
     """
 
     cdf: Tensor  # (BINS + 1) share of the draws below each border of the bins, 0 ... 1
-    observed: Tensor  # (BINS 2) decayed sums of f^2 and of the number of values, `learned` only
+    observed: Tensor  # (BINS 2) decayed sums of f^2 and of the number of values
     pending: Tensor  # (BINS 2) the sums since the last update
 
     def __init__(self, config: DiffusionConfig) -> None:
         super().__init__()
         self.gamma_0, self.gamma_1 = config.gamma_0, config.gamma_1
         self.register_buffer("cdf", torch.linspace(0, 1, BINS + 1))
-        if config.schedule == "cosine":  # alpha = cos(pi t / 2), so t = 2/pi atan(exp(gamma / 2))
-            t = torch.atan(torch.exp(self._borders(torch.float64) / 2))
-            self.cdf.copy_((t - t[0]) / (t[-1] - t[0]))
-        self.learns = config.schedule == "learned"
-        if self.learns:
-            self.register_buffer("observed", torch.zeros(BINS, 2))
-            self.register_buffer("pending", torch.zeros(BINS, 2), persistent=False)
+        self.register_buffer("observed", torch.zeros(BINS, 2))
+        self.register_buffer("pending", torch.zeros(BINS, 2), persistent=False)
 
     def gamma(self, u: Tensor) -> Tensor:
         """The u-quantile of the density, increasing from gamma_0 at u = 0 to gamma_1 at u = 1; any shape."""
@@ -128,7 +117,7 @@ class Schedule(nn.Module):
 
     @torch.no_grad()
     def observe(self, gamma: Tensor, squared_error: Tensor) -> None:
-        """Note what the denoiser finds hard, for `update`; a fixed schedule does not care.
+        """Note what the denoiser finds hard, for `update`.
 
         gamma, squared_error = ||x0 - x0_hat||^2: the same shape, one entry a draw, padding left out.
         """
@@ -137,8 +126,6 @@ class Schedule(nn.Module):
                 f"gamma and squared_error must share a shape, got {tuple(gamma.shape)} and "
                 f"{tuple(squared_error.shape)}"
             )
-        if not self.learns:
-            return
         square = (0.5 * torch.exp(-gamma.float()) * squared_error.float()).square().flatten()
         is_finite = square.isfinite()  # an overflow must not stay for good
         entries = torch.stack([square.where(is_finite, 0), is_finite.float()], dim=-1).to(self.pending.dtype)
@@ -146,15 +133,13 @@ class Schedule(nn.Module):
 
     @torch.no_grad()
     def update(self, skipped: bool = False) -> None:
-        """Let a learned schedule follow what was observed since the last update, once an optimizer step.
+        """Follow what was observed since the last update, once an optimizer step.
 
         skipped: the step was not finite; forget what was observed.
 
         Every process must call it equally often: sums are joined over them, so the result is the same
         however the rows are split over processes and micro-batches.
         """
-        if not self.learns:
-            return
         if skipped:
             self.pending.zero_()
             return

@@ -19,18 +19,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hldm.config import GriffinConfig
-from hldm.kernels import operators
-from hldm.kernels.derivatives import (
-    CausalConvFunction,
-    GatedDecayFunction,
-    GatedScanFunction,
+from hldm.model.ops import (
     add_rms_norm,
     at_least_float32,
+    causal_conv,
     gelu_gate,
+    rg_lru,
     rms_norm,
 )
-from hldm.kernels.scan import linear_scan
-from hldm.kernels.stack import can_step, griffin_step
+from hldm.model.speed import has_faster_form
 
 DECAY_POWER = 8.0  # c of Griffin, equation 4: a = radius^(c r)
 ATTENTION_BLOCK = 32  # queries that share their keys, at least; measured for windows below it
@@ -214,10 +211,7 @@ class RGLRU(nn.Module):
             part.to(x.dtype) for part in (self.gate_weight, self.gate_bias, self.a_param, reset)
         )
         log_radius = -DECAY_POWER * F.softplus(a_param)
-        if operators.available(x):
-            return GatedScanFunction.apply(x, weight, bias, log_radius, reset, hidden)
-        a, b = GatedDecayFunction.apply(x.flatten(0, 1), weight, bias, log_radius, reset.view(-1, 1))
-        return linear_scan(a.view(x.shape), b.view(x.shape), hidden)
+        return rg_lru(x, weight, bias, log_radius, reset, hidden)
 
 
 class RecurrentBlock(nn.Module):
@@ -248,11 +242,7 @@ class RecurrentBlock(nn.Module):
             weight, bias, inside = (
                 part.to(u.dtype) for part in (self.conv_weight, self.conv_bias, layout.inside)
             )
-            if u.shape[1] == 1:  # the same in fewer steps
-                extended = torch.cat([state.taps, u], dim=1)
-                conv = (extended * inside.mT * weight).sum(1, keepdim=True) + bias
-            else:
-                conv = CausalConvFunction.apply(u, state.taps, weight, bias, inside)
+            conv = causal_conv(u, state.taps, weight, bias, inside)
             h, last = self.rg_lru(conv, state.hidden, layout.reset)
         if layout.length is not None:
             last = _carry(state.hidden[:, None], h, layout.length)[:, 0]
@@ -360,8 +350,13 @@ class Griffin(nn.Module):
         Raises ValueError when the shapes disagree.
         """
         self._check(x, state, doc_start, chunk_start, length)
-        if length is None and can_step(self, x, state):
-            return griffin_step(self, x, state, doc_start, chunk_start, self.rotation())
+        return self.run_blocks(x, state, doc_start, chunk_start, length)
+
+    @has_faster_form
+    def run_blocks(
+        self, x: Tensor, state: GriffinState, doc_start: Tensor, chunk_start: Tensor, length: Tensor | None
+    ) -> tuple[Tensor, GriffinState]:
+        """What `forward` returns, of arguments that it has checked."""
         layout = Layout.of(doc_start, chunk_start, length, self.config.conv_width)
         states, branch = [], None
         for block, carried in zip(self.blocks, state, strict=True):

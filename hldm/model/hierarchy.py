@@ -41,19 +41,6 @@ def level_starts(written: Tensor, config: HierarchyConfig) -> Tensor:
     return torch.stack(starts, dim=-1)
 
 
-def capacity(config: HierarchyConfig) -> int:
-    """How many entries a state must be able to hold: those visible now or at any later time.
-
-    A level keeps its blocks from s_l on, also those that finer entries still stand for, hence
-    cap_l = ceil(cap_{l-1} / r) + w + r.
-    """
-    total, level_capacity = 0, 0
-    for _ in range(config.levels + 1):
-        level_capacity = -(-level_capacity // config.ratio) + config.window + config.ratio
-        total += level_capacity
-    return total
-
-
 def visible(query_written: Tensor, query_document: Tensor, keys: Entries, config: HierarchyConfig) -> Tensor:
     """Which entries are the context when `query_written` chunks of a document are written.
 

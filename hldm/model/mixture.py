@@ -22,15 +22,6 @@ from hldm.model.diffusion import alpha_sigma
 from hldm.runs.saved_model import SavedModel
 
 
-def draw_rows(
-    latent_dim: int, generators: Sequence[torch.Generator], device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """What one draw a row is made of, from the row's own generator: u (b 1) uniform, noise (b 1 z) normal."""
-    u = torch.stack([torch.rand(1, generator=g, dtype=torch.float64) for g in generators])
-    noise = torch.stack([torch.randn(1, latent_dim, generator=g) for g in generators])
-    return u.to(device), noise.to(device)
-
-
 class MixturePredictor(SavedModel):
     """Weights from a feature of the text (... d), prototypes (k z), one variance a dimension."""
 
@@ -81,19 +72,15 @@ class MixturePredictor(SavedModel):
 
         temperature: scales the noise, and sharpens the weights to w^(1 / temperature); 0 takes the likeliest.
         """
-        u, noise = draw_rows(self.prototypes.shape[1], generators, self.prototypes.device)
-        return self.place(gamma, log_weights, u, noise, temperature)[:, 0]
-
-    def place(
-        self, gamma: float, log_weights: Tensor, u: Tensor, noise: Tensor, temperature: float = 1.0
-    ) -> Tensor:
-        """The draws z_gamma that numbers stand for: u (... m) uniform, noise (... m z) standard normal.
-
-        log_weights: (... k), shared by the m draws. Returns (... m z).
-        """
+        device, z = self.prototypes.device, self.prototypes.shape[1]
+        # per row: first its uniform number, then its noise
+        drawn = [
+            (torch.rand(1, generator=g, dtype=torch.float64), torch.randn(z, generator=g)) for g in generators
+        ]
+        u, noise = (torch.stack(numbers).to(device) for numbers in zip(*drawn, strict=True))
         sharp = log_weights.double() / max(temperature, 1e-6)
         cdf = sharp.softmax(dim=-1).cumsum(dim=-1)
-        chosen = torch.searchsorted(cdf, u.double() * cdf[..., -1:], right=True)
+        chosen = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)[:, 0]
         alpha, sigma = (float(x) for x in alpha_sigma(torch.tensor(gamma, dtype=torch.float64)))
         deviation = (alpha**2 * (2 * self.log_deviation).exp() + sigma**2).sqrt()
         mean = alpha * self.prototypes[chosen.clamp(max=len(self.prototypes) - 1)]

@@ -1,14 +1,14 @@
 """Two towers over latents: a causal contextualiser and a denoiser of the next latent.
 
-The contextualiser (`hldm.model.contextualiser`) runs once per chunk, the denoiser (`hldm.model.denoiser`) once per noise
-draw, so several draws share the expensive part. Two-tower diffusion over
-latents of text follows the Large Concept Model (arXiv 2412.08821). Knows latents, and if `reads_text` the
-encoder's features beside them, never bytes. A one-step head (`hldm.model.energy`) may stand beside the denoiser.
+The contextualiser (`hldm.model.contextualiser`) runs once per chunk, the denoiser (`hldm.model.denoiser`) once per
+noise draw, so several draws share the expensive part. Two-tower diffusion over latents of text follows the Large
+Concept Model (arXiv 2412.08821). Knows latents, and if `reads_text` the encoder's features beside them, never bytes.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import NamedTuple
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from hldm.config import (
     AutoencoderConfig,
-    ConfigError,
     DiffusionConfig,
     HierarchyConfig,
     PriorConfig,
@@ -24,10 +23,19 @@ from hldm.config import (
 )
 from hldm.model.contextualiser import Context, ContextState, Contextualiser
 from hldm.model.denoiser import Denoiser, Told
-from hldm.model.diffusion import Schedule, alpha_sigma, bound_integrand, diffuse, x0_from
-from hldm.model.energy import EnergyHead
+from hldm.model.diffusion import (
+    Schedule,
+    alpha_sigma,
+    bound_integrand,
+    diffuse,
+    end_term,
+    stratified,
+    x0_from,
+)
 from hldm.model.mixture import MixturePredictor
+from hldm.model.state import Encoding
 from hldm.runs.saved_model import SavedModel
+from hldm.text.windows import Batch, draw_normal, draw_uniform
 
 
 class Prior(SavedModel):
@@ -57,10 +65,6 @@ class Prior(SavedModel):
         self.contextualiser = Contextualiser(self.settings, self.hierarchy, latent_dim, feature_dim)
         self.denoiser = Denoiser(self.settings, self.hierarchy, latent_dim)
         self.mixture = MixturePredictor(feature_dim, latent_dim, components) if components else None
-        self.energy = None
-        if self.settings.one_step == "energy":
-            known = self.settings.width + feature_dim
-            self.energy = EnergyHead(self.settings.energy, latent_dim, known)
         self.schedule = Schedule(self.diffusion)
         self.nothing = nn.Parameter(torch.zeros(self.settings.width))  # the context, when it is hidden
 
@@ -73,7 +77,7 @@ class Prior(SavedModel):
         diffusion: DiffusionConfig,
     ) -> Prior:
         """Build from config sections."""
-        components = autoencoder.components if autoencoder.rate == "mixture" else 0
+        components = autoencoder.components
         feature_dim = autoencoder.known_width if prior.reads_text or components else 0
         sections = (asdict(prior), asdict(hierarchy), asdict(diffusion))
         return cls(autoencoder.latent_dim, *sections, feature_dim, components)
@@ -100,15 +104,12 @@ class Prior(SavedModel):
             log_weights = self.mixture.log_weights(context.feature)[:, :, None]
         return Told(log_weights, self.denoiser.read(context))
 
-    def denoise(
-        self, z: Tensor, gamma: Tensor, context: Context | Told, estimate: Tensor | None = None
-    ) -> Tensor:
+    def denoise(self, z: Tensor, gamma: Tensor, told: Told, estimate: Tensor | None = None) -> Tensor:
         """x0_hat(z_gamma, gamma, context). z: (b n m z); gamma: (b n m); estimate: an earlier x0_hat.
 
-        context: as it is or, over several steps, as `tell` reads it.
+        told: `tell` of the context, once for all draws and steps.
         With a mixture: its own estimate, corrected by sigma times what the network says.
         """
-        told = self.tell(context) if isinstance(context, Context) else context
         if self.mixture is not None and told.log_weights is not None:
             estimate = self.mixture.denoise(z, gamma, told.log_weights)
             _, sigma = alpha_sigma(gamma.unsqueeze(-1))
@@ -121,35 +122,12 @@ class Prior(SavedModel):
         self, x0: Tensor, gamma: Tensor, noise: Tensor, context: Context, self_condition: bool = False
     ) -> Tensor:
         """x0_hat from x0 made noisy. x0, noise and result: (b n m z); gamma: (b n m)."""
-        z = diffuse(x0, gamma, noise)
+        z, told = diffuse(x0, gamma, noise), self.tell(context)
         earlier = None
         if self_condition:
             with torch.no_grad():
-                earlier = self.denoise(z, gamma, context)
-        return self.denoise(z, gamma, context, earlier)
-
-    def require_one_step(self) -> EnergyHead:
-        """The one-step head. Raises ConfigError without one."""
-        if self.energy is None:
-            raise ConfigError(
-                "generation.scheduler=energy needs a prior with a one-step head: train it with "
-                "prior.one_step=energy, or choose another scheduler"
-            )
-        return self.energy
-
-    def draw_once(self, context: Context, u: Tensor, noise: Tensor, temperature: float = 1.0) -> Tensor:
-        """z_0 in one step of the energy head, from u (b n m) uniform and noise (b n m z) standard normal.
-
-        They make a draw of the mixture, or of N(0, I) without one, which the head moves. temperature: of
-        that draw. Returns (b n m z). Raises ConfigError without such a head.
-        """
-        head = self.require_one_step()
-        base = temperature * noise
-        if self.mixture is not None:
-            with torch.no_grad():  # the bound alone teaches the mixture
-                weights = self.mixture.log_weights(context.feature)
-                base = self.mixture.place(self.diffusion.gamma_0, weights, u, noise, temperature)
-        return head(base, context)
+                earlier = self.denoise(z, gamma, told)
+        return self.denoise(z, gamma, told, earlier)
 
     def latent_term(
         self,
@@ -174,3 +152,41 @@ class Prior(SavedModel):
             squared_error = (x0 - x0_hat).detach().square().sum(dim=-1)
             self.schedule.observe(gamma[mask], squared_error[mask])
         return terms.mean(dim=-1)
+
+
+class Payment(NamedTuple):
+    """What the latents of a window cost under a prior, nats per chunk."""
+
+    latent: Tensor  # (b n)
+    end: Tensor  # (b n)
+
+
+def price_latents(
+    prior: Prior,
+    encoding: Encoding,
+    context: Context,
+    batch: Batch,
+    generator: torch.Generator,
+    draws: int | None = None,
+    hide: bool = False,
+) -> Payment:
+    """The latent and end terms of the bound, from `draws` stratified noise levels a chunk.
+
+    hide: training's context dropout and self-conditioning, by their configured shares.
+    """
+    settings = prior.settings
+    b, n, z = encoding.latents.shape
+    m = draws or settings.draws
+    u = stratified(m, draw_uniform(batch, (n,), generator))
+    noise = draw_normal(batch, (n, m, z), generator)
+    context = context.first(n)
+    self_condition = settings.self_conditioning > 0
+    if hide:
+        if settings.context_dropout:
+            hidden = draw_uniform(batch, (n,), generator) < settings.context_dropout
+            context = prior.hide(context, hidden)
+        coin = torch.rand((), generator=generator)
+        self_condition = bool(coin < settings.self_conditioning)
+    latent = prior.latent_term(encoding.latents, encoding.mask, context, u, noise, self_condition)
+    end = end_term(encoding.latents, prior.diffusion.gamma_1)
+    return Payment(latent * encoding.mask, end * encoding.mask)

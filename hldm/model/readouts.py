@@ -11,8 +11,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hldm.chunking.chunker import Segments, lay_by_chunk, pool_by_chunk
-from hldm.model.ops import placed_gelu
+from hldm.model.ops import add_rows, placed_gelu
+from hldm.text.windows import Window
 
 
 class PlacedReadout(nn.Module):
@@ -42,10 +42,10 @@ class PlacedReadout(nn.Module):
 class MeanReadout(PlacedReadout):
     """A chunk's latent from the mean over its bytes k of gelu(W_1 y_k + p_k)."""
 
-    def of_chunks(self, y: Tensor, where: Segments, place: Tensor, chunks: int) -> Tensor:
-        """Raw latents of a window's chunks (b n z), from y (b t d) and places in them (b t)."""
+    def of_chunks(self, y: Tensor, window: Window) -> Tensor:
+        """Raw latents of a window's chunks (b n z), from y (b t d)."""
         every = torch.arange(y.shape[1], device=y.device).expand(y.shape[:2])
-        return self.outer(pool_by_chunk(self.features_at(self.inner(y), every, place), where, chunks))
+        return self.outer(pool_by_chunk(self.features_at(self.inner(y), every, window.place), window))
 
     def of_chunk(self, y: Tensor, length: Tensor) -> Tensor:
         """The same of one chunk a row (b 1 z), from y (b l d) and length (b)."""
@@ -64,9 +64,9 @@ class StridedReadout(nn.Module):
         self.places = places
         self.kernel = nn.Linear(places * inputs, outputs)  # W_0, W_1, ... side by side
 
-    def of_chunks(self, y: Tensor, where: Segments, place: Tensor, chunks: int) -> Tensor:
-        """Raw latents of a window's chunks (b n z), from y (b t d) and places in them (b t)."""
-        return self.kernel(lay_by_chunk(y, where, place, chunks, self.places).flatten(2))
+    def of_chunks(self, y: Tensor, window: Window) -> Tensor:
+        """Raw latents of a window's chunks (b n z), from y (b t d)."""
+        return self.kernel(lay_by_chunk(y, window, self.places).flatten(2))
 
     def of_chunk(self, y: Tensor, length: Tensor) -> Tensor:
         """The same of one chunk a row (b 1 z), from y (b l d) and length (b)."""
@@ -146,3 +146,28 @@ def shares(y: Tensor, length: Tensor) -> Tensor:
     """(b 1 l): of each byte of y (b l d) in the mean over the first length (b)."""
     place = torch.arange(y.shape[1], device=y.device)
     return (place < length[:, None])[:, None] / length[:, None, None]
+
+
+def pool_by_chunk(x: Tensor, window: Window) -> Tensor:
+    """Mean of x over the bytes of each chunk; zeros where a row has fewer chunks.
+
+    x: (b t d), summed in float32 at least. Returns (b n d). Raises ValueError when x and window differ in b or t.
+    """
+    if x.shape[:2] != window.bytes.shape:
+        raise ValueError(
+            f"x (b t d) and bytes (b t) must share b and t, got {tuple(x.shape)} and {tuple(window.bytes.shape)}"
+        )
+    values = x.to(torch.promote_types(x.dtype, torch.float32))
+    size = add_rows(values.new_ones(*x.shape[:2], 1), window.chunk_id, window.chunks)
+    return (add_rows(values, window.chunk_id, window.chunks) / size.clamp(min=1)).to(x.dtype)  # (b n d)
+
+
+def lay_by_chunk(x: Tensor, window: Window, most: int) -> Tensor:
+    """The bytes of each chunk, at most l = `most`, side by side, zeros after its last. (b t d) -> (b n l d)."""
+    b, _, d = x.shape
+    # one row of places for all, with a spare one at the end for padding
+    size = b * window.chunks * most
+    chunk = window.chunk_id + window.chunks * torch.arange(b, device=x.device)[:, None]
+    index = torch.where(window.is_real, chunk * most + window.place, size).flatten()
+    laid = x.new_zeros(size + 1, d).index_copy(0, index, x.flatten(0, 1))
+    return laid[:-1].view(b, window.chunks, most, d)

@@ -1,11 +1,44 @@
-"""Recurrent state is a value: nested tuples of tensors, rows first. What can be done to any of them."""
+"""Recurrent state is a value: nested tuples of tensors, rows first.
+
+What encoder and decoder carry from one stretch of text to the next, what the encoder makes of a window, and what can
+be done to any such value.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
+
+from hldm.model.griffin import GriffinState
+
+
+class EncoderState(NamedTuple):
+    """What the encoder carries from one stretch of text to the next."""
+
+    griffin: GriffinState
+    feature: Tensor  # (b d) at the last byte
+    trunk: GriffinState  # one step a chunk; () without a trunk
+    known: Tensor  # (b w) what is known before the next chunk: the trunk's output, without one the feature
+
+
+class DecoderState(NamedTuple):
+    """What the decoder carries from one stretch to the next."""
+
+    griffin: GriffinState
+    symbol: Tensor  # (b) last symbol written, the next step's input unless a unit starts
+
+
+class Encoding(NamedTuple):
+    """One latent a chunk, and what the encoder knows of the text before and after each."""
+
+    latents: Tensor  # (b n z) mu, normalised
+    mask: Tensor  # (b n) bool, real chunks
+    doc_start: Tensor  # (b n) bool, first chunk of a document
+    after: Tensor  # (b n w) what is known after the chunk: the trunk's output there, or the encoder's
+    before: Tensor  # (b n w) what is known before it; 0 at a document start
+    features: Tensor  # (b t+1 d) encoder feature at the byte before the window, then at each of its bytes
 
 
 def map_carry(fn: Callable[..., Tensor], *carries: Any) -> Any:
@@ -38,7 +71,7 @@ def select_rows(condition: Tensor, yes: Any, no: Any) -> Any:
     return map_carry(choose, yes, no)
 
 
-def take_rows(carry: Any, index: Tensor) -> Any:
+def pick_rows(carry: Any, index: Tensor) -> Any:
     """Some rows only, in this order. index: (k), or (b) bool."""
     return map_carry(lambda x: x[index], carry)
 

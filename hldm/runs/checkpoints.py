@@ -1,26 +1,26 @@
 """Checkpoints that survive a kill, a full disk and a flipped bit; loading one never runs code.
 
-A checkpoint is a folder of safetensors files and one state.json, vouched for by MANIFEST.json (size and
-sha256 of each, written last). It is built under a temporary name on the same filesystem, synced to disk
-and renamed into place; only then are older ones deleted. So whatever stands under the name
-`checkpoints/step-000000500` is either whole or found out. Knows no model.
+A checkpoint is a folder of safetensors files and one state.json. MANIFEST.json, written last, lists the size and
+sha256 of each. The folder is built under a temporary name on the same filesystem, synced to disk and renamed into
+place; only then are older ones deleted. So a folder named `checkpoints/step-000000500` is either whole, or its damage
+is detected. Knows no model.
 """
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
 import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetensors import SafetensorError
+
+from hldm.runs.files import sha256_of, sync, write_synced
+from hldm.runs.machine import free_disk
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +30,6 @@ MANIFEST = "MANIFEST.json"
 STATE = "state.json"
 MAX_RECORD_BYTES = 100_000_000  # a state.json is small; the same cap as safetensors' own header
 STEM = re.compile(r"[A-Za-z0-9_-]{1,64}")
-FULL = (errno.ENOSPC, errno.EDQUOT)  # of the disk, of what a user may have of it
 LEFTOVER = re.compile(r"\.(?:tmp|del)-step-[0-9]+-([0-9]+)")  # ends with the process that made it
 
 
@@ -39,7 +38,7 @@ class CheckpointError(ValueError):
 
 
 class Checkpoint(NamedTuple):
-    """What was saved: `tensors` by file stem, then by name; `state` as it was given."""
+    """A checkpoint as loaded: `tensors` by file stem, then by name; `state` as it was saved."""
 
     step: int
     tensors: dict[str, dict[str, Tensor]]
@@ -48,7 +47,7 @@ class Checkpoint(NamedTuple):
 
 
 def checkpoints_in(folder: Path) -> dict[int, Path]:
-    """The checkpoints of a run by step, oldest first, valid or not; what is named otherwise is not ours."""
+    """The checkpoints of a run by step, oldest first, valid or not. Other names are ignored."""
     home = Path(folder) / "checkpoints"
     found = {
         _step_of(path): path for path in (home.glob("step-*") if home.is_dir() else ()) if _is_folder(path)
@@ -69,7 +68,7 @@ def save_checkpoint(
     tensors: file stem -> name -> tensor, e.g. {"model": {...}, "ema": {...}}; any strides, any device
     state:   whatever JSON gives back unchanged: string keys, lists rather than tuples, finite floats
     A valid checkpoint of this step is kept as it is; a damaged one is replaced. Checkpoints of later steps
-    are left alone (a run that fell back to an older one meets them again). A delete that fails is only said.
+    are left alone (a run that fell back to an older one meets them again). A delete that fails is only reported.
     Returns the checkpoint's folder. Raises ValueError for arguments that cannot be stored, CheckpointError
     when the disk refuses; earlier checkpoints are untouched then, and nothing temporary is left.
     """
@@ -86,7 +85,7 @@ def save_checkpoint(
     try:
         if not home.is_dir():
             home.mkdir(parents=True)
-            _sync(home.parent)
+            sync(home.parent)
         _remove_leftovers(home, say)
         damage = _damage_of(target)
         if damage:
@@ -95,11 +94,11 @@ def save_checkpoint(
                 say(f"{damage}; replacing it by a new save of step {step}")
                 _discard(target, say)
             os.rename(temporary, target)
-        _sync(home)
+        sync(home)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise CheckpointError(
-            f"{target} could not be saved: {reason} ({_free_bytes(home):,} bytes free); "
+            f"{target} could not be saved: {reason} ({free_disk(home)[0]:,} bytes free); "
             "earlier checkpoints are untouched"
         ) from error
     finally:
@@ -138,8 +137,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
 def newest_checkpoint(folder: Path, say: Callable[[str], None] = warnings.warn) -> Checkpoint | None:
     """The newest valid checkpoint of a run; None when it never saved one.
 
-    Says each damaged one on the way. Raises CheckpointError when there are some and none is valid: a run
-    never starts again from zero without being asked to.
+    Reports each damaged one on the way. Raises CheckpointError when there are some and none is valid: a run
+    must not silently start again from zero.
     """
     damages = []
     for path in reversed(checkpoints_in(folder).values()):
@@ -214,61 +213,6 @@ def unflatten_optimizer(tensors: Mapping[str, Tensor], layout: Any) -> dict[str,
     return state_dict
 
 
-def sha256_of(path: Path) -> str:
-    """The sha256 of a file, in hex."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """The sha256 of names, dtypes, shapes and bytes: equal for equal weights, wherever and however stored."""
-    import torch
-
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode() + b"\n")
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def atomic_write(path: Path, data: bytes | str) -> None:
-    """Replace a file in one step: a reader, or a kill, sees the old content or the new, never half of one.
-
-    Raises OSError naming the file; the old content stands then.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    with naming(path):
-        try:
-            _write_synced(temporary, data.encode() if isinstance(data, str) else data)
-            os.replace(temporary, path)
-            _sync(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Have an error of the disk name the file that was being written, and what is free where the disk is full.
-
-    Raises OSError, in place of safetensors' own error, too.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        number, reason = getattr(error, "errno", None), getattr(error, "strerror", None) or str(error)
-        if number is None and (inner := re.search(r"\(os error ([0-9]+)\)", reason)):
-            number = int(inner[1])
-            reason = os.strerror(number)
-        if number in FULL and "bytes free" not in reason:
-            reason += f" ({_free_bytes(Path(path)):,} bytes free): free some and try again"
-        raise OSError(number or errno.EIO, reason, str(path)) from error
-
-
 def _write_files(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], record: bytes) -> None:
     """Everything of a checkpoint, the manifest last, synced to disk."""
     from safetensors.torch import save_file
@@ -277,11 +221,11 @@ def _write_files(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], reco
     for stem, named_tensors in tensors.items():
         file = folder / f"{stem}.safetensors"
         save_file(_storable(named_tensors), file)
-        _sync(file)
-    _write_synced(folder / STATE, record)
+        sync(file)
+    write_synced(folder / STATE, record)
     files = {f.name: {"bytes": f.stat().st_size, "sha256": sha256_of(f)} for f in sorted(folder.iterdir())}
-    _write_synced(folder / MANIFEST, _encode({"schema": SCHEMA, "files": files}))
-    _sync(folder)
+    write_synced(folder / MANIFEST, _encode({"schema": SCHEMA, "files": files}))
+    sync(folder)
 
 
 def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -335,7 +279,7 @@ def _damage_of(path: Path) -> str:
 
 
 def _read_record(path: Path) -> dict[str, Any]:
-    """One of our JSON files, whose every byte must be as we write it."""
+    """A JSON file that this module wrote; every byte must be as `_encode` writes it."""
     try:
         if path.stat().st_size > MAX_RECORD_BYTES:
             raise CheckpointError(f"{path} is damaged: longer than {MAX_RECORD_BYTES:,} bytes")
@@ -386,7 +330,7 @@ def _discard(path: Path, say: Callable[[str], None]) -> None:
 
 
 def _remove_leftovers(home: Path, say: Callable[[str], None]) -> None:
-    """Delete what killed processes left half written or half deleted; a living one's is left to it."""
+    """Delete what killed processes left half written or half deleted, but nothing of a process that is alive."""
     for path in home.glob(".*"):
         match = LEFTOVER.fullmatch(path.name)
         if match and _is_folder(path) and not _runs_elsewhere(int(match[1])):
@@ -418,23 +362,3 @@ def _step_of(path: Path) -> int | None:
 
 def _is_folder(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink()
-
-
-def _free_bytes(path: Path) -> int:
-    return shutil.disk_usage(next(p for p in (path, *path.absolute().parents) if p.is_dir())).free
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(path: Path) -> None:
-    """Have a file, or a folder's list of names, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

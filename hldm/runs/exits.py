@@ -1,14 +1,15 @@
-"""How a command ends: one line on standard error and an exit code, never a traceback for what a user can mend."""
+"""How a command ends: what a user can fix becomes one line on standard error and an exit code, never a traceback."""
 
 from __future__ import annotations
 
 import errno
 import io
 import os
+import signal
 import sys
 from collections.abc import Callable
 
-from hldm.runs.signals import Interrupted, is_first_rank, leave_in_one_line
+from hldm.runs.signals import is_first_rank, leave_in_one_line
 from hldm.text.bytes import printable
 
 # what torch says, lower case: its CPU allocator, its own exceptions, mmap, C++, and a thread that finds no stack
@@ -21,10 +22,25 @@ OUT_OF_MEMORY = (
 )
 
 
-def guarded(work: Callable[[], int]) -> int:
-    """Run, turning what users can mend, and signals, into one line and an exit code.
+class RunEnded(RuntimeError):
+    """A run that ends for a reason its message gives in one line. Each reason is a class with an exit code."""
 
-    2: bad input, or a file or disk that refuses (a full one, too);  3: numbers went wrong for good;
+    exit_code = 1
+    is_agreed = True  # every rank ends in the same way, so that one of them says it
+
+
+class Interrupted(RunEnded):
+    """A signal asked a run to stop, and it can go on from what is saved."""
+
+    def __init__(self, signum: int, path: str):
+        super().__init__(f"stopped by {signal.Signals(signum).name}; saved {path}: go on with --resume")
+        self.exit_code = 128 + signum
+
+
+def guarded(work: Callable[[], int]) -> int:
+    """Run a command; errors that a user can fix, and signals, become one line and an exit code.
+
+    2: bad input, or a file or disk that fails (also a full one);  3: numbers stay not finite;
     4: out of memory;  5: another process of the run hangs or has died;  128 + n: signal n.
     """
     return leave_in_one_line(lambda: _guarded(work))
@@ -53,20 +69,13 @@ def _guarded(work: Callable[[], int]) -> int:
         return _fail(_one_line(error), 2)
     except MemoryError as error:
         return _out_of_memory(error)
+    except RunEnded as error:
+        code = _fail(str(error), error.exit_code, error.is_agreed)
+        if not error.is_agreed and "RANK" in os.environ:
+            # The process group's destructor would wait for what is still queued, a timeout for each.
+            os._exit(code)
+        return code
     except RuntimeError as error:
-        if isinstance(error, Interrupted):
-            return _fail(str(error), 128 + error.signum, agreed=True)
-        from hldm.runs.ranks import RankLost
-        from hldm.training.trainer import TrainingDiverged
-
-        if isinstance(error, TrainingDiverged):
-            return _fail(str(error), 3, agreed=True)
-        if isinstance(error, RankLost):
-            code = _fail(str(error), 5)
-            if "RANK" in os.environ:
-                # The process group's destructor would wait for what is still queued, a timeout for each.
-                os._exit(code)
-            return code
         if any(sign in str(error).lower() for sign in OUT_OF_MEMORY):
             return _out_of_memory(error)
         raise

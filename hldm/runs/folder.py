@@ -21,19 +21,33 @@ import sys
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from hldm.runs.checkpoints import atomic_write, checkpoints_in, naming
+from hldm.config import is_retired
+from hldm.runs.checkpoints import checkpoints_in
+from hldm.runs.files import atomic_write, naming
+from hldm.runs.machine import physical_memory
 
 NAME = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,64}")
 LIBRARIES = ("torch", "numpy", "safetensors", "diffusers", "accelerate", "transformers", "datasets")
 BITWISE = ("cpu", "threads", "accelerators", "torch")  # a resumed run repeats bit for bit only if these agree
 OPENING = frozenset({"config.yaml", "environment.json", ".lock"})  # what a run that did nothing holds
 SAMPLE_HEADER = re.compile(rb"^=== step (-?[0-9]+) ===$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What a training has cost so far."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    characters: int = 0
+    prepared: float = 0.0  # of the seconds, those before the first step
 
 
 class Run:
@@ -48,7 +62,7 @@ class Run:
     def log(self, step: int, **metrics: float | int | str | bool | None) -> None:
         """Append one line to metrics.jsonl; "nan" and "inf", which JSON has not, are written as strings."""
         if self.is_main:
-            line = {"step": step} | {name: _finite_or_text(value) for name, value in metrics.items()}
+            line = {"step": step} | {name: finite_or_text(value) for name, value in metrics.items()}
             path = self.folder / "metrics.jsonl"
             with naming(path), open(path, "a", encoding="ascii") as file:
                 file.write(json.dumps(line, allow_nan=False) + "\n")
@@ -169,6 +183,16 @@ def open_run(
     return run
 
 
+def read_totals(folder: Path) -> Totals:
+    """What a stage cost, from its totals.json."""
+    return Totals(**json.loads((folder / "totals.json").read_text(encoding="utf-8")))
+
+
+def write_totals(folder: Path, totals: Totals) -> None:
+    """Mark a stage as done: totals.json is the last file that it writes."""
+    atomic_write(folder / "totals.json", json.dumps(asdict(totals)) + "\n")
+
+
 def shipped(name: str) -> Path:
     """A folder of what comes with hldm. Raises FileNotFoundError in a copy without it."""
     folder = Path(__file__).parent.parent / "pretrained" / name
@@ -230,7 +254,7 @@ def describe_environment() -> dict[str, Any]:
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory_bytes": physical_memory(),
         "accelerators": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
 
@@ -244,10 +268,11 @@ def check_settings(folder: Path, config: dict[str, Any], may_change: tuple[str, 
     if not path.exists():
         return
     try:
-        started = _dotted(yaml.safe_load(path.read_text(encoding="utf-8")))
+        started = dotted(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (yaml.YAMLError, ValueError, RecursionError, AttributeError) as error:
         raise ValueError(f"{path} is damaged; restore it or choose another --name") from error
-    now = _dotted(_plain(config))
+    started = {key: value for key, value in started.items() if not is_retired(key, value)}
+    now = dotted(_plain(config))
     changes = [
         f"{key} {started.get(key, 'absent')} -> {now.get(key, 'absent')}"
         for key in sorted(started.keys() | now.keys())
@@ -265,11 +290,11 @@ def _plain(config: dict[str, Any]) -> dict[str, Any]:
     return dict(json.loads(json.dumps(config)))
 
 
-def _dotted(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def dotted(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"data": {"lanes": 16}} as {"data.lanes": 16}."""
     leaves: dict[str, Any] = {}
     for key, value in config.items():
-        leaves |= _dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        leaves |= dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return leaves
 
 
@@ -299,7 +324,8 @@ def _step_logged(line: bytes) -> int | None:
     return step if type(step) is int and line.endswith(b"\n") else None
 
 
-def _finite_or_text(value: float | int | str | bool | None) -> float | int | str | bool | None:
+def finite_or_text(value: float | int | str | bool | None) -> float | int | str | bool | None:
+    """A number as JSON can hold it: "nan", "inf" and "-inf" are text."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -1,15 +1,28 @@
-"""What there is on this machine: memory within its limits, GPU memory, disk. No torch unless there is a GPU."""
+"""Memory, GPU memory and disk of this machine: how much is available, how much a piece of work took.
+
+Imports torch only if there is a GPU.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import resource
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+
+from hldm.config import ConfigError
 
 GPU_DRIVERS = ("/proc/driver/nvidia", "/dev/dxg", "/dev/kfd")  # NVIDIA, the same under WSL, AMD
+
+
+def physical_memory() -> int:
+    """Bytes of memory that this machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def available_memory(
@@ -23,7 +36,7 @@ def available_memory(
     own = status.get("VmRSS", 0)
     free = kibibytes("/proc/meminfo").get("MemAvailable")
     if free is None:  # no Linux
-        limits = [(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "on this machine")]
+        limits = [(physical_memory(), "on this machine")]
     else:
         limits = [(free + own, "on this machine")]
     limits += [(free + own, "in this cgroup") for free in _cgroup_memory(groups, root)]
@@ -66,6 +79,23 @@ def kibibytes(path: str) -> dict[str, int]:
     return {line[0].rstrip(":"): 1024 * int(line[1]) for line in lines if line[2:] == ["kB"]}
 
 
+def peak_memory(work: Callable[[], Any]) -> tuple[int | None, int | None]:
+    """The largest resident set of this process during some work, and how far above the one before; None off Linux."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)  # else the work takes what was freed before, and nothing grows
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    except OSError:
+        work()
+        return None, None
+    before = kibibytes("/proc/self/status")["VmRSS"]
+    work()
+    peak = kibibytes("/proc/self/status")["VmHWM"]
+    return peak, max(peak - before, 0)
+
+
 def gpu_memory() -> int | None:
     """Bytes free on this process' GPU; None where there is none. Imports torch only if there may be one."""
     if "torch" not in sys.modules and not any(map(os.path.exists, GPU_DRIVERS)):
@@ -81,3 +111,21 @@ def free_disk(folder: Path) -> tuple[int, Path]:
     """Bytes free where a folder is or would be made, and the folder that stands there already."""
     standing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())
     return shutil.disk_usage(standing).free, standing
+
+
+def require_disk(path: Path, needed: int, way_out: str) -> None:
+    """Raise ConfigError unless a file of so many bytes can be written to path."""
+    free, where = free_disk(path.parent)
+    if needed > free:
+        raise ConfigError(
+            f"{path} needs {human(needed)} of disk, {human(free)} available in {where}: {way_out}, or free some"
+        )
+
+
+def human(count: int) -> str:
+    """1536 -> 1.5 KiB, to about three digits."""
+    for exponent, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if count >= 1024**exponent:
+            size = count / 1024**exponent
+            return f"{size:,.0f} {unit}" if size >= 100 else f"{size:.3g} {unit}"
+    return f"{count} bytes"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 def describe(metrics: dict[str, float]) -> str:
     """Bits per character by name, their sum first when there are several, and the speed."""
-    skip = {"learning_rate", "gradient_norm", "energy", "characters_per_second", "seconds"}
+    skip = {"learning_rate", "gradient_norm", "characters_per_second", "seconds"}
     bits = {name: value for name, value in metrics.items() if name not in skip}
     parts = [f"{sum(bits.values()):.3f} bits/char"]
     if len(bits) > 1:
@@ -36,6 +37,21 @@ def say_line(line: str) -> None:
         print(line, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class Recent:
+    """Bits per character, averaged over the steps since the last line of metrics."""
+
+    def __init__(self) -> None:
+        self.nats: dict[str, float] = {}
+        self.characters = 0.0
+
+    def add(self, nats: dict[str, float], characters: float) -> dict[str, float]:
+        """Include a step; returns the averages so far."""
+        self.characters += characters
+        for name, value in nats.items():
+            self.nats[name] = self.nats.get(name, 0.0) + value
+        return {name: total / self.characters / math.log(2) for name, total in self.nats.items()}
 
 
 class Progress:

@@ -1,22 +1,36 @@
-"""When another process of a run hangs or dies: told apart from other errors, and by its number."""
+"""The processes of a run: what they agree on, and which of them hangs or has died."""
 
 from __future__ import annotations
 
 import re
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 
-# Those that time out together do so within the difference of their steps.
-ROLL_CALL = timedelta(seconds=2)
+from hldm.runs.exits import RunEnded
 
+# Ranks that time out together do so within the difference of their steps.
+ROLL_CALL = timedelta(seconds=2)
 
 # In what gloo says: mostly the path of its source, but from within a backward pass without it.
 GLOO_WORDS = ("gloo", "pair closure", "Connection closed by peer", "Connection reset by peer")
 
 
-class RankLost(RuntimeError):
+class RankLost(RunEnded):
     """Another process of the run does not answer; this one cannot go on without it."""
+
+    exit_code = 5
+    is_agreed = False
+
+
+def largest_of_ranks(value: int, device: torch.device) -> int:
+    """The largest of the ranks' values, on every rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    found = torch.tensor(value, device=device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return int(found)
 
 
 def is_rank_failure(error: RuntimeError) -> bool:

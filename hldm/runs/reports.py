@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hldm.runs.checkpoints import atomic_write
+from hldm.runs.files import atomic_write
 
 MAX_REPORT_BYTES = 10_000_000
 PNG = b"\x89PNG\r\n\x1a\n"  # how such a file begins

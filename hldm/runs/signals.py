@@ -1,9 +1,9 @@
 """SIGINT, SIGTERM and SIGUSR1 as one request to stop, honoured where it does no harm.
 
-`Interrupt()` notes the request, for a training loop that reads it between steps; `Interrupt(raises=True)`
-ends what runs within it by the exception `Stopped`, wherever there is nothing to save. They nest; the
-innermost decides. A thread sees to what Python cannot do while the main thread is busy in C or waits for
-another rank: a second signal ends the process at once. It also stops a process whose launcher has died.
+`Interrupt()` notes the request, and a training loop reads it between steps. `Interrupt(raises=True)` raises `Stopped`
+in what runs within it, for work that has nothing to save. Contexts nest; the innermost decides. Python cannot run a
+handler while the main thread is busy in C or waits for another rank, so a thread watches, too: a second signal ends
+the process at once. The thread also stops a process whose launcher has died.
 """
 
 from __future__ import annotations
@@ -35,14 +35,6 @@ class Stopped(BaseException):
 
     def __init__(self, signum: int):
         super().__init__(f"stopped by {signal.Signals(signum).name}")
-        self.signum = signum
-
-
-class Interrupted(RuntimeError):
-    """A signal asked a run to stop, and it can go on from what is saved."""
-
-    def __init__(self, signum: int, path: str):
-        super().__init__(f"stopped by {signal.Signals(signum).name}; saved {path}: go on with --resume")
         self.signum = signum
 
 

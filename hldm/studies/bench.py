@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hldm.config import Config, ConfigError, load_config
+from hldm.evaluation.tables import Table, show
 from hldm.runs.reports import check_report_path, save_report
 
 
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         layers = bench_layers.measure(repeats=arguments.steps)
         if target is not None:
             save_report(target, layers)
-        print(bench_layers.report(layers))
+        show(*bench_layers.report(layers))
         return 0
     if arguments.launch is not None and arguments.only != "processes":
         raise ConfigError("--launch says how --only processes starts them: pass both")
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = measure(config, twin, steps=arguments.steps, only=arguments.only, long=arguments.long)
     if target is not None:
         save_report(target, found)
-    print(report(found))
+    show(*report(found))
     return 0
 
 
@@ -90,9 +91,9 @@ def measure(
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     import torch
 
+    from hldm.chunking.strategies import attach_segmenter
     from hldm.studies import bench_training, bench_writing
     from hldm.text.corpus import load_corpus
-    from hldm.training.segmenters import attach_segmenter
 
     corpora = {data: load_corpus(data, "train") for data in {config.data, twin.data}}
     corpus = corpora[config.data]
@@ -154,28 +155,27 @@ def _head(config: Config, steps: int, device: str) -> dict[str, Any]:
     }
 
 
-def report(found: Mapping[str, Any]) -> str:
-    """What `measure` found, as aligned tables; `-` where there is nothing."""
+def report(found: Mapping[str, Any]) -> list[str | Table]:
+    """What `measure` found: a head, and the tables."""
     from hldm.studies import bench_training, bench_writing
 
     machine = found["machine"]
-    tables = [
-        f"{machine['cpu']}, {machine['device']}, {machine['threads']} thread(s), torch {machine['torch']}"
-    ]
+    head = f"{machine['cpu']}, {machine['device']}, {machine['threads']} thread(s), torch {machine['torch']}"
+    tables = []
     if "processes" in found:
         from hldm.studies import bench_processes
 
-        tables[0] += (
+        head += (
             f"\n{found['config']}: {found['bytes_per_step']:,} bytes a step, {found['steps']} steps a turn"
         )
         tables.append(bench_processes.report(found["processes"]))
     if "training" in found:
         n = bench_training.GEMM_SIZE
-        tables[0] += (
+        head += (
             f"\nfloat32 matrix products of {n}^3 reach {found['gemm_gflops']:,.1f} GFLOP/s: the peak below"
             f"\n{found['config']}: {found['bytes_per_step']:,} bytes a step, {found['steps']} steps of each, in turns"
         )
         tables.append(bench_training.report(found["training"]))
     if "generation" in found:
         tables.append(bench_writing.report(found["generation"]))
-    return "\n\n".join(tables)
+    return [head, *tables]

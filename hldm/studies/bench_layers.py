@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hldm.config import GriffinConfig
+from hldm.evaluation.tables import Table, cell
 from hldm.kernels.library import kernels, library, without_kernels
-from hldm.kernels.scan import BACKENDS, can_run, linear_scan
+from hldm.kernels.scan import BACKENDS, can_run, linear_scan_by
 from hldm.model.griffin import RGLRU, AttentionBlock, Griffin, Layout
 
 BYTES_FORWARD, BYTES_BOTH = 12, 32  # that a scan must move, of float32, an element
@@ -78,7 +79,7 @@ def time_scan(shape: tuple[int, int, int], repeats: int) -> dict[str, Any]:
     a, b = (torch.rand(shape, requires_grad=True) for _ in range(2))
     x, y, z = (torch.rand(shape) for _ in range(3))
     names = [name for name in BACKENDS if name != "loop" and can_run(name, a)]
-    scans = {name: partial(lambda backend: linear_scan(a, b, backend=backend)[0], name) for name in names}
+    scans = {name: partial(lambda backend: linear_scan_by(backend, a, b)[0], name) for name in names}
 
     def forward(scan: Callable[[], Tensor]) -> None:
         with torch.no_grad():
@@ -215,22 +216,27 @@ def measure(*, repeats: int = 10) -> dict[str, Any]:
     }
 
 
-def report(found: Mapping[str, Any]) -> str:
-    """What `measure` found, a line each."""
+def report(found: Mapping[str, Any]) -> list[str | Table]:
+    """What `measure` found: the machine, and a row a measurement."""
     machine = found["machine"]
-    lines = [
-        f"torch {machine['torch']}, {machine['threads']} thread(s); C++ kernels: {machine['kernels']}",
-        f"{'':60}{'ms, least':>10}{'median':>10}{'faster':>9}{'GB/s':>8}{'of stream':>11}",
+    rows = [
+        [f"{part} {size}, {way}", name, *_cells(figures)]
+        for part, sizes in found.items()
+        if part != "machine"
+        for size, ways in sizes.items()
+        for way, names in ways.items()
+        for name, figures in names.items()
     ]
-    for part, sizes in found.items():
-        if part == "machine":
-            continue
-        for size, ways in sizes.items():
-            for way, names in ways.items():
-                for name, figures in names.items():
-                    line = f"{f'{part} {size}, {way}':47}{name:13}"
-                    line += f"{figures['ms_least']:10.3f}{figures['ms_median']:10.3f}{figures['times_faster']:8.1f}x"
-                    if "gb_per_second" in figures:
-                        line += f"{figures['gb_per_second']:8.1f}{figures['share_of_stream']:11.0%}"
-                    lines.append(line)
-    return "\n".join(lines)
+    head = ["", "form", "ms, least", "median", "faster", "GB/s", "of stream"]
+    told = f"torch {machine['torch']}, {machine['threads']} thread(s); C++ kernels: {machine['kernels']}"
+    return [told, Table(head, rows)]
+
+
+def _cells(figures: Mapping[str, float]) -> list[str]:
+    return [
+        cell(figures["ms_least"], ".3f"),
+        cell(figures["ms_median"], ".3f"),
+        f"{figures['times_faster']:.1f}x",
+        cell(figures.get("gb_per_second"), ".1f"),
+        cell(figures.get("share_of_stream"), ".0%"),
+    ]

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from hldm.config import Config, ConfigError, load_config, to_yaml
-from hldm.evaluation.tables import align, row
+from hldm.evaluation.tables import Table, row
 from hldm.studies.bench_training import stage_one, time_steps, trainer_of, windows_of
 from hldm.text.corpus import load_corpus
 
@@ -115,8 +115,8 @@ def main(arguments: Sequence[str]) -> None:
     accelerator.end_training()
 
 
-def report(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """What `measure` found, as an aligned table."""
+def report(found: Mapping[str, Mapping[str, Any]]) -> Table:
+    """What `measure` found."""
     rows = [
         row("processes", ",.0f", found, "processes"),
         row("threads of each", ",.0f", found, "threads"),
@@ -125,7 +125,7 @@ def report(found: Mapping[str, Mapping[str, Any]]) -> str:
         row("  over one process", ".2f", found, "ratio_to_one"),
         row("milliseconds a step", ",.1f", found, "seconds_per_step", scale=1e3),
     ]
-    return align(["training", *found], rows)
+    return Table(["training", *found], rows)
 
 
 if __name__ == "__main__":

@@ -24,18 +24,20 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from hldm.chunking.chunker import make_chunker
 from hldm.chunking.segmenter import Segmenter
 from hldm.config import Config, LoggingConfig
-from hldm.evaluation.tables import align, row
+from hldm.evaluation.tables import Table, row
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.prior import Prior
 from hldm.model.state import named_tensors
 from hldm.runs.clock import seconds_of
 from hldm.runs.folder import Run
-from hldm.runs.memory import peak_memory
+from hldm.runs.machine import peak_memory
 from hldm.text.corpus import Corpus
 from hldm.text.windows import Windows
-from hldm.training.objectives import AutoencoderObjective, CachedLatents, PriorObjective
+from hldm.training.latent_cache import CachedLatents
+from hldm.training.objectives import AutoencoderObjective, PriorObjective
 from hldm.training.segmenters import train_segmenter
-from hldm.training.trainer import Trainer, TrainingDiverged, make_accelerator
+from hldm.training.stage import make_accelerator
+from hldm.training.trainer import Trainer, TrainingDiverged
 
 if TYPE_CHECKING:
     from torch.autograd.profiler_util import FunctionEvent
@@ -76,9 +78,7 @@ def stage_one(config: Config) -> AutoencoderObjective:
     autoencoder = Autoencoder.from_settings(config.autoencoder, config.chunking)
     if config.training.autoencoder.gradient_checkpointing:
         autoencoder.enable_gradient_checkpointing()
-    light = config.autoencoder.rate == "diffusion" and not config.is_twin
-    prior = _prior(config) if light else None
-    return AutoencoderObjective(autoencoder, config.autoencoder, config.diffusion.gamma_0, prior)
+    return AutoencoderObjective(autoencoder, config.autoencoder, config.diffusion.gamma_0)
 
 
 def stage_two(config: Config, windows: Windows) -> PriorObjective:
@@ -193,7 +193,7 @@ def memory_of(trainer: Trainer) -> dict[str, int] | None:
 # Who an operator works for is the first of these that knows it or one of its callers; see group_of.
 _CALLERS = {
     "optimizer": r"Optimizer\.|aten::_foreach_|aten::_fused_adam",  # clipping and averaging, too
-    "recurrence": r"_ChunkedScan|_CppScan|GatedDecayFunction|GatedScanFunction|CausalConvFunction",
+    "recurrence": r"_ChunkedScan|_OnePassScan|GatedDecayFunction|GatedScanFunction|CausalConvFunction",
     "attention": r"scaled_dot_product|ScaledDotProduct|aten::_softmax",
     "norm": r"RMSNormFunction|layer_norm|LayerNorm|rms_norm",
     "embedding": r"(?i:embedding)",
@@ -310,8 +310,8 @@ def measure(stages: Mapping[str, Trainer], steps: int) -> dict[str, Any]:
     return {"gemm_gflops": peak, "training": training}
 
 
-def report(training: Mapping[str, Any]) -> str:
-    """What `measure` found of training, as an aligned table; `-` where there is nothing."""
+def report(training: Mapping[str, Any]) -> Table:
+    """What `measure` found of training."""
     rows = [
         row("training, characters per second", ",.0f", training, "characters_per_second"),
         row("  the best step", ",.0f", training, "characters_per_second_best"),
@@ -329,4 +329,4 @@ def report(training: Mapping[str, Any]) -> str:
         ["profiled step, milliseconds in", *("" for _ in training)],
         *(row(f"  {group}", ",.1f", training, "profile", "seconds", group, scale=1e3) for group in GROUPS),
     ]
-    return align(["", *training], rows)
+    return Table(["", *training], rows)

@@ -19,15 +19,14 @@ import torch
 from torch import Tensor
 
 from hldm.config import Config
-from hldm.evaluation.tables import align, row
+from hldm.evaluation.tables import Table, row
 from hldm.generation.chunk import Piece
 from hldm.generation.writer import Writer, make_writer, row_generators
-from hldm.model.autoencoder import OUTPUTS, Autoencoder
-from hldm.model.parallel_decoder import ParallelDecoder
+from hldm.model.autoencoder import Autoencoder
 from hldm.model.prior import Prior
 from hldm.runs.clock import wait_for_device
-from hldm.runs.memory import peak_memory
-from hldm.text.bytes import END_OF_CHUNK, count_characters
+from hldm.runs.machine import peak_memory
+from hldm.text.bytes import END_OF_CHUNK, OUTPUTS, count_characters
 from hldm.text.corpus import Corpus
 
 TURNS = 7
@@ -78,24 +77,9 @@ def write_like(autoencoder: Autoencoder, corpus: Corpus, chunks: int) -> None:
     count = torch.zeros(OUTPUTS)
     count[:256] = torch.from_numpy(np.bincount(corpus.text, minlength=256))
     count[END_OF_CHUNK] = chunks
-    decoder = autoencoder.decoder
-    if isinstance(decoder, ParallelDecoder):
-        lengths = _log_lengths(count, autoencoder.chunking.max_bytes)
-        readouts = [(decoder.bytes, count[:256].log()), (decoder.lengths, lengths)]
-    else:
-        readouts = [(autoencoder.outputs, count.log())]
     with torch.no_grad():
-        for readout, bias in readouts:
-            readout.weight.zero_()
-            readout.bias.copy_(bias)
-
-
-def _log_lengths(count: Tensor, most: int) -> Tensor:
-    """Of 1, 2, ... bytes, without and with a document's end, as symbols drawn by their `count` make chunks."""
-    goes_on = count[:256].sum() / count.sum()
-    log_p = torch.arange(most) * goes_on.log()
-    log_p[:-1] += (1 - goes_on).log()
-    return torch.stack([log_p, torch.full_like(log_p, -torch.inf)], dim=1).flatten()
+        autoencoder.outputs.weight.zero_()
+        autoencoder.outputs.bias.copy_(count.log())
 
 
 def contestant(autoencoder: Autoencoder, prior: Prior | None, config: Config, corpus: Corpus) -> Contestant:
@@ -277,8 +261,8 @@ def _rates(
     return None
 
 
-def report(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """What `measure` found, as an aligned table; `-` where there is nothing."""
+def report(found: Mapping[str, Mapping[str, Any]]) -> Table:
+    """What `measure` found."""
     rows = [row("parameters", ",.0f", found, "parameters")]
     labels = [label for label in next(iter(found.values())) if label != "parameters"]
     for label in labels:
@@ -296,4 +280,4 @@ def report(found: Mapping[str, Mapping[str, Any]]) -> str:
             line = row(f"  {name}", form, found, label, key, scale=scale)
             if set(line[1:]) != {"-"}:
                 rows.append(line)
-    return align(["writing", *found], rows)
+    return Table(["writing", *found], rows)

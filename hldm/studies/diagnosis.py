@@ -10,9 +10,9 @@ against noise, bits by place in the chunk and by distance from the document's st
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,29 +20,44 @@ from torch import Tensor
 
 from hldm.config import load_config
 from hldm.evaluation.bound import held_out_windows
+from hldm.evaluation.context_length import by_distance
+from hldm.evaluation.tables import Table
 from hldm.generation.pipeline import read_pipeline
-from hldm.model.autoencoder import Autoencoder, DecoderState, Encoding
+from hldm.model.autoencoder import Autoencoder
 from hldm.model.contextualiser import Context
+from hldm.model.decoder import Reading, noisy_latents, read_chunks
 from hldm.model.diffusion import BINS, alpha_sigma, diffuse, sample
-from hldm.model.prior import Prior
+from hldm.model.prior import Prior, price_latents
+from hldm.model.state import DecoderState, Encoding
 from hldm.text.corpus import Split, load_corpora
-from hldm.text.events import place_in_chunk
-from hldm.text.windows import Batch, Windows
-from hldm.training.objectives import draw_normal, noisy_latents, price_latents, read_chunks, read_latents
+from hldm.text.windows import Batch, Windows, draw_normal
 
 NOISE_LEVELS = 9  # points of the curve of accuracy against noise
 ENOUGH_CHUNKS = 4000  # where a figure needs a pass of its own: a standard error of about 1 % of it
 NEIGHBOURS, PROBES = 5, 12
 SHOWN_BINS = 16  # of log SNR
 
-
-class Spent(NamedTuple):
-    """Bits of a set of chunks, and what to divide them by."""
-
-    latent: np.ndarray  # (chunks,) diffusion and end terms
-    decoder: np.ndarray  # (chunks,)
-    characters: np.ndarray  # (chunks,)
-    distance: np.ndarray  # (chunks,) bytes from the document's start to the chunk
+# tables of the summary, head: key and format
+Columns = Mapping[str, tuple[str, str]]
+BITS: Columns = {"bits": ("bits", ".4f"), "symbols right": ("accuracy", ".2%")}
+WITH_LATENTS: Columns = {"decoder with latents": ("name", ""), **BITS}
+AGAINST_NOISE: Columns = {"decoder against noise, log SNR": ("log_snr", ".2f"), **BITS}
+BY_LEVEL: Columns = {
+    "log SNR": ("log_snr", ".2f"),
+    "latent bits": ("bits", ".4f"),
+    "mean square error": ("error", ".4f"),
+}
+BY_PLACE: Columns = {
+    "place in the chunk": ("place", ""),
+    "symbols": ("symbols", ",.0f"),
+    "bits a symbol": ("bits", ".4f"),
+}
+BY_DISTANCE: Columns = {
+    "bytes from the document's start": ("name", ""),
+    "characters": ("characters", ",.0f"),
+    "latent bits": ("latent", ".4f"),
+    "decoder bits": ("decoder", ".4f"),
+}
 
 
 def diagnose_run(
@@ -77,80 +92,65 @@ def diagnose(
     encoder, memory = autoencoder.encoder_state(rows, device), prior.initial_state(rows, device)
     decoder = autoencoder.decoder_state(rows, device)
     latents: list[Tensor] = []
-    spent: list[Spent] = []
+    nats = np.zeros((2, windows.chunks))  # latent (diffusion and end terms), decoder; of every chunk
     terms = _Terms(prior)
     places = _Places(autoencoder.chunking.max_bytes + 1)
     readers = _Readers(autoencoder, prior, seed, rows)
-    first_byte = np.flatnonzero(windows.chunk_start)
-    document = windows.corpus.offsets[np.searchsorted(windows.corpus.offsets, first_byte, side="right") - 1]
-    sizes = _characters_of_chunks(windows, first_byte)
     seen = 0
     for step in range(windows.windows_per_epoch):
         batch = windows.batch(step).to(device)
-        encoding, encoder = read_latents(autoencoder, batch, encoder)
+        encoding, encoder = autoencoder.encode(batch, encoder)
         context, memory = prior.contextualiser(
             encoding.latents, encoding.mask, encoding.doc_start, memory, encoding.after
         )
         paid = price_latents(prior, encoding, context, batch, generator, draws)
-        z_0 = noisy_latents(autoencoder, encoding, prior.diffusion.gamma_0, batch, generator)
+        z_0 = noisy_latents(encoding, prior.diffusion.gamma_0, batch, generator)
         before = decoder
         reading, decoder = read_chunks(autoencoder, batch, z_0, decoder, encoding)
         chunk = batch.chunk_index[encoding.mask].cpu().numpy()
-        bits = [
-            x[encoding.mask].double().cpu().numpy() / math.log(2)
-            for x in (paid.latent + paid.end, reading.nats)
-        ]
-        spent.append(Spent(bits[0], bits[1], sizes[chunk], first_byte[chunk] - document[chunk]))
-        places.add(autoencoder, batch, before, reading.symbol_nats, reading.mask)
+        for total, term in zip(nats, (paid.latent + paid.end, reading.nats), strict=True):
+            total[chunk] = term[encoding.mask].double().cpu().numpy()
+        places.add(reading)
         latents.append(encoding.latents[encoding.mask])
         if seen < ENOUGH_CHUNKS:
             terms.add(encoding, context, batch, generator, draws)
             readers.add(encoding, context, batch, before)
         seen += len(chunk)
-    whole = Spent(*(np.concatenate(parts) for parts in zip(*spent, strict=True)))
-    characters = whole.characters.sum()
+    latent, decoder_nats = nats
+    characters = windows.characters
     mu = torch.cat(latents)
     return {
-        "characters": int(characters),
+        "characters": characters,
         "chunks": seen,
         "characters_per_chunk": characters / seen,
         "bits_per_character": {
-            "latent": float(whole.latent.sum() / characters),
-            "decoder": float(whole.decoder.sum() / characters),
+            "latent": float(latent.sum() / math.log(2) / characters),
+            "decoder": float(decoder_nats.sum() / math.log(2) / characters),
         },
         "latents": _statistics(mu, prior),
         **terms.result(characters / seen),
         "decoder": readers.result(),
         "by_place": places.result(),
-        "by_distance": by_distance(whole),
-        "neighbours": _neighbours(mu[:ENOUGH_CHUNKS], windows, first_byte),
+        "by_distance": bits_by_distance(latent, decoder_nats, windows),
+        "neighbours": _neighbours(mu[:ENOUGH_CHUNKS], windows),
     }
 
 
-def _characters_of_chunks(windows: Windows, first_byte: np.ndarray) -> np.ndarray:
-    """UTF-8 characters of each chunk: bytes that do not continue one; a chunk of none counts as none."""
-    opens = (windows.corpus.text & 0xC0) != 0x80
-    return np.add.reduceat(opens.astype(np.int64), first_byte)
-
-
-def by_distance(spent: Spent) -> list[dict[str, float]]:
-    """Bits per character in octaves of the distance from the document's start, in bytes."""
-    octave = np.floor(np.log2(np.maximum(spent.distance, 32))).astype(int)
-    table = []
-    for value in np.unique(octave):
-        chosen = octave == value
-        characters = float(spent.characters[chosen].sum())
-        if characters:
-            table.append(
-                {
-                    "from": 0 if value == 5 else 2 ** int(value),
-                    "to": 2 ** int(value + 1),
-                    "characters": characters,
-                    "latent": float(spent.latent[chosen].sum()) / characters,
-                    "decoder": float(spent.decoder[chosen].sum()) / characters,
-                }
-            )
-    return table
+def bits_by_distance(latent: np.ndarray, decoder: np.ndarray, windows: Windows) -> list[dict[str, float]]:
+    """Bits per character in octaves of the distance from the document's start, in bytes; nats (chunks,) of either."""
+    octaves = [0, *(2**k for k in range(6, int(np.diff(windows.corpus.offsets).max()).bit_length()))]
+    one, other = (by_distance(nats, windows, octaves) for nats in (latent, decoder))
+    return [
+        {
+            "from": first,
+            "to": 2 * first or 64,
+            "characters": near["characters"],
+            "latent": near["bits_per_character"],
+            "decoder": far["bits_per_character"],
+        }
+        for first in octaves
+        if (near := one[str(first)]) and (far := other[str(first)])
+    ]
 
 
 def _statistics(mu: Tensor, prior: Prior) -> dict[str, Any]:
@@ -231,14 +231,10 @@ class _Places:
         self.nats = torch.zeros(places, dtype=torch.float64)
         self.count = torch.zeros(places, dtype=torch.float64)
 
-    def add(
-        self, autoencoder: Autoencoder, batch: Batch, state: DecoderState, nats: Tensor, mask: Tensor
-    ) -> None:
-        events = autoencoder.events(
-            batch.bytes, batch.length, batch.doc_start, batch.doc_end, batch.chunk_start, state
-        )
-        place = place_in_chunk(events.unit_start)[mask].cpu()
-        self.nats.index_add_(0, place, nats[mask].double().cpu())
+    def add(self, reading: Reading) -> None:
+        mask = reading.events.mask
+        place = reading.events.place[mask].cpu()
+        self.nats.index_add_(0, place, reading.symbol_nats[mask].double().cpu())
         self.count.index_add_(0, place, torch.ones_like(place, dtype=torch.float64))
 
     def result(self) -> list[dict[str, float]]:
@@ -284,11 +280,10 @@ class _Readers:
             alpha, sigma = alpha_sigma(torch.tensor(gamma))
             scale = alpha_sigma(torch.tensor(gamma_0))[0] / alpha
             variants[f"gamma {gamma:.2f}"] = (scale * (alpha * mu + sigma * noise)).to(mu)
-        real = torch.arange(batch.bytes.shape[1], device=mu.device) < batch.length[:, None]
-        characters = int(((batch.bytes & 0xC0 != 0x80) & real).sum())
+        characters = int(batch.characters)
         for name, z_0 in variants.items():
             reading, _ = read_chunks(self.autoencoder, batch, z_0, state, encoding)
-            sums = (reading.nats.sum(), reading.correct.sum(), reading.mask.sum())
+            sums = (reading.nats.sum(), reading.correct.sum(), reading.events.mask.sum())
             found = np.array([*(float(x) for x in sums), characters])
             self.sums[name] = self.sums.get(name, np.zeros(4)) + found
 
@@ -298,10 +293,10 @@ class _Readers:
     def _sampled(self, mu: Tensor, context: Context) -> Tensor:
         """Latents drawn from the prior, given the true text before."""
         b, n, z = mu.shape
-        context = context.first(n)
+        told = self.prior.tell(context.first(n))
 
         def denoise(state: Tensor, gamma: Tensor) -> Tensor:
-            return self.prior.denoise(state.view(b, n, 1, z), gamma.view(b, n, 1), context).view(b * n, z)
+            return self.prior.denoise(state.view(b, n, 1, z), gamma.view(b, n, 1), told).view(b * n, z)
 
         seeds = torch.randint(2**62, (b * n,), generator=self.generator).tolist()
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -326,9 +321,9 @@ class _Readers:
         return {"with_latents": table, "against_noise": curve}
 
 
-def _neighbours(mu: Tensor, windows: Windows, first_byte: np.ndarray) -> list[dict[str, Any]]:
+def _neighbours(mu: Tensor, windows: Windows) -> list[dict[str, Any]]:
     """The nearest chunks with another text, by Euclidean distance, of a few chunks. mu: (k z)."""
-    border = np.append(first_byte, len(windows.corpus.text))
+    border = np.append(np.flatnonzero(windows.chunk_start), len(windows.corpus.text))
     # chunks in the order they were read: window by window, lane by lane
     index = np.concatenate(
         [
@@ -350,75 +345,26 @@ def _neighbours(mu: Tensor, windows: Windows, first_byte: np.ndarray) -> list[di
     return table
 
 
-def summary(diagnosis: Mapping[str, Any]) -> str:
-    """The figures that a page can hold, as text."""
+def summary(diagnosis: Mapping[str, Any]) -> list[str | Table]:
+    """The figures that a page can hold, as texts and tables."""
     bits, latents = diagnosis["bits_per_character"], diagnosis["latents"]
-    lines = [
+    head = [
         f"{diagnosis['characters']:,} characters in {diagnosis['chunks']:,} chunks of "
         f"{diagnosis['characters_per_chunk']:.2f}",
         f"bits per character: {bits['latent']:.4f} latent + {bits['decoder']:.4f} decoder",
         f"latents: effective rank {latents['effective_rank']:.1f} of {len(latents['deviation'])}, at most "
         f"{latents['capacity_bits'] / diagnosis['characters_per_chunk']:.3f} bits per character; by dimension "
         + " ".join(f"{x:.3f}" for x in sorted(diagnosis["latent_by_dimension"], reverse=True)),
-        "",
-        _table(
-            ["decoder with latents", "bits", "symbols right"],
-            [
-                [name, f"{row['bits']:.4f}", f"{row['accuracy']:.2%}"]
-                for name, row in diagnosis["decoder"]["with_latents"].items()
-            ],
-        ),
-        "",
-        _table(
-            ["log SNR", "latent bits", "mean square error"],
-            [
-                [f"{row['log_snr']:.2f}", f"{row['bits']:.4f}", f"{row['error']:.4f}"]
-                for row in diagnosis["latent_by_level"]
-            ],
-        ),
-        "",
-        _table(
-            ["decoder against noise, log SNR", "bits", "symbols right"],
-            [
-                [f"{row['log_snr']:.2f}", f"{row['bits']:.4f}", f"{row['accuracy']:.2%}"]
-                for row in diagnosis["decoder"]["against_noise"]
-            ],
-        ),
-        "",
-        _table(
-            ["place in the chunk", "symbols", "bits a symbol"],
-            [
-                [f"{row['place']}", f"{row['symbols']:,.0f}", f"{row['bits']:.4f}"]
-                for row in diagnosis["by_place"]
-            ],
-        ),
-        "",
-        _table(
-            ["bytes from the document's start", "characters", "latent bits", "decoder bits"],
-            [
-                [f"{row['from']}..{row['to']}", f"{row['characters']:,.0f}", *_two(row)]
-                for row in diagnosis["by_distance"]
-            ],
-        ),
-        "",
-        "nearest chunks in latent space",
-        *(f"  {row['chunk']!r}: {', '.join(map(repr, row['nearest']))}" for row in diagnosis["neighbours"]),
     ]
-    return "\n".join(lines)
-
-
-def _two(row: Mapping[str, float]) -> list[str]:
-    return [f"{row['latent']:.4f}", f"{row['decoder']:.4f}"]
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Aligned columns, the first to the left."""
-    table = [list(head), *map(list, rows)]
-    widths = [max(len(row[k]) for row in table) for k in range(len(head))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if k == 0 else cell.rjust(width)
-            for k, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in table
-    )
+    readers = [{"name": name, **row} for name, row in diagnosis["decoder"]["with_latents"].items()]
+    distances = [{"name": f"{row['from']}..{row['to']}", **row} for row in diagnosis["by_distance"]]
+    near = [f"  {row['chunk']!r}: {', '.join(map(repr, row['nearest']))}" for row in diagnosis["neighbours"]]
+    return [
+        "\n".join(head),
+        Table.of_records(readers, WITH_LATENTS),
+        Table.of_records(diagnosis["latent_by_level"], BY_LEVEL),
+        Table.of_records(diagnosis["decoder"]["against_noise"], AGAINST_NOISE),
+        Table.of_records(diagnosis["by_place"], BY_PLACE),
+        Table.of_records(distances, BY_DISTANCE),
+        "\n".join(["nearest chunks in latent space", *near]),
+    ]

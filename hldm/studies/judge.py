@@ -10,7 +10,6 @@ away: entropy, distinct words, repetition, known words, and copying. True contin
 from __future__ import annotations
 
 import math
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -21,15 +20,30 @@ import torch
 
 from hldm.config import GenerationConfig, load_config
 from hldm.evaluation.bound import evaluate_bound, held_out_windows
+from hldm.evaluation.continuations import write_batch
 from hldm.evaluation.metrics import TrainingText, diversity
 from hldm.evaluation.prompts import choose_prompts, prompt_chunker
+from hldm.evaluation.tables import Table
 from hldm.generation.pipeline import HLDMPipeline, read_pipeline
-from hldm.generation.writer import write_on
 from hldm.text.bytes import count_characters
 from hldm.text.corpus import load_corpora, make_corpus
 
 ORDER = 6  # bytes of an n-gram: on 64,000 characters, longer ones are too rare to change the figures
 SPAN = 50  # characters: nobody writes so many like another by chance
+
+# head of the table: key, format
+COLUMNS: Mapping[str, tuple[str, str]] = {
+    "": ("name", ""),
+    "n-gram bits": ("ngram_bits", ".3f"),
+    "judge bits": ("judge_bits", ".3f"),
+    "entropy": ("entropy", ".2f"),
+    "distinct-1": ("distinct1", ".3f"),
+    "distinct-2": ("distinct2", ".3f"),
+    "repetition": ("repetition", ".3f"),
+    "known words": ("known_words", ".1%"),
+    "copied": ("copied", ".2%"),
+    "chars/s": ("characters_per_second", ",.0f"),
+}
 
 
 class NGram:
@@ -64,7 +78,7 @@ class NGram:
 # the settings that are varied, one at a time, around those that the run comes with
 VARIATIONS: Mapping[str, tuple[Any, ...]] = {
     "steps": (0, 1, 2, 4, 8, 16, 64),
-    "scheduler": ("ancestral", "ddim", "dpm", "energy"),
+    "scheduler": ("ancestral", "ddim", "dpm"),
     "temperature": (0.5, 0.7, 0.85, 1.0),
     "decoder_temperature": (0.0, 0.2, 0.5, 0.7, 1.0),
     "guidance": (1.0, 1.5, 2.0),
@@ -100,7 +114,7 @@ def judge_run(
     if vary and pipeline.prior is None:
         raise ValueError(f"{folder} is a twin: it has no sampler to vary")
     corpora = load_corpora(load_config(folder / "autoencoder" / "config.yaml").data)
-    chunker = prompt_chunker(pipeline.autoencoder.chunker, is_twin=pipeline.prior is None)
+    chunker = prompt_chunker(pipeline.autoencoder)
     chosen = choose_prompts(corpora["test"], chunker, prompts, max_characters=max_characters)
     starts = [prompt.text for prompt in chosen]
     bench = _Bench(
@@ -111,22 +125,11 @@ def judge_run(
     )
 
     def write(model: HLDMPipeline, settings: GenerationConfig) -> dict[str, Any]:
-        began = time.perf_counter()
-        rows: Sequence[Any] = []
-        for rows, _, _ in write_on(  # noqa: B007 - the last yield is the finished text
-            model.autoencoder,
-            model.prior,
-            starts,
-            settings,
-            max_characters=max_characters,
-            seed=seed,
-            through_ends=True,
-        ):
-            pass
-        seconds = time.perf_counter() - began
-        texts = [row.text for row in rows]
-        speed = sum(map(count_characters, texts)) / seconds
-        return {**bench.judge(texts), "characters_per_second": speed}
+        written = write_batch(
+            model.autoencoder, model.prior, starts, settings, max_characters=max_characters, seed=seed
+        )
+        judged = bench.judge([row.text for row in written.rows])
+        return {**judged, "characters_per_second": written.characters_per_second}
 
     true = [prompt.continuation.encode() for prompt in chosen]
     found: dict[str, Any] = {"true text": bench.judge(true)}
@@ -151,15 +154,12 @@ def judge_run(
 
 
 def _makes_sense(pipeline: HLDMPipeline, name: str, value: Any) -> bool:
-    """Whether a setting is another than the run's, heeded by its sampler, and one that its prior can do."""
+    """Whether a setting is another than the run's, and one that its prior can do."""
     settings, prior = pipeline.settings, pipeline.prior
     assert prior is not None
     if (name, value) == ("steps", 0) and prior.mixture is None:
         return False
-    if value == "energy" and (prior.energy is None or settings.guidance != 1):
-        return False
-    heeded = not (settings.is_one_step and name in ("steps", "guidance"))
-    return heeded and getattr(settings, name) != value
+    return getattr(settings, name) != value
 
 
 class _Bench:
@@ -197,25 +197,6 @@ class _Bench:
         return float(totals[0] - totals[1])
 
 
-def table(found: Mapping[str, Any]) -> str:
-    """What was judged, as a Markdown table."""
-    columns = {
-        "n-gram bits": ("ngram_bits", ".3f"),
-        "judge bits": ("judge_bits", ".3f"),
-        "entropy": ("entropy", ".2f"),
-        "distinct-1": ("distinct1", ".3f"),
-        "distinct-2": ("distinct2", ".3f"),
-        "repetition": ("repetition", ".3f"),
-        "known words": ("known_words", ".1%"),
-        "copied": ("copied", ".2%"),
-        "chars/s": ("characters_per_second", ",.0f"),
-    }
-    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for name, row in found["judged"].items():
-        values = [row.get(key) for key, _ in columns.values()]
-        cells = [
-            "-" if value is None else format(value, form)
-            for value, (_, form) in zip(values, columns.values(), strict=True)
-        ]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def table(found: Mapping[str, Any]) -> Table:
+    """What was judged, a row each."""
+    return Table.of_records(({"name": name, **row} for name, row in found["judged"].items()), COLUMNS)

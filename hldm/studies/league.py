@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from hldm.config import ChunkingConfig, Config, ConfigError, StagesConfig, Strategy, load_config
-from hldm.runs.checkpoints import atomic_write
+from hldm.evaluation.tables import Table, cell
+from hldm.runs.files import atomic_write
 from hldm.runs.reports import save_report
 from hldm.studies.rate_curve import timed
 
@@ -28,6 +29,11 @@ GATE_MINUTES = (
     0.25  # of teaching gates; kinds of chunks: 15.1 % then, 15.0 % after 0.5 minutes, 20.0 % after 0.12
 )
 PROMPTS = 16  # written on from, for speed and for the agreement of what is written
+HEAD = (
+    *("chunker", "bound", "±", "latents", "decoder", "of it ends", "bytes right", "characters a latent"),
+    *("variation", "kinds", "at words", "at sentences", "at verses", "written alike", "latents/s"),
+    *("trained, characters/s", "typos", "case", "spaces"),
+)
 
 
 class Entry(NamedTuple):
@@ -85,8 +91,8 @@ def chunking_for(base: Config, strategy: str, target: int) -> ChunkingConfig:
     if chunking.needs_segmenter:
         return chunking
     from hldm.chunking.chunker import make_chunker
+    from hldm.chunking.strategies import sample_of
     from hldm.text.corpus import load_corpus
-    from hldm.training.segmenters import sample_of
 
     sample = sample_of(load_corpus(base.data, "train"), FITTED_BYTES)
 
@@ -123,7 +129,7 @@ def run_league(
         _measure_entry(entry, folder)
         league["chunkers"] = _rows(folder, trainings)
         save_report(folder / "league.json", league)
-        atomic_write(folder / "league.md", table(league) + "\n")
+        atomic_write(folder / "league.md", f"{table(league)}\n")
     return league
 
 
@@ -156,10 +162,11 @@ def measure(run: Path) -> dict[str, Any]:
     """All figures of a trained run on its test text."""
     import torch
 
-    from hldm.evaluation.borders import describe_chunks
+    from hldm.chunking.attached import chunker_of
     from hldm.evaluation.bound import bits_of_ends, evaluate_bound, held_out_windows
     from hldm.evaluation.evaluate import evaluate_run
     from hldm.generation.pipeline import read_pipeline
+    from hldm.studies.borders import describe_chunks
     from hldm.text.corpus import bible_verse_starts, load_corpus, make_corpus
     from hldm.text.transforms import CORRUPTIONS, corrupt
 
@@ -191,7 +198,7 @@ def measure(run: Path) -> dict[str, Any]:
     documents = [corpus.document(index) for index in range(len(corpus))]
     is_built_in = not (config.data.path or config.data.dataset)
     verses = bible_verse_starts("test") if is_built_in else None
-    chunks = describe_chunks(documents, autoencoder.chunker.chunk_starts(documents), verses)
+    chunks = describe_chunks(documents, chunker_of(autoencoder).chunk_starts(documents), verses)
     generator = torch.Generator().manual_seed(0)
     return found | {
         **chunks,
@@ -201,37 +208,27 @@ def measure(run: Path) -> dict[str, Any]:
     }
 
 
-def table(league: Mapping[str, Any]) -> str:
-    """The league as a Markdown table, least bits first within a length."""
-    head = (
-        "| chunker | bound | ± | latents | decoder | of it ends | bytes right | characters a latent | variation "
-        "| kinds | at words | at sentences | at verses | written alike | latents/s | trained, characters/s "
-        "| typos | case | spaces |"
-    )
-    lines = [head, "|" + "---|" * (head.count("|") - 1)]
-    for row in sorted(league["chunkers"], key=lambda row: (row["target"] or 0, row["bound"])):
-        lines.append("| " + " | ".join(_cells(row)) + " |")
-    return "\n".join(lines)
+def table(league: Mapping[str, Any]) -> Table:
+    """The league, least bits first within a length."""
+    ordered = sorted(league["chunkers"], key=lambda row: (row["target"] or 0, row["bound"]))
+    return Table(HEAD, [list(_cells(row)) for row in ordered])
 
 
 def _cells(row: Mapping[str, Any]) -> Iterator[str]:
-    def form(value: float | None, spec: str) -> str:
-        return "-" if value is None else format(value, spec)
-
     yield row["name"]
     for key in ("bound", "standard_error", "latent", "decoder"):
-        yield form(row[key], ".3f")
-    yield form(row.get("ends"), ".3f")
-    yield form(row["reconstruction"], ".1%")
-    yield form(row.get("characters_per_chunk"), ".2f")
-    yield form(row.get("variation"), ".2f")
-    yield form(row.get("kinds"), ".1%")
+        yield cell(row[key], ".3f")
+    yield cell(row.get("ends"), ".3f")
+    yield cell(row["reconstruction"], ".1%")
+    yield cell(row.get("characters_per_chunk"), ".2f")
+    yield cell(row.get("variation"), ".2f")
+    yield cell(row.get("kinds"), ".1%")
     for name in ("word", "sentence", "verse"):  # precision / recall
         found = row.get("borders", {}).get(name, {})
-        yield "/".join(form(found.get(key), ".0%") for key in ("precision", "recall")) if found else "-"
-    yield form(row.get("written_agreement"), ".0%")
-    yield form(row.get("latents_per_second"), ".0f")
-    yield form(row["training_characters_per_second"], ",.0f")
+        yield "/".join(cell(found.get(key), ".0%") for key in ("precision", "recall")) if found else "-"
+    yield cell(row.get("written_agreement"), ".0%")
+    yield cell(row.get("latents_per_second"), ".0f")
+    yield cell(row["training_characters_per_second"], ",.0f")
     robustness = row["robustness"]
     for kind in ("typos", "case", "spaces"):
         yield f"{robustness[kind] - robustness['clean']:+.2f}"

@@ -131,7 +131,7 @@ def _save(figure: Any, path: Path) -> None:
     """Write whole or not at all."""
     from io import BytesIO
 
-    from hldm.runs.checkpoints import atomic_write
+    from hldm.runs.files import atomic_write
 
     buffer = BytesIO()
     figure.savefig(buffer, format="png", dpi=120)

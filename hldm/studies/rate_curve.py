@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hldm.config import Config, ConfigError, load_config, stage_training
+from hldm.evaluation.tables import Table, cell
 from hldm.runs.reports import save_report
 
 # dial: key of the config, values beside the config's own
@@ -27,6 +28,10 @@ DIALS: Mapping[str, tuple[str, tuple[float, ...]]] = {
     "rate_weight": ("autoencoder.rate_weight", (0.1, 0.3, 0.6, 1.0)),
     "max_bytes": ("chunking.max_bytes", (6, 10, 16)),
 }
+HEAD = (
+    *("point", "bound", "±", "of it latents", "share", "x twin", "clean bytes right", "characters a chunk"),
+    "parameters",
+)
 # Spent outside this repository on the built-in test books by programs that were given its training text.
 COMPRESSORS = {"zpaq -m5": 1.306, "PPMd, order 8": 1.375}
 
@@ -146,16 +151,10 @@ def _compressors(config: Config) -> dict[str, float]:
     return found | (COMPRESSORS if not (config.data.path or config.data.dataset) else {})
 
 
-def table(curve: Mapping[str, Any]) -> str:
-    """The curve as a Markdown table, dearest latents first within a dial."""
+def table(curve: Mapping[str, Any]) -> Table:
+    """The curve, a row a point, the dials in turn."""
     twin = next(p for p in curve["points"] if p["name"] == "twin")
-    lines = [
-        "| point | bound | ± | of it latents | share | x twin | clean bytes right | characters a chunk | parameters |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for p in curve["points"]:
-        lines.append("| " + " | ".join(_cells(p, twin["bound"])) + " |")
-    return "\n".join(lines)
+    return Table(HEAD, [list(_cells(p, twin["bound"])) for p in curve["points"]])
 
 
 def _cells(p: Mapping[str, Any], twin: float) -> Iterator[str]:
@@ -165,6 +164,6 @@ def _cells(p: Mapping[str, Any], twin: float) -> Iterator[str]:
     yield f"{p['latent']:.3f}"
     yield f"{p['share']:.0%}"
     yield f"{p['bound'] / twin:.2f}"
-    yield "-" if p["clean_accuracy"] is None else f"{p['clean_accuracy']:.1%}"
-    yield "-" if p["characters_per_chunk"] is None else f"{p['characters_per_chunk']:.1f}"
+    yield cell(p["clean_accuracy"], ".1%")
+    yield cell(p["characters_per_chunk"], ".1f")
     yield f"{p['parameters']:,}"

@@ -1,51 +1,191 @@
-"""A corpus laid out for training: lanes of whole chunks, read window by window.
+"""Windows of text: what a model reads at a time, and a corpus laid out in them for training.
 
-A lane is one long text, documents in a row; a batch is the same window of every lane, so recurrent state
-carries from one batch to the next. Every batch is a pure function of (seed, step): nothing to save, nothing
-to replay on resume, and the same batch on any number of machines. Also here: latents computed once and kept
-on disk for stage two. Bytes only; knows no model.
+A `Window` is a stretch of several texts, a row each, whole chunks, padded on the right, with what follows from where
+documents and chunks start. A lane is one long text, documents in a row; a `Batch` is the same window of every
+lane, so recurrent state carries from one batch to the next. Every batch is a pure function of (seed, step):
+nothing to save, nothing to replay on resume, and the same batch on any number of machines. Bytes only; knows no
+model.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-from collections.abc import Callable
-from functools import lru_cache
-from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hldm.chunking.chunker import Chunker
-from hldm.runs.checkpoints import naming
-from hldm.text.bytes import count_characters
+from hldm.text.bytes import count_characters, to_ids
 from hldm.text.corpus import Corpus
-from hldm.training.sizes import require_disk
+
+W = TypeVar("W", bound="Window")
 
 
-class Batch(NamedTuple):
-    """One window of every lane; rows hold whole chunks and are padded on the right."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Window:
+    """A stretch of several texts, a row each: whole chunks, padded on the right.
+
+    What follows from its fields is computed when it is first asked for, and kept.
+    Raises ValueError when shapes do not agree.
+    """
 
     bytes: Tensor  # (b t) int64, 0 where padded
-    length: Tensor  # (b,) int64 valid bytes of each row; 0 where a lane has run out
+    length: Tensor  # (b) int64 bytes of each row; 0 where a text has run out
     doc_start: Tensor  # (b t) bool: the first byte of a document or of a lane, resets the state
     doc_end: Tensor  # (b t) bool: the last byte of a document
     chunk_start: Tensor  # (b t) bool: the first byte of a chunk
+    chunks: int  # n, room for so many a row: the most in any row, or more
+
+    def __post_init__(self) -> None:
+        shape = self.bytes.shape
+        flags = (self.doc_start.shape, self.doc_end.shape, self.chunk_start.shape)
+        if len(shape) != 2 or self.length.shape != shape[:1] or any(flag != shape for flag in flags):
+            raise ValueError(
+                f"doc_start, doc_end and chunk_start are (b t) like the bytes and length is (b), got bytes "
+                f"{tuple(shape)}, length {tuple(self.length.shape)} and flags {[tuple(flag) for flag in flags]}"
+            )
+
+    def to(self: W, device: torch.device | str) -> W:
+        """The same on another device."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {k: v.to(device) for k, v in values.items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
+
+    @cached_property
+    def is_real(self) -> Tensor:
+        """(b t) bool: bytes of the text, not padding."""
+        return torch.arange(self.bytes.shape[1], device=self.bytes.device) < self.length[:, None]
+
+    @cached_property
+    def chunk_id(self) -> Tensor:
+        """(b t) which chunk of its row every byte belongs to, from 0; -1 where padded."""
+        number = (self.chunk_start & self.is_real).cumsum(dim=1) - 1
+        return number.masked_fill(~self.is_real, -1)
+
+    @cached_property
+    def place(self) -> Tensor:
+        """(b t) how far into its chunk every byte is, from 0."""
+        return since_start(self.chunk_start)
+
+    @cached_property
+    def chunk_end(self) -> Tensor:
+        """(b t) bool: the last byte of a chunk, before the next one starts or the row ends."""
+        none = self.chunk_start.new_zeros(self.chunk_start.shape[0], 1)
+        at = torch.arange(self.bytes.shape[1], device=self.bytes.device)
+        return torch.cat([self.chunk_start[:, 1:], none], dim=1) | (at == self.length[:, None] - 1)
+
+    @cached_property
+    def count(self) -> Tensor:
+        """(b) chunks of each row."""
+        return (self.chunk_start & self.is_real).sum(dim=1)
+
+    @cached_property
+    def is_chunk(self) -> Tensor:
+        """(b n) bool: chunks of the text, not padding."""
+        return torch.arange(self.chunks, device=self.bytes.device) < self.count[:, None]
+
+    @cached_property
+    def first_byte(self) -> Tensor:
+        """(b n) where each chunk starts; anywhere where there is none."""
+        return _positions(self.chunk_start, self.chunks)
+
+    @cached_property
+    def last_byte(self) -> Tensor:
+        """(b n) where each chunk ends; anywhere where there is none."""
+        return _positions(self.chunk_end, self.chunks)
+
+    @cached_property
+    def opens_document(self) -> Tensor:
+        """(b n) bool: the first chunk of a document."""
+        return self.doc_start.gather(1, self.first_byte) & self.is_chunk
+
+    @cached_property
+    def characters(self) -> Tensor:
+        """() UTF-8 characters: the bytes that do not continue one."""
+        return ((self.bytes & 0xC0 != 0x80) & self.is_real).sum()
+
+
+def since_start(start: Tensor) -> Tensor:
+    """How many positions after the last start each one is. (b t) bool -> (b t)."""
+    index = torch.arange(start.shape[1], device=start.device).expand_as(start)
+    return index - torch.where(start, index, 0).cummax(dim=1).values
+
+
+def _positions(flags: Tensor, count: int) -> Tensor:
+    """Where the first `count` flags of each row are set; anywhere beyond them. (b t) bool -> (b count)."""
+    return (~flags).to(torch.int8).argsort(dim=1, stable=True)[:, :count]
+
+
+def window_of(
+    texts: Sequence[bytes],
+    starts: Sequence[np.ndarray],
+    opens: Sequence[bool],
+    device: torch.device | str = "cpu",
+    *,
+    width: int | None = None,
+    chunks: int | None = None,
+) -> Window:
+    """A window of texts, a row each, that end no document.
+
+    starts: where the chunks of each start, (t) bool;  opens: whether it starts a document
+    width, chunks: room for so many bytes and chunks a row; the most in any row when None
+    """
+    width = max(map(len, texts), default=0) if width is None else width
+    ids = np.zeros((len(texts), width), dtype=np.int64)
+    chunk_start = np.zeros(ids.shape, dtype=bool)
+    doc_start = np.zeros(ids.shape, dtype=bool)
+    for row, (text, start, opening) in enumerate(zip(texts, starts, opens, strict=True)):
+        ids[row, : len(text)] = to_ids(text)
+        chunk_start[row, : len(text)] = start
+        doc_start[row, :1] = opening and len(text) > 0
+    if chunks is None:
+        chunks = int(chunk_start.sum(axis=1).max(initial=0))
+    return Window(
+        bytes=torch.from_numpy(ids),
+        length=torch.tensor([len(text) for text in texts], dtype=torch.long),
+        doc_start=torch.from_numpy(doc_start),
+        doc_end=torch.zeros(ids.shape, dtype=torch.bool),
+        chunk_start=torch.from_numpy(chunk_start),
+        chunks=chunks,
+    ).to(device)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Batch(Window):
+    """One window of every lane of a corpus, or some rows of it."""
+
     chunk_index: Tensor  # (b n) int64 number of each chunk in the corpus, -1 where padded
     first_row: int  # which rows of the global batch these are ...
     total_rows: int  # ... out of how many
     total_bytes: int  # in all rows of the window, not only these
 
-    def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device."""
-        tensors = {name: part for name, part in self._asdict().items() if isinstance(part, Tensor)}
-        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in tensors.items()}
-        return self._replace(**moved)
+
+def draw_normal(batch: Batch, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Standard normal noise (b *shape): drawn for the global batch, then this part's rows."""
+    return _own_rows(batch, torch.randn(batch.total_rows, *shape, generator=generator))
+
+
+def draw_uniform(batch: Batch, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Uniform noise in [0, 1), by the same rule."""
+    return _own_rows(batch, torch.rand(batch.total_rows, *shape, generator=generator))
+
+
+def _own_rows(batch: Batch, drawn: Tensor) -> Tensor:
+    rows = slice(batch.first_row, batch.first_row + batch.bytes.shape[0])
+    return drawn[rows].to(batch.bytes.device)
+
+
+class CutsText(Protocol):
+    """What `Windows` asks of a chunker (hldm.chunking.chunker)."""
+
+    max_bytes: int
+
+    def chunk_starts(self, documents: Sequence[np.ndarray]) -> np.ndarray:
+        """(t) bool: where chunks of documents in a row start."""
+        ...
 
 
 class _Stream(NamedTuple):
@@ -68,7 +208,7 @@ class Windows:
     def __init__(
         self,
         corpus: Corpus,
-        chunker: Chunker,
+        chunker: CutsText,
         *,
         lanes: int,
         window_bytes: int,
@@ -147,6 +287,7 @@ class Windows:
             doc_start=torch.from_numpy(doc_start[kept]),
             doc_end=torch.from_numpy(doc_end[kept]),
             chunk_start=torch.from_numpy(chunk_start[kept]),
+            chunks=chunk_index.shape[1],
             chunk_index=torch.from_numpy(chunk_index[kept]),
             first_row=first_row,
             total_rows=self.lanes,
@@ -200,125 +341,3 @@ def _balanced_borders(offsets: np.ndarray, lanes: int) -> np.ndarray:
     border = np.maximum.accumulate(np.maximum(nearest - lane, 0)) + lane
     border = np.minimum(border, documents - lanes + lane)
     return offsets[np.concatenate([[0], border, [documents]])]
-
-
-# ---- cached latents
-
-MAX_HEADER_BYTES = 1_000_000  # of a file of one tensor
-
-
-def cache_latents(
-    encode: Callable[[Batch], Tensor], windows: Windows, path: Path | str, binding: dict[str, object]
-) -> None:
-    """Write the latent of every chunk of a corpus, by chunk_index, to a safetensors file.
-
-    encode: batch -> (b n z), called with the batches of one epoch in order, so it may carry state
-    windows: of whole documents (shuffle=False);  path: replaced when complete, never before
-    binding: what the latents depend on (autoencoder checksum, corpus fingerprint, chunking), as JSON values
-    Raises ValueError for shuffled windows, a latent that is not finite or one of another shape, ConfigError
-    when the disk has less room than the file will need.
-    """
-    if windows.shuffle:
-        raise ValueError("cache_latents reads documents whole and in order: pass Windows(..., shuffle=False)")
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with naming(path), partial.open("w+b") as file:
-            _write_latents(file, encode, windows, binding, path)
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _write_latents(
-    file: BinaryIO,
-    encode: Callable[[Batch], Tensor],
-    windows: Windows,
-    binding: dict[str, object],
-    path: Path,
-) -> None:
-    width = offset = 0
-    for step in range(windows.windows_per_epoch):
-        batch = windows.batch(step)
-        latents = encode(batch).detach().float().cpu().numpy()  # (b n z)
-        if step == 0:
-            width = latents.shape[-1]
-            offset = len(_header(windows.chunks, width, binding))
-            require_disk(path, offset + 4 * windows.chunks * width, "set data.cache_latents=false")
-        expected = (*batch.chunk_index.shape, width)
-        if latents.shape != expected:
-            raise ValueError(f"encode must return latents (b n z) = {expected}, got {latents.shape}")
-        if not np.isfinite(latents[batch.chunk_index.numpy() >= 0]).all():
-            raise ValueError(f"encode gave a latent that is not finite in window {step}")
-        for index, row in zip(batch.chunk_index.numpy(), latents, strict=True):
-            chunks = int((index >= 0).sum())  # numbered one after the other: lanes are in corpus order
-            if chunks:
-                file.seek(offset + int(index[0]) * width * 4)
-                file.write(row[:chunks].astype("<f4").tobytes())
-    head = _header(windows.chunks, width, binding, sha256=_sha256_from(file, offset))
-    file.seek(0)
-    file.write(head)
-    file.flush()
-
-
-def load_latents(path: Path | str, binding: dict[str, object]) -> np.ndarray:
-    """Latents (chunks z) float32 by chunk_index, mapped from disk, read only.
-
-    Raises FileNotFoundError where there are none, ValueError when they are damaged or were made for
-    another binding.
-    """
-    path = Path(path)
-    rebuild = "delete the file to have it rebuilt"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no cached latents there; make them with cache_latents")
-    try:
-        with path.open("rb") as file:
-            if int.from_bytes(file.read(8), "little") > MAX_HEADER_BYTES:
-                raise ValueError("its header is too long")
-        with safe_open(path, framework="np") as file:
-            metadata = file.metadata() or {}
-            latents = file.get_slice("latents")
-            (chunks, width), dtype, names = latents.get_shape(), latents.get_dtype(), file.keys()
-            if (dtype, list(names)) != ("F32", ["latents"]):
-                raise ValueError(f"it holds {', '.join(names)} and latents of {dtype}")
-        made_for = dict(json.loads(metadata["binding"]))
-        offset = path.stat().st_size - 4 * chunks * width
-        with path.open("rb") as file:
-            is_whole = metadata["sha256"] == _sha256_from(file, offset)
-    except (SafetensorError, LookupError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not a file of cached latents ({error}); {rebuild}") from None
-    if not is_whole:
-        raise ValueError(f"{path}: cached latents are damaged (their checksum differs); {rebuild}")
-    wanted = json.loads(json.dumps(binding))
-    for key in sorted(made_for.keys() | wanted.keys()):
-        if made_for.get(key) != wanted.get(key):
-            raise ValueError(
-                f"{path}: cached latents are stale: made for {key}={made_for.get(key)}, this run has "
-                f"{key}={wanted.get(key)}; {rebuild}"
-            )
-    stored = np.memmap(path, "<f4", mode="c", offset=offset, shape=(chunks, width))
-    rows = 2**20 // max(width, 1) + 1  # at a time: the whole may be larger than memory
-    if not all(np.isfinite(stored[first : first + rows]).all() for first in range(0, chunks, rows)):
-        raise ValueError(f"{path}: not every cached latent is finite; {rebuild}")
-    return stored
-
-
-def _header(chunks: int, width: int, binding: dict[str, object], sha256: str = "0" * 64) -> bytes:
-    """The head of a safetensors file that holds latents (chunks z); equally long for every checksum."""
-    head = {
-        "__metadata__": {"binding": json.dumps(binding, sort_keys=True), "sha256": sha256},
-        "latents": {"dtype": "F32", "shape": [chunks, width], "data_offsets": [0, chunks * width * 4]},
-    }
-    text = json.dumps(head).encode()
-    text += b" " * (-len(text) % 8)  # the format aligns its data to 8 bytes
-    return len(text).to_bytes(8, "little") + text
-
-
-def _sha256_from(file: BinaryIO, offset: int) -> str:
-    digest = hashlib.sha256()
-    file.seek(offset)
-    while block := file.read(2**20):
-        digest.update(block)
-    return digest.hexdigest()

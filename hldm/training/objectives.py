@@ -12,20 +12,18 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from hldm.config import AutoencoderConfig
-from hldm.model.autoencoder import Autoencoder, DecoderState, EncoderState, Encoding
-from hldm.model.contextualiser import Context, ContextState
-from hldm.model.diffusion import alpha_sigma, diffuse, end_term, stratified
-from hldm.model.energy import energy_score
+from hldm.model.autoencoder import Autoencoder
+from hldm.model.contextualiser import ContextState
+from hldm.model.decoder import noisy_latents, read_chunks
 from hldm.model.mixture import MixturePredictor
-from hldm.model.prior import Prior
-from hldm.model.state import map_carry
-from hldm.text.events import positions, sum_by_chunk, symbol_nats
-from hldm.text.windows import Batch
+from hldm.model.prior import Prior, price_latents
+from hldm.model.state import DecoderState, EncoderState, Encoding, map_carry
+from hldm.text.windows import Batch, draw_normal
+from hldm.training.latent_cache import CachedLatents
 
 
 class Carry(NamedTuple):
@@ -43,173 +41,6 @@ class Step(NamedTuple):
     nats: dict[str, Tensor]  # sums over this part, detached, by name
     characters: Tensor  # in this part
     carry: Carry  # detached
-    scores: dict[str, Tensor] = {}  # the same of what is in the loss, but no part of the bound
-
-
-def draw_normal(batch: Batch, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Standard normal noise (b *shape): drawn for the global batch, then this part's rows."""
-    return _own_rows(batch, torch.randn(batch.total_rows, *shape, generator=generator))
-
-
-def draw_uniform(batch: Batch, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Uniform noise in [0, 1), by the same rule."""
-    return _own_rows(batch, torch.rand(batch.total_rows, *shape, generator=generator))
-
-
-def _own_rows(batch: Batch, drawn: Tensor) -> Tensor:
-    rows = slice(batch.first_row, batch.first_row + batch.bytes.shape[0])
-    return drawn[rows].to(batch.bytes.device)
-
-
-def count_characters(batch: Batch) -> Tensor:
-    """UTF-8 characters in a batch: its bytes that do not continue one."""
-    real = torch.arange(batch.bytes.shape[1], device=batch.bytes.device) < batch.length[:, None]
-    return ((batch.bytes & 0xC0 != 0x80) & real).sum()
-
-
-class Reading(NamedTuple):
-    """What the decoder made of a window."""
-
-    nats: Tensor  # (b n) -log p of each chunk's bytes and end
-    symbol_nats: Tensor  # (b t') of each event
-    logits: Tensor  # (b t' v) of its symbol
-    target: Tensor  # (b t') that symbol
-    correct: Tensor  # (b t') bool: the likeliest symbol is the right one
-    mask: Tensor  # (b t') bool: real events
-    chunk: Tensor  # (b t') chunk of each event
-
-
-def read_chunks(
-    autoencoder: Autoencoder,
-    batch: Batch,
-    latent: Tensor | None,
-    state: DecoderState,
-    encoding: Encoding | None = None,
-    hidden: Tensor | None = None,
-) -> tuple[Reading, DecoderState]:
-    """Score a window's bytes given its latents z_0 (b n z), and what the encoder made of them.
-
-    hidden: (b t) bool, bytes that the decoder does not see (byte dropout).
-    """
-    events = autoencoder.events(
-        batch.bytes, batch.length, batch.doc_start, batch.doc_end, batch.chunk_start, state
-    )
-    symbol = events.symbol
-    if hidden is not None:
-        symbol = autoencoder.hide_bytes(symbol, hidden[:, : symbol.shape[1]])
-    logits, griffin = autoencoder.decode(
-        symbol,
-        latent,
-        events.chunk,
-        events.doc_start,
-        events.unit_start,
-        state.griffin,
-        events.length,
-        told=None if encoding is None else autoencoder.tell(events, encoding),
-    )
-    nats = symbol_nats(logits, events)
-    by_chunk = sum_by_chunk(nats, events, batch.chunk_index.shape[1])
-    correct = (logits.argmax(dim=-1) == events.target) & events.mask
-    reading = Reading(by_chunk, nats, logits, events.target, correct, events.mask, events.chunk)
-    return reading, DecoderState(griffin, events.last)
-
-
-def read_latents(
-    autoencoder: Autoencoder, batch: Batch, state: EncoderState
-) -> tuple[Encoding, EncoderState]:
-    """mu of each chunk of a window."""
-    return autoencoder.encode(
-        batch.bytes,
-        batch.length,
-        batch.doc_start,
-        batch.chunk_start,
-        state,
-        chunks=batch.chunk_index.shape[1],
-    )
-
-
-class Payment(NamedTuple):
-    """What the latents of a window cost under a prior, nats per chunk."""
-
-    latent: Tensor  # (b n)
-    end: Tensor  # (b n)
-
-
-def price_latents(
-    prior: Prior,
-    encoding: Encoding,
-    context: Context,
-    batch: Batch,
-    generator: torch.Generator,
-    draws: int | None = None,
-    hide: bool = False,
-) -> Payment:
-    """The latent and end terms of the bound, from `draws` stratified noise levels a chunk.
-
-    hide: training's context dropout and self-conditioning, by their configured shares.
-    """
-    settings = prior.settings
-    b, n, z = encoding.latents.shape
-    m = draws or settings.draws
-    u = stratified(m, draw_uniform(batch, (n,), generator))
-    noise = draw_normal(batch, (n, m, z), generator)
-    context = context.first(n)
-    self_condition = settings.self_conditioning > 0
-    if hide:
-        if settings.context_dropout:
-            hidden = draw_uniform(batch, (n,), generator) < settings.context_dropout
-            context = prior.hide(context, hidden)
-        coin = torch.rand((), generator=generator)
-        self_condition = bool(coin < settings.self_conditioning)
-    latent = prior.latent_term(encoding.latents, encoding.mask, context, u, noise, self_condition)
-    end = end_term(encoding.latents, prior.diffusion.gamma_1)
-    return Payment(latent * encoding.mask, end * encoding.mask)
-
-
-def noisy_latents(
-    autoencoder: Autoencoder, encoding: Encoding, gamma_0: float, batch: Batch, generator: torch.Generator
-) -> Tensor:
-    """z_0 = alpha_0 mu + sigma_0 eps, what the decoder reads. (b n z)."""
-    noise = draw_normal(batch, encoding.latents.shape[1:], generator)
-    gamma = encoding.latents.new_full(encoding.latents.shape[:-1], gamma_0)
-    return diffuse(encoding.latents, gamma, noise)
-
-
-def score_energy_head(
-    prior: Prior, encoding: Encoding, context: Context, batch: Batch, generator: torch.Generator
-) -> Tensor:
-    """The energy score of the one-step head's samples against noisy latents of each chunk. (b n)."""
-    settings, (b, n, z) = prior.settings.energy, encoding.latents.shape
-    noise = draw_normal(batch, (n, settings.samples, z), generator)
-    u = draw_uniform(batch, (n, settings.samples), generator)
-    samples = prior.draw_once(context.first(n), u, noise)
-    # detached: in a joint phase the latents must not come to meet the samples
-    mu = encoding.latents.detach()[:, :, None].expand(b, n, settings.targets, z)
-    gamma_0 = mu.new_full(mu.shape[:-1], prior.diffusion.gamma_0)
-    targets = diffuse(mu, gamma_0, draw_normal(batch, (n, settings.targets, z), generator))
-    return energy_score(samples, targets, settings.exponent) * encoding.mask
-
-
-class GaussianRate(nn.Module):
-    """A light prior for stage one: N(m(h), s(h)^2) for z_0, h the encoder's feature before the chunk.
-
-    Its cost KL(q(z_0 | x) || N(m, s^2)) is in closed form, and with the decoder's it is a bound too.
-    """
-
-    def __init__(self, width: int, latent_dim: int):
-        super().__init__()
-        self.predict = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, 2 * latent_dim)
-        )
-
-    def forward(self, encoding: Encoding, gamma_0: float) -> Tensor:
-        """Nats per chunk (b n)."""
-        mean, log_scale = self.predict(encoding.before).chunk(2, dim=-1)
-        log_scale = 4 * torch.tanh(log_scale / 4)  # e^-4 .. e^4: never so sharp that one miss costs all
-        alpha, sigma = alpha_sigma(torch.as_tensor(gamma_0, device=mean.device))
-        away = (alpha * encoding.latents - mean).square() + sigma.square()
-        kl = log_scale - sigma.log() + 0.5 * away * (-2 * log_scale).exp() - 0.5
-        return kl.sum(dim=-1) * encoding.mask
 
 
 def rate_weight(settings: AutoencoderConfig, progress: float) -> float:
@@ -227,20 +58,13 @@ def rate_weight(settings: AutoencoderConfig, progress: float) -> float:
 class AutoencoderObjective(nn.Module):
     """Stage one: reconstruction from noisy latents plus what they cost (or the twin: plain bytes)."""
 
-    def __init__(
-        self, autoencoder: Autoencoder, settings: AutoencoderConfig, gamma_0: float, prior: Prior | None
-    ):
-        """prior: the light one of rate 'diffusion', which stage two may start from."""
+    def __init__(self, autoencoder: Autoencoder, settings: AutoencoderConfig, gamma_0: float):
+        """gamma_0: the noise that the decoder reads through."""
         super().__init__()
         self.autoencoder, self.settings, self.gamma_0 = autoencoder, settings, gamma_0
-        self.prior = prior
-        gaussian = settings.rate == "gaussian" and autoencoder.latent_dim > 0
-        width = settings.known_width
-        self.gaussian = GaussianRate(width, autoencoder.latent_dim) if gaussian else None
-        mixture = settings.rate == "mixture" and autoencoder.latent_dim > 0
-        self.mixture = (
-            MixturePredictor(width, autoencoder.latent_dim, settings.components) if mixture else None
-        )
+        self.mixture: MixturePredictor | None = None  # what prices the latents; stage two starts from it
+        if autoencoder.latent_dim and settings.components:
+            self.mixture = MixturePredictor(settings.known_width, autoencoder.latent_dim, settings.components)
 
     def initial_carry(self, rows: int, device: torch.device) -> Carry:
         """State before the first window."""
@@ -248,52 +72,28 @@ class AutoencoderObjective(nn.Module):
         return Carry(
             self.autoencoder.encoder_state(rows, device) if latent else None,
             self.autoencoder.decoder_state(rows, device),
-            self.prior.initial_state(rows, device) if self.prior is not None else None,
         )
 
     def end_step(self, skipped: bool) -> None:
-        """Fold the step's statistics into normaliser and schedule; forget them when it was not finite."""
+        """Fold the step's statistics into the normaliser; forget them when it was not finite."""
         if self.autoencoder.latent_dim:
             self.autoencoder.normaliser.update(skipped)
-        if self.prior is not None:
-            self.prior.schedule.update(skipped)
 
     def forward(self, batch: Batch, carry: Carry, generator: torch.Generator, progress: float) -> Step:
         """Loss of one window."""
         autoencoder, settings = self.autoencoder, self.settings
-        encoder, context_state, z_0, encoding = carry.encoder, carry.context, None, None
+        encoder, z_0, encoding = carry.encoder, None, None
         rates: dict[str, Tensor] = {}
         if encoder is not None:
-            encoding, encoder = read_latents(autoencoder, batch, encoder)
-            z_0 = noisy_latents(autoencoder, encoding, self.gamma_0, batch, generator)
-            if settings.clean_latents:
-                # Rare words drown in noise; without it encoder and decoder learn to tell them apart, too.
-                clean = draw_uniform(batch, (z_0.shape[1],), generator) < settings.clean_latents
-                alpha, _ = alpha_sigma(torch.as_tensor(self.gamma_0, device=z_0.device))
-                z_0 = torch.where(clean[..., None], alpha * encoding.latents, z_0)
-            if settings.latent_dropout:
-                kept = draw_uniform(batch, (z_0.shape[1],), generator) >= settings.latent_dropout
-                z_0 = z_0 * kept[..., None]
-            if self.prior is not None and context_state is not None:
-                context, context_state = self.prior.contextualiser(
-                    encoding.latents, encoding.mask, encoding.doc_start, context_state, encoding.after
-                )
-                paid = price_latents(self.prior, encoding, context, batch, generator, hide=True)
-                rates = {"latent": paid.latent.sum(), "end": paid.end.sum()}
-            elif self.gaussian is not None:
-                rates = {"latent": self.gaussian(encoding, self.gamma_0).sum()}
-            elif self.mixture is not None:
+            encoding, encoder = autoencoder.encode(batch, encoder)
+            z_0 = noisy_latents(encoding, self.gamma_0, batch, generator)
+            if self.mixture is not None:
                 noise = draw_normal(batch, encoding.latents.shape[1:], generator)
                 weights = self.mixture.log_weights(encoding.before)
                 nats = self.mixture.rate(encoding.latents, noise, self.gamma_0, weights)
                 rates = {"latent": (nats * encoding.mask).sum()}
-        hidden = None
-        if settings.byte_dropout:
-            # as many as events there may be: every byte and an end for each
-            width = 2 * batch.bytes.shape[1]
-            hidden = draw_uniform(batch, (width,), generator) < settings.byte_dropout
         assert carry.decoder is not None
-        reading, decoder = read_chunks(autoencoder, batch, z_0, carry.decoder, encoding, hidden)
+        reading, decoder = read_chunks(autoencoder, batch, z_0, carry.decoder, encoding)
         paid_for = {"decoder": reading.nats.sum(), **rates}
         loss = paid_for["decoder"] + rate_weight(settings, progress) * sum(rates.values())
         if encoding is not None:
@@ -301,24 +101,9 @@ class AutoencoderObjective(nn.Module):
         return Step(
             loss / batch.total_bytes,
             {name: value.detach() for name, value in paid_for.items()},
-            count_characters(batch),
-            map_carry(torch.detach, Carry(encoder, decoder, context_state)),
+            batch.characters,
+            map_carry(torch.detach, Carry(encoder, decoder)),
         )
-
-
-class CachedLatents:
-    """mu of every chunk of a corpus, and what a prior reads beside it, on disk; copies of a model share it."""
-
-    def __init__(self, latents: np.ndarray):
-        self.latents = latents  # (chunks z) or (chunks z+d) float32, memory-mapped
-
-    def __deepcopy__(self, memo: dict) -> CachedLatents:
-        return self
-
-    def of(self, chunk: Tensor, latent_dim: int) -> tuple[Tensor, Tensor]:
-        """mu (b n z) and features (b n d) of chunks by their number in the corpus (b n), on its device."""
-        row = torch.from_numpy(self.latents[chunk.cpu().numpy()]).to(chunk.device)
-        return row[..., :latent_dim], row[..., latent_dim:]
 
 
 class PriorObjective(nn.Module):
@@ -360,14 +145,13 @@ class PriorObjective(nn.Module):
     ) -> tuple[Encoding, EncoderState | None]:
         if encoder is None:
             assert self.latents is not None
-            mask = batch.chunk_index >= 0
+            mask = batch.is_chunk
             latents, after = self.latents.of(batch.chunk_index.clamp(min=0), self.prior.latent_dim)
-            doc_start = batch.doc_start.gather(1, positions(batch.chunk_start, mask.shape[1])) & mask
             # no decoder reads along with a cache, so nobody asks for what comes before the chunks
             none = after[..., :0]
-            return Encoding(latents * mask[..., None], mask, doc_start, after, none, none), None
+            return Encoding(latents * mask[..., None], mask, batch.opens_document, after, none, none), None
         with torch.set_grad_enabled(learn):
-            return read_latents(self.autoencoder, batch, encoder)
+            return self.autoencoder.encode(batch, encoder)
 
     def forward(self, batch: Batch, carry: Carry, generator: torch.Generator, progress: float) -> Step:
         """Loss of one window."""
@@ -382,21 +166,15 @@ class PriorObjective(nn.Module):
         # before the joint phase the decoder only reads along, and only if it carries a state
         if decoder is not None and (jointly or self.autoencoder.settings.carry_state):
             with torch.set_grad_enabled(jointly):
-                z_0 = noisy_latents(
-                    self.autoencoder, encoding, self.prior.diffusion.gamma_0, batch, generator
-                )
+                z_0 = noisy_latents(encoding, self.prior.diffusion.gamma_0, batch, generator)
                 reading, decoder = read_chunks(self.autoencoder, batch, z_0, decoder, encoding)
             if jointly:
                 nats["decoder"] = reading.nats.sum()
-        scores = {}
-        if self.prior.energy is not None:
-            scores["energy"] = score_energy_head(self.prior, encoding, context, batch, generator).sum()
-        loss = sum([*nats.values(), *scores.values()])
+        loss = sum(nats.values())
         assert isinstance(loss, Tensor)  # never the 0 of an empty sum
         return Step(
             loss / batch.total_bytes,
             {name: value.detach() for name, value in nats.items()},
-            count_characters(batch),
+            batch.characters,
             map_carry(torch.detach, Carry(encoder, decoder, context_state)),
-            {name: value.detach() for name, value in scores.items()},
         )

@@ -2,49 +2,43 @@
 
 Weights are counted exactly, by the shapes that the modules will have; what else follows from them (gradients,
 optimizer, average, checkpoints) is as exact; activations are an estimate, measured against real steps
-(tests/test_sizes.py). Arithmetic alone, no torch: a config of a thousand billion weights is refused as
+(tests/training/test_sizes.py). Arithmetic alone, no torch: a config of a thousand billion weights is refused as
 quickly as any other.
 """
 
 from __future__ import annotations
 
-import json
 import os
-from dataclasses import replace
 from glob import glob
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hldm.config import ChunkingConfig, Config, ConfigError, DataConfig, config_from_dict
-from hldm.runs.machine import available_memory, free_disk, gpu_memory
-from hldm.training.shapes import (
+from hldm.config import ChunkingConfig, Config, ConfigError, DataConfig
+from hldm.generation.footprint import (
     FLOAT,
     INTEGER,
-    Weight,
-    activation_bytes,
-    autoencoder_weights,
+    RUNTIME,
     chunk_bytes,
-    count,
-    kept_bytes,
-    optimizer_numbers,
     prior_numbers,
-    prior_weights,
-    rate_weights,
-    segmenter_trunk,
-    segmenter_weights,
     stack_numbers,
-    state_bytes,
     state_parts,
 )
+from hldm.runs.machine import available_memory, free_disk, gpu_memory, human
+from hldm.text.bytes import OUTPUTS
+from hldm.training.shapes import (
+    Weight,
+    autoencoder_weights,
+    count,
+    mixture_weights,
+    optimizer_numbers,
+    prior_weights,
+    segmenter_trunk,
+    segmenter_weights,
+)
 
-RUNTIME = 400 * 2**20  # Python with torch, diffusers and transformers imported: 362 MiB measured, torch 2.13
 BIBLE_BYTES = 4_200_000  # the built-in corpus
 TENSOR_RECORD = 150  # bytes of a safetensors header a tensor: name, shape and offsets in JSON
-GENERATOR_BYTES = 5_100  # of a torch.Generator on the CPU: a Mersenne twister's 624 words as int64
-# bytes of prompts read at once, all together: bounds memory whatever their length and number
-PROMPT_WINDOW = 1024
 BYTES = 256  # what a segmenter predicts
-CHUNK_BYTES = 100  # Python's own of a chunk written: a bytes object, its place in lists
 
 
 class Sizes(NamedTuple):
@@ -97,15 +91,6 @@ WAY_OUT = {
 }
 
 
-def human(count: int) -> str:
-    """1536 -> 1.5 KiB, to about three digits."""
-    for exponent, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if count >= 1024**exponent:
-            size = count / 1024**exponent
-            return f"{size:,.0f} {unit}" if size >= 100 else f"{size:.3g} {unit}"
-    return f"{count} bytes"
-
-
 def text_bytes(data: DataConfig) -> int:
     """Bytes of text that will be read, at most: what the files hold, what data.max_bytes lets in."""
     if data.dataset:
@@ -129,7 +114,7 @@ def stage_weights(config: Config, stage: str) -> dict[str, list[Weight]]:
     """The parts that the stage's objective holds, which is what its checkpoints do."""
     parts = {"autoencoder": autoencoder_weights(config)}
     if stage == "autoencoder":
-        parts["rate"] = rate_weights(config)
+        parts["rate"] = mixture_weights(config)
     else:
         parts["prior"] = prior_weights(config)
     return parts
@@ -180,6 +165,47 @@ def stage_sizes(config: Config, stage: str, processes: int = 1) -> Sizes:
     )
 
 
+def state_bytes(config: Config, stage: str) -> int:
+    """What a stage carries from window to window for each row."""
+    states = state_parts(config)
+    if stage == "autoencoder":
+        states.pop("context", None)
+    if stage == "prior" and config.data.cache_latents:
+        del states["encoder"]
+    if stage == "prior" and not config.training.prior.joint:
+        del states["decoder"]
+    return sum(states.values())
+
+
+def activation_bytes(config: Config, stage: str, rows: int) -> int:
+    """An estimate of what a forward and backward pass over a window of so many rows takes at its peak.
+
+    Measured on a CPU in float32: 0.96 to 1.12 times the peak of a step of configs/tiny.yaml (stage one) and of both
+    stages of small.yaml. Not measured on a GPU. bfloat16 counts as float32, which is too much.
+    """
+    settings, chunking = config.autoencoder, config.chunking
+    encoder, decoder, z = settings.encoder, settings.decoder, settings.latent_dim
+    recompute = config.training.autoencoder.gradient_checkpointing
+    length = config.data.window_bytes + chunking.max_bytes
+    chunks = length // chunk_bytes(chunking) + 1
+    events = length + (0 if config.is_twin else chunks)
+    # a strided readout keeps its input, laid out by chunk, and makes its gradient, twice each
+    readout = 4 * encoder.width if settings.pooling == "strided" else 14 * max(encoder.width, z)
+    reading = stack_numbers(encoder, length, chunking.max_bytes, recompute) + length * readout
+    reading += stack_numbers(settings.trunk, chunks, 1, recompute) if settings.trunk_layers else 0
+    writing = stack_numbers(decoder, events, chunking.max_bytes + 1, recompute) + events * 6 * OUTPUTS
+    writing += 0 if config.is_twin else events * 14 * max(decoder.width, z)
+    if config.is_twin:
+        numbers = writing * rows
+    elif stage == "autoencoder":
+        numbers = (reading + writing) * rows
+    else:
+        numbers = prior_numbers(config, rows, chunks)
+        if config.training.prior.joint:
+            numbers += (reading + writing) * rows
+    return FLOAT * numbers
+
+
 def segmenter_bytes(chunking: ChunkingConfig) -> int:
     """What training a segmenter takes: weights, gradients, two moments, and activations of its trunk, roughly.
 
@@ -224,15 +250,6 @@ def require_room(config: Config, stage: str, root: Path = Path("runs")) -> None:
             raise ConfigError(need.refusal(stage))
 
 
-def require_disk(path: Path, needed: int, way_out: str) -> None:
-    """Raise ConfigError unless a file of so many bytes can be written to path."""
-    free, where = free_disk(path.parent)
-    if needed > free:
-        raise ConfigError(
-            f"{path} needs {human(needed)} of disk, {human(free)} available in {where}: {way_out}, or free some"
-        )
-
-
 # ---- the table
 
 
@@ -271,47 +288,3 @@ def report(found: dict[str, Any]) -> str:
             lines += [f"    {part:<16}{human(size):>9}" for part, size in need["parts"].items()]
     refusals = [need["refusal"] for s in found["stages"].values() for need in s["needs"] if not need["fits"]]
     return "\n".join([*lines, *refusals, f"{found['config']} {'fits' if found['fits'] else 'does not fit'}"])
-
-
-# ---- writing
-
-
-def writing_bytes(config: Config, rows: int, characters: int, prompt_bytes: int) -> int:
-    """Memory to continue `rows` prompts, the longest of so many bytes, by `characters` each. A rough estimate."""
-    read = min(prompt_bytes, PROMPT_WINDOW // max(rows, 1) + config.chunking.max_bytes)
-    stack = config.autoencoder.decoder if config.is_twin else config.autoencoder.encoder
-    # nothing is kept for a backward pass: one block's, and one layer's
-    numbers = stack_numbers(replace(stack, blocks=stack.blocks[:1]), read, config.chunking.max_bytes, False)
-    if not config.is_twin:
-        once = replace(config.prior, layers=1, denoiser_layers=1, draws=1)
-        numbers += prior_numbers(replace(config, prior=once), 1, read // chunk_bytes(config.chunking))
-    written = characters + characters // chunk_bytes(config.chunking) * CHUNK_BYTES
-    states = 2 * sum(state_parts(config).values()) + kept_bytes(config)
-    row = states + GENERATOR_BYTES + FLOAT * numbers + 2 * prompt_bytes + written
-    return RUNTIME + rows * row
-
-
-def require_room_to_write(config: Config, rows: int, characters: int, prompt_bytes: int) -> None:
-    """Raise ConfigError unless the memory suffices; see `writing_bytes`."""
-    needed = writing_bytes(config, rows, characters, prompt_bytes)
-    available, where = available_memory()
-    if needed > available:
-        raise ConfigError(
-            f"writing {characters:,} characters on from {rows:,} prompts of up to {prompt_bytes:,} bytes needs about "
-            f"{human(needed)} of memory, {human(available)} available {where}: ask for fewer or shorter ones"
-        )
-
-
-def read_model_settings(pipeline: Path) -> Config | None:
-    """The settings that a saved pipeline was built from, its JSON alone; None where they cannot be read."""
-    found: dict[str, Any] = {}
-    sections = {"autoencoder": ("autoencoder", "chunking"), "prior": ("prior", "hierarchy")}
-    try:
-        for part, names in sections.items():
-            path = pipeline / part / "config.json"
-            if part == "autoencoder" or path.is_file():  # a twin has no prior
-                saved = json.loads(path.read_text(encoding="utf-8"))
-                found |= {name: saved[name] for name in names}
-        return config_from_dict(found)
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return None  # loading the model will say what is wrong

@@ -3,32 +3,27 @@
 Knows no model: an objective is any module whose forward takes (batch, carry, generator, progress) and
 returns a loss per byte of the *global* batch. Rows of that batch are split over ranks and
 micro-batches; noise, order and learning rate are functions of (seed, step), so the split changes
-nothing but rounding. Checkpoints are ours (hldm.runs.checkpoints), processes and devices are accelerate's.
+nothing but rounding. hldm.runs.checkpoints saves, accelerate sees to processes and devices.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, replace
-from datetime import timedelta
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from hldm.config import CheckpointConfig, ConfigError, LoggingConfig, TrainingConfig
-from hldm.kernels.muon import Muon
 from hldm.model.state import map_carry, named_tensors
 from hldm.runs.checkpoints import (
     Checkpoint,
-    atomic_write,
     checkpoints_in,
     flatten_optimizer,
     newest_checkpoint,
@@ -36,127 +31,29 @@ from hldm.runs.checkpoints import (
     unflatten_optimizer,
 )
 from hldm.runs.clock import clock_named
-from hldm.runs.folder import Run
+from hldm.runs.exits import Interrupted, RunEnded
+from hldm.runs.folder import Run, Totals, finite_or_text
 from hldm.runs.health import Spikes, gradients, nonfinite_names
-from hldm.runs.progress import Progress
-from hldm.runs.signals import Interrupt, Interrupted, Stopped
+from hldm.runs.progress import Progress, Recent
+from hldm.runs.ranks import largest_of_ranks
+from hldm.runs.reports import save_report
+from hldm.runs.signals import Interrupt, Stopped
 from hldm.text.windows import Batch, Windows
-from hldm.training.average import Average
+from hldm.training.optimizers import Average, learning_rate, make_optimizers
 
-# How `accelerate launch` tells its processes that weights or optimizer states are to be split over them.
-SHARDING = {
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "its parallelism config",
-}
 CLIP_EPS = 1e-6  # what torch's clipping adds to the norm
 MAX_SKIPPED_STEPS = 3  # non-finite steps in a row before a run gives up
 
 
-class TrainingDiverged(RuntimeError):
+class TrainingDiverged(RunEnded):
     """Loss, gradient or weights are not finite, for good; nothing bad was saved."""
 
-
-@dataclass(frozen=True)
-class Totals:
-    """What a training has cost so far."""
-
-    steps: int = 0
-    seconds: float = 0.0
-    characters: int = 0
-    prepared: float = 0.0  # of the seconds, those before the first step
+    exit_code = 3
 
 
 def step_seed(seed: int, step: int, stream: int) -> int:
     """A seed that is a pure function of (run seed, optimizer step, stream)."""
     return int(np.random.SeedSequence((seed, step, stream)).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def learning_rate(config: TrainingConfig, progress: float) -> float:
-    """Linear warm-up, then a cosine down to `final_learning_rate`; progress in [0, 1]."""
-    if progress < config.warmup:
-        return config.learning_rate * (progress / config.warmup)
-    done = min(1.0, (progress - config.warmup) / (1 - config.warmup))
-    share = config.final_learning_rate + (1 - config.final_learning_rate) * 0.5 * (
-        1 + math.cos(math.pi * done)
-    )
-    return config.learning_rate * share
-
-
-def make_accelerator(config: TrainingConfig, logging: LoggingConfig, folder: str) -> Accelerator:
-    """One process or many, CPU or not, from the environment that `accelerate launch` set."""
-    if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
-        raise ConfigError(
-            "accelerate launch --cpu --num_processes N starts one process, not N: "
-            "use `accelerate launch --multi_gpu --num_processes N` (it works on CPU, too)"
-        )
-    for name, what in SHARDING.items():
-        if os.environ.get(name, "").lower() in ("1", "true", "yes"):
-            raise ConfigError(
-                f"accelerate was asked for {what}, but every rank of this trainer keeps all weights: "
-                "use `accelerate launch --multi_gpu` or a file of configs/accelerate"
-            )
-    return Accelerator(
-        cpu=not torch.cuda.is_available(),  # other accelerators lack float64 or operators used here
-        mixed_precision=config.mixed_precision,
-        log_with=list(logging.trackers) or None,
-        project_dir=folder,
-        # Buffers hold sums of each rank's own rows; the objectives add them up in end_step.
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True),
-            InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_s)),
-        ],
-    )
-
-
-def make_optimizers(model: nn.Module, config: TrainingConfig) -> list[torch.optim.Optimizer]:
-    """AdamW; or Muon (Jordan et al. 2024) for 2-D weights but embeddings, 32 wide or more, AdamW for the rest."""
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    matrices: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for _, parameter in trained:
-        inner = parameter.ndim == 2 and id(parameter) not in embeddings and min(parameter.shape) >= 32
-        (matrices if config.optimizer == "muon" and inner else others).append(parameter)
-    # Decay what multiplies, not biases, gains and embeddings.
-    decayed = [p for p in others if p.ndim >= 2 and id(p) not in embeddings]
-    kept = [p for p in others if p.ndim < 2 or id(p) in embeddings]
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": kept, "weight_decay": 0.0},
-    ]
-    # beta_2 below torch's 0.999: a run of some hundred steps would hardly warm that average up. Not swept.
-    adamw = torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=config.learning_rate, betas=(0.9, 0.97), fused=True
-    )
-    optimizers: list[torch.optim.Optimizer] = [adamw]
-    if matrices:
-        optimizers.append(
-            Muon(
-                matrices,
-                lr=config.learning_rate,
-                weight_decay=config.weight_decay,
-                # the update's RMS is AdamW's, so that both share one learning rate (arXiv 2502.16982)
-                adjust_lr_fn="match_rms_adamw",
-            )
-        )
-    return optimizers
-
-
-class Recent:
-    """Bits per character, averaged over the steps since the last line of metrics."""
-
-    def __init__(self) -> None:
-        self.nats: dict[str, float] = {}
-        self.characters = 0.0
-
-    def add(self, nats: dict[str, float], characters: float) -> dict[str, float]:
-        """Include a step; returns the averages so far."""
-        self.characters += characters
-        for name, value in nats.items():
-            self.nats[name] = self.nats.get(name, 0.0) + value
-        return {name: total / self.characters / math.log(2) for name, total in self.nats.items()}
 
 
 class Trainer:
@@ -176,7 +73,7 @@ class Trainer:
         extras: dict[str, Any] | None = None,
         spent: float = 0.0,
     ):
-        """extras: JSON that every checkpoint carries, e.g. what the stage is bound to; spent: seconds before."""
+        """extras: JSON that every checkpoint carries, and that must be the same on resume;  spent: seconds before."""
         self.config, self.checkpoint, self.logging = config, checkpoint, logging
         self.run, self.seed, self.windows, self.accelerator = run, seed, windows, accelerator
         self.extras = extras or {}
@@ -327,7 +224,7 @@ class Trainer:
                 # DDP averages gradients over ranks; the loss is a share of the global sum
                 accelerator.backward(out.loss * accelerator.num_processes)
             self.carries[part] = out.carry
-            for name, value in {**out.nats, **out.scores, "characters": out.characters}.items():
+            for name, value in {**out.nats, "characters": out.characters}.items():
                 sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + value.cpu().double()
         names = list(sums)
         total = accelerator.reduce(torch.stack([sums[name] for name in names]).to(accelerator.device))
@@ -336,7 +233,6 @@ class Trainer:
         values = dict(zip(names, total.tolist(), strict=True))
         characters = values.pop("characters")
         finite = math.isfinite(sum(values.values())) and math.isfinite(float(norm))
-        scores = {name: values.pop(name) / characters for name in out.scores}
         self.objective.end_step(skipped=not finite)
         if finite:
             if float(norm) + CLIP_EPS > self.config.clip_norm:  # else it would multiply by 1
@@ -351,8 +247,8 @@ class Trainer:
                 {
                     "step": step + 1,
                     "rows": self.windows.places(step),
-                    "nats": {name: _or_text(value) for name, value in values.items()},
-                    "gradient_norm": _or_text(float(norm)),
+                    "nats": {name: finite_or_text(value) for name, value in values.items()},
+                    "gradient_norm": finite_or_text(float(norm)),
                     "learning_rate": rate,
                     "gradients_not_finite": nonfinite_names(gradients(self.objective)),
                 }
@@ -365,7 +261,7 @@ class Trainer:
         )
         if not finite:
             return None
-        metrics = {"learning_rate": rate, "gradient_norm": float(norm), **scores}
+        metrics = {"learning_rate": rate, "gradient_norm": float(norm)}
         return metrics | self.recent.add(values, characters)
 
     # --- the loop ------------------------------------------------------------------------------
@@ -474,20 +370,11 @@ class Trainer:
             "last_checkpoint": last,
         }
         if self.accelerator.is_main_process:
-            atomic_write(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
+            save_report(path, record)
         return TrainingDiverged(
             f"{reason}: lower training's learning_rate; see {path}; the last checkpoint is {last or 'none'}"
         )
 
     def _agreed(self, value: int) -> int:
         """The largest of the ranks' values."""
-        if self.accelerator.num_processes == 1:
-            return value
-        largest = torch.tensor(value, device=self.accelerator.device)
-        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
-        return int(largest)
-
-
-def _or_text(value: float) -> float | str:
-    """JSON has neither nan nor infinity."""
-    return value if math.isfinite(value) else str(value)
+        return largest_of_ranks(value, self.accelerator.device)

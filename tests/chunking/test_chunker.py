@@ -5,18 +5,10 @@ import time
 
 import numpy as np
 import pytest
-import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from hldm.chunking.chunker import (
-    _SENTENCE_END,
-    TEXT_STRATEGIES,
-    Cutter,
-    make_chunker,
-    pool_by_chunk,
-    segments,
-)
+from hldm.chunking.chunker import _SENTENCE_END, TEXT_STRATEGIES, Cutter, make_chunker
 from hldm.config import ChunkingConfig, ConfigError
 
 STRATEGIES = sorted(TEXT_STRATEGIES)
@@ -173,55 +165,6 @@ def test_four_megabytes_of_words_take_two_seconds_at_most():
     start = time.process_time()
     chunker("words").chunk_start(text)
     assert time.process_time() - start < 2
-
-
-def random_segments(b: int, t: int, seed: int):
-    generator = torch.Generator().manual_seed(seed)
-    chunk_start = torch.rand(b, t, generator=generator) < 0.3
-    chunk_start[:, 0] = True
-    length = torch.randint(1, t + 1, (b,), generator=generator)
-    length[0], length[-1] = t, 0
-    return chunk_start, length, generator
-
-
-@settings(max_examples=20, deadline=None)
-@given(seed=st.integers(0, 2**31))
-def test_pooling_is_the_mean_of_each_chunk_and_its_gradient(seed):
-    chunk_start, length, generator = random_segments(b=4, t=13, seed=seed)
-    x = torch.randn(4, 13, 3, dtype=torch.float64, generator=generator, requires_grad=True)
-    found = segments(chunk_start, length)
-    pooled = pool_by_chunk(x, found)  # (b n d)
-
-    expected = torch.zeros_like(pooled)
-    for row in range(4):
-        starts = [t for t in range(length[row]) if chunk_start[row, t]]
-        assert found.count[row] == len(starts)
-        for n, (begin, end) in enumerate(zip(starts, [*starts, int(length[row])][1:], strict=True)):
-            assert (found.chunk_id[row, begin:end] == n).all()
-            expected[row, n] = x[row, begin:end].mean(dim=0)
-    assert (found.chunk_id[torch.arange(13) >= length[:, None]] == -1).all()
-    torch.testing.assert_close(pooled, expected)
-
-    weight = torch.randn(pooled.shape, dtype=torch.float64, generator=generator)
-    (gradient,) = torch.autograd.grad((pooled * weight).sum(), x, retain_graph=True)
-    (expected_gradient,) = torch.autograd.grad((expected * weight).sum(), x)
-    torch.testing.assert_close(gradient, expected_gradient)
-
-
-def test_pooling_keeps_to_the_asked_number_of_chunks_and_the_type():
-    chunk_start, length, _ = random_segments(b=3, t=11, seed=0)
-    found = segments(chunk_start, length)
-    wide = pool_by_chunk(torch.ones(3, 11, 2, dtype=torch.bfloat16), found, chunks=20)
-    assert wide.shape == (3, 20, 2) and wide.dtype == torch.bfloat16
-    assert (wide.sum(dim=(1, 2)) == 2 * found.count).all()  # ones where there is a chunk, zeros elsewhere
-
-
-def test_shapes_that_disagree_are_refused():
-    chunk_start, length, _ = random_segments(b=3, t=11, seed=0)
-    with pytest.raises(ValueError, match="length"):
-        segments(chunk_start, length[:2])
-    with pytest.raises(ValueError, match="share b and t"):
-        pool_by_chunk(torch.zeros(3, 10, 2), segments(chunk_start, length))
 
 
 @pytest.mark.parametrize(

@@ -16,28 +16,26 @@ from hldm.config import AutoencoderConfig, ChunkingConfig, GriffinConfig
 from hldm.model.autoencoder import Autoencoder
 from hldm.text.bytes import START
 
-FORMS = [("state_change", "threshold"), ("gate", "threshold")]
-FORMS += [("entropy", form) for form in ("threshold", "rise", "budget")]
-every_form = pytest.mark.parametrize(("strategy", "form"), FORMS)
+every_strategy = pytest.mark.parametrize("strategy", list(MODEL_SEGMENTERS))
 TEXT = ("It was. Was it? 世界和平 😀😀\n\ndef f(x):\n    return x\n" * 4).encode()
 
 
 @lru_cache
-def asked(strategy: str, form: str) -> ModelSegmenter:
+def asked(strategy: str) -> ModelSegmenter:
     """An untrained model, and a threshold in the middle of what it gives."""
     torch.manual_seed(0)
     stack = GriffinConfig(width=24, heads=2, blocks=("recurrent", "attention", "recurrent"))
     settings = AutoencoderConfig(latent_dim=0 if strategy == "entropy" else 4, encoder=stack, decoder=stack)
-    chunking = ChunkingConfig(strategy=strategy, entropy_form=form, min_bytes=1, target_bytes=5)
+    chunking = ChunkingConfig(strategy=strategy, min_bytes=1, max_bytes=12, target_bytes=5)
     model = Autoencoder.from_settings(settings, ChunkingConfig()).eval()
     segmenter = MODEL_SEGMENTERS[strategy](chunking, model)
     segmenter.calibrate([np.frombuffer(TEXT, np.uint8)])
     return segmenter
 
 
-@every_form
-def test_a_model_cuts_within_limits_to_the_wanted_length_and_causally(strategy, form):
-    chunker = asked(strategy, form).chunker(1, 12)
+@every_strategy
+def test_a_model_cuts_within_limits_to_the_wanted_length_and_causally(strategy):
+    chunker = asked(strategy).chunker(1, 12)
     is_start = chunker.chunk_start(TEXT)
     length = np.diff([*np.flatnonzero(is_start), len(TEXT)])
     assert is_start[0] and length.max() <= 12 and length.mean() == pytest.approx(5, rel=0.15)
@@ -49,9 +47,9 @@ def test_a_model_cuts_within_limits_to_the_wanted_length_and_causally(strategy, 
     assert chunker.chunk_start(TEXT[:50]).tolist() == is_start[:50].tolist()
 
 
-@every_form
-def test_documents_in_a_row_are_cut_as_one_by_one(strategy, form):
-    chunker = asked(strategy, form).chunker(2, 9)
+@every_strategy
+def test_documents_in_a_row_are_cut_as_one_by_one(strategy):
+    chunker = asked(strategy).chunker(2, 9)
     documents = [np.frombuffer(text, np.uint8) for text in (TEXT[:60], b"a", TEXT[40:80])]
     one_by_one = [chunker.chunk_start(document) for document in documents]
     assert chunker.chunk_starts(documents).tolist() == np.concatenate(one_by_one).tolist()
@@ -61,7 +59,7 @@ def test_the_signals_are_the_models_own():
     symbols = torch.from_numpy(np.frombuffer(TEXT[:40], np.uint8).astype(np.int64))[None]
     doc_start = torch.zeros_like(symbols, dtype=torch.bool)
     doc_start[0, [0, 25]] = True
-    twin = asked("entropy", "threshold")
+    twin = asked("entropy")
     assert isinstance(twin, TwinEntropy)
     with torch.no_grad():
         entropy, _ = twin.signal(symbols, doc_start, twin.initial_state(1))
@@ -74,7 +72,7 @@ def test_the_signals_are_the_models_own():
             p = logits[0, -1, :256].softmax(dim=0)
             torch.testing.assert_close(entropy[0, at, 0], -(p * p.log2()).sum())
 
-        states, gates = asked("state_change", "threshold"), asked("gate", "threshold")
+        states, gates = asked("state_change"), asked("gate")
         assert isinstance(states, EncoderSegmenter)
         moved, _ = states.signal(symbols, doc_start, states.initial_state(1))
         _, griffin = states.model.encoder(

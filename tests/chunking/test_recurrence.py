@@ -22,15 +22,12 @@ from hldm.model.griffin import DECAY_POWER, RGLRU
 from tests.chunking.test_segmenter import random_text, small_segmenter
 
 TAUGHT = 4  # channels, of a width of 16
-FORMS = [("state_change", {}), ("gate", {"gate_form": "first"}), ("gate", {"gate_form": "last"})]
-every_form = pytest.mark.parametrize(
-    ("strategy", "form"), FORMS, ids=["state_change", "gate-first", "gate-last"]
-)
+every_strategy = pytest.mark.parametrize("strategy", ["state_change", "gate"])
 
 
-def forgetting(strategy: str, layers: int = 3, **form: str) -> ForgettingSegmenter:
+def forgetting(strategy: str, layers: int = 3) -> ForgettingSegmenter:
     """A small segmenter, no bias of whose gates is zero."""
-    segmenter = small_segmenter(strategy, layers=layers, **form)
+    segmenter = small_segmenter(strategy, layers=layers)
     assert isinstance(segmenter, ForgettingSegmenter)
     for part in segmenter.modules():
         if isinstance(part, RGLRU):
@@ -106,16 +103,15 @@ def test_the_state_at_a_byte_is_that_after_the_byte_before():
         torch.testing.assert_close(signal[row, at], state.griffin[-1].hidden[0, :TAUGHT])
 
 
-@pytest.mark.parametrize(("form", "block"), [("first", 0), ("last", 2)])
-def test_the_gates_at_a_byte_are_by_how_much_less_the_byte_before_kept(form, block):
-    segmenter = forgetting("gate", gate_form=form)
+def test_the_gates_at_a_byte_are_by_how_much_less_the_byte_before_kept():
+    segmenter = forgetting("gate")
     assert isinstance(segmenter, GateSegmenter)
     text, doc_start = random_text(2, 16)
     signal = whole_signal(segmenter, text, doc_start)
     assert signal.shape == (2, 16, 1) and segmenter.rule == "level"
     with watched(segmenter.trunk) as found:
         segmenter.read(text, doc_start, segmenter.initial_state(2))
-    kept = 1 - found[block].gates[..., :TAUGHT].mean(dim=-1)
+    kept = 1 - found[0].gates[..., :TAUGHT].mean(dim=-1)
     torch.testing.assert_close(signal[:, 2:, 0], kept[:, :-2] - kept[:, 1:-1])
 
 
@@ -127,10 +123,10 @@ def test_memory_falls_from_what_was_carried():
     torch.testing.assert_close(last, torch.tensor([[1.0]], dtype=torch.float64))
 
 
-@every_form
+@every_strategy
 @pytest.mark.parametrize("at", [1, 6, 7, 12])
-def test_a_byte_changes_the_signal_from_the_next_byte_on(strategy, form, at):
-    segmenter = forgetting(strategy, **form)
+def test_a_byte_changes_the_signal_from_the_next_byte_on(strategy, at):
+    segmenter = forgetting(strategy)
     text, doc_start = random_text(1, 24)
     other = text.clone()
     other[0, at] = (text[0, at] + 1) % 256
@@ -138,8 +134,7 @@ def test_a_byte_changes_the_signal_from_the_next_byte_on(strategy, form, at):
     torch.testing.assert_close(one[: at + 1], two[: at + 1], rtol=0, atol=0)
     assert (one[at + 1] != two[at + 1]).all()
     # gates of the first block see four bytes, and the signal compares two of them
-    sees_all = form != {"gate_form": "first"}
-    assert (one[at + 6 :] != two[at + 6 :]).any() == sees_all
+    assert (one[at + 6 :] != two[at + 6 :]).any() == (strategy != "gate")
 
 
 def taught(
@@ -157,12 +152,12 @@ def taught(
     return loss - segmenter.next_byte_nats(features, text).mean(), -(p * p.log()).sum(dim=-1)
 
 
-@every_form
+@every_strategy
 def test_gates_are_taught_to_open_before_entropy_rises_most_as_often_as_chunks_are_wanted(
-    strategy, form, monkeypatch
+    strategy, monkeypatch
 ):
     gates = torch.full((4, 50, TAUGHT), 0.5, dtype=torch.float64, requires_grad=True)
-    loss, entropy = taught(forgetting(strategy, **form), gates, monkeypatch)
+    loss, entropy = taught(forgetting(strategy), gates, monkeypatch)
     assert loss.item() == pytest.approx(TEACHING_WEIGHT * math.log(2))
     (gradient,) = torch.autograd.grad(loss, gates)
     assert not gradient[:, -1].any()  # what comes after the last byte is not known

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from hldm.chunking import router as learned_segmenter
-from hldm.chunking.router import CURRICULUM, LEVEL_GRADIENT, RATIO_WEIGHT, SHARPNESS, LearnedSegmenter
+from hldm.chunking.router import CURRICULUM, RATIO_WEIGHT, SHARPNESS, LearnedSegmenter
 from tests.chunking.test_segmenter import random_text, small_segmenter
 
 LEAST = 1e-4  # to which p is held
 
 
-def learned(form: str = "forget") -> LearnedSegmenter:
-    segmenter = small_segmenter("learned", learned_form=form)
+def learned() -> LearnedSegmenter:
+    segmenter = small_segmenter("learned")
     assert isinstance(segmenter, LearnedSegmenter)
     return segmenter
 
@@ -61,12 +61,12 @@ def test_a_state_that_stays_starts_nothing_and_one_that_turns_round_everything()
     torch.testing.assert_close(carry, one[None])
 
 
-def with_router(p: Tensor, monkeypatch: pytest.MonkeyPatch, form: str = "forget") -> LearnedSegmenter:
+def with_router(p: Tensor, monkeypatch: pytest.MonkeyPatch) -> LearnedSegmenter:
     """One whose router says p (b t), and to which no byte costs anything."""
-    segmenter = learned(form)
+    segmenter = learned()
     monkeypatch.setattr(segmenter, "probability", lambda features, state: (p, features.after[:, -1]))
     monkeypatch.setattr(segmenter, "next_byte_nats", lambda *_: torch.zeros_like(p))
-    monkeypatch.setattr(segmenter.writer, "forward", lambda text, start, told: torch.zeros_like(p))
+    monkeypatch.setattr(segmenter.writer, "forward", lambda text, start: torch.zeros_like(p))
     return segmenter
 
 
@@ -114,7 +114,7 @@ def test_chunks_are_wanted_longer_at_first(progress, times, monkeypatch):
 def test_starts_are_the_routers_with_noise_that_halves(monkeypatch):
     p = torch.full((2, 50), 0.3, dtype=torch.float64)
     segmenter, told = with_router(p, monkeypatch), []
-    monkeypatch.setattr(segmenter.writer, "forward", lambda text, start, _: told.append(start) or start)
+    monkeypatch.setattr(segmenter.writer, "forward", lambda text, start: told.append(start) or start)
     for progress in (0.0, 1.0):
         loss_of(segmenter, 2, 50, progress)
     first, last = (start.logit() - SHARPNESS * p.logit() for start in told)
@@ -122,9 +122,8 @@ def test_starts_are_the_routers_with_noise_that_halves(monkeypatch):
     assert first.std() > 1 and first.mean().abs() < 0.5
 
 
-@pytest.mark.parametrize("form", ["forget", "hnet"])
-def test_the_decoders_bits_alone_teach_the_router(form, monkeypatch):
-    segmenter, nats = learned(form), []
+def test_the_decoders_bits_alone_teach_the_router(monkeypatch):
+    segmenter, nats = learned(), []
     write = segmenter.writer.forward
     monkeypatch.setattr(segmenter.writer, "forward", lambda *given: nats.append(write(*given)) or nats[0])
     monkeypatch.setattr(segmenter, "next_byte_nats", lambda *_: torch.zeros(()))
@@ -133,24 +132,3 @@ def test_the_decoders_bits_alone_teach_the_router(form, monkeypatch):
     torch.testing.assert_close(loss, nats[0][:, 1:].mean())  # before a window's first byte there is no choice
     gradients = torch.autograd.grad(loss, [segmenter.query.weight, segmenter.key.weight])
     assert all(gradient.abs().max() > 1e-6 for gradient in gradients)
-
-
-def test_the_form_of_h_net_hears_little_of_its_chunk_level(monkeypatch):
-    """The level gets hard starts, and how sure the router is of them, with a small share of the gradient."""
-    p = torch.rand(1, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    segmenter, told = with_router(p, monkeypatch, "hnet"), []
-    monkeypatch.setattr(
-        segmenter.level, "forward", lambda states, sure, hard: told.extend([sure, hard]) or sure[..., None]
-    )
-    monkeypatch.setattr(
-        segmenter.writer, "forward", lambda text, start, level: told.append(start) or level[..., 0]
-    )
-    monkeypatch.setattr(learned_segmenter, "RATIO_WEIGHT", 0.0)
-    loss = loss_of(segmenter, 1, 50)
-    sure, hard, start = told
-    torch.testing.assert_close(sure, start)
-    assert hard.tolist() == (start >= 0.5).double().tolist() and 0 < hard.mean() < 1
-    (gradient,) = torch.autograd.grad(loss, p, retain_graph=True)
-    (whole,) = torch.autograd.grad(start[:, 1:].mean(), p)
-    assert whole.any()
-    torch.testing.assert_close(gradient, LEVEL_GRADIENT * whole)

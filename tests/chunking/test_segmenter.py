@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from hldm.chunking.segmenter import ChunkStream, Rule, Segmenter, SegmenterChunker, SegmenterState, Signaller
+from hldm.chunking.strategies import SEGMENTERS
 from hldm.config import ChunkingConfig, ModelStrategy, SegmenterConfig
-from hldm.training.segmenters import SEGMENTERS
 
 LIMITS = [(1, 1), (1, 12), (4, 12), (3, 40), (1, 65_536), (9, 65_536)]
 RULES: tuple[Rule, ...] = ("level", "movement")
@@ -22,7 +22,7 @@ def small_segmenter(strategy: ModelStrategy, seed: int = 0, layers: int = 1, **s
     """An untrained segmenter of a width of 16, in float64."""
     torch.manual_seed(seed)
     small = SegmenterConfig(width=16, layers=layers)
-    settings = {"min_bytes": 1, "target_bytes": 5, "segmenter": small, **settings}
+    settings = {"min_bytes": 1, "max_bytes": 12, "target_bytes": 5, "segmenter": small, **settings}
     chunking = ChunkingConfig(strategy=strategy, **settings)
     return SEGMENTERS[strategy].from_settings(chunking).double().eval()
 
@@ -147,7 +147,7 @@ def test_a_document_knows_nothing_of_the_one_before_from_its_second_byte_on(stra
 
 
 def test_a_chunker_keeps_the_weights_it_was_made_of():
-    segmenter = small_segmenter("entropy", entropy_form="rise")
+    segmenter = small_segmenter("entropy")
     text = random_text(1, 200)[0][0].numpy().astype(np.uint8) % 26 + 97
     segmenter.calibrate([text])
     chunker = segmenter.chunker(1, 12)

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from hldm.chunking.select import FRESH_BYTES, POOLED_BYTES, SelectSegmenter, hold, pool_by_score
+from hldm.chunking.select import FRESH_BYTES, SelectSegmenter, hold
 from tests.chunking.test_segmenter import random_text, small_segmenter
 
 
-def select(form: str = "last", **settings) -> SelectSegmenter:
-    segmenter = small_segmenter("select", select_form=form, **settings)
+def select(**settings) -> SelectSegmenter:
+    segmenter = small_segmenter("select", **settings)
     assert isinstance(segmenter, SelectSegmenter)
     return segmenter
 
@@ -67,50 +67,8 @@ def test_what_was_kept_last_is_held(seed):
     assert hold(kept, start).equal(expected)
 
 
-def pool_by_loop(states: Tensor, scores: Tensor, start: Tensor) -> Tensor:
-    """One row (t d): a chunk ends with a kept state, which is the last to be pooled in it."""
-    pooled, begins = [], 0
-    for t in range(len(states)):
-        near = slice(max(begins, t - POOLED_BYTES + 1), t + 1)
-        weight = scores[near].exp()
-        pooled.append((weight[:, None] * states[near]).sum(dim=0) / weight.sum())
-        begins = t + 1 if start[t] else begins
-    return torch.stack(pooled)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_attention_pools_the_states_of_a_chunk_so_far_by_their_scores(seed):
-    states, scores, start = (
-        normal(2, 60, 3, seed=seed),
-        normal(2, 60, seed=seed + 9),
-        random_starts(2, 60, seed),
-    )
-    start[1] = False  # a chunk longer than attention reaches
-    found = pool_by_score(states, scores, start)
-    for row in range(2):
-        torch.testing.assert_close(found[row], pool_by_loop(states[row], scores[row], start[row]))
-
-
-def test_attention_sees_neither_another_chunk_nor_a_later_byte():
-    states, scores = normal(1, 12, 3), normal(1, 12, seed=1)
-    start = torch.zeros(1, 12, dtype=torch.bool)
-    start[0, 5] = True  # the state there is its chunk's last
-    pooled = pool_by_score(states, scores, start)
-    for changed, same in (
-        (slice(0, 6), slice(6, 12)),  # the chunk before
-        (slice(6, 12), slice(0, 6)),  # the chunk after
-        (slice(9, 12), slice(6, 9)),  # later bytes
-    ):
-        other, louder = states.clone(), scores.clone()
-        other[:, changed] += 1
-        louder[:, changed] += 2
-        found = pool_by_score(other, louder, start)
-        assert found[:, same].equal(pooled[:, same]) and not found[:, changed].equal(pooled[:, changed])
-
-
-@pytest.mark.parametrize("form", ["last", "attention"])
-def test_the_reader_foresees_a_byte_from_what_is_kept_and_the_freshest_two(form, monkeypatch):
-    segmenter = select(form)
+def test_the_reader_foresees_a_byte_from_what_is_kept_and_the_freshest_two(monkeypatch):
+    segmenter = select()
     text, doc_start = random_text(2, 30)
     state = segmenter.initial_state(2)
     features, _ = segmenter.read(text, doc_start, state)
@@ -124,8 +82,6 @@ def test_the_reader_foresees_a_byte_from_what_is_kept_and_the_freshest_two(form,
     assert FRESH_BYTES == 2
     for row in range(2):
         kept = features.before[row]
-        if form == "attention":
-            kept = pool_by_loop(kept, scores[row], start[row])
         held = torch.zeros(16, dtype=torch.float64)
         for t in range(30):
             held = kept[t] if start[row, t] else held
@@ -136,9 +92,8 @@ def test_the_reader_foresees_a_byte_from_what_is_kept_and_the_freshest_two(form,
     torch.testing.assert_close(loss, -p.log().mean() + segmenter.next_byte_nats(features, text).mean())
 
 
-@pytest.mark.parametrize("form", ["last", "attention"])
-def test_the_reader_teaches_the_score(form, monkeypatch):
-    segmenter = select(form)
+def test_the_reader_teaches_the_score(monkeypatch):
+    segmenter = select()
     monkeypatch.setattr(segmenter, "next_byte_nats", lambda *_: torch.zeros(()))
     loss, _ = segmenter.loss(*random_text(2, 30), segmenter.initial_state(2), 0.5, torch.Generator())
     assert torch.autograd.grad(loss, segmenter.score[2].weight)[0].abs().max() > 1e-6

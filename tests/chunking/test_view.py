@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from html import unescape
 from pathlib import Path
 from typing import get_args
@@ -14,6 +15,7 @@ from hldm.chunking.chunker import TEXT_STRATEGIES
 from hldm.chunking.view import as_json, as_page, as_text, cut_text
 from hldm.cli import main
 from hldm.config import ChunkingConfig, ConfigError, Strategy
+from hldm.training.segmenters import train_for_minutes
 
 TEXT = 'He said: "<b>Go & come</b>".\n\nThen 世界 \x1b[31m.'.encode()
 
@@ -36,7 +38,7 @@ def test_a_strategy_that_asks_a_model_takes_what_ships_a_run_or_minutes(tmp_path
         cut_text(TEXT, ["verse"], chunking=ChunkingConfig())
     with pytest.raises(FileNotFoundError, match="holds no run"):
         cut_text(TEXT, [], [tmp_path], chunking=ChunkingConfig())
-    cuts = cut_text(TEXT, ["entropy"], chunking=ChunkingConfig(), minutes=1e-4)
+    cuts = cut_text(TEXT, ["entropy"], chunking=ChunkingConfig(), train=partial(train_for_minutes, 1e-4))
     assert b"".join(cuts["entropy"]) == TEXT
     monkeypatch.setattr("hldm.runs.folder.__file__", str(tmp_path / "runs.py"))
     with pytest.raises(FileNotFoundError, match="segmenters/learned is not there: pass --run"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,7 +23,6 @@ from hldm.model.diffusion import end_term
 from hldm.model.prior import Prior
 from hldm.text.corpus import Corpus, make_corpus
 from hldm.text.windows import Windows
-from hldm.training.objectives import read_latents
 
 GRIFFIN = GriffinConfig(width=32, blocks=("recurrent", "attention"), heads=2)
 DIFFUSION = DiffusionConfig()
@@ -35,21 +33,18 @@ def make_model(
     carry_state: bool = False,
     reads_text: bool = False,
     target: str = "v",
-    rate: str = "diffusion",
+    components: int = 0,
     gamma_0: float = DIFFUSION.gamma_0,
-    writes: str = "bytes",
 ):
     torch.manual_seed(0)
     settings = AutoencoderConfig(
         latent_dim=latent_dim,
         encoder=GRIFFIN,
-        decoder=GRIFFIN if writes == "bytes" else replace(GRIFFIN, blocks=("attention",)),
-        writes=writes,
+        decoder=GRIFFIN,
         carry_state=carry_state,
         reads_text=reads_text,
-        rate=rate,
-        components=8,
-        trunk_layers=int(rate == "mixture"),
+        components=components,
+        trunk_layers=int(components > 0),
         trunk_width=16,
     )
     autoencoder = Autoencoder.from_settings(settings, ChunkingConfig()).eval()
@@ -107,8 +102,7 @@ def test_the_twin_costs_the_same_however_the_text_is_laid_out(lanes, window_byte
         dict(),
         dict(carry_state=True),
         dict(reads_text=True),
-        dict(rate="mixture"),
-        dict(writes="chunks", reads_text=True),
+        dict(components=8),
     ],
 )
 def test_the_latent_model_costs_the_same_however_the_text_is_laid_out_but_for_its_noise(kind):
@@ -125,7 +119,7 @@ def test_the_denoiser_that_expects_standard_normal_latents_costs_their_divergenc
     autoencoder, prior = model = make_model()
     windows = lay_out(make_text(), lanes=1, window_bytes=10_000)
     with torch.no_grad():
-        encoding, _ = read_latents(autoencoder, windows.batch(0), autoencoder.encoder_state(1))
+        encoding, _ = autoencoder.encode(windows.batch(0), autoencoder.encoder_state(1))
     expected = float(end_term(encoding.latents, DIFFUSION.gamma_0).sum())
     bounds = [bound_of(model, windows, seed) for seed in range(4)]
     paid = np.array([bound.latent.sum() + bound.end.sum() for bound in bounds])
@@ -174,7 +168,7 @@ def importance_of(model, windows, samples, seed=0):
 
 
 def test_one_importance_weighted_draw_is_the_bound_under_the_mixture_and_more_are_tighter():
-    model = make_model(rate="mixture", reads_text=True)
+    model = make_model(components=8, reads_text=True)
     windows = lay_out(make_text())
     bound = bound_of(model, windows, draws=64)  # of a prior that has learnt nothing: the mixture alone
     ones = np.array([importance_of(model, windows, 1, seed) for seed in range(8)])
@@ -187,7 +181,7 @@ def test_one_importance_weighted_draw_is_the_bound_under_the_mixture_and_more_ar
 
 def test_importance_weights_find_the_likelihood_where_it_is_known():
     """A decoder deaf to its latent gives every text the same probability whatever the latent costs."""
-    model = make_model(rate="mixture", latent_dim=2, gamma_0=0.0)
+    model = make_model(components=8, latent_dim=2, gamma_0=0.0)
     for parameter in model[0].from_latent.outer.parameters():
         torch.nn.init.zeros_(parameter)
     windows = lay_out(make_text())
@@ -218,7 +212,9 @@ def test_ends_cost_what_ending_and_going_on_are_not_expected():
     torch.manual_seed(0)
     griffin = GriffinConfig(width=16, blocks=("recurrent",), heads=2)
     chunking = ChunkingConfig(strategy="fixed", min_bytes=3, max_bytes=3)
-    settings = AutoencoderConfig(latent_dim=2, encoder=griffin, decoder=griffin)
+    settings = AutoencoderConfig(
+        latent_dim=2, encoder=griffin, decoder=griffin, reads_text=False, trunk_layers=0
+    )
     autoencoder = Autoencoder.from_settings(settings, chunking).eval()
     torch.nn.init.zeros_(autoencoder.outputs.weight)
     autoencoder.outputs.bias.data[:] = 0.0

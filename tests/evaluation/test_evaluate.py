@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from hldm.config import config_from_dict, to_yaml
-from hldm.evaluation.evaluate import compare, evaluate_run, main
+from hldm.evaluation.evaluate import evaluate_run, main
+from hldm.evaluation.tables import compare
 from hldm.generation import pipeline
 from hldm.generation.pipeline import HLDMPipeline
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.prior import Prior
-from hldm.runs.checkpoints import fingerprint
+from hldm.runs.files import fingerprint
 
 GRIFFIN = {"width": 32, "blocks": ["recurrent"], "heads": 2}
 PRIOR = {"width": 32, "layers": 1, "heads": 2, "denoiser_width": 32, "denoiser_layers": 1}
@@ -125,10 +126,10 @@ def test_a_latent_model_and_its_twin_have_the_same_keys_in_json_and_table(runs, 
     bits = model["bits_per_character"]
     assert bits["bound"] == pytest.approx(bits["latent"] + bits["decoder"] + bits["end"])
 
-    table = compare(columns).splitlines()
-    assert table[0].split() == ["model", "twin"]
-    [chunks] = [line for line in table if line.startswith("reconstruction, chunks right")]
-    assert chunks.split()[-1] == "-" and chunks.split()[-2].endswith("%")
+    table = compare(columns)
+    assert table.head == ["", "model", "twin"]
+    [(_, share, none)] = [row for row in table.rows if row[0] == "reconstruction, chunks right"]
+    assert none == "-" and share.endswith("%")
 
 
 def test_any_text_can_be_measured(runs, tmp_path):
@@ -155,7 +156,7 @@ def test_no_prompts_leave_their_entries_empty(runs):
     found = evaluate_run(runs / "twin", split="validation", prompts=0)
     assert found["prompts"] == 0
     assert [found[name] for name in ("rouge", "diversity", "rechunked", "speed")] == [None] * 4
-    assert "ROUGE" in compare({"twin": found})
+    assert "ROUGE" in str(compare({"twin": found}))
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,14 @@ CHUNKING = ChunkingConfig(strategy="fixed", min_bytes=4, max_bytes=4)
 def make_autoencoder(carry_state: bool = False, chunking: ChunkingConfig = CHUNKING) -> Autoencoder:
     torch.manual_seed(0)
     griffin = GriffinConfig(width=32, blocks=("recurrent",), heads=2)
-    settings = AutoencoderConfig(latent_dim=4, encoder=griffin, decoder=griffin, carry_state=carry_state)
+    settings = AutoencoderConfig(
+        latent_dim=4,
+        encoder=griffin,
+        decoder=griffin,
+        reads_text=False,
+        trunk_layers=0,
+        carry_state=carry_state,
+    )
     return Autoencoder.from_settings(settings, chunking).eval()
 
 

@@ -1,11 +1,63 @@
-"""Whatever a run or a file is called, a table stays one: aligned, harmless, and within a terminal."""
+"""One table, two looks: Markdown that can be read as it is, and rich's on a terminal."""
 
 from __future__ import annotations
 
+import os
+import pty
+import re
+import sys
+
 import pytest
 
-from hldm.evaluation.evaluate import _cell
-from hldm.evaluation.tables import CELL_WIDTH, align, cell, width
+from hldm.evaluation.tables import CELL_WIDTH, Table, cell, row, short, show, width
+
+TABLE = Table(["", "model", "twin"], [["bits", "1.25", "10.5"], ["  of it [red]latents", "-", "0"]])
+
+
+def test_markdown_has_columns_of_one_width_and_every_cell_in_its_place():
+    lines = str(TABLE).splitlines()
+    assert len({*map(len, lines)}) == 1
+    assert [[cell.strip() for cell in line.strip("|").split("|")] for line in lines] == [
+        ["", "model", "twin"],
+        ["-" * 22, "-" * 6 + ":", "-" * 5 + ":"],
+        ["bits", "1.25", "10.5"],
+        ["of it [red]latents", "-", "0"],
+    ]
+
+
+def test_records_become_rows_and_what_they_lack_a_dash():
+    columns = {"name": ("name", ""), "bits": ("bits", ".2f")}
+    found = Table.of_records(
+        [{"name": "one", "bits": 1.5}, {"name": "two", "bits": None}, {"name": "three"}], columns
+    )
+    assert found == (["name", "bits"], [["one", "1.50"], ["two", "-"], ["three", "-"]])
+
+
+def test_a_row_looks_values_up_below_its_keys_in_every_column():
+    columns = {"a": {"x": {"y": 0.5}}, "b": {"x": None}, "c": {}}
+    assert row("label", ".1f", columns, "x", "y", scale=10) == ["label", "5.0", "-", "-"]
+
+
+def test_a_pipe_gets_markdown_with_empty_lines_between(capsys):
+    show("head", TABLE, "end")
+    assert capsys.readouterr().out == f"head\n\n{TABLE}\n\nend\n"
+
+
+def test_a_terminal_gets_a_drawn_table_with_every_cell_whole(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "20")
+    monkeypatch.setenv("TERM", "xterm")
+    mine, theirs = pty.openpty()
+    with os.fdopen(theirs, "w", encoding="utf-8") as terminal:
+        monkeypatch.setattr(sys, "stdout", terminal)
+        show(TABLE)
+        monkeypatch.undo()
+        shown = re.sub(r"\x1b\[[0-9;]*m", "", os.read(mine, 2**16).decode())
+    os.close(mine)
+    assert "|" not in shown and "─" in shown
+    lines = [line.split() for line in shown.splitlines()]
+    assert ["model", "twin"] in lines and ["bits", "1.25", "10.5"] in lines
+    assert ["of", "it", "[red]latents", "-", "0"] in lines  # no markup, nothing cut
+
 
 NAMES = [
     "short",
@@ -19,17 +71,16 @@ NAMES = [
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_cell_is_short_and_harmless(name):
-    shown = cell(name)
+    shown = short(name)
     assert width(shown) <= CELL_WIDTH and "\n" not in shown and "\x1b" not in shown and "\u202e" not in shown
     if width(name) > CELL_WIDTH and name.isascii():
         assert shown.startswith(name[:10]) and shown.endswith(name[-10:]) and "…" in shown
 
 
 def test_columns_stand_below_each_other_whatever_is_in_them():
-    lines = align(
-        ["", *map(cell, NAMES[:2])], [["label\x1b[31m", "1", "2"], ["世界", "10", "20"]]
-    ).splitlines()
-    assert len(lines) == 3 and len({width(line) for line in lines}) == 1 and width(lines[0]) <= 80
+    table = Table(["", *map(short, NAMES[:2])], [["label\x1b[31m", "1", "2"], ["世界", "10", "20"]])
+    lines = str(table).splitlines()
+    assert len(lines) == 4 and len({width(line) for line in lines}) == 1 and width(lines[0]) <= 90
     assert "\x1b" not in "".join(lines)
 
 
@@ -45,5 +96,5 @@ def test_columns_stand_below_each_other_whatever_is_in_them():
         ("a\x1bb", "", "a\\x1bb"),
     ],
 )
-def test_a_number_fits_its_cell(value, form, shown):
-    assert _cell(value, form) == shown
+def test_a_number_fits_itscell(value, form, shown):
+    assert cell(value, form) == shown

@@ -23,17 +23,16 @@ from hldm.generation.writer import (
     LatentWriter,
     _cut,
     _prompt_windows,
-    _window,
     make_writer,
+    next_context,
     row_generators,
     write_on,
 )
-from hldm.kernels.library import without_kernels
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.prior import Prior
-from hldm.runs.checkpoints import fingerprint
-from hldm.text.bytes import END_OF_DOCUMENT, count_characters
-from hldm.training.sizes import PROMPT_WINDOW
+from hldm.runs.files import fingerprint
+from hldm.text.bytes import END_OF_DOCUMENT, PROMPT_WINDOW, count_characters
+from hldm.text.windows import window_of
 
 GRIFFIN = GriffinConfig(width=16, blocks=("recurrent", "attention"), heads=2)
 SETTINGS = GenerationConfig(steps=3)
@@ -44,24 +43,20 @@ def make_model(
     latent_dim: int = 4,
     carry_state: bool = False,
     reads_text: bool = False,
-    rate: str = "diffusion",
+    components: int = 0,
     trunk_layers: int = 0,
     pooling: str = "mean",
-    writes: str = "bytes",
-    one_step: str = "none",
 ) -> tuple[Autoencoder, Prior | None]:
     torch.manual_seed(0)
     settings = AutoencoderConfig(
         latent_dim=latent_dim,
         encoder=GRIFFIN,
-        decoder=GRIFFIN if writes == "bytes" else replace(GRIFFIN, blocks=("attention",)),
-        writes=writes,
+        decoder=GRIFFIN,
         carry_state=carry_state,
         reads_text=reads_text,
         trunk_layers=trunk_layers,
         trunk_width=24,
-        rate=rate,
-        components=4,
+        components=components,
         pooling=pooling,
     )
     strategy = "words" if latent_dim and pooling == "mean" else "fixed"
@@ -78,7 +73,6 @@ def make_model(
             heads=2,
             denoiser_width=16,
             denoiser_layers=1,
-            one_step=one_step,
         ),
         HierarchyConfig(levels=2, ratio=2, window=2),
         DiffusionConfig(),
@@ -94,19 +88,17 @@ def write(model, prompts, settings=SETTINGS, characters=30, **options) -> list[b
     return [row.text for row in rows]
 
 
-TRUNK = dict(trunk_layers=1, rate="mixture")
+TRUNK = dict(trunk_layers=1, components=4)
 LATENT = [
     dict(),
     dict(carry_state=True),
     dict(reads_text=True),
-    dict(rate="mixture"),
+    dict(components=4),
     TRUNK,
     dict(reads_text=True, **TRUNK),
     dict(carry_state=True, reads_text=True, **TRUNK),
     dict(pooling="strided"),
     dict(reads_text=True, pooling="strided"),
-    dict(writes="chunks", reads_text=True),
-    dict(writes="chunks", reads_text=True, **TRUNK),
 ]
 MODELS = [*LATENT, dict(latent_dim=0, carry_state=True)]
 
@@ -129,13 +121,9 @@ def test_a_batch_of_prompts_writes_what_each_writes_alone(kind, scheduler):
 @pytest.mark.parametrize("kind", LATENT)
 def test_going_on_from_carried_state_equals_reading_everything_again(kind):
     autoencoder, prior = make_model(**kind)
-    if kind.get("writes") == "chunks":
-        ends = autoencoder.decoder.lengths.bias.data[1::2]
-    else:
-        ends = autoencoder.outputs.bias.data[END_OF_DOCUMENT:]
-    ends.fill_(-100.0)  # one document throughout
-    writer = LatentWriter(autoencoder, prior, [b"In the beginning"], SETTINGS, row_generators(3, 1))
+    autoencoder.outputs.bias.data[END_OF_DOCUMENT:].fill_(-100.0)  # one document throughout
     with torch.no_grad():
+        writer = make_writer(autoencoder, prior, [b"In the beginning"], SETTINGS, row_generators(3, 1))
         chunks = [writer.write()[0].text for _ in range(12)]
         # the same text, cut where the writer cut it, read in one go
         text = b"In the beginning" + b"".join(chunks)
@@ -143,22 +131,22 @@ def test_going_on_from_carried_state_equals_reading_everything_again(kind):
         start = make_chunker(autoencoder.chunking).chunk_start(b"In the beginning").tolist()
         for chunk in chunks:
             start += [True] + [False] * (len(chunk) - 1)
-        again._read(_window([text], [np.array(start)], [True], torch.device("cpu")))
+        again._read(window_of([text], [np.array(start)], [True]))
+        again.told = prior.tell(next_context(prior, again.memory))
         torch.testing.assert_close(again.encoder, writer.encoder, rtol=1e-4, atol=1e-5)
         again.generators, writer.generators = row_generators(4, 1), row_generators(4, 1)
         torch.testing.assert_close(again.sample_latents(), writer.sample_latents(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("guidance", [1.0, 1.5])
 @pytest.mark.parametrize("kind", LATENT)
-def test_kernels_write_what_torch_writes_through_the_ends_of_documents(plain_torch, kind):
+def test_kernels_write_what_torch_writes_through_the_ends_of_documents(plain_torch, kind, guidance):
     autoencoder, prior = make_model(**kind)
-    if kind.get("writes") == "chunks":
-        autoencoder.decoder.lengths.bias.data[1::2] = 4.0  # with the document's end
-    else:
-        autoencoder.outputs.bias.data[END_OF_DOCUMENT] = 4.0
-    rows = write((autoencoder, prior), PROMPTS, seed=5, characters=40, through_ends=True)
+    autoencoder.outputs.bias.data[END_OF_DOCUMENT] = 4.0
+    settings, options = replace(SETTINGS, guidance=guidance), dict(seed=5, characters=40, through_ends=True)
+    rows = write((autoencoder, prior), PROMPTS, settings, **options)
     with plain_torch():
-        assert rows == write((autoencoder, prior), PROMPTS, seed=5, characters=40, through_ends=True)
+        assert rows == write((autoencoder, prior), PROMPTS, settings, **options)
 
 
 def test_a_prompt_read_in_many_windows_is_the_same_prompt(monkeypatch):
@@ -180,7 +168,8 @@ def test_prompts_leave_the_same_state_whatever_the_window(kind, monkeypatch):
             writer = make_writer(autoencoder, prior, prompts, SETTINGS, row_generators(3, 3))
         if prior is None:
             return writer.state, writer.opens
-        return writer.encoder, writer.decoder, writer.context.summary, writer.memory.partial, writer.opens
+        summary = next_context(prior, writer.memory).summary
+        return writer.encoder, writer.decoder, summary, writer.memory.partial, writer.opens
 
     whole = states(100_000)
     for window in (1, 16, 200):
@@ -192,25 +181,24 @@ def test_windows_of_prompts_have_one_shape_and_as_many_bytes_whatever_the_number
     text = b"In the beginning was the word, and so on, and so on. " * 60
     for rows in (1, 3, 16):
         prompts = [text[row:] for row in range(rows)]
-        starts = [autoencoder.chunker.chunk_start(prompt) for prompt in prompts]
-        windows = list(_prompt_windows(prompts, starts, torch.device("cpu")))
-        assert len({(window.text.shape, window.chunks) for window in windows}) == 1
-        assert windows[0].text.numel() <= PROMPT_WINDOW + rows * autoencoder.chunking.max_bytes
+        windows = list(_prompt_windows(autoencoder, prompts, torch.device("cpu")))
+        assert len({(window.bytes.shape, window.chunks) for window in windows}) == 1
+        assert windows[0].bytes.numel() <= PROMPT_WINDOW + rows * autoencoder.chunking.max_bytes
         for row, prompt in enumerate(prompts):
-            read = [bytes(window.text[row, : window.length[row]].tolist()) for window in windows]
+            read = [bytes(window.bytes[row, : window.length[row]].tolist()) for window in windows]
             assert b"".join(read) == prompt
             assert max(int(window.chunk_start[row].sum()) for window in windows) <= windows[0].chunks
 
 
 def test_memory_of_the_context_does_not_grow_with_the_text():
     autoencoder, prior = make_model()
-    writer = LatentWriter(autoencoder, prior, [b""], SETTINGS, row_generators(0, 1))
     sizes = set()
-    with torch.no_grad(), without_kernels():  # which have room for a fixed number of entries
+    with torch.no_grad():
+        writer = LatentWriter(autoencoder, prior, [b""], SETTINGS, row_generators(0, 1))
         for _ in range(80):
             writer.write()
-            sizes.add((writer.memory.hidden.numel(), writer.context.memory.shape))
-    assert len(sizes) == 2  # the very first context, of an empty text, has no newest chunk
+            sizes.add((writer.memory.hidden.numel(), writer.told.blocks[0].key.shape))
+    assert len(sizes) <= 2  # where a document has just begun there is no newest chunk
 
 
 def test_the_twin_writes_what_it_scores():
@@ -220,16 +208,10 @@ def test_the_twin_writes_what_it_scores():
     prompt = b"And the king"
     text = write((autoencoder, None), [prompt], settings, characters=20, through_ends=True)[0]
     full = prompt + text
-    start = torch.from_numpy(make_chunker(autoencoder.chunking).chunk_start(full).copy())[None]
-    doc_start, never = torch.zeros_like(start), torch.zeros_like(start)
-    doc_start[:, 0] = True
-    symbols = torch.from_numpy(np.frombuffer(full, np.uint8).astype(np.int64))[None]
+    window = window_of([full], [make_chunker(autoencoder.chunking).chunk_start(full)], [True])
     state = autoencoder.decoder_state(1)
-    events = autoencoder.events(symbols, torch.tensor([len(full)]), doc_start, never, start, state)
     with torch.no_grad():
-        logits, _ = autoencoder.decode(
-            events.symbol, None, events.chunk, events.doc_start, events.unit_start, state.griffin
-        )
+        logits, _ = autoencoder.decode(autoencoder.events(window, state), None, state.griffin)
     assert bytes(logits[0, len(prompt) :, :256].argmax(-1).tolist()) == text
 
 
@@ -279,7 +261,7 @@ def test_the_byte_tokenizer_gives_any_text_back():
 
 
 def test_without_denoising_steps_latents_are_drawn_from_the_mixture():
-    model = make_model(rate="mixture", reads_text=True)
+    model = make_model(components=4, reads_text=True)
     settings = replace(SETTINGS, steps=0)
     together = write(model, PROMPTS, settings, seed=7, through_ends=True)
     assert together == [

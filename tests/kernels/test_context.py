@@ -16,20 +16,25 @@ from hldm.config import (
     HierarchyConfig,
     PriorConfig,
 )
+from hldm.generation.footprint import kept_bytes
 from hldm.kernels.context import KeptContext, can_keep
 from hldm.model.prior import Prior
 from hldm.model.state import select_rows
-from hldm.training.shapes import kept_bytes
 
 Z, CHUNKS = 3, 150
 
 
-def make_prior(levels: int = 2, reads_text: bool = True, rate: str = "mixture", **settings) -> Prior:
+def make_prior(levels: int = 2, reads_text: bool = True, components: int = 20, **settings) -> Prior:
     """Every parameter away from 0; with two levels the coarsest lets go of its first entries after 30 chunks."""
     torch.manual_seed(0)
     griffin = GriffinConfig(width=24, blocks=("recurrent",), heads=2)
     autoencoder = AutoencoderConfig(
-        latent_dim=Z, encoder=griffin, decoder=griffin, reads_text=reads_text, rate=rate, components=20
+        latent_dim=Z,
+        encoder=griffin,
+        decoder=griffin,
+        reads_text=reads_text,
+        trunk_layers=0,
+        components=components,
     )
     config = PriorConfig(
         reads_text=reads_text, width=16, layers=1, heads=2, denoiser_width=24, denoiser_layers=2
@@ -66,9 +71,9 @@ def seen(told) -> list[Tensor]:
         dict(levels=0),
         dict(levels=1, layers=2),
         dict(),
-        dict(levels=3, layers=2, rate="diffusion"),
+        dict(levels=3, layers=2, components=0),
         dict(levels=3, reads_text=False),
-        dict(levels=1, reads_text=False, rate="diffusion", denoiser_layers=1),
+        dict(levels=1, reads_text=False, components=0, denoiser_layers=1),
     ],
 )
 def test_every_chunk_of_many_has_the_context_that_torch_gives_it(plain_torch, kind, rows):
@@ -80,14 +85,14 @@ def test_every_chunk_of_many_has_the_context_that_torch_gives_it(plain_torch, ki
     _, state = contextualiser(
         draw(rows, 5, Z), always.expand(-1, 5), ~always.expand(-1, 5), state, draw(rows, 5, f)
     )
-    assert can_keep(prior, state)
+    assert can_keep(prior, rows)
     kept = KeptContext(prior, state)
     nothing, fresh = torch.zeros(rows, 0, dtype=torch.bool), prior.initial_state(rows)
     for _ in range(CHUNKS if rows < 64 else CHUNKS // 3):
         latents, after = draw(rows, 1, Z), draw(rows, 1, f)
         closed = torch.rand(rows, generator=generator) < 0.02
         with plain_torch():
-            assert not can_keep(prior, state)
+            assert not can_keep(prior, rows)
             _, state = contextualiser(latents, always, ~always, state, after)
             state = select_rows(closed, fresh, state)
             context, _ = contextualiser(latents[:, :0], nothing, nothing, state)
@@ -119,16 +124,12 @@ def test_what_is_kept_takes_the_memory_that_sizes_say(plain_torch):
 
 def test_what_one_call_cannot_do_is_left_to_torch(plain_torch):
     prior = make_prior(dropout=0.1)
-    state = prior.initial_state(2)
-    assert not can_keep(prior, state)  # gradients
+    assert not can_keep(prior, 2)  # gradients
     with torch.no_grad():
-        assert can_keep(prior, state)
-        assert not can_keep(prior, prior.initial_state(0))
-        assert not can_keep(prior.train(), state)
+        assert can_keep(prior, 2) and not can_keep(prior, 0)
+        assert not can_keep(prior.train(), 2)
         prior.eval()
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert not can_keep(prior, state)
-        recurrent = make_prior(contextualiser="griffin")
-        assert not can_keep(recurrent, recurrent.initial_state(2))
+            assert not can_keep(prior, 2)
         prior.contextualiser.embed.double()
-        assert not can_keep(prior, state)
+        assert not can_keep(prior, 2)

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from hldm.config import GriffinConfig
 from hldm.kernels import operators
-from hldm.kernels.derivatives import gelu_gate
-from hldm.kernels.scan import linear_scan
 from hldm.model.griffin import RGLRU, Layout, RecurrentBlock
+from hldm.model.ops import gelu_gate, linear_scan
 
 
 @pytest.fixture(autouse=True)

@@ -22,10 +22,10 @@ needs_triton = pytest.mark.skipif(
 # Triton reads the variable when it is imported, so each way has a process of its own.
 IN_TORCH_COMPILE = """
 import torch
-from hldm.kernels.scan import linear_scan
+from hldm.kernels.scan import linear_scan_by
 
 def work(a, x):
-    h, last = linear_scan(a.sigmoid(), x, backend="triton")
+    h, last = linear_scan_by("triton", a.sigmoid(), x)
     return h.sin().sum() + last.sum()
 
 inputs = [torch.linspace(-1, 1, 2 * 5 * 3).view(2, 5, 3).requires_grad_() for _ in range(2)]
@@ -74,7 +74,7 @@ def run(*arguments: str, **variables: str) -> str:
 def test_in_the_interpreter_it_passes_the_tests_of_every_backend():
     # half a millisecond a step: not the long ones, nor the gradients by finite differences of 37
     chosen = "triton and not 523 and not 128 and not 37"
-    told = run("-m", "pytest", "-q", "-k", chosen, "tests/test_scan.py", TRITON_INTERPRET="1")
+    told = run("-m", "pytest", "-q", "-k", chosen, "tests/kernels/test_scan.py", TRITON_INTERPRET="1")
     assert " passed" in told and "skipped" not in told
 
 
@@ -103,10 +103,10 @@ def test_without_triton_all_goes_on_in_torch(interpreted, monkeypatch):
     )  # what an import finds of a missing package
     x = torch.ones(1, 9, 2)
     assert not scan.can_run("triton", x)
-    h, _ = scan.linear_scan(x / 2, x)
+    h, _ = scan.scan(x / 2, x, torch.zeros(1, 2))
     torch.testing.assert_close(h[0, :, 0], 2 - 0.5 ** torch.arange(9))
     with pytest.raises(ValueError, match="needs a CUDA device and triton"):
-        scan.linear_scan(x, x, backend="triton")
+        scan.linear_scan_by("triton", x, x)
 
 
 def fails(a: Tensor, b: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:

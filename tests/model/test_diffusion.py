@@ -1,4 +1,4 @@
-"""The schedule's identities, the bound on a source of known entropy, samplers on a known Gaussian."""
+"""The schedule's identities, the targets', samplers on a known Gaussian."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from hldm.model.diffusion import (
     UNIFORM_SHARE,
     Schedule,
     alpha_sigma,
-    bound_integrand,
     diffuse,
     end_term,
     make_scheduler,
@@ -28,7 +27,7 @@ from hldm.model.diffusion import (
     x0_from,
 )
 
-KINDS = ["linear", "cosine", "learned"]
+KINDS = ["uniform", "learned"]
 SCHEDULERS = ["ancestral", "ddim", "dpm", "flow"]
 
 
@@ -46,10 +45,11 @@ def teach(schedule: Schedule, gamma: Tensor, squared_error: Tensor) -> None:
 
 
 def make_schedule(kind: str, gamma_0: float = -3.0, gamma_1: float = 10.0) -> Schedule:
-    """A schedule; a learned one has seen an integrand with a hump, and nothing of the noisiest bins."""
-    schedule = Schedule(DiffusionConfig(schedule=kind, gamma_0=gamma_0, gamma_1=gamma_1))
-    gamma = torch.linspace(gamma_0, gamma_1 - 1, 1001)
-    teach(schedule, gamma, torch.exp(gamma - gamma**2 / 4))
+    """A fresh schedule, or one that has seen an integrand with a hump, and nothing of the noisiest bins."""
+    schedule = Schedule(DiffusionConfig(gamma_0=gamma_0, gamma_1=gamma_1))
+    if kind == "learned":
+        gamma = torch.linspace(gamma_0, gamma_1 - 1, 1001)
+        teach(schedule, gamma, torch.exp(gamma - gamma**2 / 4))
     return schedule
 
 
@@ -82,17 +82,8 @@ def test_density_is_the_slope_of_the_inverse_of_gamma(kind):
     torch.testing.assert_close(slope * schedule.density(schedule.gamma(u)), torch.ones_like(u))
 
 
-def test_cosine_schedule_is_the_cosine_cut_to_the_range():
-    schedule = make_schedule("cosine")
-    gamma = schedule._borders(torch.float64)
-    alpha, _ = alpha_sigma(gamma)
-    t = torch.acos(alpha) * 2 / math.pi  # alpha = cos(pi t / 2)
-    expected = (t - t[0]) / (t[-1] - t[0])
-    torch.testing.assert_close(schedule.gamma(expected), gamma, atol=1e-4, rtol=0)
-
-
 def test_learned_density_is_the_root_mean_square_of_the_integrand_and_some_uniform():
-    schedule = Schedule(DiffusionConfig(schedule="learned", gamma_0=0.0, gamma_1=5.0))
+    schedule = Schedule(DiffusionConfig(gamma_0=0.0, gamma_1=5.0))
     gamma = (torch.arange(BINS) + 0.5) * 5 / BINS
     root_mean_square = torch.arange(BINS).float()
     for share in (0.5, 1.5):  # of the mean square
@@ -102,14 +93,8 @@ def test_learned_density_is_the_root_mean_square_of_the_integrand_and_some_unifo
     torch.testing.assert_close(schedule.density(gamma) * 5, expected, atol=0, rtol=0.01)
 
 
-def test_fixed_schedules_do_not_learn():
-    for kind in ("linear", "cosine"):
-        fresh = Schedule(DiffusionConfig(schedule=kind, gamma_0=-3.0, gamma_1=10.0))
-        assert torch.equal(make_schedule(kind).cdf, fresh.cdf)
-
-
 def test_nothing_to_learn_from_leaves_the_schedule_uniform():
-    schedule = Schedule(DiffusionConfig(schedule="learned"))
+    schedule = Schedule(DiffusionConfig())
     uniform = schedule.cdf.clone()
     teach(schedule, torch.zeros(0), torch.zeros(0))  # a process whose rows have run out
     teach(schedule, torch.linspace(-2, 5, 100), torch.zeros(100))  # a constant latent
@@ -133,15 +118,15 @@ def test_a_learned_schedule_is_saved_with_the_model():
 def test_what_is_learned_does_not_depend_on_which_process_holds_a_row(monkeypatch):
     gamma = torch.rand(5000, generator=seeded()) * 7 - 2
     squared_error = torch.randn(5000, generator=seeded(1)).square() * torch.exp(gamma)
-    whole = Schedule(DiffusionConfig(schedule="learned"))
+    whole = Schedule(DiffusionConfig())
     teach(whole, gamma, squared_error)
 
-    shuffled = Schedule(DiffusionConfig(schedule="learned"))
+    shuffled = Schedule(DiffusionConfig())
     order = torch.randperm(5000, generator=seeded(2))
     teach(shuffled, gamma[order], squared_error[order])
     torch.testing.assert_close(shuffled.observed, whole.observed)
 
-    in_parts = Schedule(DiffusionConfig(schedule="learned"))  # micro-batches
+    in_parts = Schedule(DiffusionConfig())  # micro-batches
     for part in (slice(0, 1000), slice(1000, 5000)):
         in_parts.observe(gamma[part], squared_error[part])
     in_parts.update()
@@ -153,11 +138,11 @@ def test_what_is_learned_does_not_depend_on_which_process_holds_a_row(monkeypatc
     monkeypatch.setattr(diffusion.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(diffusion.dist, "all_reduce", lambda part: sums.append(part.clone()))
     for part in rows:
-        teach(Schedule(DiffusionConfig(schedule="learned")), gamma[part], squared_error[part])
+        teach(Schedule(DiffusionConfig()), gamma[part], squared_error[part])
     total = sums[0] + sums[1] + sums[2]
     monkeypatch.setattr(diffusion.dist, "all_reduce", lambda part: part.copy_(total))
     for part in rows:
-        split = Schedule(DiffusionConfig(schedule="learned"))
+        split = Schedule(DiffusionConfig())
         teach(split, gamma[part], squared_error[part])
         torch.testing.assert_close(split.observed, whole.observed)
         torch.testing.assert_close(split.cdf, whole.cdf)
@@ -172,24 +157,16 @@ def test_stratified_draws_fall_one_into_each_stratum():
 # targets
 
 
-@pytest.mark.parametrize("target", ["x0", "v", "eps"])
+@pytest.mark.parametrize("target", ["x0", "v"])
 def test_a_perfect_prediction_gives_x0_and_the_noise_back(target):
     gamma = torch.linspace(-20, 20, 9, dtype=torch.float64)
     x0, noise = normal(9, 4), normal(9, 4, seed=1)
     z = diffuse(x0, gamma, noise)
     alpha, sigma = alpha_sigma(gamma.unsqueeze(-1))
-    prediction = {"x0": x0, "eps": noise, "v": alpha * noise - sigma * x0}[target]
+    prediction = {"x0": x0, "v": alpha * noise - sigma * x0}[target]
     x0_hat = x0_from(prediction, z, gamma, target)
     torch.testing.assert_close(x0_hat, x0, atol=1e-10, rtol=0)
     torch.testing.assert_close(noise_from(x0, z, gamma), noise, atol=1e-10, rtol=0)
-
-
-def test_an_error_in_eps_weighs_the_same_in_the_bound_at_any_gamma():
-    gamma = torch.linspace(-5, 20, 26)  # float32: at gamma = 20 alpha is 5e-5
-    x0, noise, error = (normal(26, 4, seed=s).float() for s in range(3))
-    z = diffuse(x0, gamma, noise)
-    f = bound_integrand(x0, x0_from(noise + 0.1 * error, z, gamma, "eps"), gamma)
-    torch.testing.assert_close(f, 0.005 * error.square().sum(-1), rtol=1e-3, atol=0)
 
 
 def test_end_term_is_the_divergence_from_a_standard_normal():
@@ -198,104 +175,6 @@ def test_end_term_is_the_divergence_from_a_standard_normal():
     q = torch.distributions.Normal(alpha * mu, sigma)
     p = torch.distributions.Normal(torch.zeros_like(mu), 1.0)
     torch.testing.assert_close(end_term(mu, gamma_1), torch.distributions.kl_divergence(q, p).sum(-1))
-
-
-# the bound, on 27 symbols in 5 dimensions with the exact denoiser and the exact decoder
-
-
-class Source:
-    """Symbols drawn with known probabilities, each with a fixed embedding, standardised."""
-
-    def __init__(self, scale: float = 1.0) -> None:
-        self.probability = torch.softmax(normal(27), 0)
-        embedding = normal(27, 5, seed=1)
-        mean = self.probability @ embedding
-        std = (self.probability @ (embedding - mean).square()).sqrt()
-        self.embedding = scale * (embedding - mean) / std
-        self.entropy_bits = -(self.probability @ self.probability.log2()).item()
-
-    def log_posterior(self, z: Tensor, gamma: Tensor) -> Tensor:
-        """log p(symbol | z_gamma): (... 5) and (...) -> (... 27)."""
-        alpha, sigma = alpha_sigma(gamma.unsqueeze(-1))
-        half_norm = self.embedding.square().sum(-1) / 2
-        log_likelihood = alpha * (z @ self.embedding.T - alpha * half_norm) / sigma.square()
-        return torch.log_softmax(self.probability.log() + log_likelihood, -1)
-
-    def x0_hat(self, z: Tensor, gamma: Tensor) -> Tensor:
-        return self.log_posterior(z, gamma).exp() @ self.embedding
-
-    def schedule(self, kind: str, gamma_0: float) -> Schedule:
-        schedule = Schedule(DiffusionConfig(schedule=kind, gamma_0=gamma_0, gamma_1=10.0))
-        for seed in range(10):
-            symbol = torch.multinomial(self.probability, 8000, replacement=True, generator=seeded(seed))
-            x0 = self.embedding[symbol]
-            gamma = schedule.gamma(torch.rand(8000, generator=seeded(seed), dtype=torch.float64))
-            x0_hat = self.x0_hat(diffuse(x0, gamma, normal(8000, 5, seed=seed)), gamma)
-            teach(schedule, gamma, (x0 - x0_hat).square().sum(-1))
-        return schedule
-
-    def latent_bits(self, schedule: Schedule, u: Tensor, noise: Tensor) -> Tensor:
-        """f / p of one draw a row, for every symbol: u (rows), noise (rows 5) -> (rows 27)."""
-        gamma = schedule.gamma(u)[:, None].expand(-1, 27)
-        x0 = self.embedding.expand(len(u), 27, 5)
-        x0_hat = self.x0_hat(diffuse(x0, gamma, noise[:, None]), gamma)
-        return bound_integrand(x0, x0_hat, gamma) / schedule.density(gamma) / math.log(2)
-
-    def decoder_bits(self, gamma_0: float, noise: Tensor) -> float:
-        gamma = torch.full((len(noise), 27), gamma_0, dtype=torch.float64)
-        z_0 = diffuse(self.embedding.expand(len(noise), 27, 5), gamma, noise[:, None])
-        log_p = self.log_posterior(z_0, gamma).diagonal(dim1=-2, dim2=-1)
-        return -(log_p.mean(0) @ self.probability).item() / math.log(2)
-
-    def end_bits(self) -> float:
-        return (end_term(self.embedding, 10.0) @ self.probability).item() / math.log(2)
-
-
-def spread_draws(rows: int) -> tuple[Tensor, Tensor]:
-    """u (rows) and noise (rows 5), each uniform or normal and together evenly spread (Sobol points).
-
-    At gamma_0 = -3 few draws confuse two symbols and those cost much: independent ones would take ten
-    times as many rows for the same error.
-    """
-    points = torch.quasirandom.SobolEngine(6, scramble=True, seed=0).draw(rows, dtype=torch.float64)
-    return points[:, 0], torch.special.ndtri(points[:, 1:].clamp(1e-12, 1 - 1e-12))
-
-
-@pytest.mark.parametrize("gamma_0", [-3.0, 0.0, 2.0])
-def test_the_bound_of_a_perfect_model_is_the_entropy_under_every_schedule(gamma_0):
-    source = Source()
-    u, noise = spread_draws(2**15)
-    rest = source.decoder_bits(gamma_0, noise) + source.end_bits()
-    for kind in KINDS:
-        draws = source.latent_bits(source.schedule(kind, gamma_0), u, noise)
-        latent = (draws.mean(0) @ source.probability).item()
-        assert latent > 0.3
-        assert latent + rest == pytest.approx(source.entropy_bits, abs=0.02), kind
-
-
-@pytest.mark.parametrize("gamma_0", [-3.0, 0.0])
-def test_a_learned_schedule_estimates_the_bound_with_less_variance(gamma_0):
-    source = Source()
-    linear = source.schedule("linear", gamma_0)
-    u, noise = spread_draws(2**15)
-    gamma, draws = linear.gamma(u), source.latent_bits(linear, u, noise)
-    # E_p[(f / p)^2] = E_linear[(f / linear)^2 linear / p]: the same draws serve every density
-    square = draws.square() @ source.probability
-    mean = draws.mean(0) @ source.probability
-    variance = {}
-    for kind in KINDS:
-        weight = linear.density(gamma) / source.schedule(kind, gamma_0).density(gamma)
-        variance[kind] = ((square * weight).mean() - mean.square()).item()
-    assert variance["learned"] < 0.4 * variance["linear"]
-    assert variance["learned"] < 0.9 * variance["cosine"]
-
-
-def test_a_constant_latent_costs_nothing_and_tells_nothing():
-    source = Source(scale=0.0)
-    u, noise = spread_draws(8)
-    assert (source.latent_bits(source.schedule("learned", -3.0), u, noise) == 0).all()
-    assert source.end_bits() < 1e-7
-    assert source.decoder_bits(-3.0, noise) == pytest.approx(source.entropy_bits)
 
 
 # samplers, on x0 ~ N(mean, std^2) with the exact denoiser
@@ -314,7 +193,7 @@ def denoise_gaussian(z: Tensor, gamma: Tensor) -> Tensor:
 
 
 def draw_gaussian(name: str, rows: int = 4, width: int = 6, **settings) -> Tensor:
-    settings = {"steps": 8, "schedule": make_schedule("cosine", -2.0, 12.0), "first_seed": 0} | settings
+    settings = {"steps": 8, "schedule": make_schedule("learned", -2.0, 12.0), "first_seed": 0} | settings
     first_seed = settings.pop("first_seed")
     generators = [seeded(first_seed + row) for row in range(rows)]
     return sample(denoise_gaussian, (rows, width), scheduler=name, generators=generators, **settings)
@@ -363,7 +242,7 @@ def test_every_scheduler_visits_the_quantiles_of_the_schedule(steps):
 
 
 def test_ancestral_sampling_draws_from_the_posterior_of_vdm():
-    schedule, steps, generator = make_schedule("cosine", -2.0, 12.0), 5, seeded()
+    schedule, steps, generator = make_schedule("learned", -2.0, 12.0), 5, seeded()
     levels = schedule.gamma(torch.linspace(1, 0, steps + 1))
     z = torch.randn(1, 6, generator=generator)
     for gamma_t, gamma_s in itertools.pairwise(levels):
@@ -397,7 +276,7 @@ def test_temperature_narrows_the_samples_down_to_one(name):
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_a_denoiser_in_half_precision_leaves_the_state_in_float32(name):
-    schedule = make_schedule("linear", -2.0, 5.0)
+    schedule = make_schedule("uniform", -2.0, 5.0)
     z = sample(
         lambda z, gamma: denoise_gaussian(z, gamma).bfloat16(),
         (2, 6),
@@ -421,7 +300,7 @@ def test_a_saved_scheduler_loads_with_its_name_and_its_table(name, tmp_path):
 
 
 def test_what_cannot_be_sampled_is_refused_at_the_door():
-    schedule = make_schedule("linear")
+    schedule = make_schedule("uniform")
     with pytest.raises(ValueError, match="one generator a row, got 1 for 2 rows"):
         sample(denoise_gaussian, (2, 6), schedule, steps=2, scheduler="ddim", generators=[seeded()])
     with pytest.raises(ValueError, match="unknown scheduler 'euler'"):
@@ -431,6 +310,6 @@ def test_what_cannot_be_sampled_is_refused_at_the_door():
     with pytest.raises(ValueError, match="UniPCMultistepScheduler is not one"):
         scheduler_name(UniPCMultistepScheduler())
     with pytest.raises(ConfigError, match="gamma_0 = -20"):
-        make_scheduler("ancestral", make_schedule("linear", -20.0, 5.0), 16)
-    make_scheduler("flow", make_schedule("linear", -20.0, 5.0), 16)
-    make_scheduler("ancestral", make_schedule("linear", -12.0, 20.0), 1000)
+        make_scheduler("ancestral", make_schedule("uniform", -20.0, 5.0), 16)
+    make_scheduler("flow", make_schedule("uniform", -20.0, 5.0), 16)
+    make_scheduler("ancestral", make_schedule("uniform", -12.0, 20.0), 1000)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from hldm.config import HierarchyConfig
-from hldm.model.hierarchy import Entries, capacity, level_starts, still_needed, summaries, visible, walk
+from hldm.model.hierarchy import Entries, level_starts, still_needed, summaries, visible, walk
 
 SMALL = HierarchyConfig(levels=3, ratio=2, window=3)
 
@@ -52,7 +52,7 @@ def test_a_state_never_needs_more_than_its_capacity():
     for t in range(501):
         born = entries._replace(document=torch.where(entries.end <= t, 0, -1))
         needed = still_needed(torch.tensor([t]), torch.tensor([0]), born, SMALL)
-        assert int(needed.sum()) <= capacity(SMALL)
+        assert int(needed.sum()) <= SMALL.capacity
 
 
 def test_what_was_dropped_is_never_visible_again():

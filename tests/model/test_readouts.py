@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from hldm.chunking.chunker import segments
-from hldm.model.readouts import LatentNormaliser, MeanReadout, StridedReadout
-from hldm.text.events import place_in_chunk
+from hldm.model.readouts import LatentNormaliser, MeanReadout, StridedReadout, pool_by_chunk
+from hldm.text.windows import Window, window_of
+from tests.text.test_windows import random_window
 
 PLACES = 4
 
 
-def chunks_of(lengths: list[list[int]], t: int) -> tuple[Tensor, Tensor]:
-    """chunk_start (b t) and length (b) of rows with chunks of these lengths."""
-    start = torch.zeros(len(lengths), t, dtype=torch.bool)
-    for row, sizes in enumerate(lengths):
-        start[row, torch.tensor([0, *sizes[:-1]]).cumsum(0)] = True
-    return start, torch.tensor([sum(sizes) for sizes in lengths])
+def window_with(lengths: list[list[int]], t: int) -> Window:
+    """Rows with chunks of these lengths."""
+    starts = []
+    for sizes in lengths:
+        starts.append(np.zeros(sum(sizes), bool))
+        starts[-1][np.cumsum([0, *sizes[:-1]])] = True
+    return window_of([bytes(len(start)) for start in starts], starts, [False] * len(starts), width=t)
 
 
 def read(readout: MeanReadout | StridedReadout, y: Tensor, lengths: list[list[int]]) -> Tensor:
-    start, length = chunks_of(lengths, y.shape[1])
-    where = segments(start, length)
-    return readout.of_chunks(y, where, place_in_chunk(start), int(where.count.max()))
+    return readout.of_chunks(y, window_with(lengths, y.shape[1]))
 
 
 def convolved(readout: StridedReadout, y: Tensor) -> Tensor:
@@ -59,6 +63,35 @@ def test_a_chunk_as_it_is_written_is_read_as_in_a_window(kind):
     lengths = [1, 3, 4]
     found = readout.of_chunk(y, torch.tensor(lengths))  # whatever lies beyond their ends
     torch.testing.assert_close(found, read(readout, y, [[length] for length in lengths]))
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**31))
+def test_pooling_is_the_mean_of_each_chunk_and_its_gradient(seed):
+    window = random_window(b=4, t=13, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(4, 13, 3, dtype=torch.float64, generator=generator, requires_grad=True)
+    pooled = pool_by_chunk(x, window)  # (b n d)
+    expected = torch.zeros_like(pooled)
+    for row in range(4):
+        starts = window.chunk_start[row].nonzero()[:, 0].tolist()
+        for n, (begin, end) in enumerate(zip(starts, [*starts, int(window.length[row])][1:], strict=True)):
+            expected[row, n] = x[row, begin:end].mean(dim=0)
+    torch.testing.assert_close(pooled, expected)
+
+    weight = torch.randn(pooled.shape, dtype=torch.float64, generator=generator)
+    (gradient,) = torch.autograd.grad((pooled * weight).sum(), x, retain_graph=True)
+    (expected_gradient,) = torch.autograd.grad((expected * weight).sum(), x)
+    torch.testing.assert_close(gradient, expected_gradient)
+
+
+def test_pooling_keeps_to_the_number_of_chunks_and_the_type():
+    window = replace(random_window(b=3, t=11, seed=0), chunks=20)
+    wide = pool_by_chunk(torch.ones(3, 11, 2, dtype=torch.bfloat16), window)
+    assert wide.shape == (3, 20, 2) and wide.dtype == torch.bfloat16
+    assert (wide.sum(dim=(1, 2)) == 2 * window.count).all()  # ones where there is a chunk, zeros elsewhere
+    with pytest.raises(ValueError, match="share b and t"):
+        pool_by_chunk(torch.zeros(3, 10, 2), window)
 
 
 def test_the_normaliser_measures_what_it_saw_however_it_was_split():

@@ -18,10 +18,11 @@ from conftest import ROOT
 from hldm import cli
 from hldm.config import to_yaml
 from hldm.generation.writer import LatentWriter
+from hldm.model.autoencoder import Autoencoder
 from hldm.runs.checkpoints import newest_checkpoint
 from hldm.runs.signals import Interrupt, Stopped
 from hldm.text.windows import Windows
-from hldm.training import stages
+from hldm.training import stage, stages
 from hldm.training import trainer as training
 from hldm.training.trainer import Trainer
 
@@ -261,7 +262,7 @@ def test_a_signal_at_the_first_step_saves_it(number, train, monkeypatch):
         ("accumulation", Windows, "batch", 5, ["training.autoencoder.accumulation=2"], 3),
         ("periodic save", training, "save_checkpoint", 2, [], 6),
         ("last save", training, "save_checkpoint", 4, [], 12),
-        ("export", stages, "_export", 1, [], 12),
+        ("export", stage, "export", 1, [], 12),
     ],
 )
 def test_a_signal_in_a_phase_of_training_loses_no_step(
@@ -284,9 +285,11 @@ def test_a_signal_ends_a_sample_and_saves(every, step, train, monkeypatch):
     assert newest_checkpoint(Path("runs/small/autoencoder")).step == step
 
 
-@pytest.mark.parametrize("name", ["load_corpora", "make_chunker", "open_run"])
-def test_a_signal_before_training_leaves_in_one_line(name, train, monkeypatch):
-    signal_at(1, monkeypatch, stages, name)
+@pytest.mark.parametrize(
+    ("owner", "name"), [(stages, "load_corpora"), (stages, "make_chunker"), (stage, "open_run")]
+)
+def test_a_signal_before_training_leaves_in_one_line(owner, name, train, monkeypatch):
+    signal_at(1, monkeypatch, owner, name)
     assert train() == (143, "hldm: stopped by SIGTERM\n")
     assert not list(Path().rglob("checkpoints"))
 
@@ -294,7 +297,7 @@ def test_a_signal_before_training_leaves_in_one_line(name, train, monkeypatch):
 def test_a_signal_while_latents_are_cached_leaves_nothing_half_done(train, monkeypatch):
     assert train() == (0, "")
     with monkeypatch.context() as patch:
-        signal_at(2, patch, stages, "read_latents")
+        signal_at(2, patch, Autoencoder, "encode")
         code, error = train("data.cache_latents=true", command=cli.train_diffusion)
     assert (code, error) == (143, "hldm: stopped by SIGTERM\n")
     assert not list(Path("runs").rglob("latents*"))
@@ -326,9 +329,7 @@ def test_a_signal_while_writing_leaves_what_is_written(trained_run, monkeypatch,
 
 
 def test_a_signal_ends_an_evaluation(trained_run, monkeypatch, capsys):
-    import hldm.evaluation.bound
-
-    signal_at(1, monkeypatch, hldm.evaluation.bound, "read_latents", signal.SIGINT)
+    signal_at(1, monkeypatch, Autoencoder, "encode", signal.SIGINT)
     assert cli.main(["evaluate", "--run", str(trained_run)]) == 130
     assert capsys.readouterr().err == "hldm: stopped by SIGINT\n"
 

@@ -206,6 +206,7 @@ def test_a_profile_counts_the_products_of_a_step_exactly():
         ("Optimizer.step#Muon.step aten::mm", "optimizer"),
         ("Optimizer.step#AdamW.step aten::mul_", "optimizer"),
         ("_ChunkedScan aten::addcmul", "recurrence"),
+        ("_OnePassScan hldm::scan", "recurrence"),
         ("GatedScanFunction hldm::gated_scan", "recurrence"),
         ("aten::scaled_dot_product_attention aten::_safe_softmax", "attention"),
         ("aten::log_softmax aten::_log_softmax", "elementwise"),
@@ -223,6 +224,22 @@ def test_a_profile_counts_the_products_of_a_step_exactly():
 )
 def test_an_operator_belongs_to_the_group_it_works_for(callers, group):
     assert bench_training.group_of([bench_training.STEP, *callers.split()]) == group
+
+
+def test_every_form_of_the_scan_is_profiled_as_recurrence():
+    """By the names of its classes, whatever they are called."""
+    import torch
+
+    from hldm.kernels import scan
+
+    function = torch.autograd.Function
+    forms = [
+        kind.__name__ for kind in vars(scan).values() if isinstance(kind, type) and issubclass(kind, function)
+    ]
+    assert forms
+    for form in forms:
+        for names in ([form], [f"autograd::engine::evaluate_function: {form}Backward", f"{form}Backward"]):
+            assert bench_training.group_of([bench_training.STEP, *names, "aten::mul"]) == "recurrence"
 
 
 def test_shares_of_the_peak_are_while_products_run_and_over_the_step():

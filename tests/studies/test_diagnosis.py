@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 import torch
 
 from hldm import cli
-from hldm.studies.diagnosis import Spent, _statistics, by_distance, diagnose_run, summary
+from hldm.studies.diagnosis import _statistics, bits_by_distance, diagnose_run, summary
+from hldm.text.corpus import Corpus
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +36,7 @@ def test_the_parts_add_up_to_the_bound(diagnosis):
 
 
 def test_every_figure_is_shown_and_fits_into_json(diagnosis):
-    shown = summary(diagnosis)
+    shown = "\n".join(map(str, summary(diagnosis)))
     assert "effective rank" in shown and "other document" in shown
     assert len(diagnosis["neighbours"]) == 12
     assert json.loads(json.dumps(diagnosis, allow_nan=False)) == diagnosis
@@ -67,7 +69,12 @@ def test_effective_rank_and_capacity_of_known_latents():
 
 
 def test_distance_is_told_in_octaves():
-    spent = Spent(np.ones(4), 2 * np.ones(4), np.full(4, 5), np.array([0, 31, 100, 5000]))
-    table = by_distance(spent)
-    assert [(row["from"], row["to"]) for row in table] == [(0, 64), (64, 128), (4096, 8192)]
-    assert table[0] == {"from": 0, "to": 64, "characters": 10.0, "latent": 0.2, "decoder": 0.4}
+    places = [0, 31, 100, 5000]
+    text = np.full(5005, ord("a"), np.uint8)
+    windows = SimpleNamespace(
+        corpus=Corpus("a", text, np.array([0, 5005])), chunk_start=np.isin(np.arange(5005), places)
+    )
+    characters = np.diff([*places, 5005])
+    found = bits_by_distance(characters * math.log(2), 2 * characters * math.log(2), windows)
+    assert [(row["from"], row["to"]) for row in found] == [(0, 64), (64, 128), (4096, 8192)]
+    assert found[0] == pytest.approx({"from": 0, "to": 64, "characters": 100, "latent": 1, "decoder": 2})

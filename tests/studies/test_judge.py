@@ -56,7 +56,8 @@ def test_true_text_stands_beside_the_model_the_twin_and_every_variation(trained_
     true, model = judged["true text"], judged["model"]
     assert true["ngram_bits"] < model["ngram_bits"]  # twelve steps of training write noise
     assert all(row["judge_bits"] > 0 for row in judged.values()) and true["copied"] == 0
-    assert "| true text |" in table(found)
+    shown = table(found)
+    assert [row[0] for row in shown.rows] == list(judged) and "n-gram bits" in shown.head
 
 
 def test_the_command_writes_json_and_refuses_what_it_cannot_do(trained_run, twin, tmp_path, capsys):

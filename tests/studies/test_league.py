@@ -6,21 +6,18 @@ import json
 import re
 import shutil
 
-import numpy as np
 import pytest
 import yaml
 from conftest import ROOT
 
 from hldm.chunking.chunker import make_chunker
 from hldm.cli import main
-from hldm.config import ChunkingConfig, ConfigError, stage_training, to_dict
-from hldm.evaluation.borders import agree, describe_chunks, rechunked
-from hldm.generation.writer import Continuation
+from hldm.config import ConfigError, stage_training, to_dict
 from hldm.studies import league
 from hldm.studies.league import STRATEGIES, entries, measure, run_league, table
 from hldm.studies.plots import plot_league
-from hldm.text.corpus import bible_verse_starts, load_corpus, make_corpus
-from hldm.text.transforms import CORRUPTIONS, corrupt
+from hldm.text.corpus import bible_verse_starts, load_corpus
+from hldm.text.transforms import CORRUPTIONS
 from hldm.training.stages import train_run
 
 TINY = ROOT / "configs/tiny.yaml"
@@ -59,27 +56,6 @@ def test_what_cannot_be_compared_is_refused():
         entries(ROOT / "configs/tiny-twin.yaml", 6)
 
 
-def test_borders_agree_before_and_after_white_space_alike():
-    text = np.frombuffer(b"In the  end. It was", np.uint8)
-
-    def places(*at: int) -> np.ndarray:
-        return np.isin(np.arange(len(text)), at)
-
-    words = places(2, 6, 12, 15)
-    assert agree(text, places(3, 7, 13, 16), words) == {"precision": 1.0, "recall": 1.0}
-    assert agree(text, places(3, 4), words) == {"precision": 0.5, "recall": 0.25}
-    assert agree(text, places(), words) == {"precision": None, "recall": 0.0}
-
-
-def test_chunks_are_described_by_length_and_borders():
-    documents = [np.frombuffer(text.encode(), np.uint8) for text in ("Él va. No va.", "Así")]
-    starts = np.concatenate([make_chunker(ChunkingConfig(min_bytes=1)).chunk_start(d) for d in documents])
-    found = describe_chunks(documents, starts, [np.array([0, 8]), np.array([0])])
-    assert found["characters_per_chunk"] == pytest.approx(16 / 5)  # Él| va.| No| va.|Así
-    assert found["borders"]["word"] == {"precision": 1.0, "recall": 1.0}
-    assert found["borders"]["sentence"] == found["borders"]["verse"] == {"precision": 1 / 3, "recall": 1.0}
-
-
 def test_verses_start_after_a_space_of_the_built_in_text():
     corpus = load_corpus(entries(TINY, 1, ["words"], [6])[0].config.data, "test")
     verses = bible_verse_starts("test")
@@ -87,47 +63,6 @@ def test_verses_start_after_a_space_of_the_built_in_text():
     for index, places in enumerate(verses):
         text = corpus.document(index)
         assert places[0] == 0 and (text[places[1:] - 1] == ord(" ")).all() and places[-1] < len(text)
-
-
-def test_written_chunks_are_compared_with_those_the_strategy_would_make():
-    chunker = make_chunker(ChunkingConfig(min_bytes=1))
-
-    def agreement(*chunks: bytes) -> float | None:
-        return rechunked([Continuation(b"In", list(chunks))], chunker)
-
-    assert agreement(b" the", b" end", b" of") == 1.0
-    assert agreement(b" the", b" e", b"nd") == pytest.approx(2 * 1 / (2 + 1))  # one start too many
-    assert agreement(b" the end", b" of") == pytest.approx(2 * 1 / (1 + 2))  # one too few
-    assert agreement(b"side", b" the") == 1.0  # where the prompt ends, the prompt says
-    assert agreement(b" the") is None and agreement() is None
-
-
-def test_corrupted_text_differs_a_little_and_always_alike():
-    text = b"And the king said to all his servants, Go now. " * 50
-    corpus = make_corpus("x", [text, text])
-    for kind in CORRUPTIONS:
-        bad = corrupt(corpus, kind)
-        assert (bad.text.tobytes() == corrupt(corpus, kind).text.tobytes()) and len(bad) == 2
-        assert bad.text.tobytes() != corpus.text.tobytes()
-        assert len(bad.text) == pytest.approx(len(corpus.text), rel=0.06)
-    assert corrupt(corpus, "case").text.tobytes().lower() == corpus.text.tobytes().lower()
-    assert corrupt(corpus, "spaces").text.tobytes().replace(b" ", b"") == corpus.text.tobytes().replace(
-        b" ", b""
-    )
-
-
-def test_typing_errors_touch_letters_alone_and_none_twice():
-    text = np.frombuffer(b"ab 12\n;cd. " * 300, np.uint8)
-    bad = CORRUPTIONS["typos"](text, np.random.default_rng(0))
-    assert bytes(byte for byte in bad if not chr(byte).isalpha()) == b" 12\n;. " * 300
-    slips = b"ab aab abb a b ba cd ccd cdd c d dc".split()
-    assert set(re.findall(rb"[a-z]+", bad.tobytes())) == set(slips)
-
-
-def test_kinds_are_different_chunks_a_chunk():
-    text = np.frombuffer(b"In the the end", np.uint8)
-    is_start = make_chunker(ChunkingConfig(min_bytes=1)).chunk_start(text)
-    assert describe_chunks([text], is_start)["kinds"] == 3 / 4
 
 
 def test_a_trained_run_gives_every_figure(trained_run):
@@ -169,8 +104,9 @@ def test_a_stopped_league_goes_on_and_measures_nothing_twice(monkeypatch, tmp_pa
     found = run_league(TINY, 6, **options)
     assert measured == ["twin", "words-6", "stop", "gate-6"]
     assert json.loads((tmp_path / "tiny-league/league.json").read_text()) == found
-    assert "| gate-6 | 1.500 | 0.000 | 0.500 | 1.000 | - | 90.0% |" in table(found)
-    assert (tmp_path / "tiny-league/league.md").read_text() == table(found) + "\n"
+    [row] = [row for row in table(found).rows if row[0] == "gate-6"]
+    assert row[1:7] == ["1.500", "0.000", "0.500", "1.000", "-", "90.0%"]
+    assert (tmp_path / "tiny-league/league.md").read_text() == f"{table(found)}\n"
     plot_league(found, tmp_path / "league.png")
     assert (tmp_path / "league.png").read_bytes().startswith(b"\x89PNG")
 
@@ -214,6 +150,6 @@ def test_the_command_leaves_a_report_a_table_and_a_figure(monkeypatch, tmp_path,
     monkeypatch.setattr(league, "measure", lambda run: {**BITS, **FIGURES})
     asked = ["chunkers", "--config", str(TINY), "--minutes", "6", "--only", "fixed", "--targets", "6"]
     assert main(asked) == 0
-    assert "| fixed-6 | 1.500 |" in capsys.readouterr().out
+    assert re.search(r"\| fixed-6 +\| +1\.500 \|", capsys.readouterr().out)
     left = {path.name for path in (tmp_path / "runs/tiny-league").iterdir() if path.is_file()}
     assert left == {"league.json", "league.md", "league.png"}

@@ -76,6 +76,7 @@ def test_a_stopped_curve_goes_on_and_measures_nothing_twice(measured, tmp_path):
     assert saved == curve and [p["name"] for p in curve["points"]][:2] == ["twin", "base"]
     # xz on the built-in text, as a program outside this repository measured it: 1.698
     assert curve["compressors"]["xz -9e"] == pytest.approx(1.698, abs=0.01)
-    assert "| base | 1.500 | 0.000 | 0.750 | 50% | 1.00 | 99.0% | 6.0 | 10 |" in table(curve)
+    [row] = [row for row in table(curve).rows if row[0] == "base"]
+    assert row[1:] == ["1.500", "0.000", "0.750", "50%", "1.00", "99.0%", "6.0", "10"]
     plot_rate_curve(curve, tmp_path / "curve.png")
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,11 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hldm.chunking.chunker import make_chunker, segments
+from hldm.chunking.chunker import make_chunker
 from hldm.config import ChunkingConfig
 from hldm.text.corpus import Corpus, make_corpus
-from hldm.text.windows import Windows, cache_latents, load_latents
+from hldm.text.windows import Window, Windows, window_of
 
+TENSORS = ("bytes", "length", "doc_start", "doc_end", "chunk_start", "chunk_index")
 WORDS = np.array([b"a", b"the", b"lamp", b"\xc3\xa9t\xc3\xa9", b"morning", b"whatsoever", b"\xff"])
 
 
@@ -39,6 +41,61 @@ def lanes_of(windows: Windows, epoch: int = 0) -> list[dict[str, np.ndarray]]:
                 part.append(value[value >= 0] if name == "chunk_index" else value[: batch.length[row]])
         lanes.append({name: torch.cat(part).numpy() for name, part in parts.items()})
     return lanes
+
+
+def random_window(b: int, t: int, seed: int) -> Window:
+    """Chunks of about three bytes; the first row full, the last one empty, padding anything."""
+    generator = torch.Generator().manual_seed(seed)
+    chunk_start = torch.rand(b, t, generator=generator) < 0.3
+    chunk_start[:, 0] = True
+    length = torch.randint(1, t + 1, (b,), generator=generator)
+    length[0], length[-1] = t, 0
+    chunk_start &= torch.arange(t) < length[:, None]
+    doc_start = chunk_start & (torch.rand(b, t, generator=generator) < 0.5)
+    return Window(
+        bytes=torch.randint(256, (b, t), generator=generator),
+        length=length,
+        doc_start=doc_start,
+        doc_end=torch.zeros_like(doc_start),
+        chunk_start=chunk_start,
+        chunks=int(chunk_start.sum(dim=1).max()),
+    )
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**31))
+def test_a_window_knows_where_its_chunks_lie(seed):
+    window = random_window(b=4, t=13, seed=seed)
+    for row in range(4):
+        length = int(window.length[row])
+        starts = [t for t in range(length) if window.chunk_start[row, t]]
+        assert window.count[row] == len(starts) == window.is_chunk[row].sum()
+        for n, (begin, end) in enumerate(zip(starts, [*starts, length][1:], strict=True)):
+            assert (window.chunk_id[row, begin:end] == n).all()
+            assert window.place[row, begin:end].tolist() == list(range(end - begin))
+            assert window.chunk_end[row, begin:end].tolist() == [False] * (end - begin - 1) + [True]
+            assert (window.first_byte[row, n], window.last_byte[row, n]) == (begin, end - 1)
+            assert window.opens_document[row, n] == window.doc_start[row, begin]
+        assert window.is_real[row].tolist() == [t < length for t in range(13)]
+        assert (window.chunk_id[row, length:] == -1).all()
+        assert not window.opens_document[row, len(starts) :].any()
+
+
+def test_texts_of_any_length_make_a_window():
+    starts = [np.array([True, False, False, True, False]), np.array([], bool), np.array([True])]
+    window = window_of(["aé b".encode(), b"", b"c"], starts, [True, True, False])
+    assert (window.length.tolist(), window.chunks, window.count.tolist()) == ([5, 0, 1], 2, [2, 0, 1])
+    assert window.doc_start.nonzero().tolist() == [[0, 0]] and not window.doc_end.any()
+    assert int(window.characters) == 5
+    wide = window_of([b"c"], starts[2:], [False], width=7, chunks=3)
+    assert (wide.bytes.shape, wide.is_chunk.tolist()) == ((1, 7), [[True, False, False]])
+
+
+def test_shapes_that_disagree_are_refused():
+    window = random_window(b=3, t=11, seed=0)
+    for name, wrong in (("length", window.length[:2]), ("doc_end", window.doc_end[:, :5])):
+        with pytest.raises(ValueError, match="length is"):
+            replace(window, **{name: wrong})
 
 
 corpora = st.builds(random_corpus, st.integers(1, 30), st.integers(1, 30), st.integers(0, 99))
@@ -78,9 +135,8 @@ def test_the_start_signals_keep_their_promises(corpus, layout):
         for signal in (batch.bytes, batch.doc_start, batch.doc_end, batch.chunk_start):
             assert not signal[is_padded].any()
         assert (batch.chunk_start[:, 0] == (batch.length > 0)).all()
-        count = segments(batch.chunk_start, batch.length).count
-        assert (count == (batch.chunk_index >= 0).sum(dim=1)).all()
-        assert batch.chunk_index.shape[1] == count.max()
+        assert (batch.is_chunk == (batch.chunk_index >= 0)).all()
+        assert batch.chunk_index.shape[1] == batch.chunks == batch.count.max()
 
 
 @settings(max_examples=30, deadline=None)
@@ -92,7 +148,7 @@ def test_rows_of_a_batch_equal_the_whole_batch(corpus, layout, data):
     rows = data.draw(st.integers(1, windows.lanes - first))
     whole, part = windows.batch(step), windows.batch(step, first, rows)
     assert (part.first_row, part.total_rows) == (first, windows.lanes)
-    for name in ("bytes", "length", "doc_start", "doc_end", "chunk_start", "chunk_index"):
+    for name in TENSORS:
         assert torch.equal(getattr(part, name), getattr(whole, name)[first : first + rows])
 
 
@@ -118,7 +174,8 @@ def test_the_order_is_a_function_of_seed_and_step_alone():
     steps = range(3 * windows.windows_per_epoch)
     expected = {step: windows.batch(step) for step in steps}
     for step in reversed(steps):
-        assert all(map(torch.equal, again.batch(step)[:6], expected[step][:6]))
+        found = again.batch(step)
+        assert all(torch.equal(getattr(found, name), getattr(expected[step], name)) for name in TENSORS)
     streams = [
         np.concatenate([lane["bytes"] for lane in lanes_of(windows_of(corpus, seed=seed), epoch)]).tobytes()
         for seed, epoch in [(1, 0), (1, 1), (2, 0)]
@@ -182,97 +239,3 @@ def test_a_batch_that_is_not_there_is_refused(ask):
 def test_windows_shorter_than_two_chunks_are_refused():
     with pytest.raises(ValueError, match=r"data\.window_bytes .* twice"):
         windows_of(random_corpus(documents=5), window_bytes=15)
-
-
-# ---- cached latents
-
-BINDING = {"autoencoder": "0123", "corpus": "4567", "chunking": {"strategy": "words", "max_bytes": 8}}
-
-
-def first_bytes(batch) -> torch.Tensor:
-    """A latent (b n 2) that tells chunks apart: the number of the chunk and its first byte."""
-    first = torch.full(batch.chunk_index.shape, -1)
-    first[batch.chunk_index >= 0] = batch.bytes[batch.chunk_start]
-    return torch.stack([batch.chunk_index, first], dim=-1).float()
-
-
-@pytest.fixture
-def cached(tmp_path):
-    windows = windows_of(random_corpus(documents=10), shuffle=False)
-    path = tmp_path / "cache" / "latents.safetensors"
-    cache_latents(first_bytes, windows, path, BINDING)
-    return windows, path
-
-
-def test_cached_latents_stand_at_their_chunk_index(cached):
-    windows, path = cached
-    latents = load_latents(path, BINDING)
-    assert latents.dtype == np.float32 and latents.shape == (windows.chunks, 2)
-    assert (latents[:, 0] == np.arange(windows.chunks)).all()
-    assert (latents[:, 1] == windows.corpus.text[windows.chunk_start]).all()
-    shuffled = windows_of(windows.corpus, shuffle=True).batch(3)
-    is_chunk = shuffled.chunk_index >= 0
-    assert (latents[shuffled.chunk_index[is_chunk]] == first_bytes(shuffled)[is_chunk].numpy()).all()
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
-
-
-def test_cached_latents_are_a_safetensors_file(cached):
-    from safetensors.numpy import load_file
-
-    assert (load_file(cached[1])["latents"] == load_latents(cached[1], BINDING)).all()
-
-
-@pytest.mark.parametrize(
-    "key, value", [("autoencoder", "x"), ("chunking", {"strategy": "fixed"}), ("new", 1)]
-)
-def test_stale_latents_are_refused(cached, key, value):
-    with pytest.raises(ValueError, match=rf"stale: made for {key}=.*delete the file") as error:
-        load_latents(cached[1], {**BINDING, key: value})
-    assert "\n" not in str(error.value)
-
-
-@settings(max_examples=300, deadline=None)
-@given(where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
-def test_a_flipped_bit_is_found(tmp_path_factory, where, bit):
-    path = tmp_path_factory.getbasetemp() / "flipped.safetensors"
-    windows = windows_of(random_corpus(documents=1, words=20), shuffle=False)
-    cache_latents(first_bytes, windows, path, BINDING)
-    load_latents(path, BINDING)
-    data = bytearray(path.read_bytes())
-    data[int(where * len(data))] ^= 1 << bit
-    path.write_bytes(data)
-    with pytest.raises(ValueError, match="delete the file"):
-        load_latents(path, BINDING)
-
-
-@pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.99])
-def test_a_file_cut_short_is_refused(cached, share):
-    data = cached[1].read_bytes()
-    cached[1].write_bytes(data[: int(share * len(data))])
-    with pytest.raises(ValueError, match="delete the file"):
-        load_latents(cached[1], BINDING)
-
-
-def test_missing_latents_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no cached latents"):
-        load_latents(tmp_path / "none.safetensors", BINDING)
-
-
-@pytest.mark.parametrize(
-    "encode, fault",
-    [
-        (lambda batch: first_bytes(batch) * float("nan"), "not finite"),
-        (lambda batch: first_bytes(batch)[:, :-1], "must return latents"),
-    ],
-)
-def test_bad_latents_are_never_written(cached, encode, fault):
-    windows, path = cached
-    before = path.read_bytes()
-    with pytest.raises(ValueError, match=fault):
-        cache_latents(encode, windows, path, BINDING)
-    assert path.read_bytes() == before and len(list(path.parent.iterdir())) == 1
-
-
-def test_shuffled_windows_are_not_cached(tmp_path):
-    with pytest.raises(ValueError, match="shuffle=False"):
-        cache_latents(first_bytes, windows_of(random_corpus(5)), tmp_path / "x", BINDING)

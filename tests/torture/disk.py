@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from hldm.runs import checkpoints
+from hldm.runs import files
 
 
 class Disk:
@@ -32,7 +32,7 @@ class Disk:
 
     @contextmanager
     def watching(self) -> Iterator[Disk]:
-        """Within, every call through which hldm.runs.checkpoints changes the disk is watched."""
+        """Within, every call through which hldm.runs.files and hldm.runs.checkpoints change the disk is watched."""
         import safetensors.torch
 
         watched = [(os, name) for name in ("fsync", "rename", "mkdir", "rmdir", "unlink")]
@@ -40,11 +40,11 @@ class Disk:
         real = [getattr(owner, name) for owner, name in watched]
         for (owner, name), function in zip(watched, real, strict=True):
             setattr(owner, name, self.watch(name, function))
-        checkpoints.open = self.watch("open", open)  # type: ignore[attr-defined]
+        files.open = self.watch("open", open)  # type: ignore[attr-defined]
         try:
             yield self
         finally:
-            del checkpoints.open  # type: ignore[attr-defined]
+            del files.open  # type: ignore[attr-defined]
             for (owner, name), function in zip(watched, real, strict=True):
                 setattr(owner, name, function)
 

@@ -35,7 +35,12 @@ PHASES: dict[str, tuple[tuple[str, ...], str, int, tuple[str, ...]]] = {
         2,
         (*UNSAVED, "logging.sample_every=3"),
     ),
-    "latent caching": (("prior",), "hldm.training.stages.read_latents", 2, ("data.cache_latents=true",)),
+    "latent caching": (
+        ("prior",),
+        "hldm.model.autoencoder.Autoencoder.encode",
+        2,
+        ("data.cache_latents=true",),
+    ),
 }
 
 

@@ -23,20 +23,13 @@ def small(*overrides: str) -> Config:
 def make_objective(config: Config, stage: str) -> AutoencoderObjective | PriorObjective:
     torch.manual_seed(0)
     autoencoder = Autoencoder.from_settings(config.autoencoder, config.chunking)
-    z = config.autoencoder.latent_dim
-    prior = (
-        Prior.from_settings(config.autoencoder, config.prior, config.hierarchy, config.diffusion)
-        if z
-        else None
-    )
-    for parameter in prior.parameters() if prior is not None else ():
+    if stage == "autoencoder":
+        return AutoencoderObjective(autoencoder, config.autoencoder, config.diffusion.gamma_0)
+    prior = Prior.from_settings(config.autoencoder, config.prior, config.hierarchy, config.diffusion)
+    for parameter in prior.parameters():
         if not parameter.any():  # what starts at zero lets no gradient through
             torch.nn.init.normal_(parameter, std=0.1)
-    if stage == "prior":
-        assert prior is not None
-        return PriorObjective(prior, autoencoder, config.training.prior.joint)
-    rate = prior if config.autoencoder.rate == "diffusion" else None
-    return AutoencoderObjective(autoencoder, config.autoencoder, config.diffusion.gamma_0, rate)
+    return PriorObjective(prior, autoencoder, config.training.prior.joint)
 
 
 def make_windows(config: Config) -> Windows:
@@ -62,21 +55,11 @@ def run(objective, config: Config, steps: int = 3, progress: float = 0.9) -> Ste
 
 CHOICES = [
     [],
-    ["autoencoder.rate=none"],
-    ["autoencoder.rate=gaussian", "autoencoder.carry_state=true"],
-    ["autoencoder.byte_dropout=0.2", "autoencoder.latent_dropout=0.2", "autoencoder.clean_latents=0.3"],
-    ["prior.contextualiser=griffin"],
-    ["prior.reads_text=true", "autoencoder.reads_text=true"],
-    [
-        "autoencoder.writes=chunks",
-        "autoencoder.decoder.blocks=[attention,attention]",
-        "autoencoder.reads_text=true",
-    ],
-    ["autoencoder.rate=mixture", "autoencoder.components=8"],
-    ["autoencoder.rate=mixture", "prior.one_step=energy", "prior.energy.samples=3"],
-    ["prior.self_conditioning=0.99", "prior.context_dropout=0.0"],
-    ["diffusion.target=x0", "diffusion.schedule=linear"],
-    ["diffusion.target=eps", "diffusion.schedule=cosine"],
+    ["autoencoder.components=0"],
+    ["autoencoder.carry_state=true"],
+    ["prior.reads_text=false", "autoencoder.reads_text=false"],
+    ["autoencoder.components=0", "prior.self_conditioning=0.99", "prior.context_dropout=0.0"],
+    ["autoencoder.components=0", "diffusion.target=x0"],
     ["hierarchy.levels=0"],
     ["chunking.strategy=sentence", "chunking.max_bytes=30"],
     [

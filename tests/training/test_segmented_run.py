@@ -14,11 +14,12 @@ from typing import get_args
 import pytest
 from conftest import ROOT
 
+from hldm.chunking.attached import chunker_of
+from hldm.chunking.strategies import read_segmenter
 from hldm.config import Config, SegmenterConfig, Strategy, stage_training
 from hldm.evaluation.evaluate import evaluate_run
 from hldm.generation.pipeline import read_pipeline
 from hldm.runs.folder import export_run
-from hldm.training.segmenters import read_segmenter
 from hldm.training.stages import train_autoencoder, train_diffusion, train_run
 
 # what each rank's autoencoder is bound to, and cuts a text into
@@ -26,13 +27,14 @@ TELLING = """
 import os, sys
 from pathlib import Path
 from hldm import cli
+from hldm.chunking.attached import chunker_of
 from hldm.training import stages
 
 attach = stages.attach_segmenter
 
 def telling(autoencoder, segmenter):
     attach(autoencoder, segmenter)
-    starts = autoencoder.chunker.chunk_start(b"And the king said to his servants, Go.").tolist()
+    starts = chunker_of(autoencoder).chunk_start(b"And the king said to his servants, Go.").tolist()
     Path(f"rank-{os.environ['RANK']}").write_text(f"{autoencoder.config['segmenter']} {starts}")
 
 stages.attach_segmenter = telling
@@ -83,7 +85,7 @@ def test_both_stages_evaluation_and_an_exported_copy_ask_the_same_segmenter(run,
     expected = saved.chunker(2, config.chunking.max_bytes).chunk_start(text).tolist()
     export_run(run, tmp_path / "copy")
     pipeline = read_pipeline(tmp_path / "copy" / "pipeline")
-    assert pipeline.autoencoder.chunker.chunk_start(text).tolist() == expected
+    assert chunker_of(pipeline.autoencoder).chunk_start(text).tolist() == expected
     assert pipeline("And the king", max_characters=20).texts[0]
     evaluation = evaluate_run(run, prompts=0)
     assert evaluation["characters_per_chunk"] == pytest.approx(config.chunking.target_bytes, rel=0.2)

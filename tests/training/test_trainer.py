@@ -17,22 +17,17 @@ import torch
 from conftest import ROOT, SMALL
 
 from hldm.chunking.chunker import make_chunker
-from hldm.config import Config, ConfigError, TrainingConfig, stage_training
+from hldm.config import Config, ConfigError, stage_training
 from hldm.model.autoencoder import Autoencoder
 from hldm.runs.checkpoints import newest_checkpoint
+from hldm.runs.exits import Interrupted
 from hldm.text.corpus import load_corpora
 from hldm.text.windows import Batch, Windows
 from hldm.training.objectives import AutoencoderObjective
+from hldm.training.optimizers import learning_rate
+from hldm.training.stage import SHARDING, make_accelerator
 from hldm.training.stages import train_autoencoder, train_diffusion
-from hldm.training.trainer import (
-    SHARDING,
-    Interrupted,
-    Trainer,
-    TrainingDiverged,
-    learning_rate,
-    make_accelerator,
-    step_seed,
-)
+from hldm.training.trainer import Trainer, TrainingDiverged, step_seed
 
 
 def weights(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
@@ -51,15 +46,6 @@ def assert_same(a: dict[str, dict[str, torch.Tensor]], b: dict[str, dict[str, to
 def losses(folder: Path, *names: str) -> list[float]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [sum(line[name] for name in names) for line in lines if "event" not in line]
-
-
-def test_the_learning_rate_warms_up_then_follows_a_cosine():
-    config = TrainingConfig(learning_rate=1.0, warmup=0.1, final_learning_rate=0.2)
-    assert learning_rate(config, 0.0) == 0.0
-    assert learning_rate(config, 0.05) == pytest.approx(0.5)
-    assert learning_rate(config, 0.1) == pytest.approx(1.0)
-    assert learning_rate(config, 0.55) == pytest.approx(0.6)
-    assert learning_rate(config, 1.0) == pytest.approx(0.2)
 
 
 def test_seeds_differ_by_run_step_and_stream():
@@ -250,7 +236,7 @@ def test_a_run_that_stays_not_finite_ends_with_a_post_mortem(tmp_path, small_con
 
 def objective_of(config: Config) -> AutoencoderObjective:
     autoencoder = Autoencoder.from_settings(config.autoencoder, config.chunking, config.diffusion.gamma_0)
-    return AutoencoderObjective(autoencoder, config.autoencoder, config.diffusion.gamma_0, None)
+    return AutoencoderObjective(autoencoder, config.autoencoder, config.diffusion.gamma_0)
 
 
 def windows_of(config: Config) -> Windows:

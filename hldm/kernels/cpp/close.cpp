@@ -11,8 +11,8 @@ struct Closing {
     int64_t rows, bytes, d, k, z, threads;
     Stack trunk;                       // of no blocks where there is none
     const float* const* to_trunk;      // weight (w 2d), bias; none without a trunk
-    const float *inner, *inner_bias, *place, *outer, *outer_bias;  // hldm.model.autoencoder.PlacedReadout
-    const float *mean, *deviation;     // (z) hldm.model.autoencoder.LatentNormaliser
+    const float *inner, *inner_bias, *place, *outer, *outer_bias;  // hldm.model.readouts.PlacedReadout
+    const float *mean, *deviation;     // (z) hldm.model.readouts.LatentNormaliser
     const float* features;             // (b l d) of the encoder at each byte
     const int64_t* length;             // (b)
     const uint8_t* opens;              // (b)

@@ -76,7 +76,7 @@ struct Writer {
             multiply<L>(w.from_text, feature, text, d, width);
             add_bias<L>(w.from_text_bias, text, d);
         }
-        if (w.inner) {  // hldm.model.autoencoder.PlacedReadout
+        if (w.inner) {  // hldm.model.readouts.PlacedReadout
             for (int64_t row = 0; row < rows; row++)
                 for (int64_t i = 0; i < k; i++) placed[i * L + row] = w.inner[index[row] * k + i] + w.place[e * k + i];
             gelu_all(placed, k * L);

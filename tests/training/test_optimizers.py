@@ -1,12 +1,23 @@
-"""The average is torch's, of what is trained."""
+"""The learning-rate schedule, and the moving average: torch's, of what is trained."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from hldm.training.average import Average
+from hldm.config import TrainingConfig
+from hldm.training.optimizers import Average, learning_rate
+
+
+def test_the_learning_rate_warms_up_then_follows_a_cosine():
+    config = TrainingConfig(learning_rate=1.0, warmup=0.1, final_learning_rate=0.2)
+    assert learning_rate(config, 0.0) == 0.0
+    assert learning_rate(config, 0.05) == pytest.approx(0.5)
+    assert learning_rate(config, 0.1) == pytest.approx(1.0)
+    assert learning_rate(config, 0.55) == pytest.approx(0.6)
+    assert learning_rate(config, 1.0) == pytest.approx(0.2)
 
 
 def test_it_is_torchs_average_with_a_decay_that_warms_up():

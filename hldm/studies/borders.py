@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from hldm.chunking.chunker import Chunker, SentenceChunker, WordsChunker
-from hldm.generation.writer import Continuation
+from hldm.chunking.chunker import SentenceChunker, WordsChunker
 
 WHITE_SPACE = np.frombuffer(b" \t\n\v\f\r", np.uint8)
 
@@ -65,19 +64,3 @@ def agree(text: np.ndarray, found: np.ndarray, true: np.ndarray) -> Mapping[str,
         "precision": both / len(one) if len(one) else None,
         "recall": both / len(other) if len(other) else None,
     }
-
-
-def rechunked(rows: Sequence[Continuation], chunker: Chunker) -> float | None:
-    """F1 of where written chunks start and where the strategy, reading them, starts some: 2 both / (written + found).
-
-    The first chunk of a row is left out: it starts where the prompt ends. None where that leaves nothing.
-    """
-    both = either = 0
-    for row in rows:
-        first = len(row.prompt)
-        written = first + np.cumsum([len(chunk) for chunk in row.chunks[:-1]], dtype=int)
-        found = np.flatnonzero(chunker.chunk_start(row.prompt + row.text))
-        found = found[found > first]
-        both += len(np.intersect1d(written, found))
-        either += len(written) + len(found)
-    return 2 * both / either if either else None

@@ -1,0 +1,106 @@
+"""The strategies that ask a trained segmenter: their classes, a saved one read, attached to a model, cutting a corpus.
+
+runs/<name>/segmenter/model/         weights and threshold
+runs/<name>/segmenter/boundaries-*   where the chunks of a corpus start, by what they depend on
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from hldm.chunking.attached import attach_chunker
+from hldm.chunking.entropy import EntropySegmenter
+from hldm.chunking.policy import PolicySegmenter
+from hldm.chunking.recurrence import GateSegmenter, StateSegmenter
+from hldm.chunking.router import LearnedSegmenter
+from hldm.chunking.segmenter import Segmenter
+from hldm.chunking.select import SelectSegmenter
+from hldm.config import ChunkingConfig, ConfigError
+from hldm.model.autoencoder import Autoencoder
+from hldm.runs.files import atomic_write, fingerprint
+from hldm.runs.folder import shipped
+from hldm.text.corpus import Corpus
+
+SEGMENTERS: dict[str, type[Segmenter]] = {
+    "entropy": EntropySegmenter,
+    "state_change": StateSegmenter,
+    "gate": GateSegmenter,
+    "learned": LearnedSegmenter,
+    "reinforce": PolicySegmenter,
+    "select": SelectSegmenter,
+}
+
+
+def sample_of(corpus: Corpus, size: int) -> list[np.ndarray]:
+    """Beginnings of documents spread over a corpus, about `size` bytes in all."""
+    documents = min(len(corpus), 16)
+    most = -(-size // documents)
+    picked = np.linspace(0, len(corpus) - 1, documents).astype(int)
+    return [corpus.document(int(index))[:most] for index in picked]
+
+
+def read_segmenter(folder: Path, chunking: ChunkingConfig) -> Segmenter | None:
+    """The segmenter saved in a folder, None for a strategy that needs none.
+
+    Raises FileNotFoundError, ValueError where it is missing, damaged or made with other settings.
+    """
+    if not chunking.needs_segmenter:
+        return None
+    segmenter = SEGMENTERS[chunking.strategy].from_pretrained(folder)
+    if segmenter.chunking != chunking:
+        raise ConfigError(
+            f"{folder} was made with other settings of chunking: set them back, or choose another --name"
+        )
+    return segmenter.eval()
+
+
+def shipped_segmenter(chunking: ChunkingConfig, documents: Sequence[np.ndarray]) -> Segmenter:
+    """The segmenter of a strategy that comes with hldm, within these limits, its threshold set on these documents.
+
+    Raises FileNotFoundError in a copy without it.
+    """
+    folder = shipped(f"segmenters/{chunking.strategy}")
+    segmenter = SEGMENTERS[chunking.strategy].from_pretrained(folder).eval()
+    limits = {name: getattr(chunking, name) for name in ("min_bytes", "max_bytes", "target_bytes")}
+    segmenter.chunking = replace(segmenter.chunking, **limits)
+    segmenter.calibrate(documents)
+    return segmenter
+
+
+def attach_segmenter(autoencoder: Autoencoder, segmenter: Segmenter) -> None:
+    """Have an autoencoder's text cut by a segmenter. Raises ValueError when it was trained with another."""
+    chunking = autoencoder.chunking
+    chunker = segmenter.chunker(chunking.min_bytes, chunking.max_bytes)
+    attach_chunker(autoencoder, chunker, fingerprint(segmenter.state_dict()))
+
+
+def cached_starts(
+    folder: Path, segmenter: Segmenter, corpus: Corpus, at_block: Callable[[], object] = lambda: None
+) -> np.ndarray:
+    """(t,) bool: where the chunks of a corpus start, read from `folder` or made and left there.
+
+    The file's name says what it depends on, its head what it holds: one that is damaged is made again.
+    """
+    chunking = segmenter.chunking
+    bound = json.dumps(
+        [corpus.fingerprint, fingerprint(segmenter.state_dict()), chunking.min_bytes, chunking.max_bytes]
+    )
+    path = folder / f"boundaries-{hashlib.sha256(bound.encode()).hexdigest()[:16]}"
+    size = len(corpus.text)
+    if path.is_file():
+        data = path.read_bytes()
+        digest, packed = data[:32], data[32:]
+        if hashlib.sha256(packed).digest() == digest and len(packed) == -(-size // 8):
+            return np.unpackbits(np.frombuffer(packed, np.uint8), count=size).astype(bool)
+    chunker = segmenter.chunker(chunking.min_bytes, chunking.max_bytes)
+    found = chunker.chunk_starts([corpus.document(index) for index in range(len(corpus))], at_block)
+    packed = np.packbits(found).tobytes()
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, hashlib.sha256(packed).digest() + packed)
+    return found

@@ -1,0 +1,31 @@
+"""The table of faster forms that `hldm.model.speed` looks up: a plain function or class, and what does the same faster.
+
+A form of a function takes the arguments of the plain one and may return NotImplemented: then the plain one runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hldm.generation import writer as generation
+from hldm.kernels import derivatives, muon, scan, stack, writer
+from hldm.model import ops
+from hldm.model.griffin import Griffin
+
+FORMS: dict[Any, Any] = {
+    ops.scan: scan.scan,
+    ops.rg_lru: derivatives.rg_lru,
+    ops.causal_conv: derivatives.causal_conv,
+    ops.rms_norm: derivatives.rms_norm,
+    ops.add_rms_norm: derivatives.add_rms_norm,
+    ops.gelu_gate: derivatives.gelu_gate,
+    ops.take_rows: derivatives.take_rows,
+    ops.add_rows: derivatives.add_rows,
+    ops.placed_gelu: derivatives.placed_gelu,
+    ops.softmax_nats: derivatives.softmax_nats,
+    Griffin.run_blocks: stack.run_blocks,
+    generation.make_writer: writer.make_writer,
+    torch.optim.Muon: muon.Muon,
+}

@@ -1,0 +1,164 @@
+"""The writers of `hldm.generation.writer` with each step from chunk to chunk in one call of C++.
+
+Which steps the kernels take is decided once, when a writer is made. The others stay in plain torch, and a line says
+which setting costs that.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from hldm.config import GenerationConfig
+from hldm.generation.chunk import Piece, Written
+from hldm.generation.writer import ByteWriter, LatentWriter, Writer
+from hldm.kernels.close import can_close, close_chunk
+from hldm.kernels.context import MOST_CHUNKS, KeptContext, can_keep
+from hldm.kernels.denoise import MOST_STEPS, PlannedSteps, can_denoise
+from hldm.kernels.library import library
+from hldm.kernels.stack import is_plain
+from hldm.kernels.write import can_write, write_bytes, write_chunks
+from hldm.model.autoencoder import Autoencoder
+from hldm.model.diffusion import draw_noise
+from hldm.model.prior import Prior
+from hldm.model.state import DecoderState, EncoderState
+
+Step = Literal["close", "denoise", "context"]
+
+logger = logging.getLogger(__name__)
+
+
+def make_writer(
+    autoencoder: Autoencoder,
+    prior: Prior | None,
+    prompts: Sequence[bytes],
+    settings: GenerationConfig,
+    generators: Sequence[torch.Generator],
+) -> Writer:
+    """`hldm.generation.writer.make_writer`; NotImplemented where there are no kernels for this device or model."""
+    device = next(autoencoder.parameters()).device
+    is_latent = autoencoder.latent_dim > 0
+    if library() is None or device.type != "cpu" or (is_latent and prior is None):
+        return NotImplemented
+    if reason := why_plain(autoencoder, prior, len(prompts)):
+        _say(f"{reason}: text is written in plain torch and takes about 20 times as long")
+        return NotImplemented
+    if prior is None:
+        return FusedByteWriter(autoencoder, prompts, settings, generators)
+    return FusedLatentWriter(autoencoder, prior, prompts, settings, generators)
+
+
+# How much longer text takes: one continuation with the shapes of configs/small.yaml, measured.
+
+
+def why_plain(autoencoder: Autoencoder, prior: Prior | None, rows: int) -> str:
+    """Why the kernels cannot write text of this model, in words; '' where they can."""
+    if torch.is_grad_enabled():
+        return "gradients are recorded (torch.no_grad() turns that off)"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast is on"
+    models = [autoencoder] if prior is None else [autoencoder, prior]
+    parts = [part for model in models for part in model.modules()]
+    if any(isinstance(part, nn.Dropout) and part.training and part.p for part in parts):
+        return "dropout is on (eval() turns it off)"
+    if not all(is_plain(parameter) for model in models for parameter in model.parameters()):
+        return "weights are not all contiguous float32"
+    return "" if can_write(autoencoder, rows) else "the kernels cannot read the encoder or the decoder"
+
+
+def plain_steps(
+    autoencoder: Autoencoder, prior: Prior, settings: GenerationConfig, rows: int
+) -> dict[Step, str]:
+    """The steps from chunk to chunk that stay in plain torch: why, in words, and what that costs."""
+    found: dict[Step, str] = {}
+    if not can_close(autoencoder, rows):
+        found["close"] = (
+            f"autoencoder.pooling={autoencoder.settings.pooling}: chunks are closed in plain torch, "
+            "text takes about a quarter longer"
+        )
+    if settings.steps and settings.guidance != 1:
+        found["denoise"] = (
+            f"generation.guidance={settings.guidance:g}: latents are denoised in plain torch, "
+            "text takes about 4 times as long"
+        )
+    elif settings.steps and not can_denoise(prior, settings.steps):
+        reason = f"generation.steps={settings.steps} is above {MOST_STEPS}"
+        if prior.mixture is None:
+            reason = "the prior corrects no mixture (autoencoder.components=0)"
+        found["denoise"] = f"{reason}: latents are denoised in plain torch, text takes about twice as long"
+    if settings.steps and not can_keep(prior, rows):
+        reason = f"hierarchy.ratio^levels is above {MOST_CHUNKS}"
+        found["context"] = f"{reason}: contexts are made in plain torch, text takes about 4 times as long"
+    return found
+
+
+@cache
+def _say(line: str) -> None:
+    """Once a process."""
+    logger.warning(line)
+
+
+class FusedLatentWriter(LatentWriter):
+    """The latent model, its chunks written and read back by the kernels; make one only where not `why_plain`."""
+
+    def __init__(
+        self,
+        autoencoder: Autoencoder,
+        prior: Prior,
+        prompts: Sequence[bytes],
+        settings: GenerationConfig,
+        generators: Sequence[torch.Generator],
+    ):
+        super().__init__(autoencoder, prior, prompts, settings, generators)
+        self.plain: Mapping[Step, str] = plain_steps(autoencoder, prior, settings, len(prompts))
+        for line in self.plain.values():
+            _say(line)
+        self.planned: PlannedSteps | None = None  # None: plain, or no steps at all
+        if self.plan is not None and "denoise" not in self.plain:
+            self.planned = PlannedSteps(prior, self.plan)
+        self.kept: KeptContext | None = None  # in place of `memory`; None: plain, or no steps at all
+        if self.plan is not None and "context" not in self.plain:
+            self.kept = KeptContext(prior, self.memory)
+
+    def sample_latents(self) -> Tensor:
+        if self.plan is None or self.planned is None:
+            return super().sample_latents()
+        steps, rows = self.settings.steps, len(self.generators)
+        self.calls += steps
+        draws = 1 + steps if self.plan.draws else 1
+        shape, temperature = (rows, self.prior.latent_dim), self.settings.temperature
+        noise = draw_noise(draws, shape, self.generators, temperature, self.device)
+        return self.planned.draw(self.told, noise[0], noise[1:])
+
+    def write_chunks(self, latent: Tensor) -> Written:
+        return write_chunks(
+            self.autoencoder,
+            latent,
+            self.encoder,
+            self.decoder,
+            self.opens,
+            self.settings,
+            self.generators,
+        )
+
+    def close_chunks(self, written: Written, length: Tensor, opens: Tensor) -> tuple[Tensor, EncoderState]:
+        if "close" in self.plain:
+            return super().close_chunks(written, length, opens)
+        return close_chunk(self.autoencoder, written.features, written.encoder, length, opens, self.encoder)
+
+    def add_chunks(self, latents: Tensor, opens: Tensor, closed: Tensor) -> None:
+        if self.kept is None:
+            return super().add_chunks(latents, opens, closed)
+        self.told = self.kept.add(latents[:, 0], self.encoder.known, closed)
+
+
+class FusedByteWriter(ByteWriter):
+    """The twin, written by the kernels; make one only where not `why_plain`."""
+
+    def write_bytes(self) -> tuple[list[Piece], DecoderState]:
+        return write_bytes(self.autoencoder, self.state, self.opens, self.settings, self.generators)

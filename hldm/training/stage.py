@@ -1,0 +1,260 @@
+"""What both stages of training share: the open run folder, the processes, fitting and saving."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import nn
+
+from hldm.chunking.chunker import make_chunker
+from hldm.chunking.segmenter import Segmenter
+from hldm.chunking.strategies import cached_starts, read_segmenter
+from hldm.config import Config, ConfigError, LoggingConfig, TrainingConfig, to_dict
+from hldm.runs.checkpoints import checkpoints_in
+from hldm.runs.clock import clock_named
+from hldm.runs.exits import Interrupted
+from hldm.runs.files import naming
+from hldm.runs.folder import Run, Totals, check_run_name, dotted, open_run, write_totals
+from hldm.runs.progress import say_line
+from hldm.runs.ranks import RankLost, is_rank_failure, make_roll_call, missing_ranks
+from hldm.runs.signals import Stopped
+from hldm.text.corpus import Corpus
+from hldm.text.windows import Windows
+from hldm.training.objectives import AutoencoderObjective, PriorObjective
+from hldm.training.segmenters import train_segmenter
+from hldm.training.trainer import Trainer
+
+MAY_CHANGE_ONCE_TRAINED = ("name", "checkpoint.", "logging.", "generation.")
+MAY_CHANGE = (*MAY_CHANGE_ONCE_TRAINED, "training.")  # on resume
+SEGMENTER_SHARE = 0.2  # of stage one's minutes, at most, for what cuts its text
+# How `accelerate launch` tells its processes that weights or optimizer states are to be split over them.
+SHARDING = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "its parallelism config",
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage that is open: its settings, its run folder, its processes."""
+
+    config: Config
+    training: TrainingConfig
+    run: Run
+    accelerator: Accelerator
+    say: Callable[[str], None]  # prints on the main process
+    resume: bool
+    opened: float  # what the clock of its training showed at the start
+
+    def fit(
+        self,
+        objective: AutoencoderObjective | PriorObjective,
+        windows: Windows,
+        parts: dict[str, nn.Module],
+        on_sample: Callable[[nn.Module], str],
+        bound_to: dict[str, str] | None = None,
+    ) -> Totals:
+        """Train an objective from its start or newest checkpoint; `bound_to` must not change in between.
+
+        The minutes count from the opening of the stage, so they include what it prepares, such as cached latents.
+        """
+        config = self.config
+        trainer = Trainer(
+            objective,
+            windows,
+            self.training,
+            run=self.run,
+            seed=config.seed,
+            checkpoint=config.checkpoint,
+            logging=config.logging,
+            accelerator=self.accelerator,
+            extras={"corpus": windows.corpus.fingerprint, **(bound_to or {})},
+            spent=clock_named(self.training.clock)() - self.opened,
+        )
+        if self.resume:
+            trainer.restore(self.say)
+            self.run.rewind(trainer.totals.steps or -1)
+            self.say(f"resuming {self.run.folder} at step {trainer.totals.steps}")
+        sizes = ", ".join(
+            f"{name} {sum(p.numel() for p in part.parameters()):,}" for name, part in parts.items()
+        )
+        minutes, steps = self.training.minutes, self.training.steps
+        self.say(
+            f"{self.run.folder}: {f'{minutes:g} minutes' if minutes else f'{steps} steps'}, "
+            f"{config.data.lanes} lanes x {config.data.window_bytes} bytes a step | {sizes} parameters | "
+            f"{self.accelerator.num_processes} process(es) {self.accelerator.distributed_type.value}, "
+            f"{self.accelerator.device}, {self.training.mixed_precision}, {torch.get_num_threads()} threads"
+        )
+        if config.logging.trackers:
+            self.accelerator.init_trackers(config.name, config=_plain_settings(config))
+        totals = trainer.fit(self.say, on_sample)
+        objective.eval()
+        return totals
+
+    def main_says(self, fact: bool) -> bool:
+        """Whether the fact holds on rank 0; every rank gets the same answer."""
+        own = torch.tensor(int(fact and self.accelerator.is_main_process), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(own))
+
+    def segmenter(self, corpus: Corpus) -> Segmenter | None:
+        """The run's segmenter, trained when there is none yet; None for strategies that need none."""
+        chunking, path = self.config.chunking, self.run.folder.parent / "segmenter" / "model"
+        if not chunking.needs_segmenter:
+            return None
+
+        def make() -> None:
+            made = train_segmenter(
+                chunking,
+                corpus,
+                seed=self.config.seed,
+                minutes=SEGMENTER_SHARE * self.training.minutes or math.inf,
+                clock=self.training.clock,
+                say=self.say,
+                at_step=self.beat,
+            )
+            export(made, path)
+
+        self.on_main(make, unless=path.is_dir())
+        return read_segmenter(path, chunking)
+
+    def windows(self, corpus: Corpus, segmenter: Segmenter | None, shuffle: bool = True) -> Windows:
+        """A corpus laid out for training; where its chunks start is kept in the run when that took a segmenter."""
+        config, starts = self.config, None
+        if segmenter is not None:
+            folder = self.run.folder.parent / "segmenter"
+            self.on_main(lambda: cached_starts(folder, segmenter, corpus, self.beat))
+            starts = cached_starts(folder, segmenter, corpus)
+        return Windows(
+            corpus,
+            make_chunker(config.chunking, segmenter),
+            lanes=config.data.lanes,
+            window_bytes=config.data.window_bytes,
+            seed=config.seed,
+            shuffle=shuffle,
+            chunk_start=starts,
+        )
+
+    def beat(self) -> None:
+        """Tell the others that the main process is at work: they would take a long silence for a hang."""
+        self.main_says(True)
+
+    def on_main(self, work: Callable[[], object], unless: bool = False) -> None:
+        """Run `work`, which calls `beat`, on the main process while the others wait."""
+        if not self.main_says(not unless):
+            return
+        if self.accelerator.is_main_process:
+            work()
+            self.main_says(False)
+        else:
+            while self.main_says(True):
+                pass
+
+    def export(self, model: Any, path: Path) -> None:
+        """Save a model from the main process."""
+        if self.accelerator.is_main_process:
+            export(model, path)
+
+    def finish(self, totals: Totals) -> None:
+        """Mark the stage as done: totals.json comes last."""
+        if self.accelerator.is_main_process:
+            write_totals(self.run.folder, totals)
+            self.say(f"saved {self.run.folder.parent}")
+
+
+def make_accelerator(config: TrainingConfig, logging: LoggingConfig, folder: str) -> Accelerator:
+    """One process or many, CPU or not, from the environment that `accelerate launch` set."""
+    if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise ConfigError(
+            "accelerate launch --cpu --num_processes N starts one process, not N: "
+            "use `accelerate launch --multi_gpu --num_processes N` (it works on CPU, too)"
+        )
+    for name, what in SHARDING.items():
+        if os.environ.get(name, "").lower() in ("1", "true", "yes"):
+            raise ConfigError(
+                f"accelerate was asked for {what}, but every rank of this trainer keeps all weights: "
+                "use `accelerate launch --multi_gpu` or a file of configs/accelerate"
+            )
+    return Accelerator(
+        cpu=not torch.cuda.is_available(),  # other accelerators lack float64 or operators used here
+        mixed_precision=config.mixed_precision,
+        log_with=list(logging.trackers) or None,
+        project_dir=folder,
+        # Buffers hold sums of each rank's own rows; the objectives add them up in end_step.
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_s)),
+        ],
+    )
+
+
+@contextmanager
+def open_stage(config: Config, name: str, resume: bool, root: Path) -> Iterator[Stage]:
+    """Open runs/<config.name>/<name> for one stage, and seed it."""
+    check_run_name(config.name)
+    training: TrainingConfig = getattr(config.training, name)
+    folder = root / config.name / name
+    accelerator = make_accelerator(training, config.logging, str(folder))
+    is_main = accelerator.is_main_process
+    say: Callable[[str], None] = say_line if is_main else (lambda line: None)
+    run = open_run(
+        folder, config=to_dict(config), resume=resume, is_main=is_main, may_change=MAY_CHANGE, say=say
+    )
+    roll_call = make_roll_call()
+    try:
+        torch.manual_seed(config.seed)
+        yield Stage(config, training, run, accelerator, say, resume, clock_named(training.clock)())
+        accelerator.wait_for_everyone()
+        accelerator.end_training()
+    except Stopped as stopped:  # outside the training loop; what that has saved stands
+        if saved := list(checkpoints_in(folder).values()):
+            raise Interrupted(stopped.signum, str(saved[-1])) from None
+        raise
+    except RuntimeError as error:
+        if roll_call is None or not is_rank_failure(error):
+            raise
+        steps = list(checkpoints_in(folder).values())
+        raise RankLost(
+            f"{missing_ranks(roll_call)} of {accelerator.num_processes} has died or hangs "
+            f"(training.{name}.timeout_s is {training.timeout_s:g}): "
+            f"{f'go on from {steps[-1]} with --resume' if steps else 'nothing is saved yet'} ({error})"
+        ) from error
+    finally:
+        run.discard_if_unused()  # it failed before its first line: a mistake does not use up the name
+        run.close()
+
+
+def export(model: Any, path: Path) -> None:
+    """save_pretrained into a fresh folder, put in place of the old one when complete."""
+    fresh, old = path.with_name(path.name + ".new"), path.with_name(path.name + ".old")
+    for leftover in (fresh, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    with naming(path):
+        try:
+            model.save_pretrained(str(fresh))
+        except BaseException:
+            shutil.rmtree(fresh, ignore_errors=True)
+            raise
+        if path.exists():
+            path.rename(old)
+        fresh.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _plain_settings(config: Config) -> dict[str, int | float | str]:
+    """Settings by dotted key, as numbers or text: all that TensorBoard's hparams take."""
+    settings = dotted(to_dict(config))
+    return {
+        key: value if isinstance(value, int | float | str) else str(value) for key, value in settings.items()
+    }

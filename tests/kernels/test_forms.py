@@ -1,0 +1,156 @@
+"""Every faster form is its plain formula: values and gradients, with C++ kernels and without; threads, bad numbers."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import Tensor
+
+from hldm.kernels.forms import FORMS
+from hldm.kernels.library import without_kernels
+from hldm.model import ops
+from hldm.model.ops import (
+    add_rms_norm,
+    add_rows,
+    causal_conv,
+    gelu_gate,
+    linear_scan,
+    placed_gelu,
+    rg_lru,
+    rms_norm,
+    softmax_nats,
+    take_rows,
+)
+from hldm.model.speed import plain_only
+
+N, T, D, K, H = 5, 41, 24, 6, 3  # rows to take, positions, width, places or taps, heads
+Operation = Callable[..., Tensor | tuple[Tensor, ...]]
+NAMES = (
+    *("linear_scan", "rg_lru", "rg_lru, saturated", "causal_conv", "gelu_gate", "rms_norm", "add_rms_norm"),
+    *("the norm alone", "take_rows", "add_rows", "placed_gelu", "softmax_nats"),
+)
+
+
+def drawn(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def numbered(*shape: int, below: int, least: int = 0) -> Tensor:
+    return torch.randint(least, below, shape)
+
+
+def unit(size: float, b: int) -> tuple[Operation, list[Tensor]]:
+    """The RG-LRU where documents start here and there; size: of the gates' logits."""
+    reset = torch.zeros(b, T).masked_fill(torch.rand(b, T) < 0.1, -math.inf)
+    inputs = [drawn(b, T, D), size * drawn(H, D // H, 2 * D // H), drawn(2, H, D // H), -drawn(D).square()]
+    return lambda x, w, bias, radius, h0: rg_lru(x, w, bias, radius, reset.to(x), h0), [*inputs, drawn(b, D)]
+
+
+def case(name: str, b: int) -> tuple[Operation, list[Tensor]]:
+    """A function of tensors, and tensors to try it on."""
+    torch.manual_seed(0)
+    index, place = numbered(b, T, below=N), numbered(b, T, below=K)
+    none_too, target = numbered(b, T, below=N, least=-1), numbered(b * T, below=258)
+    inside = (torch.rand(b, T, K) < 0.8).double()
+    inside[..., -1] = 1
+    norm = [3 * drawn(b, T, D), drawn(b, T, D), drawn(D)]
+    cases: dict[str, tuple[Operation, list[Tensor]]] = {
+        "linear_scan": (linear_scan, [drawn(b, T, D).sigmoid(), drawn(b, T, D), drawn(b, D)]),
+        "rg_lru": unit(1.0, b),
+        "rg_lru, saturated": unit(30.0, b),  # decays that round to 1
+        "causal_conv": (
+            lambda x, taps, weight, bias: causal_conv(x, taps, weight, bias, inside.to(x)),
+            [drawn(b, T, D), drawn(b, K - 1, D), drawn(K, D), drawn(D)],
+        ),
+        "gelu_gate": (gelu_gate, [3 * drawn(b, T, D), drawn(b, T, D)]),
+        "rms_norm": (lambda x, scale: rms_norm(x, scale, 1e-6), [3 * drawn(b, T, D), drawn(D)]),
+        "add_rms_norm": (lambda x, y, scale: add_rms_norm(x, y, scale, 1e-6), norm),
+        "the norm alone": (lambda x, y, scale: add_rms_norm(x, y, scale, 1e-6)[1], norm),
+        "take_rows": (lambda x: take_rows(x, index), [drawn(b, N, D)]),
+        "add_rows": (lambda y: add_rows(y, none_too, N), [drawn(b, T, D)]),
+        "placed_gelu": (lambda x, p: placed_gelu(x, index, p, place), [3 * drawn(b, N, D), drawn(K, D)]),
+        "softmax_nats": (lambda x: softmax_nats(x, target), [5 * drawn(b * T, 258)]),
+    }
+    return cases[name]
+
+
+def measure(function: Operation, inputs: list[Tensor]) -> list[Tensor]:
+    """Values, and gradients of a sum of them with weights of their own."""
+    inputs = [x.clone().requires_grad_() for x in inputs]
+    out = function(*inputs)
+    values = [out] if isinstance(out, Tensor) else list(out)
+    loss = sum(((y * y.detach().cos()).sum() for y in values), start=torch.zeros(()))
+    return [*values, *torch.autograd.grad(loss, inputs)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kernels", [True, False])
+def test_a_form_is_its_plain_formula(name, dtype, kernels):
+    function, inputs = case(name, b=3)
+    inputs = [x.to(dtype) for x in inputs]
+    with nullcontext() if kernels else without_kernels():
+        ours = measure(function, inputs)
+    with plain_only():
+        plain = measure(function, inputs)
+        exact = measure(function, [x.double() for x in inputs])
+    for found, other, truth in zip(ours, plain, exact, strict=True):
+        assert found.isfinite().all()
+        scale = truth.abs().max().item() + 1
+        if dtype == torch.float64:
+            torch.testing.assert_close(found, truth, rtol=1e-11, atol=1e-11 * scale)
+        # no further from the truth than the plain formula is, give or take
+        off, others = ((part.double() - truth).abs().max().item() for part in (found, other))
+        assert off <= 3 * others + 1e-6 * scale
+
+
+def test_forms_take_what_the_plain_ones_take():
+    marked = [x for x in vars(ops).values() if inspect.isfunction(x) and hasattr(x, "__wrapped__")]
+    assert len(marked) >= 10 and all(plain in FORMS for plain in marked)
+    for plain, form in FORMS.items():
+        if not inspect.isclass(plain):
+            taken, takes = (list(inspect.signature(function).parameters) for function in (plain, form))
+            assert len(taken) == len(takes)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_threads_change_nothing(plain_torch, name):
+    function, inputs = case(name, b=100)  # 3 threads' worth
+    before = torch.get_num_threads()
+    found = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        found.append(measure(function, inputs))
+    torch.set_num_threads(before)
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_bad_number_is_not_hidden(plain_torch, bad):
+    logits, x = torch.zeros(2, 258), torch.ones(2, 8)
+    logits[0, 7] = x[0, 3] = bad
+    nats = softmax_nats(logits, torch.tensor([3, 3]))
+    assert not nats[0].isfinite() and nats[1].isfinite()
+    y = rms_norm(x, torch.zeros(8), 1e-6)
+    assert not y[0].isfinite().all() and y[1].isfinite().all()
+
+
+def test_a_symbol_that_does_not_exist_has_no_price(plain_torch):
+    assert softmax_nats(torch.zeros(2, 258), torch.tensor([258, -1])).isnan().all()
+
+
+@pytest.mark.parametrize("index", [[0, N], [-2, 0]])
+def test_an_index_outside_is_refused(plain_torch, index):
+    x, outside = torch.ones(1, N, D), torch.tensor([index])
+    for call in (
+        lambda: take_rows(x, outside),
+        lambda: add_rows(torch.ones(1, 2, D), outside, N),
+        lambda: placed_gelu(x, outside, torch.ones(K, D), torch.zeros_like(outside)),
+    ):
+        with pytest.raises(IndexError, match=f"within -?[01]..{N - 1}"):
+            call()
