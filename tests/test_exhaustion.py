@@ -18,12 +18,13 @@ from safetensors import SafetensorError
 from hldm import cli
 from hldm.chunking.chunker import make_chunker
 from hldm.config import ChunkingConfig, ConfigError, to_yaml
+from hldm.runs import machine
 from hldm.runs.checkpoints import newest_checkpoint
 from hldm.runs.folder import open_run
 from hldm.runs.reports import save_report
 from hldm.text.corpus import make_corpus
 from hldm.text.windows import Windows
-from hldm.training import sizes, stage, stages
+from hldm.training import stage, stages
 from hldm.training.latent_cache import cache_latents
 
 FULL = re.escape(os.strerror(errno.ENOSPC)) + r" \([0-9,]+ bytes free\)"
@@ -177,7 +178,7 @@ def test_a_file_that_cannot_be_synced_leaves_the_old_one(number, tmp_path, monke
 
 
 def test_a_cache_that_will_not_fit_is_refused_before_it_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(sizes, "free_disk", lambda folder: (100, folder))
+    monkeypatch.setattr(machine, "free_disk", lambda folder: (100, folder))
     with pytest.raises(ConfigError, match="needs .* of disk, 100 bytes available"):
         write_latents(tmp_path / "latents.safetensors")
     assert not list(tmp_path.iterdir())

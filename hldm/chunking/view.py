@@ -41,9 +41,9 @@ def cut_text(
 
     chunking: the limits of strategies that are named, and the mean length of those that ask a model
     whole_bytes: the most that a sentence or paragraph may hold; None: as any chunk
-    train: makes a segmenter for each strategy that asks one, from the built-in text; None: what comes with hldm is
-        asked, its threshold set on the built-in text: the shipped run's states and gates, its twin's entropy, and small
-        segmenters of the other strategies
+    train: makes a segmenter for each strategy that takes one, from the built-in text; None: the models that come with
+        hldm are asked, their thresholds set on the built-in text: the shipped run's states and gates, its twin's
+        entropy, and small segmenters of the other strategies
     Raises ConfigError for a strategy that is unknown, ValueError or OSError for a run.
     """
     known = (*TEXT_STRATEGIES, *SEGMENTERS)

@@ -101,9 +101,9 @@ class Autoencoder(SavedModel):
         return DecoderState(self.decoder.initial_state(batch, device), symbol)
 
     def encode(self, window: Window, state: EncoderState) -> tuple[Encoding, EncoderState]:
-        """mu of each chunk of a window: its bytes' features in one, projected and standardised.
+        """mu of each chunk of a window, projected from its bytes' features and standardised.
 
-        Also what is known before and after each; state: what is carried from the text before.
+        Also what is known before and after each chunk. state: after the text before the window.
         """
         y, griffin = self.encoder(
             self.read(window.bytes), state.griffin, window.doc_start, window.chunk_start, window.length
@@ -149,7 +149,7 @@ class Autoencoder(SavedModel):
         return self.encoder(self.read(symbol), griffin, doc_start, chunk_start)
 
     def events(self, window: Window, state: DecoderState) -> Events:
-        """What the decoder has to write for a window (see `decoder_events`).
+        """What the decoder reads and writes for a window (see `decoder_events`).
 
         The twin's unit is the document, so that its attention is a sliding window, as in Griffin.
         """
@@ -162,7 +162,7 @@ class Autoencoder(SavedModel):
         """
         told = None
         if self.settings.reads_text:  # projected once a byte: some bytes come before two events
-            told = take_rows(self.from_text(encoding.features), events.bytes_before.clamp(min=0))
+            told = take_rows(self.from_text(encoding.features), events.bytes_before)
             told = told * ~events.doc_start[..., None]  # a document knows of no text before it
         if self.settings.trunk_layers:
             known = take_rows(self.from_trunk(encoding.before), events.chunk)
@@ -172,10 +172,10 @@ class Autoencoder(SavedModel):
     def decode(
         self, events: Events, latent: Tensor | None, griffin: GriffinState, told: Tensor | None = None
     ) -> tuple[Tensor, GriffinState]:
-        """Logits of the next symbol at every event of a window. (b t' 258).
+        """Logits (b t' 258) of the next symbol at every event of a window, and the state after it.
 
-        latent: (b n z) z_0 of each chunk, None for the twin;
-        told: (b t' d) of the text before each event (see `tell`); None for a fresh decoder and the twin.
+        latent: (b n z) z_0 of each chunk; None for the twin
+        told: (b t' d) of the text before each event (see `tell`); None for a fresh decoder and the twin
         """
         x = self.write(events.symbol)
         if latent is not None:
@@ -193,9 +193,10 @@ class Autoencoder(SavedModel):
         place: Tensor | None = None,
         told: Tensor | None = None,
     ) -> tuple[Tensor, GriffinState]:
-        """The same without a window: one symbol a row, as text is written, or a stretch of the twin's.
+        """The same without a window: one symbol a row while text is written, or the twin's text as it is.
 
-        symbol, doc_start, unit_start: (b t);  latent: (b 1 z) of the chunk that is written and place (b t) in it
+        symbol, doc_start, unit_start: (b t) as in `Events`
+        latent: (b 1 z) z_0 of the one chunk they belong to, and place (b t) in it;  told: as for `decode`
         """
         x = self.write(symbol)
         if latent is not None:
@@ -212,6 +213,7 @@ class Autoencoder(SavedModel):
         griffin: GriffinState,
         length: Tensor | None = None,
     ) -> tuple[Tensor, GriffinState]:
+        """The decoder's stack and its readout, from symbols and latents in one, x (b t d)."""
         if told is not None:
             x = x + told
         elif self.latent_dim and (self.settings.reads_text or self.settings.trunk_layers):

@@ -326,10 +326,7 @@ def _neighbours(mu: Tensor, windows: Windows) -> list[dict[str, Any]]:
     border = np.append(np.flatnonzero(windows.chunk_start), len(windows.corpus.text))
     # chunks in the order they were read: window by window, lane by lane
     index = np.concatenate(
-        [
-            b.chunk_index[b.chunk_index >= 0].numpy()
-            for b in map(windows.batch, range(windows.windows_per_epoch))
-        ]
+        [b.chunk_index[b.is_chunk].numpy() for b in map(windows.batch, range(windows.windows_per_epoch))]
     )[: len(mu)]
     texts = [windows.corpus.text[border[i] : border[i + 1]].tobytes().decode(errors="replace") for i in index]
     table = []

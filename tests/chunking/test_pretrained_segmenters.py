@@ -68,7 +68,7 @@ def test_the_signals_are_the_models_own():
             read = torch.cat([torch.tensor([[START]]), symbols[:, opens:at]], dim=1)
             is_first = torch.arange(read.shape[1])[None] == 0
             state = twin.model.decoder_state(1).griffin
-            logits, _ = twin.model.decode(read, None, read, is_first, is_first, state)
+            logits, _ = twin.model.decode_symbols(read, is_first, is_first, state)
             p = logits[0, -1, :256].softmax(dim=0)
             torch.testing.assert_close(entropy[0, at, 0], -(p * p.log2()).sum())
 

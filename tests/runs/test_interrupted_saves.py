@@ -149,8 +149,9 @@ def newest_step(folder: Path) -> int:
 
 def test_kill_9_at_random_times_loses_nothing_acknowledged(tmp_path: Path, order: Order) -> None:
     draw = random.Random(0)
-    step = acknowledged = 0
-    for _ in range(20):
+    step = acknowledged = kills = 0
+    while kills < 20 or step <= 20:  # on a busy machine many a life ends before its first save
+        kills += 1
         for word, number in order(step, 0):
             if word == "child":
                 time.sleep(draw.uniform(0, 0.15))
@@ -159,7 +160,6 @@ def test_kill_9_at_random_times_loses_nothing_acknowledged(tmp_path: Path, order
                 acknowledged = number
         step = newest_step(tmp_path)
         assert step >= acknowledged
-    assert step > 20
 
 
 def test_kill_9_before_each_call_of_a_save_loses_nothing_acknowledged(tmp_path: Path, order: Order) -> None:
