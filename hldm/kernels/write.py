@@ -6,43 +6,24 @@ Like `hldm.kernels.stack`, this reads the parameters where they are.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hldm.config import GenerationConfig
 from hldm.generation.chunk import Piece, Written, draw_uniform_rows, known_of_text, pieces_of
-from hldm.kernels.library import library
-from hldm.kernels.stack import StackCall, is_plain, kernels_can_compute, stack_call, stack_of
+from hldm.kernels.stack import stack_call, stack_of
+from hldm.kernels.structs import is_plain, kernels_can_compute, run, struct
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.griffin import GriffinState
 from hldm.model.state import DecoderState, EncoderState
 from hldm.text.bytes import END_OF_CHUNK, START
 
-_TENSORS = (
-    *("write", "known", "inner", "place", "outer", "outer_bias"),
-    *("outputs", "outputs_bias", "read", "from_text", "from_text_bias", "u"),
-    *("doc_start", "resets", "starts", "symbol", "feature", "emitted", "features"),
-)
-
-
-class _Writing(ctypes.Structure):
-    """`Writing` of hldm/kernels/cpp/write.cpp."""
-
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("rows", "events", "places", "threads")),
-        *((name, ctypes.c_double) for name in ("temperature", "top_p")),
-        ("decoder", StackCall),
-        ("encoder", StackCall),
-        *((name, ctypes.c_void_p) for name in _TENSORS),
-    ]
-
 
 def _parameters(autoencoder: Autoencoder) -> dict[str, Tensor]:
-    """The parameters outside of the stacks, by their names in `_Writing`."""
+    """The parameters outside of the stacks, by their names in `Writing` of hldm/kernels/cpp/write.cpp."""
     found = {
         "write": autoencoder.write.weight,
         "outputs": autoencoder.outputs.weight,
@@ -138,23 +119,22 @@ def _call(
     known (b d) or None, added to every event;  inner (b k) of the latent
     feature (b w) of the encoder at the byte before, features (b e-1 w): written over
     """
-    kernels, (rows, events) = library(), u.shape
-    assert kernels is not None
+    rows, events = u.shape
     emitted = torch.full((rows, events), END_OF_CHUNK)
     found = {**_parameters(autoencoder), **given, **first._asdict(), "u": u, "emitted": emitted}
     tensors = {name: tensor.contiguous() for name, tensor in found.items() if tensor is not None}
-    call = _Writing(
+    call = struct("write.cpp", "Writing")(
         rows=rows,
         events=events,
         places=tensors["inner"].shape[1] if given else 0,
-        threads=torch.get_num_threads(),
         temperature=settings.decoder_temperature,
         top_p=settings.top_p,
-        **{name: tensor.data_ptr() for name, tensor in tensors.items()},
+        **tensors,
     )
-    kept: list[Any] = []  # what the call points to, alive until it returns
-    call.decoder, decoder = stack_call(autoencoder.decoder, decoder, rows, kept)
+    writing, decoder = stack_call(autoencoder.decoder, decoder, rows)
+    call.fill(decoder=writing)
     if given:
-        call.encoder, encoder = stack_call(autoencoder.encoder, encoder, rows, kept)
-    kernels.hldm_write(ctypes.byref(call))
+        reading, encoder = stack_call(autoencoder.encoder, encoder, rows)
+        call.fill(encoder=reading)
+    run("hldm_write", call)
     return emitted, encoder, decoder

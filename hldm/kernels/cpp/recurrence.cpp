@@ -261,45 +261,13 @@ void gelu_gate_back(const T* __restrict gate, const T* __restrict x, const T* __
 
 }  // namespace
 
-#define EXPORT(T, suffix)                                                                                              \
-    void hldm_scan_##suffix(const T* a, const T* b, const T* h0, T* h, int64_t rows, int64_t t, int64_t d,             \
-                            int64_t threads) {                                                                         \
-        scan(a, b, h0, h, rows, t, d, threads);                                                                        \
-    }                                                                                                                  \
-    void hldm_scan_back_##suffix(const T* a, const T* h0, const T* h, const T* dh, const T* dh_last, T* da, T* db,     \
-                                 T* dh0, int64_t rows, int64_t t, int64_t d, int64_t threads) {                        \
-        scan_back(a, h0, h, dh, dh_last, da, db, dh0, rows, t, d, threads);                                            \
-    }                                                                                                                  \
-    void hldm_gated_scan_##suffix(const T* x, T* gates, const T* bias, const T* log_radius, const T* reset,            \
-                                  const T* h0, T* h, int64_t rows, int64_t t, int64_t heads, int64_t w,                \
-                                  int64_t threads) {                                                                   \
-        gated_scan(x, gates, bias, log_radius, reset, h0, h, rows, t, heads, w, threads);                              \
-    }                                                                                                                  \
-    void hldm_gated_scan_back_##suffix(const T* x, const T* gates, const T* log_radius, const T* reset, const T* h0,   \
-                                       const T* h, const T* dh, const T* dh_last, T* dx, T* dgates, T* dbias,          \
-                                       T* dlog_radius, T* dh0, double least, int64_t rows, int64_t t, int64_t heads,   \
-                                       int64_t w, int64_t threads) {                                                   \
-        gated_scan_back(x, gates, log_radius, reset, h0, h, dh, dh_last, dx, dgates, dbias, dlog_radius, dh0,          \
-                        T(least), rows, t, heads, w, threads);                                                         \
-    }                                                                                                                  \
-    void hldm_conv_##suffix(const T* x, const T* taps, const T* weight, const T* bias, const T* inside, T* y,          \
-                            int64_t rows, int64_t t, int64_t d, int64_t k, int64_t threads) {                          \
-        conv(x, taps, weight, bias, inside, y, rows, t, d, k, threads);                                                \
-    }                                                                                                                  \
-    void hldm_conv_back_##suffix(const T* x, const T* taps, const T* weight, const T* inside, const T* dy, T* dx,      \
-                                 T* dtaps, T* dweight, T* dbias, int64_t rows, int64_t t, int64_t d, int64_t k,        \
-                                 int64_t threads) {                                                                    \
-        conv_back(x, taps, weight, inside, dy, dx, dtaps, dweight, dbias, rows, t, d, k, threads);                     \
-    }                                                                                                                  \
-    void hldm_gelu_gate_##suffix(const T* gate, const T* x, T* y, int64_t numbers, int64_t threads) {                  \
-        gelu_gate(gate, x, y, numbers, threads);                                                                       \
-    }                                                                                                                  \
-    void hldm_gelu_gate_back_##suffix(const T* gate, const T* x, const T* dy, T* dgate, T* dx, int64_t numbers,        \
-                                      int64_t threads) {                                                               \
-        gelu_gate_back(gate, x, dy, dgate, dx, numbers, threads);                                                      \
-    }
-
 extern "C" {
-EXPORT(float, float32)
-EXPORT(double, float64)
+EXPORT(scan)
+EXPORT(scan_back)
+EXPORT(gated_scan)
+EXPORT(gated_scan_back)
+EXPORT(conv)
+EXPORT(conv_back)
+EXPORT(gelu_gate)
+EXPORT(gelu_gate_back)
 }
