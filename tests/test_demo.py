@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from hldm import cli, commands
+from hldm import cli
+from hldm.commands import training
 from hldm.evaluation import evaluate as evaluation
 from hldm.runs import reports
 from hldm.training import stages
@@ -30,13 +31,13 @@ def trained(monkeypatch) -> list[tuple[str, str, bool]]:
     monkeypatch.setattr(stages, "train_diffusion", note("prior"))
     monkeypatch.setattr(evaluation, "evaluate_run", lambda folder: {"run": folder.name})
     monkeypatch.setattr(reports, "save_report", lambda path, columns: None)
-    monkeypatch.setattr(commands, "compare", lambda columns: f"table of {', '.join(columns)}")
-    monkeypatch.setattr(commands, "_write_samples", lambda config, folder: print(f"text of {folder}"))
+    monkeypatch.setattr(training, "compare", lambda columns: f"table of {', '.join(columns)}")
+    monkeypatch.setattr(training, "_write_samples", lambda config, folder: print(f"text of {folder}"))
     return calls
 
 
 def test_the_demo_trains_both_stages_and_the_twin(trained, tmp_path, capsys):
-    commands.run_demo(ROOT / "configs/tiny.yaml", root=tmp_path)
+    training.run_demo(ROOT / "configs/tiny.yaml", root=tmp_path)
     assert trained == [
         ("autoencoder", "demo", False),
         ("prior", "demo", False),
@@ -51,7 +52,7 @@ def test_the_demo_goes_on_with_what_was_begun_and_reuses_what_is_done(trained, t
     done.mkdir(parents=True)
     (done / "totals.json").write_text(json.dumps({"steps": 9, "seconds": 90.0, "characters": 9}))
     (begun / "checkpoints").mkdir(parents=True)
-    commands.run_demo(ROOT / "configs/tiny.yaml", "mine", root=tmp_path)
+    training.run_demo(ROOT / "configs/tiny.yaml", "mine", root=tmp_path)
     assert trained == [("prior", "mine", True), ("autoencoder", "mine-twin", False)]
     assert f"reusing {done}, trained in 1.5 minutes (remove it to train again)" in capsys.readouterr().out
 

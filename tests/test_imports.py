@@ -43,6 +43,7 @@ ALLOWED_IN = {
     "triton": {"kernels"},
     "matplotlib": {"studies"},
     "yaml": {"settings", "config", "runs"},
+    "typer": {"commands", "cli", "doctor"},
 }
 
 FORBIDDEN_MODULES = {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
@@ -72,7 +73,9 @@ MODULES = {module_of(path) for path in SOURCES}
 
 
 def room_of(module: str) -> str:
-    """model of hldm.model.griffin, cli of hldm.cli, nothing of hldm itself."""
+    """model of hldm.model.griffin, cli of hldm.cli, nothing of hldm itself; what `python -m` runs is a script."""
+    if module.endswith(".__main__"):
+        return ""
     package, _, rest = module.partition(".")
     return rest.partition(".")[0] if package == "hldm" else package
 

@@ -2,6 +2,7 @@
 
 import sys
 
-from hldm.evaluation.evaluate import main
+from hldm.cli import evaluate
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(evaluate())
