@@ -15,8 +15,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
-import typer
 from packaging.requirements import Requirement
+from typer import Option
 
 from hldm.config import ConfigError
 from hldm.runs.machine import free_disk, physical_memory
@@ -33,11 +33,7 @@ class Finding(NamedTuple):
 
 
 def doctor(
-    *,
-    processes: Annotated[
-        bool,
-        typer.Option("--processes", help="also start two processes and let them talk (half a minute)"),
-    ] = False,
+    *, processes: Annotated[bool, Option("--processes", help="also let two processes talk")] = False
 ) -> int:
     """Check this machine and installation.
 

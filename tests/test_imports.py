@@ -95,7 +95,9 @@ def _faults(name: str, tree: ast.Module) -> Iterator[str]:
             package, other = module.partition(".")[0], room_of(module)
             if package == "hldm" and not any(part in MODULES for part in (module, module.rpartition(".")[0])):
                 yield f"{name}:{node.lineno} imports {module}, which is not there"
-            elif package == "hldm" and room and other != room and FLOOR.get(other, 99) >= FLOOR[room]:
+            elif (
+                package == "hldm" and room and other not in {room, ""} and FLOOR.get(other, 99) >= FLOOR[room]
+            ):
                 yield f"{name}:{node.lineno} imports {module}, which is not in a room below"
             if package in FORBIDDEN_MODULES:
                 yield f"{name}:{node.lineno} imports {package}, which can run what it reads"

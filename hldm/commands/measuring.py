@@ -6,15 +6,31 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import typer
+from typer import Option
 
-from hldm.commands.options import Clock, MaxCharacters, Minutes, Paired, Report, Run, Seed, Split
+from hldm.commands.options import (
+    Clock,
+    MaxCharacters,
+    Minutes,
+    Paired,
+    Report,
+    Run,
+    RunOrShipped,
+    Seed,
+    Split,
+)
 from hldm.config import ConfigError, load_config
 from hldm.evaluation.tables import compare, show
 from hldm.runs.folder import shipped_run
 from hldm.runs.reports import check_picture_path, check_report_path, save_report
 
-Draws = Annotated[int, typer.Option(metavar="M", help="noise levels a chunk, even")]
+Draws = Annotated[int, Option(help="noise levels a chunk, even")]
+Context = Option(
+    metavar="N",
+    help="also with documents cut every N bytes, to see what context from farther away saves: each takes as long as "
+    "the bound itself; may repeat",
+)
+Halves = Literal["training", "writing", "processes"]
 
 
 def _save(path: Path | None, write: Callable[[Path], Any]) -> None:
@@ -26,29 +42,16 @@ def _save(path: Path | None, write: Callable[[Path], Any]) -> None:
 
 def evaluate(
     *,
-    run: Annotated[
-        Path | None, typer.Option(help="folder of the run, e.g. runs/demo (default: the one shipped)")
-    ] = None,
-    twin: Annotated[bool, typer.Option("--twin", help="the shipped run's twin")] = False,
-    split: Annotated[Split | None, typer.Option(help="of the run's data (default: test)")] = None,
-    text: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="measure this file instead, as one document")
-    ] = None,
+    run: RunOrShipped = None,
+    twin: Annotated[bool, Option("--twin", help="the shipped run's twin")] = False,
+    split: Annotated[Split | None, Option(help="of the run's data (default: test)")] = None,
+    text: Annotated[Path | None, Option(help="measure this file instead, as one document")] = None,
     json: Report = None,
-    prompts: Annotated[int, typer.Option(metavar="N", help="to continue; 0: none")] = 24,
+    prompts: Annotated[int, Option(help="to continue; 0: none")] = 24,
     max_characters: MaxCharacters = 200,
     draws: Draws = 16,
-    samples: Annotated[
-        int, typer.Option(metavar="K", help="also the bound that K importance-weighted draws give; 0: not")
-    ] = 0,
-    context: Annotated[
-        list[int] | None,
-        typer.Option(
-            metavar="N",
-            help="also with documents cut every N bytes, to see what context from farther away saves: each "
-            "takes as long as the bound itself; may repeat",
-        ),
-    ] = None,
+    samples: Annotated[int, Option(help="also the bound by so many importance-weighted draws")] = 0,
+    context: Annotated[list[int] | None, Context] = None,
     seed: Seed = 0,
 ) -> None:
     """Bits per character, reconstruction and ROUGE of a run.
@@ -81,11 +84,11 @@ def evaluate(
 def diagnose(
     *,
     run: Run,
-    split: Annotated[Split, typer.Option(help="of the run's data")] = "validation",
+    split: Annotated[Split, Option(help="of the run's data")] = "validation",
     draws: Draws = 8,
     seed: Seed = 0,
     json: Report = None,
-    png: Annotated[Path | None, typer.Option(metavar="FILE", help="draw them there")] = None,
+    png: Annotated[Path | None, Option(help="draw them there")] = None,
 ) -> None:
     """What latents hold, cost, and give to the decoder."""
     if json is not None:
@@ -105,7 +108,7 @@ def rate_curve(
     *,
     config: Paired,
     minutes: Minutes,
-    only: Annotated[list[str] | None, typer.Option(metavar="DIAL", help="may repeat; default: all")] = None,
+    only: Annotated[list[str] | None, Option(metavar="DIAL", help="may repeat; default: all")] = None,
     clock: Clock = "wall",
 ) -> None:
     """What latents carry against what they cost.
@@ -125,12 +128,8 @@ def chunkers(
     *,
     config: Paired,
     minutes: Minutes,
-    only: Annotated[
-        list[str] | None, typer.Option(metavar="STRATEGY", help="may repeat; default: all")
-    ] = None,
-    targets: Annotated[
-        list[int] | None, typer.Option(metavar="N", help="bytes a latent; may repeat; default: 6 and 12")
-    ] = None,
+    only: Annotated[list[str] | None, Option(metavar="STRATEGY", help="may repeat; default: all")] = None,
+    targets: Annotated[list[int] | None, Option(metavar="N", help="bytes a latent; may repeat")] = None,
     clock: Clock = "wall",
 ) -> None:
     """Every chunking strategy, trained and measured alike.
@@ -148,16 +147,13 @@ def chunkers(
 
 def judge(
     *,
-    run: Annotated[Path, typer.Option(help="whose writing is judged")],
-    judge: Annotated[
-        Path | None, typer.Option(metavar="RUN", help="a twin trained with another seed")
-    ] = None,
-    twin: Annotated[Path | None, typer.Option(metavar="RUN", help="its writing is judged, too")] = None,
+    run: Annotated[Path, Option(help="whose writing is judged")],
+    judge: Annotated[Path | None, Option(metavar="RUN", help="a twin trained with another seed")] = None,
+    twin: Annotated[Path | None, Option(metavar="RUN", help="its writing is judged, too")] = None,
     vary: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME", help="steps, scheduler, temperature, ...; may repeat"),
+        list[str] | None, Option(metavar="NAME", help="steps, scheduler, ...; may repeat")
     ] = None,
-    prompts: Annotated[int, typer.Option(metavar="N", help="continuations")] = 48,
+    prompts: Annotated[int, Option(help="continuations")] = 48,
     max_characters: MaxCharacters = 400,
     seed: Seed = 0,
     json: Report = None,
@@ -185,31 +181,13 @@ def judge(
 
 def bench(
     *,
-    config: Annotated[Path | None, typer.Option(metavar="FILE", help="e.g. configs/tiny.yaml")] = None,
-    layers: Annotated[
-        bool, typer.Option("--layers", help="scan, layers and a byte's step instead of training")
-    ] = False,
-    twin: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="default: CONFIG-twin.yaml beside it")
-    ] = None,
-    only: Annotated[
-        Literal["training", "writing", "processes"] | None,
-        typer.Option(
-            help="one half of it; or stage one on one process and on several, which nothing else measures"
-        ),
-    ] = None,
-    launch: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="for --only processes: of configs/accelerate (default two_processes.yaml)",
-        ),
-    ] = None,
-    long: Annotated[
-        bool,
-        typer.Option("--long", help="also write after 100,000 and 1,000,000 bytes: minutes of reading"),
-    ] = False,
-    steps: Annotated[int, typer.Option(metavar="N", min=1, help="timed, of each")] = 10,
+    config: Annotated[Path | None, Option(metavar="FILE", help="e.g. configs/tiny.yaml")] = None,
+    layers: Annotated[bool, Option("--layers", help="scan, layers and a byte's step instead")] = False,
+    twin: Annotated[Path | None, Option(metavar="FILE", help="default: CONFIG-twin.yaml beside it")] = None,
+    only: Annotated[Halves | None, Option(help="one half; or stage one on several processes")] = None,
+    launch: Annotated[Path | None, Option(help="of configs/accelerate, for --only processes")] = None,
+    long: Annotated[bool, Option("--long", help="write after 10^5 and 10^6 bytes, too: minutes")] = False,
+    steps: Annotated[int, Option(min=1, help="timed, of each")] = 10,
     json: Report = None,
 ) -> None:
     """Speed of training and generation, beside the twin's."""
@@ -226,10 +204,7 @@ def bench(
     elif only == "processes":
         found = bench.measure_processes(load_config(config), steps=steps, launch=launch)
     else:
-        pair = (
-            load_config(config),
-            load_config(twin or config.with_name(f"{config.stem}-twin{config.suffix}")),
-        )
-        found = bench.measure(*pair, steps=steps, only=only, long=long)
+        other = twin or config.with_name(f"{config.stem}-twin{config.suffix}")
+        found = bench.measure(load_config(config), load_config(other), steps=steps, only=only, long=long)
     show(*(bench_layers if layers else bench).report(found))
     _save(json, lambda path: save_report(path, found))

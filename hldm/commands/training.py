@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from hldm.commands.options import Configs, Overrides, Paired, Run, check_minutes
 from hldm.config import Config, load_config, stage_training, to_yaml
@@ -18,14 +18,11 @@ from hldm.training.sizes import report, require_room, survey
 
 DEMO_PROMPTS = 3  # continued by `hldm demo`
 
-Name = Annotated[str | None, typer.Option(help="run folder below runs/ (default: the config file's name)")]
-Steps = Annotated[int | None, typer.Option(metavar="N", help="optimizer steps")]
-Limit = Annotated[
-    float | None,
-    typer.Option(metavar="M", callback=check_minutes, help="wall clock limit, schedule included"),
-]
-Resume = Annotated[bool, typer.Option("--resume", help="go on from the newest good checkpoint")]
-PrintConfig = Annotated[bool, typer.Option("--print-config", help="print the resolved config and stop")]
+Name = Annotated[str | None, Option(help="run folder below runs/ (default: the config file's name)")]
+Steps = Annotated[int | None, Option(help="optimizer steps")]
+Limit = Annotated[float | None, Option(callback=check_minutes, help="wall clock limit, schedule included")]
+Resume = Annotated[bool, Option("--resume", help="go on from the newest good checkpoint")]
+PrintConfig = Annotated[bool, Option("--print-config", help="print the resolved config and stop")]
 
 
 def train_autoencoder(
@@ -42,8 +39,7 @@ def train_autoencoder(
 
     Several processes: accelerate launch --multi_gpu --num_processes 2 train_autoencoder.py ... (on CPU, too)
     """
-    resolved = resolve_config("autoencoder", config, overrides, name, steps, minutes)
-    _train("autoencoder", resolved, resume, print_config)
+    _train("autoencoder", config, overrides, name, steps, minutes, resume, print_config)
 
 
 def train_diffusion(
@@ -56,22 +52,23 @@ def train_diffusion(
     resume: Resume = False,
     print_config: PrintConfig = False,
 ) -> None:
-    """Stage two: train the diffusion prior, on latents of the run's autoencoder.
+    """Stage two: train the diffusion prior on its latents.
 
     Several processes: accelerate launch --multi_gpu --num_processes 2 train_diffusion.py ... (on CPU, too)
     """
-    resolved = resolve_config("prior", config, overrides, name, steps, minutes)
-    _train("prior", resolved, resume, print_config)
+    _train("prior", config, overrides, name, steps, minutes, resume, print_config)
 
 
-def resolve_config(
+def _train(
     stage: str,
     files: list[Path],
     overrides: list[str] | None,
     name: str | None,
     steps: int | None,
     minutes: float | None,
-) -> Config:
+    resume: bool,
+    print_config: bool,
+) -> None:
     """Files, then overrides, then the flags of the stage."""
     config = load_config(files, overrides or [])
     changes: dict[str, float] = {}
@@ -80,10 +77,7 @@ def resolve_config(
         changes |= {"steps": steps, "minutes": 0.0}
     if minutes is not None:
         changes |= {"minutes": minutes, "steps": changes.get("steps", 10**9)}
-    return stage_training(replace(config, name=name or config.name or files[-1].stem), stage, **changes)
-
-
-def _train(stage: str, config: Config, resume: bool, print_config: bool) -> None:
+    config = stage_training(replace(config, name=name or config.name or files[-1].stem), stage, **changes)
     if print_config:
         print(to_yaml(config), end="")
         return
@@ -98,7 +92,7 @@ def sizes(
     *,
     config: Configs,
     overrides: Overrides = None,
-    as_json: Annotated[bool, typer.Option("--json", help="the same as one JSON object, in bytes")] = False,
+    as_json: Annotated[bool, Option("--json", help="the same as one JSON object, in bytes")] = False,
 ) -> int:
     """What a config needs in memory and on disk.
 
@@ -109,9 +103,7 @@ def sizes(
     return 0 if found["fits"] else 2
 
 
-def export(
-    *, run: Run, to: Annotated[Path, typer.Option(metavar="FOLDER", help="that is not there yet")]
-) -> None:
+def export(*, run: Run, to: Annotated[Path, Option(help="a folder that is not there yet")]) -> None:
     """Copy a trained run, without what only training needs."""
     export_run(run, to)
     print(f"wrote {to}")
@@ -120,9 +112,7 @@ def export(
 def demo(
     *,
     config: Paired = Path("configs/tiny.yaml"),
-    name: Annotated[
-        str | None, typer.Option(help="run folder (default: demo, or demo-CONFIG for other sizes)")
-    ] = None,
+    name: Annotated[str | None, Option(help="run folder (default: demo, or demo-CONFIG)")] = None,
 ) -> None:
     """Train a model and its twin, evaluate both, write text."""
     run_demo(config, name)

@@ -12,9 +12,9 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-import typer
+from typer import Option
 
-from hldm.commands.options import MaxCharacters, Seed, check_minutes
+from hldm.commands.options import MaxCharacters, RunOrShipped, Seed, check_minutes
 from hldm.config import ChunkingConfig, GenerationConfig, Strategy
 from hldm.generation.footprint import read_model_settings, require_room_to_write
 from hldm.runs.folder import shipped_run
@@ -25,53 +25,40 @@ from hldm.text.encodings import read_text
 if TYPE_CHECKING:
     from hldm.generation.pipeline import HLDMPipeline
 
+Scheduler = Literal["ancestral", "ddim", "dpm", "flow"]
+OWN_SEGMENTERS = "train a segmenter for each strategy that takes one (default: ask those that come with hldm)"
+
 
 def generate(
     *,
-    run: Annotated[
-        Path | None, typer.Option(help="trained run, e.g. runs/demo (default: the one that comes with hldm)")
-    ] = None,
+    run: RunOrShipped = None,
     prompt: Annotated[
-        list[str] | None, typer.Option(metavar="TEXT", help="may repeat; '' starts a document")
+        list[str] | None, Option(metavar="TEXT", help="may repeat; '' starts a document")
     ] = None,
     prompt_file: Annotated[
-        list[str] | None, typer.Option(metavar="FILE", help="may repeat; - is standard input")
+        list[str] | None, Option(metavar="FILE", help="may repeat; - is standard input")
     ] = None,
     max_characters: MaxCharacters = 400,
-    num_samples: Annotated[int, typer.Option(metavar="N", min=1, help="continuations of each prompt")] = 1,
-    steps: Annotated[int | None, typer.Option(metavar="N", help="denoising steps of each latent")] = None,
-    scheduler: Annotated[
-        Literal["ancestral", "ddim", "dpm", "flow"] | None, typer.Option(help="sampler")
-    ] = None,
-    guidance: Annotated[float | None, typer.Option(help="weight of the context; 1 is none")] = None,
-    temperature: Annotated[float | None, typer.Option(help="scale of the latents' noise")] = None,
-    decoder_temperature: Annotated[
-        float | None, typer.Option(help="of the bytes; 0 takes the likeliest")
-    ] = None,
-    top_p: Annotated[float | None, typer.Option(help="nucleus of the bytes")] = None,
+    num_samples: Annotated[int, Option(min=1, help="continuations of each prompt")] = 1,
+    steps: Annotated[int | None, Option(help="denoising steps of each latent")] = None,
+    scheduler: Annotated[Scheduler | None, Option(help="sampler")] = None,
+    guidance: Annotated[float | None, Option(help="weight of the context; 1 is none")] = None,
+    temperature: Annotated[float | None, Option(help="scale of the latents' noise")] = None,
+    decoder_temperature: Annotated[float | None, Option(help="of the bytes; 0 takes the likeliest")] = None,
+    top_p: Annotated[float | None, Option(help="nucleus of the bytes")] = None,
     seed: Seed = 0,
-    show_chunks: Annotated[
-        bool, typer.Option("--show-chunks", help="tint chunks on a terminal, else mark them with |")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object a continuation")] = False,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="send control characters to the terminal as they are")
-    ] = False,
+    show_chunks: Annotated[bool, Option("--show-chunks", help="tint chunks, or mark them with |")] = False,
+    as_json: Annotated[bool, Option("--json", help="one JSON object a continuation")] = False,
+    raw: Annotated[bool, Option("--raw", help="send a terminal control characters as they are")] = False,
 ) -> None:
     """Write on from prompts."""
     if sys.stdout is None:
         raise ValueError("standard output is closed: there is nowhere to write to")
     folder = shipped_run() if run is None else run
     folder = folder if (folder / "model_index.json").exists() else folder / "pipeline"
-    asked = {
-        "steps": steps,
-        "scheduler": scheduler,
-        "guidance": guidance,
-        "temperature": temperature,
-        "decoder_temperature": decoder_temperature,
-        "top_p": top_p,
-    }
-    given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    asked: dict[str, Any] = {"steps": steps, "scheduler": scheduler, "guidance": guidance}
+    asked |= {"temperature": temperature, "decoder_temperature": decoder_temperature, "top_p": top_p}
+    given = {name: value for name, value in asked.items() if value is not None}
     replace(GenerationConfig(), **given)  # refuses what is out of range
     # argv that is not UTF-8 arrives with surrogate escapes; fsencode gives the bytes back
     prompts = [os.fsencode(text) for text in prompt or []]
@@ -82,16 +69,9 @@ def generate(
     from hldm.generation.pipeline import read_pipeline
 
     pipeline = read_pipeline(folder)
-    _write(
-        pipeline,
-        [text for text in prompts for _ in range(num_samples)],
-        replace(pipeline.settings, **given),
-        max_characters=max_characters,
-        seed=seed,
-        show_chunks=show_chunks,
-        as_json=as_json,
-        raw=raw,
-    )
+    wanted = [text for text in prompts for _ in range(num_samples)]
+    settings = replace(pipeline.settings, **given)
+    _write(pipeline, wanted, settings, max_characters, seed, show_chunks, as_json, raw)
 
 
 def _require_room_to_write(
@@ -111,7 +91,6 @@ def _write(
     pipeline: HLDMPipeline,
     prompts: list[bytes],
     settings: GenerationConfig,
-    *,
     max_characters: int,
     seed: int,
     show_chunks: bool,
@@ -183,28 +162,15 @@ def _write(
 
 def chunk(
     *,
-    text: Annotated[str, typer.Option(metavar="FILE", help="- is standard input")],
-    strategy: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="may repeat (default: every one)")
-    ] = None,
-    run: Annotated[list[Path] | None, typer.Option(help="cut as this run does; may repeat")] = None,
-    min_bytes: Annotated[int, typer.Option(metavar="N", help="of a chunk")] = 4,
-    max_bytes: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="of a chunk (default 12, of a sentence or paragraph 1024)"),
-    ] = None,
-    target_bytes: Annotated[float, typer.Option(metavar="N", help="mean, of strategies with a model")] = 6.0,
-    minutes: Annotated[
-        float | None,
-        typer.Option(
-            metavar="M",
-            callback=check_minutes,
-            help="train a segmenter for each strategy that takes one "
-            "(default: ask the models that come with hldm)",
-        ),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="bytes of each chunk, as JSON")] = False,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="write a page there instead")] = None,
+    text: Annotated[str, Option(metavar="FILE", help="- is standard input")],
+    strategy: Annotated[list[str] | None, Option(metavar="NAME", help="may repeat (default: all)")] = None,
+    run: Annotated[list[Path] | None, Option(metavar="RUN", help="cut as this run does; may repeat")] = None,
+    min_bytes: Annotated[int, Option(help="of a chunk")] = 4,
+    max_bytes: Annotated[int | None, Option(help="default: 12, of a sentence or paragraph 1024")] = None,
+    target_bytes: Annotated[float, Option(help="mean, of strategies with a model")] = 6.0,
+    minutes: Annotated[float | None, Option(callback=check_minutes, help=OWN_SEGMENTERS)] = None,
+    as_json: Annotated[bool, Option("--json", help="bytes of each chunk, as JSON")] = False,
+    html: Annotated[Path | None, Option(metavar="FILE", help="write a page there instead")] = None,
 ) -> None:
     """Where a text is cut, by one strategy or all."""
     chunking = ChunkingConfig(
