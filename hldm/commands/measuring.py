@@ -8,17 +8,7 @@ from typing import Annotated, Any, Literal
 
 from typer import Option
 
-from hldm.commands.options import (
-    Clock,
-    MaxCharacters,
-    Minutes,
-    Paired,
-    Report,
-    Run,
-    RunOrShipped,
-    Seed,
-    Split,
-)
+from hldm.commands import options
 from hldm.config import ConfigError, load_config
 from hldm.evaluation.tables import compare, show
 from hldm.runs.folder import shipped_run
@@ -42,17 +32,17 @@ def _save(path: Path | None, write: Callable[[Path], Any]) -> None:
 
 def evaluate(
     *,
-    run: RunOrShipped = None,
+    run: options.RunOrShipped = None,
     twin: Annotated[bool, Option("--twin", help="the shipped run's twin")] = False,
-    split: Annotated[Split | None, Option(help="of the run's data (default: test)")] = None,
+    split: Annotated[options.Split | None, Option(help="of the run's data (default: test)")] = None,
     text: Annotated[Path | None, Option(help="measure this file instead, as one document")] = None,
-    json: Report = None,
+    json: options.Report = None,
     prompts: Annotated[int, Option(help="to continue; 0: none")] = 24,
-    max_characters: MaxCharacters = 200,
+    max_characters: options.MaxCharacters = 200,
     draws: Draws = 16,
     samples: Annotated[int, Option(help="also the bound by so many importance-weighted draws")] = 0,
     context: Annotated[list[int] | None, Context] = None,
-    seed: Seed = 0,
+    seed: options.Seed = 0,
 ) -> None:
     """Bits per character, reconstruction and ROUGE of a run.
 
@@ -83,11 +73,11 @@ def evaluate(
 
 def diagnose(
     *,
-    run: Run,
-    split: Annotated[Split, Option(help="of the run's data")] = "validation",
+    run: options.Run,
+    split: Annotated[options.Split, Option(help="of the run's data")] = "validation",
     draws: Draws = 8,
-    seed: Seed = 0,
-    json: Report = None,
+    seed: options.Seed = 0,
+    json: options.Report = None,
     png: Annotated[Path | None, Option(help="draw them there")] = None,
 ) -> None:
     """What latents hold, cost, and give to the decoder."""
@@ -106,10 +96,10 @@ def diagnose(
 
 def rate_curve(
     *,
-    config: Paired,
-    minutes: Minutes,
+    config: options.Paired,
+    minutes: options.Minutes,
     only: Annotated[list[str] | None, Option(metavar="DIAL", help="may repeat; default: all")] = None,
-    clock: Clock = "wall",
+    clock: options.Clock = "wall",
 ) -> None:
     """What latents carry against what they cost.
 
@@ -126,11 +116,11 @@ def rate_curve(
 
 def chunkers(
     *,
-    config: Paired,
-    minutes: Minutes,
+    config: options.Paired,
+    minutes: options.Minutes,
     only: Annotated[list[str] | None, Option(metavar="STRATEGY", help="may repeat; default: all")] = None,
-    targets: Annotated[list[int] | None, Option(metavar="N", help="bytes a latent; may repeat")] = None,
-    clock: Clock = "wall",
+    targets: Annotated[list[int] | None, Option(help="bytes a latent; default: 6, 12")] = None,
+    clock: options.Clock = "wall",
 ) -> None:
     """Every chunking strategy, trained and measured alike.
 
@@ -150,13 +140,11 @@ def judge(
     run: Annotated[Path, Option(help="whose writing is judged")],
     judge: Annotated[Path | None, Option(metavar="RUN", help="a twin trained with another seed")] = None,
     twin: Annotated[Path | None, Option(metavar="RUN", help="its writing is judged, too")] = None,
-    vary: Annotated[
-        list[str] | None, Option(metavar="NAME", help="steps, scheduler, ...; may repeat")
-    ] = None,
+    vary: Annotated[list[str] | None, Option(help="steps, scheduler, ...; may repeat")] = None,
     prompts: Annotated[int, Option(help="continuations")] = 48,
-    max_characters: MaxCharacters = 400,
-    seed: Seed = 0,
-    json: Report = None,
+    max_characters: options.MaxCharacters = 400,
+    seed: options.Seed = 0,
+    json: options.Report = None,
 ) -> None:
     """How good written text is, beside the true text.
 
@@ -188,7 +176,7 @@ def bench(
     launch: Annotated[Path | None, Option(help="of configs/accelerate, for --only processes")] = None,
     long: Annotated[bool, Option("--long", help="write after 10^5 and 10^6 bytes, too: minutes")] = False,
     steps: Annotated[int, Option(min=1, help="timed, of each")] = 10,
-    json: Report = None,
+    json: options.Report = None,
 ) -> None:
     """Speed of training and generation, beside the twin's."""
     if layers == (config is not None):

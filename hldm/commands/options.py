@@ -23,9 +23,7 @@ def _check_seed(value: int) -> int:
 
 
 Run = Annotated[Path, Option(help="folder of the run, e.g. runs/demo")]
-RunOrShipped = Annotated[
-    Path | None, Option(help="folder of the run (default: the one that comes with hldm)")
-]
+RunOrShipped = Annotated[Path | None, Option(help="folder of the run (default: the shipped one)")]
 Split = Literal["validation", "test"]
 Configs = Annotated[list[Path], Option("--config", metavar="FILE", help="YAML; may repeat")]
 Paired = Annotated[Path, Option(metavar="FILE", help="its twin is NAME-twin.yaml beside it")]

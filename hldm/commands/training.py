@@ -14,7 +14,6 @@ from hldm.commands.options import Configs, Overrides, Paired, Run, check_minutes
 from hldm.config import Config, load_config, stage_training, to_yaml
 from hldm.evaluation.tables import compare, show
 from hldm.runs.folder import export_run
-from hldm.training.sizes import report, require_room, survey
 
 DEMO_PROMPTS = 3  # continued by `hldm demo`
 
@@ -81,7 +80,6 @@ def _train(
     if print_config:
         print(to_yaml(config), end="")
         return
-    require_room(config, stage)  # here, too: before torch is imported
     from hldm.training import stages
 
     train = stages.train_autoencoder if stage == "autoencoder" else stages.train_diffusion
@@ -98,6 +96,8 @@ def sizes(
 
     Stage by stage; exit code 2 when it does not fit.
     """
+    from hldm.training.sizes import report, survey
+
     found = survey(load_config(config, overrides or []))
     print(json.dumps(found, indent=1) if as_json else report(found))
     return 0 if found["fits"] else 2
@@ -114,38 +114,37 @@ def demo(
     config: Paired = Path("configs/tiny.yaml"),
     name: Annotated[str | None, Option(help="run folder (default: demo, or demo-CONFIG)")] = None,
 ) -> None:
-    """Train a model and its twin, evaluate both, write text."""
-    run_demo(config, name)
+    """Train a model and its twin, evaluate both, write text.
 
-
-def run_demo(path: Path, name: str | None = None, root: Path = Path("runs")) -> None:
-    """Train what is not trained yet, evaluate, write. Leaves runs/<name>, runs/<name>-twin."""
+    What is trained is not trained again. Everything is left in runs/NAME and runs/NAME-twin.
+    """
     began = time.monotonic()
-    name = name or ("demo" if path.stem == "tiny" else f"demo-{path.stem}")
-    config = replace(load_config([path]), name=name)
-    twin = replace(load_config([path.with_name(f"{path.stem}-twin.yaml")]), name=f"{name}-twin")
+    name = name or ("demo" if config.stem == "tiny" else f"demo-{config.stem}")
+    model = replace(load_config([config]), name=name)
+    twin = replace(load_config([config.with_name(f"{config.stem}-twin.yaml")]), name=f"{name}-twin")
+    folders = {"model": Path("runs") / name, "twin": Path("runs") / twin.name}
 
-    for planned, stage in ((config, "autoencoder"), (config, "prior"), (twin, "autoencoder")):
-        require_room(planned, stage, root)  # before the first of them takes an hour
-
+    from hldm.training.sizes import require_room
     from hldm.training.stages import train_run
 
-    train_run(config, root=root)
-    train_run(twin, root=root)
+    for planned, stage in ((model, "autoencoder"), (model, "prior"), (twin, "autoencoder")):
+        require_room(planned, stage)  # before the first of them takes an hour
+    train_run(model)
+    train_run(twin)
 
     from hldm.evaluation.evaluate import evaluate_run
     from hldm.runs.reports import save_report
 
     columns = {}
-    for label, run in (("model", name), ("twin", twin.name)):
-        print(f"evaluating {root / run} on the test text", flush=True)
-        columns[label] = evaluate_run(root / run)
-        save_report(root / run / "evaluation.json", columns[label])
-    _write_samples(config, root / name)
+    for label, folder in folders.items():
+        print(f"evaluating {folder} on the test text", flush=True)
+        columns[label] = evaluate_run(folder)
+        save_report(folder / "evaluation.json", columns[label])
+    _write_samples(model, folders["model"])
     show(compare(columns))
     minutes = (time.monotonic() - began) / 60
-    print(f"\n{minutes:.1f} minutes. Everything is in {root / name} and {root / twin.name}.")
-    print(f'Next: python generate.py --run {root / name} --prompt "And the king said"')
+    print(f"\n{minutes:.1f} minutes. Everything is in {folders['model']} and {folders['twin']}.")
+    print(f'Next: python generate.py --run {folders["model"]} --prompt "And the king said"')
 
 
 def _write_samples(config: Config, folder: Path) -> None:

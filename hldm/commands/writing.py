@@ -16,7 +16,6 @@ from typer import Option
 
 from hldm.commands.options import MaxCharacters, RunOrShipped, Seed, check_minutes
 from hldm.config import ChunkingConfig, GenerationConfig, Strategy
-from hldm.generation.footprint import read_model_settings, require_room_to_write
 from hldm.runs.folder import shipped_run
 from hldm.runs.signals import Stopped
 from hldm.text.bytes import MAX_PROMPT_BYTES, shows_colour
@@ -32,12 +31,8 @@ OWN_SEGMENTERS = "train a segmenter for each strategy that takes one (default: a
 def generate(
     *,
     run: RunOrShipped = None,
-    prompt: Annotated[
-        list[str] | None, Option(metavar="TEXT", help="may repeat; '' starts a document")
-    ] = None,
-    prompt_file: Annotated[
-        list[str] | None, Option(metavar="FILE", help="may repeat; - is standard input")
-    ] = None,
+    prompt: Annotated[list[str] | None, Option(help="may repeat; '' starts a document")] = None,
+    prompt_file: Annotated[list[str] | None, Option(help="may repeat; - is standard input")] = None,
     max_characters: MaxCharacters = 400,
     num_samples: Annotated[int, Option(min=1, help="continuations of each prompt")] = 1,
     steps: Annotated[int | None, Option(help="denoising steps of each latent")] = None,
@@ -62,29 +57,17 @@ def generate(
     replace(GenerationConfig(), **given)  # refuses what is out of range
     # argv that is not UTF-8 arrives with surrogate escapes; fsencode gives the bytes back
     prompts = [os.fsencode(text) for text in prompt or []]
-    _require_room_to_write(folder, prompts, prompt_file or [], num_samples, max_characters)
     prompts += [read_text(name, MAX_PROMPT_BYTES).removesuffix(b"\n") for name in prompt_file or []]
     if not prompts:
         raise ValueError("no prompt given: pass --prompt TEXT, --prompt-file FILE or --prompt-file -")
+    from hldm.generation.footprint import require_room_to_write
     from hldm.generation.pipeline import read_pipeline
 
     pipeline = read_pipeline(folder)
+    require_room_to_write(pipeline.autoencoder, pipeline.prior, prompts, num_samples, max_characters)
     wanted = [text for text in prompts for _ in range(num_samples)]
     settings = replace(pipeline.settings, **given)
     _write(pipeline, wanted, settings, max_characters, seed, show_chunks, as_json, raw)
-
-
-def _require_room_to_write(
-    pipeline: Path, prompts: list[bytes], names: list[str], samples: int, max_characters: int
-) -> None:
-    """Refuse what cannot fit into memory, before a prompt is read or torch imported."""
-    config = read_model_settings(pipeline)
-    if config is not None:
-        files = [Path(name) for name in names if name != "-"]
-        lengths = [len(prompt) for prompt in prompts]
-        lengths += [file.stat().st_size if file.is_file() else 0 for file in files]
-        rows = (len(prompts) + len(names)) * samples
-        require_room_to_write(config, rows, max_characters, max(lengths, default=0))
 
 
 def _write(
@@ -116,7 +99,6 @@ def _write(
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
 
-    pipeline.require_room_to_write(prompts, max_characters)
     streams = len(prompts) == 1 and not as_json
     if streams:
         send(prompts[0])
@@ -124,10 +106,9 @@ def _write(
     rows: list[Continuation] = []
     calls = written = 0
     stopped: Stopped | None = None
-    parts = (pipeline.autoencoder, pipeline.prior)
     try:
         for rows, news, calls in write_on(  # noqa: B007 - the last yield is the finished text
-            *parts, prompts, settings, max_characters=max_characters, seed=seed
+            pipeline.autoencoder, pipeline.prior, prompts, settings, max_characters=max_characters, seed=seed
         ):
             if streams and news[0]:
                 send(news[0], is_last=False, chunk=written if show_chunks else None)

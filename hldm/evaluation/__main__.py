@@ -4,5 +4,4 @@ import sys
 
 from hldm.cli import evaluate
 
-if __name__ == "__main__":
-    sys.exit(evaluate())
+sys.exit(evaluate())
