@@ -7,6 +7,8 @@ torch, norm and gates save 2 % of a training step. tests/kernels/test_forms.py h
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
 
 import torch
@@ -14,7 +16,43 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hldm.kernels import operators
-from hldm.model.ops import MAX_SQRT_GRADIENT
+from hldm.model import ops
+
+
+def _form(
+    plain: Callable[..., Any],
+    operator: Callable[..., Any],
+    *,
+    keep: Callable[..., Sequence[Tensor]],
+    derivative: Callable[..., Any],
+) -> Callable[..., Any]:
+    """The form of a plain function that is one operator each way; it declines what the operator cannot take.
+
+    keep: what the backward pass needs, of the inputs and what the operator returns besides the output
+    derivative: the gradients of all inputs, of a context with what was kept and the first input's shape, and of that
+    of the output
+    """
+
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        found = operator(*inputs)
+        y, *more = found if isinstance(found, tuple) else (found,)
+        ctx.save_for_backward(*keep(*inputs, *more))
+        ctx.shape = inputs[0].shape
+        return y
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(once_differentiable(derivative))}
+    name = "".join(part.capitalize() for part in plain.__name__.split("_")) + "Function"
+    function: Any = type(name, (torch.autograd.Function,), methods)
+
+    @wraps(plain)
+    def form(*inputs: Any) -> Any:
+        dtypes = {x.dtype for x in inputs if isinstance(x, Tensor)} - {torch.int64}
+        return (
+            function.apply(*inputs) if len(dtypes) == 1 and operators.available(inputs[0]) else NotImplemented
+        )
+
+    return form
+
 
 # ---------------------------------------------------------------- norm
 
@@ -65,7 +103,7 @@ def causal_conv(x: Tensor, taps: Tensor, weight: Tensor, bias: Tensor, inside: T
     if t == 1:
         return NotImplemented  # the plain formula takes fewer steps
     if operators.available(x):
-        return CausalConvFunction.apply(x, taps, weight, bias, inside)
+        return _fused_conv(x, taps, weight, bias, inside)
     # tap by tap: a fifth of the plain formula's time, which holds all windows at once (measured)
     extended = torch.cat([taps, x], dim=1)
     y = torch.addcmul(bias, extended[:, -t:], weight[-1])
@@ -74,17 +112,17 @@ def causal_conv(x: Tensor, taps: Tensor, weight: Tensor, bias: Tensor, inside: T
     return y
 
 
-class CausalConvFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, taps: Tensor, weight: Tensor, bias: Tensor, inside: Tensor) -> Tensor:
-        ctx.save_for_backward(x, taps, weight, inside)
-        return operators.conv(x, taps, weight, bias, inside)
+def _conv_back(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
+    dx, dtaps, dweight, dbias = operators.conv_back(*ctx.saved_tensors, dy)
+    return dx, dtaps, dweight.sum(0), dbias.sum(0), None
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
-        dx, dtaps, dweight, dbias = operators.conv_back(*ctx.saved_tensors, dy)
-        return dx, dtaps, dweight.sum(0), dbias.sum(0), None
+
+_fused_conv = _form(
+    ops.causal_conv,
+    operators.conv,
+    keep=lambda x, taps, weight, bias, inside: (x, taps, weight, inside),
+    derivative=_conv_back,
+)
 
 
 # ---------------------------------------------------------------- RG-LRU
@@ -122,101 +160,49 @@ class GatedScanFunction(torch.autograd.Function):
         x, weight, log_radius, reset, h0, gates, states = ctx.saved_tensors
         h, w, _ = weight.shape
         dx, dgates, dbias, dlog_radius, dh0 = operators.gated_scan_back(
-            x, gates, log_radius, reset, h0, states, dstates, dlast, 0.5 / MAX_SQRT_GRADIENT
+            x, gates, log_radius, reset, h0, states, dstates, dlast, 0.5 / ops.MAX_SQRT_GRADIENT
         )
         dweight = torch.bmm(x.reshape(-1, h, w).permute(1, 2, 0), dgates)
         dx.view(-1, h, w).add_(torch.bmm(dgates, weight.mT).transpose(0, 1))
         return dx, dweight, dbias.sum(0).view(2, h, w), dlog_radius.sum(0), None, dh0
 
 
-# ---------------------------------------------------------------- gate of the MLP
+# ---------------------------------------------------------------- one operator each way
+
+gelu_gate = _form(
+    ops.gelu_gate,
+    operators.gelu_gate,
+    keep=lambda gate, x: (gate, x),
+    derivative=lambda ctx, dy: operators.gelu_gate_back(*ctx.saved_tensors, dy),
+)
+take_rows = _form(
+    ops.take_rows,
+    operators.take_rows,
+    keep=lambda x, index: (index,),
+    derivative=lambda ctx, dy: (operators.add_rows(dy, *ctx.saved_tensors, ctx.shape[1]), None),
+)
+add_rows = _form(
+    ops.add_rows,
+    operators.add_rows,
+    keep=lambda y, index, n: (index,),
+    derivative=lambda ctx, dx: (operators.take_rows(dx, *ctx.saved_tensors), None, None),
+)
+softmax_nats = _form(
+    ops.softmax_nats,
+    operators.softmax_nats,
+    keep=lambda logits, target, log_sum: (logits, target, log_sum),
+    derivative=lambda ctx, dnats: (operators.softmax_nats_back(*ctx.saved_tensors, dnats), None),
+)
 
 
-def gelu_gate(gate: Tensor, x: Tensor) -> Tensor:
-    if gate.dtype == x.dtype and operators.available(x):
-        return _GeluGateFunction.apply(gate, x)
-    return NotImplemented
+def _placed_gelu_back(ctx: Any, dy: Tensor) -> tuple[Tensor, None, Tensor, None]:
+    dx, dtable = operators.placed_gelu_back(*ctx.saved_tensors, dy)
+    return dx, None, dtable.sum(0), None
 
 
-class _GeluGateFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, x: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, x)
-        return operators.gelu_gate(gate, x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
-        return operators.gelu_gate_back(*ctx.saved_tensors, dy)
-
-
-# ---------------------------------------------------------------- rows by index
-
-
-def take_rows(x: Tensor, index: Tensor) -> Tensor:
-    return _TakeRowsFunction.apply(x, index) if operators.available(x) else NotImplemented
-
-
-class _TakeRowsFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(index)
-        ctx.n = x.shape[1]
-        return operators.take_rows(x, index)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        return operators.add_rows(dy, *ctx.saved_tensors, ctx.n), None
-
-
-def add_rows(y: Tensor, index: Tensor, n: int) -> Tensor:
-    return _AddRowsFunction.apply(y, index, n) if operators.available(y) else NotImplemented
-
-
-class _AddRowsFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, index: Tensor, n: int) -> Tensor:
-        ctx.save_for_backward(index)
-        return operators.add_rows(y, index, n)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None, None]:
-        return operators.take_rows(dx, *ctx.saved_tensors), None, None
-
-
-def placed_gelu(x: Tensor, index: Tensor, table: Tensor, place: Tensor) -> Tensor:
-    if x.dtype == table.dtype and operators.available(x):
-        return _PlacedGeluFunction.apply(x, index, table, place)
-    return NotImplemented
-
-
-class _PlacedGeluFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, table: Tensor, place: Tensor) -> Tensor:
-        ctx.save_for_backward(x, index, table, place)
-        return operators.placed_gelu(x, index, table, place)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, Tensor, None]:
-        dx, dtable = operators.placed_gelu_back(*ctx.saved_tensors, dy)
-        return dx, None, dtable.sum(0), None
-
-
-def softmax_nats(logits: Tensor, target: Tensor) -> Tensor:
-    return _SoftmaxNatsFunction.apply(logits, target) if operators.available(logits) else NotImplemented
-
-
-class _SoftmaxNatsFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
-        nats, log_sum = operators.softmax_nats(logits, target)
-        ctx.save_for_backward(logits, target, log_sum)
-        return nats
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dnats: Tensor) -> tuple[Tensor, None]:
-        return operators.softmax_nats_back(*ctx.saved_tensors, dnats), None
+placed_gelu = _form(
+    ops.placed_gelu,
+    operators.placed_gelu,
+    keep=lambda x, index, table, place: (x, index, table, place),
+    derivative=_placed_gelu_back,
+)

@@ -87,13 +87,13 @@ def _fits(part: RecurrentState | AttentionState, model: Griffin, batch: int) -> 
     d, heads = model.config.width, model.config.heads
     if isinstance(part, RecurrentState):
         shapes = [(batch, d), (batch, model.config.conv_width - 1, d)]
+        dtypes = [torch.float32, torch.float32]
     else:
-        shapes = [(batch, model.window, heads, d // heads)] * 2
-        if part.live.dtype != torch.bool or part.live.shape != (batch, model.window):
-            return False
+        shapes = [*[(batch, model.window, heads, d // heads)] * 2, (batch, model.window)]
+        dtypes = [torch.float32, torch.float32, torch.bool]
     return all(
-        tensor.shape == shape and tensor.dtype == torch.float32 and tensor.device.type == "cpu"
-        for tensor, shape in zip(part, shapes, strict=False)
+        x.shape == shape and x.dtype == dtype and x.device.type == "cpu"
+        for x, shape, dtype in zip(part, shapes, dtypes, strict=True)
     )
 
 

@@ -136,15 +136,8 @@ class FusedLatentWriter(LatentWriter):
         return self.planned.draw(self.told, noise[0], noise[1:])
 
     def write_chunks(self, latent: Tensor) -> Written:
-        return write_chunks(
-            self.autoencoder,
-            latent,
-            self.encoder,
-            self.decoder,
-            self.opens,
-            self.settings,
-            self.generators,
-        )
+        states = self.encoder, self.decoder
+        return write_chunks(self.autoencoder, latent, *states, self.opens, self.settings, self.generators)
 
     def close_chunks(self, written: Written, length: Tensor, opens: Tensor) -> tuple[Tensor, EncoderState]:
         if "close" in self.plain:
