@@ -12,12 +12,11 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from hldm import commands
-from hldm.config import Config, ConfigError, GenerationConfig, load_config, stage_training, to_yaml
+from hldm.config import Config, ConfigError, GenerationConfig, changed, load_config, stage_training, to_yaml
 from hldm.generation.footprint import read_model_settings, require_room_to_write
 from hldm.runs.exits import guarded
 from hldm.runs.folder import shipped_run
@@ -96,7 +95,7 @@ def resolve_config(arguments: argparse.Namespace, stage: str) -> Config:
             raise ConfigError(f"--minutes must be positive and finite, got {arguments.minutes:g}")
         changes |= {"minutes": arguments.minutes, "steps": changes.get("steps", 10**9)}
     name = arguments.name or config.name or Path(arguments.config[-1]).stem
-    return stage_training(replace(config, name=name), stage, **changes)
+    return stage_training(changed(config, name=name), stage, **changes)
 
 
 def _train(stage: str, argv: Sequence[str] | None) -> int:
@@ -182,7 +181,7 @@ def generate(argv: Sequence[str] | None = None) -> int:
             raise ValueError("standard output is closed: there is nowhere to write to")
         folder = shipped_run() if arguments.run is None else Path(arguments.run)
         folder = folder if (folder / "model_index.json").exists() else folder / "pipeline"
-        replace(GenerationConfig(), **_given(arguments))  # refuses what is out of range
+        changed(GenerationConfig(), **_given(arguments))  # refuses what is out of range
         _require_room_to_write(folder, arguments)
         prompts = _prompts(arguments)
         from hldm.generation.pipeline import read_pipeline
@@ -218,7 +217,7 @@ def _write(pipeline: object, prompts: list[bytes], arguments: argparse.Namespace
     from hldm.text.bytes import StreamDecoder, count_characters, printable, tinted
 
     assert isinstance(pipeline, HLDMPipeline)
-    settings = replace(pipeline.settings, **_given(arguments))
+    settings = changed(pipeline.settings, **_given(arguments))
     safe = sys.stdout.isatty() and not arguments.raw
     decoder = StreamDecoder()
 

@@ -8,12 +8,11 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import get_args
 
-from hldm.config import ChunkingConfig, Config, ConfigError, Strategy, load_config
+from hldm.config import ChunkingConfig, Config, ConfigError, Strategy, changed, load_config
 from hldm.evaluation.tables import compare, show
 from hldm.runs.exits import guarded
 from hldm.runs.folder import export_run
@@ -328,8 +327,8 @@ def run_demo(path: Path, name: str | None = None, root: Path = Path("runs")) -> 
     """Train what is not trained yet, evaluate, write. Leaves runs/<name>, runs/<name>-twin."""
     began = time.monotonic()
     name = name or ("demo" if path.stem == "tiny" else f"demo-{path.stem}")
-    config = replace(load_config([path]), name=name)
-    twin = replace(load_config([path.with_name(f"{path.stem}-twin.yaml")]), name=f"{name}-twin")
+    config = changed(load_config([path]), name=name)
+    twin = changed(load_config([path.with_name(f"{path.stem}-twin.yaml")]), name=f"{name}-twin")
 
     for planned, stage in ((config, "autoencoder"), (config, "prior"), (twin, "autoencoder")):
         require_room(planned, stage, root)  # before the first of them takes an hour

@@ -9,13 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from hldm.settings import (
     ConfigError,
+    S,
     Section,
     Setting,
     build_section,
@@ -24,8 +25,6 @@ from hldm.settings import (
     parse_override,
     read_settings,
 )
-
-S = TypeVar("S", bound=Section)
 
 Count = Annotated[int, Field(gt=0, lt=2**63)]
 Positive = Annotated[float, Field(gt=0, lt=2**63)]
@@ -44,16 +43,16 @@ class DataConfig(Section):
     separator: str = ""  # splits a plain text file into documents; empty: a file is one document
     stream: bool = False  # read the dataset over the network instead of downloading it first
     max_bytes: Count = 1_000_000_000  # stop reading after so much text
-    held_out: float = Field(default=0.03, gt=0, lt=0.5)  # share of documents for validation, and again for test
+    held_out: float = Field(
+        default=0.03, gt=0, lt=0.5
+    )  # share of documents for validation, and again for test
     lanes: Count = 16  # texts read side by side: the global batch
     window_bytes: Count = 256  # bytes of each lane in one optimizer step
     cache_latents: bool = False  # stage two: encode the whole corpus once, to disk
 
-    @model_validator(mode="after")
-    def _check(self) -> DataConfig:
+    def check(self) -> None:
         if self.path and self.dataset:
             raise ValueError("path and data.dataset exclude each other: set one")
-        return self
 
 
 class SegmenterConfig(Section):
@@ -64,13 +63,20 @@ class SegmenterConfig(Section):
     lanes: Count = 16  # texts read side by side in its training
     window_bytes: int = Field(default=256, ge=16, lt=2**63)  # bytes of each lane in one optimizer step
     steps: Count = 2000
-    minutes: NotNegative = 1.0  # of wall clock, and at most a fifth of stage one's, which pay for it; 0: no limit
+    minutes: NotNegative = 1.0  # wall clock; at most a fifth of stage one's, which pay for it; 0: no limit
     learning_rate: Positive = 4e-3  # peak
     sample_bytes: Count = 65_536  # training text on which the threshold is set
 
+    @property
+    def trunk(self) -> GriffinConfig:
+        """The stack over bytes."""
+        return changed(GriffinConfig(), width=self.width, blocks=("recurrent",) * self.layers)
+
 
 TextStrategy = Literal["fixed", "words", "space", "sentence", "paragraph"]  # read the text alone
-ModelStrategy = Literal["entropy", "state_change", "gate", "learned", "reinforce", "select"]  # ask a segmenter
+ModelStrategy = Literal[
+    "entropy", "state_change", "gate", "learned", "reinforce", "select"
+]  # ask a segmenter
 Strategy = Literal[TextStrategy, ModelStrategy]
 
 
@@ -83,8 +89,7 @@ class ChunkingConfig(Section):
     target_bytes: Positive = 6.0  # mean length that strategies with a segmenter are set to, on training text
     segmenter: SegmenterConfig = SegmenterConfig()  # of strategies that ask one
 
-    @model_validator(mode="after")
-    def _check(self) -> ChunkingConfig:
+    def check(self) -> None:
         limits = f"{self.min_bytes} and {self.max_bytes}"
         if self.min_bytes > self.max_bytes:
             raise ValueError(f"min_bytes must not exceed chunking.max_bytes, got {limits}")
@@ -93,7 +98,6 @@ class ChunkingConfig(Section):
                 "target_bytes must lie between min_bytes and max_bytes, "
                 f"got {self.target_bytes:g} with {limits}"
             )
-        return self
 
     @property
     def has_constant_length(self) -> bool:
@@ -124,10 +128,8 @@ class GriffinConfig(Section):
     conv_width: int = Field(default=4, gt=0, le=256)  # taps of the causal convolution
     dropout: Share = 0.0
 
-    @model_validator(mode="after")
-    def _check(self) -> GriffinConfig:
+    def check(self) -> None:
         _check_heads("width", self.width, self.heads)
-        return self
 
 
 class AutoencoderConfig(Section):
@@ -150,11 +152,9 @@ class AutoencoderConfig(Section):
     rate_weight: NotNegative = 0.5  # weight of the rate against reconstruction
     rate_anneal: Share = 0.5  # last share of the progress over which the weight goes to 1, that of the bound
 
-    @model_validator(mode="after")
-    def _check(self) -> AutoencoderConfig:
+    def check(self) -> None:
         if self.trunk_layers:
             _check_heads("trunk_width", self.trunk_width, self.encoder.heads)
-        return self
 
     @property
     def decoder_is_fresh(self) -> bool:
@@ -176,7 +176,7 @@ class HierarchyConfig(Section):
     """The pyramid of mean-pooled latents a chunk sees as its context."""
 
     levels: int = Field(default=3, ge=0, le=12)  # summaries of r, r^2, ... chunks; 0: latents only
-    ratio: int = Field(default=8, ge=2, le=64)  # r, how many entries of one level a summary of the next stands for
+    ratio: int = Field(default=8, ge=2, le=64)  # r, entries of one level that a summary stands for
     window: int = Field(default=24, gt=0, le=4096)  # entries of each level seen in full, at least
 
     @property
@@ -200,11 +200,9 @@ class DiffusionConfig(Section):
     gamma_1: float = Field(default=5.0, le=20)  # most noise (log SNR -5)
     target: Literal["x0", "v"] = "v"  # what the denoiser regresses, where there is no mixture to correct
 
-    @model_validator(mode="after")
-    def _check(self) -> DiffusionConfig:
+    def check(self) -> None:
         if self.gamma_0 >= self.gamma_1:
             raise ValueError(f"gamma_0 must be below gamma_1, got {self.gamma_0} and {self.gamma_1}")
-        return self
 
 
 class PriorConfig(Section):
@@ -221,12 +219,10 @@ class PriorConfig(Section):
     context_dropout: Share = 0.1  # share of contexts hidden in training, for guidance
     dropout: Share = 0.0
 
-    @model_validator(mode="after")
-    def _check(self) -> PriorConfig:
+    def check(self) -> None:
         for name, width in (("width", self.width), ("denoiser_width", self.denoiser_width)):
             if width % self.heads:
                 raise ValueError(f"{name} must be divisible by prior.heads, got {width} and {self.heads}")
-        return self
 
 
 class TrainingConfig(Section):
@@ -259,15 +255,11 @@ class StagesConfig(Section):
     autoencoder: TrainingConfig = TrainingConfig()
     prior: TrainingConfig = TrainingConfig(learning_rate=8e-3)
 
-    @model_validator(mode="after")
-    def _check(self) -> StagesConfig:
+    def check(self) -> None:
         if self.autoencoder.joint:
             raise ValueError("autoencoder.joint must be 0: stage two has a joint phase")
         if self.prior.gradient_checkpointing:
-            raise ValueError(
-                "prior.gradient_checkpointing must be false: only stage one recomputes activations"
-            )
-        return self
+            raise ValueError("prior.gradient_checkpointing must be false: only stage one recomputes")
 
 
 class CheckpointConfig(Section):
@@ -281,7 +273,9 @@ class LoggingConfig(Section):
     """What a run writes while it trains."""
 
     every: Count = 50  # optimizer steps between metrics
-    sample_every: int = Field(default=1000, ge=0, lt=2**63)  # optimizer steps between samples; 0: only at the end
+    sample_every: int = Field(
+        default=1000, ge=0, lt=2**63
+    )  # optimizer steps between samples; 0: only at the end
     trackers: tuple[str, ...] = Field(default=(), max_length=64)  # accelerate's trackers, e.g. [tensorboard]
 
 
@@ -318,8 +312,7 @@ class Config(Section):
     logging: LoggingConfig = LoggingConfig()
     generation: GenerationConfig = GenerationConfig()
 
-    @model_validator(mode="after")
-    def _check(self) -> Config:
+    def check(self) -> None:
         if not re.fullmatch(r"([A-Za-z0-9_-][A-Za-z0-9._-]{0,63})?", self.name):
             raise ValueError(
                 f"name must be a folder name of at most 64 letters, digits and ._- , got {self.name[:80]!r}"
@@ -331,7 +324,6 @@ class Config(Section):
                 f"chunking.min_bytes to chunking.max_bytes, got {chunking.strategy}, {chunking.min_bytes} and "
                 f"{chunking.max_bytes}"
             )
-        return self
 
     @property
     def is_twin(self) -> bool:
@@ -339,28 +331,25 @@ class Config(Section):
         return self.autoencoder.latent_dim == 0
 
 
-# Settings of earlier versions that are gone, each with the value that says what is left; None: any, since without the
-# form it belonged to it says nothing. A saved model or a file that says this much loads as before.
-RETIRED: Mapping[str, str | None] = {
-    "autoencoder.writes": "bytes",
-    "autoencoder.rate": "mixture",
-    "autoencoder.byte_dropout": "0.0",
-    "autoencoder.latent_dropout": "0.0",
-    "autoencoder.clean_latents": "0.0",
-    "chunking.entropy_form": "threshold",
-    "chunking.gate_form": "first",
-    "chunking.learned_form": "forget",
-    "chunking.select_form": "last",
-    "diffusion.schedule": "learned",
-    "prior.contextualiser": "transformer",
-    "prior.one_step": "none",
-    "prior.energy": None,
+# Settings of earlier versions that are gone, each with the values that say what is left; none: any does, since without
+# the form it belonged to it says nothing. A saved model or a file that says this much loads as before.
+RETIRED: Mapping[str, tuple[str, ...]] = {
+    "autoencoder.writes": ("bytes",),
+    "autoencoder.rate": ("mixture",),
+    "autoencoder.byte_dropout": ("0", "0.0"),
+    "autoencoder.latent_dropout": ("0", "0.0"),
+    "autoencoder.clean_latents": ("0", "0.0"),
+    "chunking.entropy_form": ("threshold",),
+    "chunking.gate_form": ("first",),
+    "chunking.learned_form": ("forget",),
+    "chunking.select_form": ("last",),
+    "diffusion.schedule": ("learned",),
+    "prior.contextualiser": ("transformer",),
+    "prior.one_step": ("none",),
+    "prior.energy": (),
 }
 # Values that are gone, of settings that are not.
-RETIRED_VALUES: Mapping[str, tuple[str, ...]] = {
-    "diffusion.target": ("eps",),
-    "generation.scheduler": ("energy",),
-}
+RETIRED_VALUES = {"diffusion.target": "eps", "generation.scheduler": "energy"}
 
 
 def is_retired(key: str, value: object) -> bool:
@@ -368,23 +357,14 @@ def is_retired(key: str, value: object) -> bool:
 
     value: as it was written, or what was read of it
     """
-    old = next((old for old in RETIRED if f"{key}.".startswith(f"{old}.")), None)
-    text = str(value).lower() if isinstance(value, bool) else str(value)
-    left = RETIRED[old] if old else None
-    if text in RETIRED_VALUES.get(key, ()) or (left is not None and not _alike(text, left)):
+    old = next((old for old in RETIRED if f"{key}.".startswith(f"{old}.")), "")
+    left = RETIRED.get(old, ())
+    if (left and str(value) not in left) or RETIRED_VALUES.get(key) == value:
         raise ConfigError(
-            f"{key}={text[:100]} is a form that was removed: choose another or, for what was trained with it, "
+            f"{key}={str(value)[:100]} is a form that was removed: choose another or, for what was trained with it, "
             "use the version of hldm that trained it or train again"
         )
-    return old is not None
-
-
-def _alike(one: str, other: str) -> bool:
-    """0 and 0.0 are the same number."""
-    try:
-        return float(one) == float(other)
-    except ValueError:
-        return one == other
+    return bool(old)
 
 
 def _drop_retired(settings: Mapping[str, Setting], section: str = "") -> dict[str, Setting]:

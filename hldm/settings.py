@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 MAX_FILE_BYTES = 100_000  # a config is a page; anything this long is not one, and takes a second to parse
 MAX_DEPTH = 50  # the config tree is 4 deep; bounds every recursion below
@@ -39,14 +39,19 @@ class Setting(NamedTuple):
 
 
 class Section(BaseModel):
-    """A group of settings, frozen and checked when it is made; a ConfigError names what is wrong.
-
-    A check between fields is a validator whose message opens with the name of a field.
-    """
+    """A group of settings, frozen and checked when it is made; a ConfigError names what is wrong."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    @wraps(BaseModel.__init__)  # with pydantic's mark on it: sections within one another are one validation
+    @model_validator(mode="after")
+    def _checked(self: S) -> S:
+        self.check()
+        return self
+
+    def check(self) -> None:
+        """Raise ValueError where fields that are right by themselves disagree; it opens with a field's name."""
+
+    @wraps(BaseModel.__init__)  # type: ignore[misc]  # with its mark, by which sections inside need no call
     def __init__(self, **values: Any) -> None:
         try:
             super().__init__(**values)
@@ -60,28 +65,22 @@ def changed(section: S, **changes: Any) -> S:
     return type(section)(**vars(section) | changes)
 
 
-def read_settings(path: Path, heirs: tuple[Path, ...] = ()) -> dict[str, Setting]:
+def read_settings(path: Path, heirs: int = 0) -> dict[str, Setting]:
     """Settings of a YAML file by dotted key, over those of the file its `base:` names, if any.
 
-    heirs: the files that inherit from this one, to find a circle.
+    heirs: how many files inherit from this one
     """
     settings = parse_settings(_read_text(path), str(path))
     base = settings.pop("base", None)
     if base is None:
         return settings
-    heirs += (path.resolve(),)
-    if len(heirs) > MAX_DEPTH:
-        raise ConfigError(f"{base.where}: a chain of more than {MAX_DEPTH} bases, which no config has")
-    base_path = path.parent / str(base.value)
-    try:
-        is_circle = base_path.resolve() in heirs
-    except (OSError, ValueError, RuntimeError):  # a NUL, half a surrogate pair, a circle of links
-        raise ConfigError(
-            f"{base.where}: base {reprlib.repr(base.value)} cannot be the name of a file"
-        ) from None
-    if is_circle:
-        raise ConfigError(f"{base.where}: base {reprlib.repr(base.value)} inherits from itself")
-    return read_settings(base_path, heirs) | settings
+    name = str(base.value)
+    if not name.isprintable():  # a NUL, half a surrogate pair
+        raise ConfigError(f"{base.where}: base {reprlib.repr(name)} cannot be the name of a file")
+    if heirs == MAX_DEPTH:
+        chain = f"ends a chain of more than {MAX_DEPTH} bases; does one inherit from itself?"
+        raise ConfigError(f"{base.where}: base {name[:100]!r} {chain}")
+    return read_settings(path.parent / name, heirs + 1) | settings
 
 
 def parse_override(override: str) -> dict[str, Setting]:
@@ -106,8 +105,11 @@ def parse_settings(text: str, source: str, key: str = "") -> dict[str, Setting]:
         hint = "; quote a value that opens with * or &" if "alias" in problem else ""
         raise ConfigError(f"{where}: not valid YAML: {problem}{hint}") from None
     except yaml.reader.ReaderError as error:
-        where = _where_after(text[: error.position], source)
-        raise ConfigError(f"{where}: the character {error.character!r} is not allowed in YAML") from None
+        before, code = text[: error.position], int(error.character)
+        where = f"{source}:{before.count(chr(10)) + 1}:{len(before) - before.rfind(chr(10))}"
+        if 0xDC80 <= code <= 0xDCFF:  # how _read_text hands on a byte that is not UTF-8
+            raise ConfigError(f"{where}: byte 0x{code - 0xDC00:02x} is not UTF-8; save it as UTF-8") from None
+        raise ConfigError(f"{where}: the character {chr(code)!r} is not allowed in YAML") from None
     settings: dict[str, Setting] = {}
     if node is None:  # an empty file
         return settings
@@ -117,18 +119,20 @@ def parse_settings(text: str, source: str, key: str = "") -> dict[str, Setting]:
     return settings
 
 
-def flatten_settings(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Setting]:
+def dotted(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"data": {"lanes": 16}} as {"data.lanes": 16}."""
+    if prefix.count(".") > MAX_DEPTH:
+        raise ConfigError(f"settings: nested deeper than {MAX_DEPTH}, which no config is")
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        is_inner = isinstance(value, Mapping)
+        leaves |= dotted(value, f"{prefix}{key}.") if is_inner else {f"{prefix}{key}": value}
+    return leaves
+
+
+def flatten_settings(tree: Mapping[str, Any]) -> dict[str, Setting]:
     """Settings of a nested dict by dotted key."""
-    settings: dict[str, Setting] = {}
-    for name, value in tree.items():
-        key = f"{prefix}{name}"
-        if key.count(".") > MAX_DEPTH:
-            raise ConfigError(f"settings: nested deeper than {MAX_DEPTH}, which no config is")
-        if isinstance(value, Mapping):
-            settings |= flatten_settings(value, f"{key}.")
-        else:
-            settings[key] = Setting(value, "settings")
-    return settings
+    return {key: Setting(value, "settings") for key, value in dotted(tree).items()}
 
 
 def build_section(cls: type[S], settings: Mapping[str, Setting], section: str = "") -> S:
@@ -137,7 +141,7 @@ def build_section(cls: type[S], settings: Mapping[str, Setting], section: str = 
     section: what stands before its keys in a message, such as `prior.`; nothing for the whole config
     Raises ConfigError for an unknown key and for whatever the section refuses.
     """
-    values = {key: setting.value for key, setting in flatten_settings(cls().model_dump()).items()}
+    values = dotted(cls().model_dump())
     for key, setting in settings.items():
         if key in values:
             values[key] = _typed(setting.value, type(values[key]))
@@ -228,11 +232,7 @@ def _read_text(path: Path) -> str:
         raise ConfigError(f"{path}: cannot be read as a config: {reason}") from None
     if len(data) > MAX_FILE_BYTES:
         raise ConfigError(f"{path}: longer than {MAX_FILE_BYTES} bytes, which no config is")
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        where = _where_after(data[: error.start].decode("utf-8"), str(path))
-        raise ConfigError(f"{where}: byte 0x{data[error.start]:02x} is not UTF-8; save it as UTF-8") from None
+    return data.decode("utf-8", "surrogateescape")  # what is not UTF-8 is a character that YAML refuses
 
 
 def _collect(node: yaml.Node, key: str, settings: dict[str, Setting], starts: dict[str, str]) -> None:
@@ -262,11 +262,6 @@ def _scalar(node: yaml.Node) -> str:
 
 def _where(mark: yaml.Mark) -> str:
     return mark.name if mark.name == COMMAND_LINE else f"{mark.name}:{mark.line + 1}:{mark.column + 1}"
-
-
-def _where_after(before: str, source: str) -> str:
-    mark = yaml.Mark(source, 0, before.count("\n"), len(before) - before.rfind("\n") - 1, None, 0)
-    return _where(mark)
 
 
 def _nest(values: Mapping[str, Any]) -> dict[str, Any]:

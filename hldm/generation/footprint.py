@@ -7,12 +7,11 @@ Worked out from the settings alone, without torch, so that what cannot fit is re
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from math import isqrt
 from pathlib import Path
 from typing import Any
 
-from hldm.config import ChunkingConfig, Config, ConfigError, GriffinConfig, config_from_dict
+from hldm.config import ChunkingConfig, Config, ConfigError, GriffinConfig, changed, config_from_dict
 from hldm.runs.machine import available_memory, human
 from hldm.text.bytes import PROMPT_WINDOW
 
@@ -111,10 +110,10 @@ def writing_bytes(config: Config, rows: int, characters: int, prompt_bytes: int)
     read = min(prompt_bytes, PROMPT_WINDOW // max(rows, 1) + config.chunking.max_bytes)
     stack = config.autoencoder.decoder if config.is_twin else config.autoencoder.encoder
     # nothing is kept for a backward pass: one block's, and one layer's
-    numbers = stack_numbers(replace(stack, blocks=stack.blocks[:1]), read, config.chunking.max_bytes, False)
+    numbers = stack_numbers(changed(stack, blocks=stack.blocks[:1]), read, config.chunking.max_bytes, False)
     if not config.is_twin:
-        once = replace(config.prior, layers=1, denoiser_layers=1, draws=1)
-        numbers += prior_numbers(replace(config, prior=once), 1, read // chunk_bytes(config.chunking))
+        once = changed(config.prior, layers=1, denoiser_layers=1, draws=1)
+        numbers += prior_numbers(changed(config, prior=once), 1, read // chunk_bytes(config.chunking))
     written = characters + characters // chunk_bytes(config.chunking) * CHUNK_BYTES
     states = 2 * sum(state_parts(config).values()) + kept_bytes(config)
     row = states + GENERATOR_BYTES + FLOAT * numbers + 2 * prompt_bytes + written

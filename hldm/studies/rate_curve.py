@@ -13,11 +13,10 @@ import json
 import lzma
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hldm.config import Config, ConfigError, load_config, stage_training
+from hldm.config import Config, ConfigError, changed, load_config, stage_training
 from hldm.evaluation.tables import Table, cell
 from hldm.runs.reports import save_report
 
@@ -117,7 +116,7 @@ def _measured(point: Point, folder: Path) -> dict[str, Any]:
     from hldm.training.stages import train_run
 
     run = folder / point.name
-    train_run(replace(point.config, name=point.name), root=folder)
+    train_run(changed(point.config, name=point.name), root=folder)
     target = run / "evaluation.json"
     if target.is_file():
         evaluation = json.loads(target.read_text(encoding="utf-8"))

@@ -127,7 +127,7 @@ def segmenter_weights(chunking: ChunkingConfig) -> list[Weight]:
     if not chunking.needs_segmenter:
         return []
     d = chunking.segmenter.width
-    weights = [_embedding(256, d), *_griffin(segmenter_trunk(chunking)), *_linear(d, 256)]
+    weights = [_embedding(256, d), *_griffin(chunking.segmenter.trunk), *_linear(d, 256)]
     perceptron = _perceptron(d, 2 * d, d)
     if chunking.strategy in ("learned", "reinforce"):  # hldm.chunking.scorer
         layer = [*_norm(d), *_linear(d, 2 * d), *_linear(d, d), *perceptron]
@@ -140,12 +140,6 @@ def segmenter_weights(chunking: ChunkingConfig) -> list[Weight]:
         weights += [*_perceptron(d, d, 1), *[_embedding(257, d)] * 2]
         weights += _perceptron(2 * d, 2 * d, 256)
     return weights
-
-
-def segmenter_trunk(chunking: ChunkingConfig) -> GriffinConfig:
-    """The byte model inside of a segmenter."""
-    settings = chunking.segmenter
-    return GriffinConfig(width=settings.width, blocks=("recurrent",) * settings.layers)
 
 
 def optimizer_numbers(weights: Iterable[Weight], optimizer: str) -> int:

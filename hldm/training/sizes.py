@@ -32,7 +32,6 @@ from hldm.training.shapes import (
     mixture_weights,
     optimizer_numbers,
     prior_weights,
-    segmenter_trunk,
     segmenter_weights,
 )
 
@@ -216,7 +215,7 @@ def segmenter_bytes(chunking: ChunkingConfig) -> int:
         return 0
     settings = chunking.segmenter
     positions = settings.lanes * settings.window_bytes
-    activations = stack_numbers(segmenter_trunk(chunking), positions, 1, False) + 6 * BYTES * positions
+    activations = stack_numbers(chunking.segmenter.trunk, positions, 1, False) + 6 * BYTES * positions
     return FLOAT * (4 * count(weights) + activations)
 
 

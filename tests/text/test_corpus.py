@@ -7,14 +7,13 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pyarrow
 import pytest
 from pyarrow import parquet
 
-from hldm.config import ConfigError, DataConfig
+from hldm.config import ConfigError, DataConfig, changed
 from hldm.text.corpus import (
     HUB_TIMEOUT_S,
     SPLITS,
@@ -252,14 +251,14 @@ def test_a_local_dataset_folder_is_read_like_a_file(tmp_path, monkeypatch, strea
     expected = load_corpus(plain, "test").fingerprint
     assert load_corpus(config, "test").fingerprint == expected
     datasets.Dataset.from_dict({"body": DOCUMENTS}).save_to_disk(tmp_path / "saved")
-    assert load_corpus(replace(config, dataset=str(tmp_path / "saved")), "test").fingerprint == expected
+    assert load_corpus(changed(config, dataset=str(tmp_path / "saved")), "test").fingerprint == expected
     for key, value, fault in [
         ("split", "nope", "cannot be read"),
         ("subset", "nope", "cannot be read"),
         ("field", "nope", "row 1: no field 'nope'"),
     ]:
         with pytest.raises(ValueError, match=fault) as error:
-            load_corpus(replace(config, **{key: value}), "train")
+            load_corpus(changed(config, **{key: value}), "train")
         one_line(error)
 
 
