@@ -14,22 +14,14 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import Field
 
-from hldm.settings import (
-    ConfigError,
-    S,
-    Section,
-    Setting,
-    build_section,
-    changed,
-    flatten_settings,
-    parse_override,
-    read_settings,
-)
+from hldm.settings import ConfigError, S, Section, Setting, build_section, changed, dotted, read_settings
 
 Count = Annotated[int, Field(gt=0, lt=2**63)]
 Positive = Annotated[float, Field(gt=0, lt=2**63)]
 NotNegative = Annotated[float, Field(ge=0, lt=2**63)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Width = Annotated[int, Field(gt=0, le=65_536)]
+Depth = Annotated[int, Field(gt=0, le=512)]
 
 
 class DataConfig(Section):
@@ -43,9 +35,7 @@ class DataConfig(Section):
     separator: str = ""  # splits a plain text file into documents; empty: a file is one document
     stream: bool = False  # read the dataset over the network instead of downloading it first
     max_bytes: Count = 1_000_000_000  # stop reading after so much text
-    held_out: float = Field(
-        default=0.03, gt=0, lt=0.5
-    )  # share of documents for validation, and again for test
+    held_out: float = Field(default=0.03, gt=0, lt=0.5)  # share of documents for validation, also for test
     lanes: Count = 16  # texts read side by side: the global batch
     window_bytes: Count = 256  # bytes of each lane in one optimizer step
     cache_latents: bool = False  # stage two: encode the whole corpus once, to disk
@@ -73,10 +63,9 @@ class SegmenterConfig(Section):
         return changed(GriffinConfig(), width=self.width, blocks=("recurrent",) * self.layers)
 
 
-TextStrategy = Literal["fixed", "words", "space", "sentence", "paragraph"]  # read the text alone
-ModelStrategy = Literal[
-    "entropy", "state_change", "gate", "learned", "reinforce", "select"
-]  # ask a segmenter
+# Strategies that read the text alone, and those that ask a segmenter.
+TextStrategy = Literal["fixed", "words", "space", "sentence", "paragraph"]
+ModelStrategy = Literal["entropy", "state_change", "gate", "learned", "reinforce", "select"]
 Strategy = Literal[TextStrategy, ModelStrategy]
 
 
@@ -90,13 +79,13 @@ class ChunkingConfig(Section):
     segmenter: SegmenterConfig = SegmenterConfig()  # of strategies that ask one
 
     def check(self) -> None:
-        limits = f"{self.min_bytes} and {self.max_bytes}"
         if self.min_bytes > self.max_bytes:
-            raise ValueError(f"min_bytes must not exceed chunking.max_bytes, got {limits}")
+            raise ValueError(
+                f"min_bytes must not exceed max_bytes, got {self.min_bytes} and {self.max_bytes}"
+            )
         if self.needs_segmenter and not self.min_bytes < self.target_bytes < self.max_bytes:
             raise ValueError(
-                "target_bytes must lie between min_bytes and max_bytes, "
-                f"got {self.target_bytes:g} with {limits}"
+                f"target_bytes must lie between min_bytes and max_bytes, got {self.target_bytes:g}"
             )
 
     @property
@@ -119,7 +108,7 @@ def _check_heads(name: str, width: int, heads: int) -> None:
 class GriffinConfig(Section):
     """A stack of residual blocks (Griffin, arXiv 2402.19427); the pattern is data."""
 
-    width: int = Field(default=128, gt=0, le=65_536)  # d, residual stream
+    width: Width = 128  # d, residual stream
     blocks: tuple[Literal["recurrent", "attention"], ...] = Field(
         default=("recurrent", "attention", "recurrent"), min_length=1, max_length=512
     )
@@ -143,7 +132,7 @@ class AutoencoderConfig(Section):
     decoder: GriffinConfig = GriffinConfig(blocks=("recurrent",))
     # Recurrent blocks that take a step a chunk: what is known before the next one.
     trunk_layers: int = Field(default=2, ge=0, le=512)
-    trunk_width: int = Field(default=192, gt=0, le=65_536)
+    trunk_width: Width = 192
     carry_state: bool = False  # decoder: keep the recurrent state from chunk to chunk, or start fresh
     reads_text: bool = True  # decoder: sees the encoder's feature at the byte before each, too
     # Of the mixture whose rate latents pay in stage one, and whose denoiser the prior then corrects; 0: they pay none,
@@ -209,11 +198,11 @@ class PriorConfig(Section):
     """Two towers: a causal contextualiser over latents, a denoiser of the next one."""
 
     reads_text: bool = True  # the contextualiser sees the encoder's feature after each chunk, too
-    width: int = Field(default=64, gt=0, le=65_536)  # d of the contextualiser
-    layers: int = Field(default=1, gt=0, le=512)
+    width: Width = 64  # d of the contextualiser
+    layers: Depth = 1
     heads: Count = 4
-    denoiser_width: int = Field(default=64, gt=0, le=65_536)
-    denoiser_layers: int = Field(default=1, gt=0, le=512)
+    denoiser_width: Width = 64
+    denoiser_layers: Depth = 1
     draws: int = Field(default=4, gt=0, le=512)  # noise draws that share one context
     self_conditioning: Share = 0.0  # share of steps fed with their own first estimate
     context_dropout: Share = 0.1  # share of contexts hidden in training, for guidance
@@ -273,9 +262,7 @@ class LoggingConfig(Section):
     """What a run writes while it trains."""
 
     every: Count = 50  # optimizer steps between metrics
-    sample_every: int = Field(
-        default=1000, ge=0, lt=2**63
-    )  # optimizer steps between samples; 0: only at the end
+    sample_every: int = Field(default=1000, ge=0, lt=2**63)  # steps between samples; 0: only at the end
     trackers: tuple[str, ...] = Field(default=(), max_length=64)  # accelerate's trackers, e.g. [tensorboard]
 
 
@@ -317,12 +304,10 @@ class Config(Section):
             raise ValueError(
                 f"name must be a folder name of at most 64 letters, digits and ._- , got {self.name[:80]!r}"
             )
-        chunking = self.chunking
-        if self.autoencoder.pooling == "strided" and not chunking.has_constant_length:
+        if self.autoencoder.pooling == "strided" and not self.chunking.has_constant_length:
             raise ValueError(
                 "autoencoder.pooling=strided needs chunks of a constant length: set chunking.strategy=fixed and "
-                f"chunking.min_bytes to chunking.max_bytes, got {chunking.strategy}, {chunking.min_bytes} and "
-                f"{chunking.max_bytes}"
+                "chunking.min_bytes to chunking.max_bytes"
             )
 
     @property
@@ -352,31 +337,25 @@ RETIRED: Mapping[str, tuple[str, ...]] = {
 RETIRED_VALUES = {"diffusion.target": "eps", "generation.scheduler": "energy"}
 
 
-def is_retired(key: str, value: object) -> bool:
+def is_retired(key: str, value: object, where: str = "") -> bool:
     """Whether this is a setting of RETIRED. Raises ConfigError where it says another form than what is left.
 
-    value: as it was written, or what was read of it
+    value: as it was written, or what was read of it; where: what an error opens with
     """
     old = next((old for old in RETIRED if f"{key}.".startswith(f"{old}.")), "")
     left = RETIRED.get(old, ())
     if (left and str(value) not in left) or RETIRED_VALUES.get(key) == value:
         raise ConfigError(
-            f"{key}={str(value)[:100]} is a form that was removed: choose another or, for what was trained with it, "
-            "use the version of hldm that trained it or train again"
+            f"{where}{key}={str(value)[:100]} is a form that was removed: choose another or, for what was trained "
+            "with it, use the version of hldm that trained it or train again"
         )
     return bool(old)
 
 
-def _drop_retired(settings: Mapping[str, Setting], section: str = "") -> dict[str, Setting]:
-    """The settings without those of RETIRED; section: `prior.`, where they are a section's alone."""
-    kept = {}
-    for key, setting in settings.items():
-        try:
-            if not is_retired(f"{section}{key}", setting.value):
-                kept[key] = setting
-        except ConfigError as error:
-            raise ConfigError(f"{setting.where}: {error}") from None
-    return kept
+def _build(cls: type[S], settings: Mapping[str, Setting], section: str = "") -> S:
+    """As build_section, without the settings of RETIRED."""
+    kept = {k: s for k, s in settings.items() if not is_retired(f"{section}{k}", s.value, f"{s.where}: ")}
+    return build_section(cls, kept, section)
 
 
 def stage_training(config: Config, stage: str, **changes: Any) -> Config:
@@ -393,24 +372,19 @@ def load_config(paths: Sequence[str | Path] | str | Path, overrides: Sequence[st
     its type and range.
     """
     files = [paths] if isinstance(paths, str | Path) else list(paths)
-    settings: dict[str, Setting] = {}
-    for path in files:
-        settings |= read_settings(Path(path))
-    for override in overrides:
-        settings |= parse_override(override)
-    config = build_section(Config, _drop_retired(settings))
+    config = _build(Config, read_settings(files, overrides))
     return changed(config, name=Path(files[-1]).stem) if files and not config.name else config
 
 
 def config_from_dict(settings: Mapping[str, Any]) -> Config:
     """The config of a nested dict, as strict as a file; the inverse of `to_dict`."""
-    return build_section(Config, _drop_retired(flatten_settings(settings)))
+    return section_from_dict(Config, settings)
 
 
 def section_from_dict(cls: type[S], settings: Mapping[str, Any]) -> S:
     """One section of a nested dict, as strict as a file: what a saved model's config.json holds."""
-    section = next(f"{name}." for name, field in Config.model_fields.items() if field.annotation is cls)
-    return build_section(cls, _drop_retired(flatten_settings(settings), section), section)
+    names = (f"{name}." for name, field in Config.model_fields.items() if field.annotation is cls)
+    return _build(cls, {key: Setting(value) for key, value in dotted(settings).items()}, next(names, ""))
 
 
 def to_dict(section: Section) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -32,10 +32,10 @@ class ConfigError(ValueError):
 
 
 class Setting(NamedTuple):
-    """A value as written, and where: `configs/tiny.yaml:3:8` or `command line`."""
+    """A value as written, and where: `configs/tiny.yaml:3:8`, `command line`, or a dict of settings."""
 
     value: Any
-    where: str
+    where: str = "settings"
 
 
 class Section(BaseModel):
@@ -51,7 +51,8 @@ class Section(BaseModel):
     def check(self) -> None:
         """Raise ValueError where fields that are right by themselves disagree; it opens with a field's name."""
 
-    @wraps(BaseModel.__init__)  # type: ignore[misc]  # with its mark, by which sections inside need no call
+    # wraps copies a mark of pydantic's, without which an inner section would raise before its whole key is known.
+    @wraps(BaseModel.__init__)  # type: ignore[misc]
     def __init__(self, **values: Any) -> None:
         try:
             super().__init__(**values)
@@ -65,7 +66,17 @@ def changed(section: S, **changes: Any) -> S:
     return type(section)(**vars(section) | changes)
 
 
-def read_settings(path: Path, heirs: int = 0) -> dict[str, Setting]:
+def read_settings(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> dict[str, Setting]:
+    """Settings of YAML files by dotted key, then those of the command line; later wins."""
+    settings: dict[str, Setting] = {}
+    for path in files:
+        settings |= _read_file(Path(path))
+    for override in overrides:
+        settings |= parse_override(override)
+    return settings
+
+
+def _read_file(path: Path, heirs: int = 0) -> dict[str, Setting]:
     """Settings of a YAML file by dotted key, over those of the file its `base:` names, if any.
 
     heirs: how many files inherit from this one
@@ -80,7 +91,7 @@ def read_settings(path: Path, heirs: int = 0) -> dict[str, Setting]:
     if heirs == MAX_DEPTH:
         chain = f"ends a chain of more than {MAX_DEPTH} bases; does one inherit from itself?"
         raise ConfigError(f"{base.where}: base {name[:100]!r} {chain}")
-    return read_settings(path.parent / name, heirs + 1) | settings
+    return _read_file(path.parent / name, heirs + 1) | settings
 
 
 def parse_override(override: str) -> dict[str, Setting]:
@@ -130,11 +141,6 @@ def dotted(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def flatten_settings(tree: Mapping[str, Any]) -> dict[str, Setting]:
-    """Settings of a nested dict by dotted key."""
-    return {key: Setting(value, "settings") for key, value in dotted(tree).items()}
-
-
 def build_section(cls: type[S], settings: Mapping[str, Setting], section: str = "") -> S:
     """The section with these settings, at any depth, over its defaults.
 
@@ -152,9 +158,8 @@ def build_section(cls: type[S], settings: Mapping[str, Setting], section: str = 
             unknown = section + key[:100]
             raise ConfigError(f"{setting.where}: unknown key {unknown!r}; the nearest known is {nearest!r}")
         if setting.value != "":  # else a section with nothing below it, as when all is commented out
-            raise ConfigError(
-                f"{setting.where}: {section}{key} is a section; set the keys below it, such as {section}{inner[0]}"
-            )
+            below = f"set the keys below it, such as {section}{inner[0]}"
+            raise ConfigError(f"{setting.where}: {section}{key} is a section; {below}")
     try:
         return cls.model_validate(_nest(values))
     except ValidationError as error:
@@ -169,6 +174,7 @@ _EXPECTED = {  # instead of pydantic's words, by its type of error
     "bool_type": "must be true or false",
     "string_type": "must be text",
     "tuple_type": "must be a list such as [a, b]",
+    "extra_forbidden": "is no setting",
 }
 
 
@@ -180,6 +186,8 @@ def _refusal(error: ValidationError, section: str) -> tuple[list[str], str]:
         inside, problem = f"{key}." if key else "", str(first["ctx"]["error"])
         return [inside + word for word in re.findall(r"[\w.]+", problem)], f"{section}{inside}{problem}"
     expected = _EXPECTED.get(first["type"]) or re.sub("^(Input|Tuple) should", "must", first["msg"])
+    expected = re.sub("greater than or equal to", "at least", expected)
+    expected = re.sub("less than or equal to", "at most", expected)
     return [key], f"{section}{key} {expected}, got {reprlib.repr(first['input'])}"
 
 
@@ -208,13 +216,10 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         event = self.peek_event()
         where = _where(event.start_mark)
-        if getattr(event, "anchor", None) is not None:
+        if getattr(event, "anchor", None) is not None or getattr(event, "tag", None) is not None:
             raise ConfigError(
-                f"{where}: anchors and aliases are refused; quote a value that opens with * or &"
+                f"{where}: anchors, aliases and tags are refused; quote a value that opens with * & or !"
             )
-        tag = getattr(event, "tag", None)
-        if tag is not None:
-            raise ConfigError(f"{where}: tags such as {tag[:100]!r} are refused")
         if self.depth > MAX_DEPTH:
             raise ConfigError(f"{where}: nested deeper than {MAX_DEPTH}, which no config is")
         self.depth += 1
@@ -265,7 +270,7 @@ def _where(mark: yaml.Mark) -> str:
 
 
 def _nest(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The nested dict of a flat one, the inverse of `flatten_settings`."""
+    """The nested dict of a flat one, the inverse of `dotted`."""
     tree: dict[str, Any] = {}
     for key, value in values.items():
         *sections, name = key.split(".")

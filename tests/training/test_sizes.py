@@ -210,7 +210,7 @@ def run_limited(*command: str, address_space: int = 4_096_000_000, cwd: Path) ->
         ("autoencoder.encoder.width=1000000000", "must be at most 65536, got 1000000000"),
         ("autoencoder.encoder.width=65536", "lower the widths"),
         ("autoencoder.decoder.mlp_ratio=1e12", "must be at most 64, got 1000000000000"),
-        ("prior.layers=1000000", "prior.layers: at most 512, got 1000000"),
+        ("prior.layers=1000000", "prior.layers must be at most 512, got 1000000"),
         ("checkpoint.keep=1000000000000", "lower checkpoint.keep"),
     ],
 )
