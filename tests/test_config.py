@@ -183,8 +183,8 @@ def test_a_value_out_of_range_is_refused_under_its_full_key(tmp_path, text, expe
         ),
         ("seed: !!python/object/apply:os.getpid []", "x.yaml:1:7: anchors, aliases and tags"),
         ("seed: !!int 1", "x.yaml:1:7: anchors, aliases and tags"),
-        ("a: &a [1]\nb: [*a, *a]", "x.yaml:1:4: anchors, aliases are refused"),
-        ("data: {path: *txt}", "x.yaml:1:14: anchors, aliases are refused; quote a value"),
+        ("a: &a [1]\nb: [*a, *a]", "x.yaml:1:4: anchors, aliases and tags are refused"),
+        ("data: {path: *txt}", "x.yaml:1:14: anchors, aliases and tags are refused; quote a value"),
         (
             "data: {path: *.txt}",
             "x.yaml:1:15: not valid YAML: while scanning an alias expected alphabetic or numeric character",
