@@ -125,13 +125,11 @@ class AutoencoderConfig(Section):
     """Bytes to one latent a chunk and back."""
 
     latent_dim: int = Field(default=4, ge=0, le=4096)  # z; 0: the twin, a plain autoregressive Griffin
-    # A latent from its chunk's features: their mean, each with its place; or, where chunks have a constant length, a
-    # causal convolution with that kernel and stride.
+    # Of a chunk's features, each with its place: their mean; or, where chunks have a constant length, a convolution.
     pooling: Literal["mean", "strided"] = "mean"
     encoder: GriffinConfig = GriffinConfig()
     decoder: GriffinConfig = GriffinConfig(blocks=("recurrent",))
-    # Recurrent blocks that take a step a chunk: what is known before the next one.
-    trunk_layers: int = Field(default=2, ge=0, le=512)
+    trunk_layers: int = Field(default=2, ge=0, le=512)  # recurrent blocks that take a step a chunk
     trunk_width: Width = 192
     carry_state: bool = False  # decoder: keep the recurrent state from chunk to chunk, or start fresh
     reads_text: bool = True  # decoder: sees the encoder's feature at the byte before each, too
@@ -219,8 +217,7 @@ class TrainingConfig(Section):
 
     steps: Count = 1000
     minutes: NotNegative = 0.0  # limit, schedule included; 0: none
-    # What minutes count: time that passes, or, on CPUs, what a thread computed, so that runs on a machine that does
-    # other work, too, can be compared.
+    # Minutes of time that passes, or, on CPUs, that a thread computed: comparable where a machine does other work, too.
     clock: Literal["wall", "cpu"] = "wall"
     optimizer: Literal["adamw", "muon"] = "muon"
     learning_rate: Positive = 1e-2  # peak
@@ -269,13 +266,19 @@ class LoggingConfig(Section):
 class GenerationConfig(Section):
     """Defaults of generate.py and of the pipeline."""
 
-    # Denoising steps a latent; 0: a draw from the mixture (docs/results.md compares them).
-    steps: int = Field(default=4, ge=0, le=10_000)
+    steps: int = Field(default=4, ge=0, le=10_000)  # a latent; 0: a draw from the mixture (docs/results.md)
     scheduler: Literal["ancestral", "ddim", "dpm", "flow"] = "ancestral"
-    guidance: NotNegative = 1.0  # 1: none
-    temperature: NotNegative = 1.0  # scale of the latent's noise
-    decoder_temperature: NotNegative = 0.7  # 0: the likeliest byte
+    # Beyond 100 there is noise alone, and soon no number that float32 holds.
+    guidance: float = Field(default=1.0, ge=0, le=100)  # 1: none
+    temperature: float = Field(default=1.0, ge=0, le=100)  # scale of the latent's noise
+    decoder_temperature: float = Field(default=0.7, ge=0, le=100)  # 0: the likeliest byte
     top_p: float = Field(default=1.0, gt=0, le=1)  # nucleus of the decoder's bytes
+
+    def check(self) -> None:
+        if 0 < self.decoder_temperature < 1e-6:
+            raise ValueError(
+                f"decoder_temperature must be 0 or at least 1e-6, got {self.decoder_temperature}"
+            )
 
     @property
     def reads_latents(self) -> bool:
@@ -333,8 +336,7 @@ RETIRED: Mapping[str, tuple[str, ...]] = {
     "prior.one_step": ("none",),
     "prior.energy": (),
 }
-# Values that are gone, of settings that are not.
-RETIRED_VALUES = {"diffusion.target": "eps", "generation.scheduler": "energy"}
+RETIRED_VALUES = {"diffusion.target": "eps", "generation.scheduler": "energy"}  # of settings that stay
 
 
 def is_retired(key: str, value: object, where: str = "") -> bool:
