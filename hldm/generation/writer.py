@@ -20,6 +20,7 @@ from torch import Tensor
 from hldm.chunking.attached import chunker_of
 from hldm.config import GenerationConfig
 from hldm.generation.chunk import Piece, Written, write_bytes, write_chunks
+from hldm.generation.finite import require_finite
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.contextualiser import Context, ContextState
 from hldm.model.denoiser import Told
@@ -191,7 +192,7 @@ class LatentWriter:
 
     def write(self) -> list[Piece]:
         """Sample and write one chunk a row."""
-        written = self.write_chunks(self.sample_latents())
+        written = self.write_chunks(require_finite(self.sample_latents(), "latents", self.settings))
         pieces = written.pieces
         length = torch.tensor([len(piece.text) for piece in pieces], device=self.device)
         last = torch.tensor([piece.text[-1] for piece in pieces], device=self.device)
