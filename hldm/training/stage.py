@@ -6,7 +6,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -159,10 +159,10 @@ class Stage:
         if self.accelerator.is_main_process:
             export(model, path)
 
-    def finish(self, totals: Totals) -> None:
+    def finish(self, totals: Totals, corpus: Corpus) -> None:
         """Mark the stage as done: totals.json comes last."""
         if self.accelerator.is_main_process:
-            write_totals(self.run.folder, totals)
+            write_totals(self.run.folder, replace(totals, corpus=corpus.fingerprint))
             self.say(f"saved {self.run.folder.parent}")
 
 
