@@ -58,8 +58,6 @@ def entries(
     for name in only:
         if name not in STRATEGIES:
             raise ConfigError(f"--only takes {', '.join(STRATEGIES)}, got {name!r:.80}")
-    if not (math.isfinite(minutes) and minutes > 0):
-        raise ConfigError(f"--minutes must be positive and finite, got {minutes:g}")
     if not all(2 <= target <= 4096 for target in targets):
         raise ConfigError(f"--targets must lie in 2..4096, got {', '.join(map(str, targets))}")
     found = []

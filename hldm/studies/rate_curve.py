@@ -90,8 +90,6 @@ def run_curve(
     Leaves root/<config>-curve/<point>/ and rate-curve.json beside them, rewritten after every point.
     Raises ValueError or OSError.
     """
-    if not (math.isfinite(minutes) and minutes > 0):
-        raise ConfigError(f"--minutes must be positive and finite, got {minutes:g}")
     twin = timed(load_config([path.with_name(f"{path.stem}-twin.yaml")]), minutes, clock)
     folder = root / f"{path.stem}-curve"
     todo = [Point("twin", "twin", math.nan, twin), *points(path, minutes, only, clock)]
