@@ -58,6 +58,15 @@ def perplexities(nats: float, characters: float, words: float) -> dict[str, floa
     }
 
 
+def ratio_error(part: np.ndarray, whole: np.ndarray) -> float | None:
+    """Standard error of sum(part) / sum(whole) by the spread over groups (k,), linearised; None for a single one."""
+    groups = len(part)
+    if groups < 2:
+        return None
+    residual = part - part.sum() * (whole / whole.sum())
+    return math.sqrt(groups / (groups - 1) * (residual**2).sum()) / whole.sum()
+
+
 def diversity(texts: Sequence[str]) -> dict[str, float]:
     """How varied texts are, in words split at white space; n-grams never span two texts.
 

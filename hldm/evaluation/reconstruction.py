@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hldm.config import GenerationConfig
+from hldm.evaluation.bound import read_windows
 from hldm.generation.chunk import write_chunks
 from hldm.generation.writer import row_generators
 from hldm.model.autoencoder import Autoencoder
@@ -39,31 +40,30 @@ def reconstruct(
     """
     device = next(autoencoder.parameters()).device
     alpha_0, _ = alpha_sigma(torch.tensor(gamma_0, device=device))
-    read = {"noisy": np.zeros(4), "clean": np.zeros(4)}  # symbols right, symbols, chunks right, chunks
-    written = {"noisy": np.zeros(4), "clean": np.zeros(4)}  # bytes right, bytes, chunks right, chunks
-    decoders = {name: autoencoder.decoder_state(windows.lanes, device) for name in read}
-    encoder = autoencoder.encoder_state(windows.lanes, device)
-    for step in range(windows.windows_per_epoch):
-        batch = windows.batch(step).to(device)
-        encoding, encoder = autoencoder.encode(batch, encoder)
-        noisy = noisy_latents(encoding, gamma_0, batch, generator)
-        for name, latent in (("noisy", noisy), ("clean", alpha_0 * encoding.latents)):
-            found, decoders[name] = _read_along(autoencoder, batch, encoding, latent, decoders[name])
-            read[name] += found
+    # (noisy clean) x symbols right, symbols, chunks right, chunks; written: bytes instead of symbols
+    read, written = np.zeros((2, 4)), np.zeros((2, 4))
+    decoders = [autoencoder.decoder_state(windows.lanes, device) for _ in read]
+    for batch, encoding in read_windows(autoencoder, windows):
+        latents = (noisy_latents(encoding, gamma_0, batch, generator), alpha_0 * encoding.latents)
+        for k, latent in enumerate(latents):
+            found, decoders[k] = _read_along(autoencoder, batch, encoding, latent, decoders[k])
+            read[k] += found
             if autoencoder.settings.decoder_is_fresh:
-                written[name] += _write_freely(autoencoder, windows, batch, latent)
-        if read["clean"][3] >= ENOUGH_CHUNKS:
+                written[k] += _write_freely(autoencoder, windows, batch, latent)
+        if read[1, 3] >= ENOUGH_CHUNKS:
             break
-    accuracies = {}
-    for name, (right, symbols, chunks_right, chunks) in read.items():
-        bytes_right, bytes_in_all, whole, _ = written[name]
-        fresh = bytes_in_all > 0
-        accuracies[name] = {
-            "byte_accuracy": float(right / symbols),
-            "chunk_accuracy": float((whole if fresh else chunks_right) / chunks),
-            "written_accuracy": float(bytes_right / bytes_in_all) if fresh else None,
-        }
-    return {**accuracies["noisy"], **accuracies, "chunks": int(read["clean"][3])}
+    noisy, clean = (_shares(*counts) for counts in zip(read, written, strict=True))
+    return {**noisy, "noisy": noisy, "clean": clean, "chunks": int(read[1, 3])}
+
+
+def _shares(read: np.ndarray, written: np.ndarray) -> dict[str, float | None]:
+    """Accuracies by counts (4,); chunks count as they were written, if any was."""
+    is_fresh = written[1] > 0
+    return {
+        "byte_accuracy": float(read[0] / read[1]),
+        "chunk_accuracy": float((written if is_fresh else read)[2] / read[3]),
+        "written_accuracy": float(written[0] / written[1]) if is_fresh else None,
+    }
 
 
 def _write_freely(autoencoder: Autoencoder, windows: Windows, batch: Batch, latent: Tensor) -> np.ndarray:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils._pytree import tree_leaves
 
 from hldm.chunking.chunker import make_chunker
 from hldm.chunking.segmenter import Segmenter
@@ -27,7 +28,6 @@ from hldm.config import Config, LoggingConfig
 from hldm.evaluation.tables import Table, row
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.prior import Prior
-from hldm.model.state import named_tensors
 from hldm.runs.clock import seconds_of
 from hldm.runs.folder import Run
 from hldm.runs.machine import peak_memory
@@ -69,10 +69,6 @@ def windows_of(config: Config, corpus: Corpus, segmenter: Segmenter | None = Non
     return Windows(corpus, chunker, lanes=data.lanes, window_bytes=data.window_bytes, seed=config.seed)
 
 
-def _prior(config: Config) -> Prior:
-    return Prior.from_settings(config.autoencoder, config.prior, config.hierarchy, config.diffusion)
-
-
 def stage_one(config: Config) -> AutoencoderObjective:
     """An untrained autoencoder and what it minimises."""
     autoencoder = Autoencoder.from_settings(config.autoencoder, config.chunking)
@@ -88,7 +84,8 @@ def stage_two(config: Config, windows: Windows) -> PriorObjective:
     if config.data.cache_latents:
         shape = (windows.chunks, config.autoencoder.latent_dim)
         latents = CachedLatents(np.random.default_rng(config.seed).standard_normal(shape, np.float32))
-    return PriorObjective(_prior(config), autoencoder, config.training.prior.joint, latents)
+    prior = Prior.from_settings(config.autoencoder, config.prior, config.hierarchy, config.diffusion)
+    return PriorObjective(prior, autoencoder, config.training.prior.joint, latents)
 
 
 def trainer_of(config: Config, stage: str, objective: Any, windows: Windows) -> Trainer:
@@ -177,15 +174,9 @@ def memory_of(trainer: Trainer) -> dict[str, int] | None:
     if step is None or trainer.accelerator.device.type != "cpu":
         return None
     models = [trainer.objective, *([] if trainer.average is None else [trainer.average])]
-    held = [tensor for model in models for tensor in model.state_dict().values()]
-    held += [
-        value
-        for optimizer in trainer.optimizers
-        for state in optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, Tensor)
-    ]
-    held += [tensor for carry in trainer.carries for _, tensor in named_tensors(carry)]
+    states = [list(optimizer.state.values()) for optimizer in trainer.optimizers]
+    leaves = tree_leaves([[dict(model.state_dict()) for model in models], states, trainer.carries])
+    held = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     size = sum(tensor.nbytes for tensor in held)
     return {"held_bytes": size, "step_bytes": step, "peak_bytes": size + step}
 

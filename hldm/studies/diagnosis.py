@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hldm.config import load_config
-from hldm.evaluation.bound import held_out_windows
+from hldm.evaluation.bound import held_out_windows, read_windows
 from hldm.evaluation.context_length import by_distance
 from hldm.evaluation.tables import Table
 from hldm.generation.pipeline import read_pipeline
@@ -82,8 +82,7 @@ def diagnose(
     device = next(autoencoder.parameters()).device
     generator, variant_generator = (torch.Generator().manual_seed(seed + k) for k in range(2))
     rows = windows.lanes
-    encoder, memory = autoencoder.encoder_state(rows, device), prior.initial_state(rows, device)
-    decoder = autoencoder.decoder_state(rows, device)
+    memory, decoder = prior.initial_state(rows, device), autoencoder.decoder_state(rows, device)
     latents: list[Tensor] = []
     nats = np.zeros((2, windows.chunks))  # latent (diffusion and end terms), decoder; of every chunk
     places = np.zeros(
@@ -92,9 +91,7 @@ def diagnose(
     levels: list[tuple[Tensor, Tensor]] = []  # gamma and squared errors of a window
     reads: dict[str | float, np.ndarray] = {}  # nats, symbols right, symbols, characters, by kind of latent
     seen = 0
-    for step in range(windows.windows_per_epoch):
-        batch = windows.batch(step).to(device)
-        encoding, encoder = autoencoder.encode(batch, encoder)
+    for batch, encoding in read_windows(autoencoder, windows):
         context, memory = prior.contextualiser(
             encoding.latents, encoding.mask, encoding.doc_start, memory, encoding.after
         )

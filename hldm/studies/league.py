@@ -157,7 +157,7 @@ def measure(run: Path) -> dict[str, Any]:
     """All figures of a trained run on its test text."""
     import torch
 
-    from hldm.chunking.attached import chunker_of
+    from hldm.chunking.strategies import chunker_of
     from hldm.evaluation.bound import bits_of_ends, evaluate_bound, held_out_windows
     from hldm.evaluation.evaluate import evaluate_run
     from hldm.generation.pipeline import read_pipeline

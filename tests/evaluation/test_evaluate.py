@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from hldm.config import config_from_dict, to_yaml
-from hldm.evaluation.evaluate import evaluate_run, main
+from hldm.evaluation import evaluate
+from hldm.evaluation.__main__ import main
+from hldm.evaluation.evaluate import evaluate_run
 from hldm.evaluation.tables import compare
-from hldm.generation import pipeline
 from hldm.generation.pipeline import HLDMPipeline
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.prior import Prior
@@ -181,21 +182,21 @@ def test_what_cannot_be_measured_is_told_in_one_line(runs, tmp_path, capsys, arg
 
 
 def test_weights_that_are_not_finite_are_told_from_a_result(runs, monkeypatch, capsys):
-    read = pipeline.read_pipeline
+    read = evaluate.read_pipeline
 
     def broken(folder):
         model = read(folder)
         model.autoencoder.outputs.bias.data[0] = float("nan")
         return model
 
-    monkeypatch.setattr(pipeline, "read_pipeline", broken)
+    monkeypatch.setattr(evaluate, "read_pipeline", broken)
     assert main(["--run", str(runs / "twin"), *FEW]) == 2
     assert "not finite" in capsys.readouterr().err
 
 
 def test_help_needs_no_torch():
     code = (
-        "import sys; from hldm.evaluation.evaluate import main\n"
+        "import sys; from hldm.evaluation.__main__ import main\n"
         "try: main(['--help'])\nexcept SystemExit: pass\n"
         "sys.exit('torch' in sys.modules)"
     )
