@@ -100,10 +100,7 @@ class Signaller:
 class Segmenter(SavedModel, Signaller):
     """Bytes -> Griffin -> next byte, and the signal of a strategy."""
 
-    @property
-    def carried(self) -> int:
-        """k of SegmenterState.carry."""
-        return 1
+    carried = 1  # k of SegmenterState.carry
 
     @register_to_config
     def __init__(self, chunking: dict):

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
@@ -25,7 +24,6 @@ from hldm.chunking.select import SelectSegmenter
 from hldm.config import ChunkingConfig, ConfigError
 from hldm.model.autoencoder import Autoencoder
 from hldm.runs.files import atomic_write, fingerprint
-from hldm.runs.folder import shipped
 from hldm.text.corpus import Corpus
 
 SEGMENTERS: dict[str, type[Segmenter]] = {
@@ -59,19 +57,6 @@ def read_segmenter(folder: Path, chunking: ChunkingConfig) -> Segmenter | None:
             f"{folder} was made with other settings of chunking: set them back, or choose another --name"
         )
     return segmenter.eval()
-
-
-def shipped_segmenter(chunking: ChunkingConfig, documents: Sequence[np.ndarray]) -> Segmenter:
-    """The segmenter of a strategy that comes with hldm, within these limits, its threshold set on these documents.
-
-    Raises FileNotFoundError in a copy without it.
-    """
-    folder = shipped(f"segmenters/{chunking.strategy}")
-    segmenter = SEGMENTERS[chunking.strategy].from_pretrained(folder).eval()
-    limits = {name: getattr(chunking, name) for name in ("min_bytes", "max_bytes", "target_bytes")}
-    segmenter.chunking = replace(segmenter.chunking, **limits)
-    segmenter.calibrate(documents)
-    return segmenter
 
 
 def chunker_of(autoencoder: Autoencoder) -> Chunker:

@@ -70,8 +70,11 @@ def continue_prompts(
     return {
         "prompts": len(prompts),
         "rouge": {
-            **rouge(written, wanted),
-            "baselines": {name: rouge(texts, wanted) for name, texts in baselines.items()},
+            **compute("Rouge", predictions=written, references=wanted),
+            "baselines": {
+                name: compute("Rouge", predictions=texts, references=wanted)
+                for name, texts in baselines.items()
+            },
         },
         "diversity": {**diversity(written), "reference": diversity(wanted)},
         "rechunked": None
@@ -82,13 +85,6 @@ def continue_prompts(
             "denoising_calls": found.denoising_calls,
         },
     }
-
-
-def rouge(written: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:
-    """ROUGE-1, ROUGE-2 and ROUGE-L of texts against those wanted (`hldm.evaluation.metrics.Rouge`)."""
-    from hldm.evaluation.metrics import Rouge
-
-    return compute(Rouge, predictions=written, references=wanted)
 
 
 def rechunked(rows: Sequence[Continuation], chunker: Chunker) -> float | None:

@@ -109,11 +109,9 @@ def _read_text(path: Path) -> bytes:
 
 def _perplexity(nats: float, windows: Windows) -> dict[str, float | None]:
     """By character and by word (what white space separates); None where it overflows."""
-    from hldm.evaluation.metrics import Perplexity
-
     corpus = windows.corpus
     words = sum(len(corpus.document(index).tobytes().split()) for index in range(len(corpus)))
-    values = compute(Perplexity, nats=[nats], characters=[windows.characters], words=[words])
+    values = compute("Perplexity", nats=[nats], characters=[windows.characters], words=[words])
     found = {unit: values[f"{unit}_perplexity"] for unit in ("character", "word")}
     return {unit: value if math.isfinite(value) else None for unit, value in found.items()}
 

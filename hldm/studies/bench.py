@@ -47,30 +47,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=10, metavar="N", help="timed, of each (default 10)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there, too")
     arguments = parser.parse_args(argv)
-    path, target = arguments.config, arguments.json
-    if arguments.steps < 1:
-        raise ConfigError(f"--steps must be at least 1, got {arguments.steps}")
+    path, target, only, steps = arguments.config, arguments.json, arguments.only, arguments.steps
+    if steps < 1:
+        raise ConfigError(f"--steps must be at least 1, got {steps}")
     if target is not None:
         check_report_path(target, "RG-LRU" if arguments.layers else "bytes_per_step")
+    if arguments.launch is not None and only != "processes" and not arguments.layers:
+        raise ConfigError("--launch says how --only processes starts them: pass both")
     if arguments.layers:
         from hldm.studies import bench_layers
 
-        layers = bench_layers.measure(repeats=arguments.steps)
-        if target is not None:
-            save_report(target, layers)
-        show(*bench_layers.report(layers))
-        return 0
-    if arguments.launch is not None and arguments.only != "processes":
-        raise ConfigError("--launch says how --only processes starts them: pass both")
-    config = load_config(path)
-    if arguments.only == "processes":
-        found = measure_processes(config, steps=arguments.steps, launch=arguments.launch)
+        found = bench_layers.measure(repeats=steps)
+        tables = bench_layers.report(found)
     else:
-        twin = load_config(arguments.twin or path.with_name(f"{path.stem}-twin{path.suffix}"))
-        found = measure(config, twin, steps=arguments.steps, only=arguments.only, long=arguments.long)
+        config = load_config(path)
+        if only == "processes":
+            found = measure_processes(config, steps=steps, launch=arguments.launch)
+        else:
+            twin = load_config(arguments.twin or path.with_name(f"{path.stem}-twin{path.suffix}"))
+            found = measure(config, twin, steps=steps, only=only, long=arguments.long)
+        tables = report(found)
     if target is not None:
         save_report(target, found)
-    show(*report(found))
+    show(*tables)
     return 0
 
 
@@ -105,15 +104,16 @@ def measure(
     twin_windows = bench_training.windows_of(twin, corpora[twin.data], segmenters[twin.chunking])
     one, two = bench_training.stage_one(config), bench_training.stage_two(config, windows)
     plain = bench_training.stage_one(twin)
-    for objective in (one, two, plain):
-        segmenter = segmenters[objective.autoencoder.chunking]
+    stages = {}
+    for name, part, stage, objective, text in (
+        ("stage one", config, "autoencoder", one, windows),
+        ("stage two", config, "prior", two, windows),
+        ("twin", twin, "autoencoder", plain, twin_windows),
+    ):
+        segmenter = segmenters[part.chunking]
         if segmenter is not None:
             attach_segmenter(objective.autoencoder, segmenter)
-    stages = {
-        "stage one": bench_training.trainer_of(config, "autoencoder", one, windows),
-        "stage two": bench_training.trainer_of(config, "prior", two, windows),
-        "twin": bench_training.trainer_of(twin, "autoencoder", plain, twin_windows),
-    }
+        stages[name] = bench_training.trainer_of(part, stage, objective, text)
     device = stages["twin"].accelerator.device
     found = _head(config, steps, str(device))
     if only != "writing":
