@@ -10,7 +10,7 @@ tighter by as many draws as one likes (`importance_nats`).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +26,7 @@ from hldm.model.diffusion import alpha_sigma
 from hldm.model.mixture import MixturePredictor
 from hldm.model.prior import Prior, price_latents
 from hldm.model.state import DecoderState, EncoderState, Encoding
-from hldm.text.bytes import END_OF_CHUNK, END_OF_DOCUMENT, count_characters
+from hldm.text.bytes import count_characters
 from hldm.text.corpus import Corpus
 from hldm.text.windows import Batch, Windows, draw_normal
 
@@ -51,16 +51,6 @@ def held_out_windows(
         shuffle=False,
         chunk_start=chunk_start,
     )
-
-
-def read_windows(autoencoder: Autoencoder, windows: Windows) -> Iterator[tuple[Batch, Encoding]]:
-    """Every window on the model's device, and what the encoder makes of it, its state carried along."""
-    device = next(autoencoder.parameters()).device
-    state = autoencoder.encoder_state(windows.lanes, device)
-    for step in range(windows.windows_per_epoch):
-        batch = windows.batch(step).to(device)
-        encoding, state = autoencoder.encode(batch, state)
-        yield batch, encoding
 
 
 class Bound(NamedTuple):
@@ -121,12 +111,15 @@ def evaluate_bound(
     Raises ValueError for shuffled windows, models in training mode, or draws that two passes cannot share.
     """
     _check_bound(autoencoder, prior, windows, draws, samples)
-    corpus, device = windows.corpus, next(autoencoder.parameters()).device
+    corpus, rows, device = windows.corpus, windows.lanes, next(autoencoder.parameters()).device
     nats = np.zeros((3, windows.chunks))  # decoder, latent, end of every chunk
     importance = np.zeros(windows.chunks)
     variance = 0.0
     reader = _Reader(autoencoder, prior, draws // PASSES, samples, generator)
-    state = reader.before_text(windows.lanes, device)
+    decoders = [autoencoder.decoder_state(rows, device) for _ in range(1 if prior is None else PASSES)]
+    encoder = None if prior is None else autoencoder.encoder_state(rows, device)
+    memory = None if prior is None else prior.initial_state(rows, device)
+    state = _Carried(decoders, encoder, memory)
     for step in range(windows.windows_per_epoch):
         batch = windows.batch(step)
         is_chunk = batch.is_chunk  # (b n)
@@ -188,16 +181,6 @@ class _Reader(NamedTuple):
     draws: int  # a pass
     samples: int
     generator: torch.Generator
-
-    def before_text(self, rows: int, device: torch.device) -> _Carried:
-        """State before any text; the twin is read once."""
-        autoencoder = self.autoencoder
-        if self.prior is None:
-            return _Carried([autoencoder.decoder_state(rows, device)], None, None)
-        decoders = [autoencoder.decoder_state(rows, device) for _ in range(PASSES)]
-        return _Carried(
-            decoders, autoencoder.encoder_state(rows, device), self.prior.initial_state(rows, device)
-        )
 
     def read(self, batch: Batch, state: _Carried) -> tuple[Tensor, Tensor | None, _Carried]:
         """Independent estimates of a window's terms (passes 3 b n), its `importance_nats` (b n), the state after it.
@@ -262,22 +245,3 @@ def importance_nats(
         ratios.append((log_p - log_q - reading.nats).double())
     tight = math.log(samples) - torch.stack(ratios).logsumexp(dim=0)
     return tight * encoding.mask
-
-
-@torch.no_grad()
-def bits_of_ends(autoencoder: Autoencoder, windows: Windows, generator: torch.Generator) -> float:
-    """What of the decoder's bits a character says where chunks end: -log2 of ending, or of going on, at each symbol.
-
-    Nothing for ends that are known beforehand; a strategy whose cuts nothing but itself can tell pays here.
-    """
-    decoder = autoencoder.decoder_state(windows.lanes, next(autoencoder.parameters()).device)
-    nats = 0.0
-    for batch, encoding in read_windows(autoencoder, windows):
-        latent = noisy_latents(encoding, autoencoder.config["gamma_0"], batch, generator)
-        reading, decoder = read_chunks(autoencoder, batch, latent, decoder, encoding)
-        log_p = reading.logits.float().log_softmax(dim=-1)
-        ending = log_p[..., END_OF_CHUNK : END_OF_DOCUMENT + 1].logsumexp(dim=-1)
-        going_on = log_p[..., :END_OF_CHUNK].logsumexp(dim=-1)
-        told = torch.where(reading.events.target >= END_OF_CHUNK, ending, going_on)
-        nats -= float((told * reading.events.mask).sum())
-    return nats / math.log(2) / count_characters(windows.corpus.text.tobytes())

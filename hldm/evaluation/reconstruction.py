@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -9,16 +11,26 @@ import torch
 from torch import Tensor
 
 from hldm.config import GenerationConfig
-from hldm.evaluation.bound import read_windows
 from hldm.generation.chunk import write_chunks
 from hldm.generation.writer import row_generators
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.decoder import noisy_latents, read_chunks, sum_by_chunk
 from hldm.model.diffusion import alpha_sigma
 from hldm.model.state import DecoderState, Encoding
+from hldm.text.bytes import END_OF_CHUNK, END_OF_DOCUMENT, count_characters
 from hldm.text.windows import Batch, Windows
 
 ENOUGH_CHUNKS = 4096  # the standard error of a share is then below 0.8 points: 0.5 / sqrt(4096)
+
+
+def read_windows(autoencoder: Autoencoder, windows: Windows) -> Iterator[tuple[Batch, Encoding]]:
+    """Every window on the model's device, and what the encoder makes of it, its state carried along."""
+    device = next(autoencoder.parameters()).device
+    state = autoencoder.encoder_state(windows.lanes, device)
+    for step in range(windows.windows_per_epoch):
+        batch = windows.batch(step).to(device)
+        encoding, state = autoencoder.encode(batch, state)
+        yield batch, encoding
 
 
 @torch.no_grad()
@@ -102,3 +114,22 @@ def _read_along(
     wrong = sum_by_chunk((mask & ~correct).long(), reading.events, batch.chunks)  # (b n)
     found = [correct.sum(), mask.sum(), ((wrong == 0) & batch.is_chunk).sum(), batch.is_chunk.sum()]
     return torch.stack(found).cpu().numpy(), state
+
+
+@torch.no_grad()
+def bits_of_ends(autoencoder: Autoencoder, windows: Windows, generator: torch.Generator) -> float:
+    """What of the decoder's bits a character says where chunks end: -log2 of ending, or of going on, at each symbol.
+
+    Nothing for ends that are known beforehand; a strategy whose cuts nothing but itself can tell pays here.
+    """
+    decoder = autoencoder.decoder_state(windows.lanes, next(autoencoder.parameters()).device)
+    nats = 0.0
+    for batch, encoding in read_windows(autoencoder, windows):
+        latent = noisy_latents(encoding, autoencoder.config["gamma_0"], batch, generator)
+        reading, decoder = read_chunks(autoencoder, batch, latent, decoder, encoding)
+        log_p = reading.logits.float().log_softmax(dim=-1)
+        ending = log_p[..., END_OF_CHUNK : END_OF_DOCUMENT + 1].logsumexp(dim=-1)
+        going_on = log_p[..., :END_OF_CHUNK].logsumexp(dim=-1)
+        told = torch.where(reading.events.target >= END_OF_CHUNK, ending, going_on)
+        nats -= float((told * reading.events.mask).sum())
+    return nats / math.log(2) / count_characters(windows.corpus.text.tobytes())

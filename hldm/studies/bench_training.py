@@ -290,14 +290,13 @@ def measure(stages: Mapping[str, Trainer], steps: int) -> dict[str, Any]:
     peak = gemm_peak(device)
     training = time_steps(stages, steps)
     for name, trainer in stages.items():
-        training[name] |= time_saving(trainer, training[name]["seconds_per_step"])
-    for name, trainer in stages.items():
-        training[name]["memory"] = memory_of(trainer)
-    profiles = {name: profile_steps(trainer) for name, trainer in stages.items()}
+        figures = training[name]
+        figures |= time_saving(trainer, figures["seconds_per_step"])
+        figures |= {"memory": memory_of(trainer), "profile": profile_steps(trainer)}
     peak = max(peak, gemm_peak(device))  # before or after: whichever was disturbed less
-    for name, found in training.items():
-        seen = profiles[name]
-        found["profile"] = seen and rate_products(seen, found["seconds_per_step"], peak)
+    for figures in training.values():
+        if figures["profile"] is not None:
+            figures["profile"] = rate_products(figures["profile"], figures["seconds_per_step"], peak)
     return {"gemm_gflops": peak, "training": training}
 
 

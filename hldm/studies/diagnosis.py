@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from hldm.config import load_config
-from hldm.evaluation.bound import held_out_windows, read_windows
+from hldm.evaluation.bound import held_out_windows
 from hldm.evaluation.context_length import by_distance
+from hldm.evaluation.reconstruction import read_windows
 from hldm.evaluation.tables import Table
 from hldm.generation.pipeline import read_pipeline
 from hldm.model.autoencoder import Autoencoder

@@ -158,8 +158,9 @@ def measure(run: Path) -> dict[str, Any]:
     import torch
 
     from hldm.chunking.strategies import chunker_of
-    from hldm.evaluation.bound import bits_of_ends, evaluate_bound, held_out_windows
+    from hldm.evaluation.bound import evaluate_bound, held_out_windows
     from hldm.evaluation.evaluate import evaluate_run
+    from hldm.evaluation.reconstruction import bits_of_ends
     from hldm.generation.pipeline import read_pipeline
     from hldm.studies.borders import describe_chunks
     from hldm.text.corpus import bible_verse_starts, load_corpus, make_corpus
