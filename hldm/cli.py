@@ -18,12 +18,11 @@ from typing import Any
 
 from hldm import commands
 from hldm.config import Config, ConfigError, GenerationConfig, load_config, stage_training, to_yaml
-from hldm.generation.footprint import read_model_settings, require_room_to_write
 from hldm.runs.exits import guarded
 from hldm.runs.folder import shipped_run
 from hldm.runs.signals import Stopped
-from hldm.text.bytes import MAX_PROMPT_BYTES, read_input
-from hldm.training.sizes import require_room
+from hldm.text.bytes import MAX_PROMPT_BYTES
+from hldm.text.encodings import read_text
 
 STAGES = {
     "autoencoder": "Stage one: train the autoencoder, or a twin, from a config.",
@@ -107,7 +106,6 @@ def _train(stage: str, argv: Sequence[str] | None) -> int:
         if arguments.print_config:
             print(to_yaml(config), end="")
             return 0
-        require_room(config, stage)  # here, too: before torch is imported
         from hldm.training import stages
 
         train = stages.train_autoencoder if stage == "autoencoder" else stages.train_diffusion
@@ -160,10 +158,10 @@ def _prompts(arguments: argparse.Namespace) -> list[bytes]:
     # argv that is not UTF-8 arrives with surrogate escapes; fsencode gives the bytes back
     prompts = [os.fsencode(prompt) for prompt in arguments.prompt]
     for name in arguments.prompt_file:
-        prompts.append(read_input(name, MAX_PROMPT_BYTES).removesuffix(b"\n"))
+        prompts.append(read_text(name, MAX_PROMPT_BYTES).removesuffix(b"\n"))
     if not prompts:
         raise ValueError("no prompt given: pass --prompt TEXT, --prompt-file FILE or --prompt-file -")
-    return [prompt for prompt in prompts for _ in range(arguments.num_samples)]
+    return prompts
 
 
 def generate(argv: Sequence[str] | None = None) -> int:
@@ -183,12 +181,13 @@ def generate(argv: Sequence[str] | None = None) -> int:
         folder = shipped_run() if arguments.run is None else Path(arguments.run)
         folder = folder if (folder / "model_index.json").exists() else folder / "pipeline"
         replace(GenerationConfig(), **_given(arguments))  # refuses what is out of range
-        _require_room_to_write(folder, arguments)
         prompts = _prompts(arguments)
+        from hldm.generation.footprint import require_room_to_write
         from hldm.generation.pipeline import read_pipeline
 
-        pipeline = read_pipeline(folder)
-        _write(pipeline, prompts, arguments)
+        pipeline, samples = read_pipeline(folder), arguments.num_samples
+        require_room_to_write(pipeline.autoencoder, pipeline.prior, prompts, samples, arguments.max_chars)
+        _write(pipeline, [prompt for prompt in prompts for _ in range(samples)], arguments)
         return 0
 
     return guarded(work)
@@ -200,39 +199,29 @@ def _given(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name in names if (value := getattr(arguments, name)) is not None}
 
 
-def _require_room_to_write(pipeline: Path, arguments: argparse.Namespace) -> None:
-    """Refuse what cannot fit into memory, before a prompt is read or torch imported."""
-    config = read_model_settings(pipeline)
-    if config is not None:
-        files = [Path(name) for name in arguments.prompt_file if name != "-"]
-        prompts = [len(os.fsencode(prompt)) for prompt in arguments.prompt]
-        prompts += [file.stat().st_size if file.is_file() else 0 for file in files]
-        rows = (len(arguments.prompt) + len(arguments.prompt_file)) * arguments.num_samples
-        require_room_to_write(config, rows, arguments.max_chars, max(prompts, default=0))
-
-
 def _write(pipeline: object, prompts: list[bytes], arguments: argparse.Namespace) -> None:
     """Write to standard output: streamed for one continuation, each whole for several."""
     from hldm.generation.pipeline import HLDMPipeline
     from hldm.generation.writer import Continuation, write_on
-    from hldm.text.bytes import StreamDecoder, count_characters, printable, tinted
+    from hldm.text.bytes import StreamDecoder, count_characters, printable, shows_colour, tinted
 
     assert isinstance(pipeline, HLDMPipeline)
     settings = replace(pipeline.settings, **_given(arguments))
     safe = sys.stdout.isatty() and not arguments.raw
+    has_colour = safe and shows_colour(sys.stdout)
     decoder = StreamDecoder()
 
     def send(data: bytes, is_last: bool = True, chunk: int | None = None) -> None:
         """A terminal gets whole, harmless characters, chunks in tints by turns; anything else the very bytes."""
         if safe:
             text = printable(decoder.push(data) + (decoder.finish() if is_last else ""))
-            data = (text if chunk is None else tinted(text, chunk)).encode()
+            marked = tinted(text, chunk or 0) if has_colour else f"|{text}"
+            data = (text if chunk is None else marked).encode()
         elif chunk is not None:
             data = b"|" + data
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
 
-    pipeline.require_room_to_write(prompts, arguments.max_chars)
     streams = len(prompts) == 1 and not arguments.json
     if streams:
         send(prompts[0])

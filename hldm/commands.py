@@ -17,8 +17,8 @@ from hldm.config import ChunkingConfig, Config, ConfigError, Strategy, load_conf
 from hldm.evaluation.tables import compare, show
 from hldm.runs.exits import guarded
 from hldm.runs.folder import export_run
-from hldm.text.bytes import MAX_PROMPT_BYTES, read_input
-from hldm.training.sizes import report, require_room, survey
+from hldm.text.bytes import MAX_PROMPT_BYTES, shows_colour
+from hldm.text.encodings import read_text
 
 DEMO_PROMPTS = 3  # continued by `hldm demo`
 
@@ -222,7 +222,7 @@ def chunk(argv: Sequence[str] | None = None) -> int:
         )
         if not 0 <= arguments.minutes < math.inf:
             raise ConfigError(f"--minutes must not be negative, got {arguments.minutes:g}")
-        text = read_input(arguments.text, MAX_PROMPT_BYTES)
+        text = read_text(arguments.text, MAX_PROMPT_BYTES)
         from hldm.chunking.view import PAGE_MARK, as_json, as_page, as_text, cut_text
         from hldm.runs.files import atomic_write
         from hldm.runs.reports import check_page_path
@@ -241,7 +241,7 @@ def chunk(argv: Sequence[str] | None = None) -> int:
         if arguments.html is not None:
             atomic_write(arguments.html, as_page(cuts))
         else:
-            print(as_json(cuts) if arguments.json else as_text(cuts, sys.stdout.isatty()))
+            print(as_json(cuts) if arguments.json else as_text(cuts, shows_colour(sys.stdout)))
         return 0
 
     return guarded(work)
@@ -287,6 +287,8 @@ def sizes(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_intermixed_args(argv)
 
     def work() -> int:
+        from hldm.training.sizes import report, survey
+
         found = survey(load_config(arguments.config, arguments.overrides))
         print(json.dumps(found, indent=1) if arguments.json else report(found))
         return 0 if found["fits"] else 2
@@ -331,11 +333,11 @@ def run_demo(path: Path, name: str | None = None, root: Path = Path("runs")) -> 
     config = replace(load_config([path]), name=name)
     twin = replace(load_config([path.with_name(f"{path.stem}-twin.yaml")]), name=f"{name}-twin")
 
-    for planned, stage in ((config, "autoencoder"), (config, "prior"), (twin, "autoencoder")):
-        require_room(planned, stage, root)  # before the first of them takes an hour
-
+    from hldm.training.sizes import require_room
     from hldm.training.stages import train_run
 
+    for planned, stage in ((config, "autoencoder"), (config, "prior"), (twin, "autoencoder")):
+        require_room(planned, stage, root)  # before the first of them takes an hour
     train_run(config, root=root)
     train_run(twin, root=root)
 

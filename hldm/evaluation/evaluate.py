@@ -23,10 +23,11 @@ from hldm.evaluation.continuations import continue_prompts
 from hldm.evaluation.metrics import compute
 from hldm.evaluation.prompts import choose_prompts, prompt_chunker
 from hldm.evaluation.reconstruction import reconstruct
+from hldm.evaluation.words import count_words
 from hldm.generation.pipeline import HLDMPipeline, read_pipeline
 from hldm.runs.folder import read_totals
-from hldm.text.bytes import read_up_to
 from hldm.text.corpus import Split, load_corpora, make_corpus
+from hldm.text.encodings import is_blank, read_text
 from hldm.text.windows import Windows
 
 MAX_TEXT_BYTES = 10**9  # as data.max_bytes: more text would take days
@@ -55,13 +56,17 @@ def evaluate_run(
     for name, value, least in (*limits, ("seed", seed, 0), *(("context", length, 2) for length in contexts)):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
-    given = None if text is None else _read_text(text)
+    given = None if text is None else read_text(text, MAX_TEXT_BYTES)
+    if given == b"":
+        raise ValueError(f"{text} is empty: there is nothing to measure")
     pipeline = read_pipeline(folder / "pipeline")
     if torch.cuda.is_available():
         pipeline.to("cuda")
     autoencoder, prior = pipeline.autoencoder, pipeline.prior
     corpora = load_corpora(load_config(folder / "autoencoder" / "config.yaml").data)
     corpus = corpora[split] if given is None else make_corpus(str(text), [given])
+    if is_blank(corpus.text.tobytes()):
+        raise ValueError(f"{corpus.name} holds nothing but white space: there is nothing to measure")
     generator = torch.Generator().manual_seed(seed)
     windows = held_out_windows(autoencoder, corpus)
     samples = 0 if prior is None else samples  # the twin's likelihood needs no bound
@@ -99,18 +104,11 @@ def evaluate_run(
     }
 
 
-def _read_text(path: Path) -> bytes:
-    with path.open("rb") as file:
-        found = read_up_to(file, MAX_TEXT_BYTES, str(path))
-    if not found:
-        raise ValueError(f"{path} is empty: there is nothing to measure")
-    return found
-
-
 def _perplexity(nats: float, windows: Windows) -> dict[str, float | None]:
-    """By character and by word (what white space separates); None where it overflows."""
+    """By character and by word (`hldm.evaluation.words`); None where it overflows."""
     corpus = windows.corpus
-    words = sum(len(corpus.document(index).tobytes().split()) for index in range(len(corpus)))
+    texts = (corpus.document(index).tobytes().decode("utf-8", "replace") for index in range(len(corpus)))
+    words = sum(map(count_words, texts))
     values = compute("Perplexity", nats=[nats], characters=[windows.characters], words=[words])
     found = {unit: values[f"{unit}_perplexity"] for unit in ("character", "word")}
     return {unit: value if math.isfinite(value) else None for unit, value in found.items()}

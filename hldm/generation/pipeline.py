@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizer
 
 from hldm.chunking.segmenter import Segmenter
 from hldm.chunking.strategies import attach_segmenter, read_segmenter
-from hldm.config import Config, GenerationConfig, section_from_dict
+from hldm.config import GenerationConfig, section_from_dict
 from hldm.generation.footprint import require_room_to_write
 from hldm.generation.writer import Continuation, write_on
 from hldm.model.autoencoder import Autoencoder
@@ -143,14 +143,6 @@ class HLDMPipeline(DiffusionPipeline):
             settings = replace(settings, scheduler=scheduler_name(self.scheduler))
         return settings
 
-    def require_room_to_write(self, prompts: Sequence[bytes], max_characters: int) -> None:
-        """Raise ConfigError unless continuing so many prompts fits in the memory that there is."""
-        config = Config(autoencoder=self.autoencoder.settings, chunking=self.autoencoder.chunking)
-        if self.prior is not None:
-            config = replace(config, prior=self.prior.settings, hierarchy=self.prior.hierarchy)
-        longest = max(map(len, prompts), default=0)
-        require_room_to_write(config, len(prompts), max_characters, longest)
-
     def __call__(
         self,
         prompt: str | bytes | Sequence[str | bytes] = "",
@@ -173,9 +165,11 @@ class HLDMPipeline(DiffusionPipeline):
         the seed instead, as diffusers' users expect.
         """
         prompts = [prompt] if isinstance(prompt, str | bytes) else list(prompt)
-        rows = [
-            to_bytes(p) if isinstance(p, str) else p for p in prompts for _ in range(num_return_sequences)
-        ]
+        texts_so_far = [to_bytes(p) if isinstance(p, str) else p for p in prompts]
+        require_room_to_write(
+            self.autoencoder, self.prior, texts_so_far, num_return_sequences, max_characters
+        )
+        rows = [text for text in texts_so_far for _ in range(num_return_sequences)]
         given: dict[str, Any] = {
             "steps": num_inference_steps,
             "guidance": guidance_scale,
@@ -186,7 +180,6 @@ class HLDMPipeline(DiffusionPipeline):
         if generator is not None:
             seed = int(torch.randint(2**31, (), generator=generator))
         settings = replace(self.settings, **{k: v for k, v in given.items() if v is not None})
-        self.require_room_to_write(rows, max_characters)
         decoders = [StreamDecoder() for _ in rows]
         written: list[Continuation] = []
         calls = 0

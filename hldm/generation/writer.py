@@ -20,6 +20,7 @@ from torch import Tensor
 from hldm.chunking.strategies import chunker_of
 from hldm.config import GenerationConfig
 from hldm.generation.chunk import Piece, Written, write_bytes, write_chunks
+from hldm.generation.finite import require_finite
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.contextualiser import Context, ContextState
 from hldm.model.denoiser import Told
@@ -42,22 +43,6 @@ class Writer(Protocol):
 def row_generators(seed: int, rows: int) -> list[torch.Generator]:
     """One generator a row: row i of seed s is row 0 of seed s + i."""
     return [torch.Generator().manual_seed(seed + row) for row in range(rows)]
-
-
-@has_faster_form
-def make_writer(
-    autoencoder: Autoencoder,
-    prior: Prior | None,
-    prompts: Sequence[bytes],
-    settings: GenerationConfig,
-    generators: Sequence[torch.Generator],
-) -> Writer:
-    """The writer that fits the model: with a prior over latents, or the twin's."""
-    if autoencoder.latent_dim == 0:
-        return ByteWriter(autoencoder, prompts, settings, generators)
-    if prior is None:
-        raise ValueError("this autoencoder has no prior yet: train one with train_diffusion.py")
-    return LatentWriter(autoencoder, prior, prompts, settings, generators)
 
 
 # ---- the steps from chunk to chunk
@@ -191,7 +176,7 @@ class LatentWriter:
 
     def write(self) -> list[Piece]:
         """Sample and write one chunk a row."""
-        written = self.write_chunks(self.sample_latents())
+        written = self.write_chunks(require_finite(self.sample_latents(), "latents", self.settings))
         pieces = written.pieces
         length = torch.tensor([len(piece.text) for piece in pieces], device=self.device)
         last = torch.tensor([piece.text[-1] for piece in pieces], device=self.device)
@@ -269,6 +254,22 @@ class ByteWriter:
     def write_bytes(self) -> tuple[list[Piece], DecoderState]:
         """What a row writes, and the state after it."""
         return write_bytes(self.autoencoder, self.state, self.opens, self.settings, self.generators)
+
+
+@has_faster_form
+def make_writer(
+    autoencoder: Autoencoder,
+    prior: Prior | None,
+    prompts: Sequence[bytes],
+    settings: GenerationConfig,
+    generators: Sequence[torch.Generator],
+) -> Writer:
+    """The writer that fits the model: with a prior over latents, or the twin's."""
+    if autoencoder.latent_dim == 0:
+        return ByteWriter(autoencoder, prompts, settings, generators)
+    if prior is None:
+        raise ValueError("this autoencoder has no prior yet: train one with train_diffusion.py")
+    return LatentWriter(autoencoder, prior, prompts, settings, generators)
 
 
 # ---- prompts and continuations

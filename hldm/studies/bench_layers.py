@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hldm.config import GriffinConfig
-from hldm.evaluation.tables import Table
+from hldm.evaluation.tables import Table, cell
 from hldm.kernels.library import kernels, library, without_kernels
 from hldm.kernels.scan import BACKENDS, can_run, linear_scan_by
 from hldm.model.griffin import RGLRU, AttentionBlock, Griffin, Layout
@@ -201,22 +201,11 @@ def measure(*, repeats: int = 10) -> dict[str, Any]:
     }
 
 
-COLUMNS: Mapping[str, tuple[str, str]] = {  # of the table: key and format
-    "": ("size", ""),
-    "form": ("form", ""),
-    "ms, least": ("ms_least", ".3f"),
-    "median": ("ms_median", ".3f"),
-    "faster": ("times", ""),
-    "GB/s": ("gb_per_second", ".1f"),
-    "of stream": ("share_of_stream", ".0%"),
-}
-
-
 def report(found: Mapping[str, Any]) -> list[str | Table]:
     """What `measure` found: the machine, and a row a measurement."""
     machine = found["machine"]
     rows = [
-        {"size": f"{part} {size}, {way}", "form": name, **figures, "times": f"{figures['times_faster']:.1f}x"}
+        [f"{part} {size}, {way}", name, *_cells(figures)]
         for part, sizes in found.items()
         if part != "machine"
         for size, ways in sizes.items()
@@ -224,4 +213,12 @@ def report(found: Mapping[str, Any]) -> list[str | Table]:
         for name, figures in names.items()
     ]
     told = f"torch {machine['torch']}, {machine['threads']} thread(s); C++ kernels: {machine['kernels']}"
-    return [told, Table.of_records(rows, COLUMNS)]
+    return [told, Table(["", "form", "ms, least", "median", "faster", "GB/s", "of stream"], rows)]
+
+
+def _cells(figures: Mapping[str, float]) -> Iterator[str]:
+    yield cell(figures["ms_least"], ".3f")
+    yield cell(figures["ms_median"], ".3f")
+    yield f"{figures['times_faster']:.1f}x"
+    yield cell(figures.get("gb_per_second"), ".1f")
+    yield cell(figures.get("share_of_stream"), ".0%")
