@@ -148,15 +148,14 @@ def demo(
 
 def _write_samples(config: Config, folder: Path) -> None:
     """Three continuations of held-out prompts."""
-    from hldm.evaluation.prompts import held_out_prompts, prompt_chunker
+    from hldm.evaluation.prompts import choose_prompts, prompt_chunker
     from hldm.generation.pipeline import HLDMPipelineOutput, read_pipeline
     from hldm.text.bytes import printable
+    from hldm.text.corpus import load_corpus
 
     pipeline = read_pipeline(folder / "pipeline")
-    chunker = prompt_chunker(pipeline.autoencoder)
-    prompts = [
-        prompt for prompt, _ in held_out_prompts(config, chunker, "test", DEMO_PROMPTS, prompt_characters=80)
-    ]
+    corpus, chunker = load_corpus(config.data, "test"), prompt_chunker(pipeline.autoencoder)
+    prompts = [prompt for prompt, _ in choose_prompts(corpus, chunker, DEMO_PROMPTS, prompt_characters=80)]
     output = pipeline(prompts, max_characters=240, seed=config.seed)
     assert isinstance(output, HLDMPipelineOutput)
     for prompt, text in zip(prompts, output.texts, strict=True):

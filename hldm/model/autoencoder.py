@@ -45,7 +45,7 @@ class Autoencoder(SavedModel):
         super().__init__()
         self.settings = section_from_dict(AutoencoderConfig, autoencoder)
         self.chunking = section_from_dict(ChunkingConfig, chunking)
-        self.attached_chunker: object | None = None  # what cuts its text (hldm.chunking.attached)
+        self.attached_chunker: object | None = None  # what cuts its text (hldm.chunking.strategies)
         encoder, decoder = self.settings.encoder, self.settings.decoder
         z = self.latent_dim = self.settings.latent_dim
         if z:

@@ -13,9 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from hldm.chunking.attached import chunker_of
 from hldm.chunking.chunker import Chunker, make_chunker
-from hldm.chunking.strategies import attach_segmenter, read_segmenter
+from hldm.chunking.strategies import attach_segmenter, chunker_of, read_segmenter
 from hldm.config import Config, ConfigError, changed, to_dict
 from hldm.generation.chunk import write_chunks
 from hldm.generation.pipeline import HLDMPipeline

@@ -13,8 +13,7 @@ from typing import get_args
 import pytest
 from conftest import ROOT
 
-from hldm.chunking.attached import chunker_of
-from hldm.chunking.strategies import read_segmenter
+from hldm.chunking.strategies import chunker_of, read_segmenter
 from hldm.config import Config, SegmenterConfig, Strategy, changed, stage_training
 from hldm.evaluation.evaluate import evaluate_run
 from hldm.generation.pipeline import read_pipeline
@@ -26,7 +25,7 @@ TELLING = """
 import os, sys
 from pathlib import Path
 from hldm import cli
-from hldm.chunking.attached import chunker_of
+from hldm.chunking.strategies import chunker_of
 from hldm.training import stages
 
 attach = stages.attach_segmenter
