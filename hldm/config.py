@@ -59,7 +59,6 @@ class DataConfig:
     held_out: float = 0.03  # share of documents kept for validation, and again for test
     lanes: int = 16  # texts read side by side: the global batch
     window_bytes: int = 256  # bytes of each lane in one optimizer step
-    cache_latents: bool = False  # stage two: encode the whole corpus once, to disk
 
     def __post_init__(self) -> None:
         _require_positive("data", self, "max_bytes", "lanes", "window_bytes")

@@ -26,7 +26,6 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from hldm.chunking.chunker import make_chunker
 from hldm.config import (
     AutoencoderConfig,
     ChunkingConfig,
@@ -47,9 +46,7 @@ from hldm.runs.checkpoints import load_checkpoint, save_checkpoint, unflatten_op
 from hldm.runs.files import fingerprint
 from hldm.settings import parse_override
 from hldm.text.bytes import StreamDecoder, count_characters, printable, split_incomplete, to_bytes, to_ids
-from hldm.text.corpus import load_corpora, make_corpus
-from hldm.text.windows import Windows
-from hldm.training.latent_cache import cache_latents, load_latents
+from hldm.text.corpus import load_corpora
 
 SECONDS, BYTES = 10.0, 2**30
 ROOT = Path(__file__).parent.parent
@@ -114,15 +111,6 @@ class Targets:
         self.checkpoint = save_checkpoint(
             folder, 3, {"model": {"w": weight}, "optimizer": {"m": weight}}, {"a": [1.5]}, keep=1
         )
-        self.latents = folder / "latents.safetensors"
-        windows = Windows(
-            make_corpus("a", [b"some words of text " * 9]),
-            make_chunker(ChunkingConfig()),
-            lanes=1,
-            window_bytes=64,
-            shuffle=False,
-        )
-        cache_latents(lambda batch: torch.randn(*batch.chunk_index.shape, 3), windows, self.latents, {"a": 1})
         self.configs = [path.read_bytes() for path in sorted((ROOT / "configs").glob("*.yaml"))]
         self.configs.append(to_yaml(load_config(ROOT / "configs/tiny.yaml")).encode())
         self.corpora = _corpora()
@@ -227,11 +215,6 @@ class Targets:
                 state[name] = torch.full(state[name].shape, float(kind[0]))
         self._refused(path, save({key: value.contiguous() for key, value in state.items()}))
 
-    def cached_latents(self, rng: random.Random) -> None:
-        """A cache of latents, damaged."""
-        with self._damaged(self.latents, rng):
-            assert load_latents(self.latents, {"a": 1}).shape[1] == 3
-
     def prompt(self, rng: random.Random) -> None:
         """Prompts into the model that writes."""
         prompts = self.last = [some_bytes(rng) for _ in range(rng.randint(1, 3))]
@@ -281,7 +264,6 @@ SHARES: dict[str, int] = {
     "optimizer_layout": 6,
     "pipeline_folder": 2,
     "tensors": 1,
-    "cached_latents": 6,
     "prompt": 1,
 }
 

@@ -25,7 +25,6 @@ from hldm.runs.reports import save_report
 from hldm.text.corpus import make_corpus
 from hldm.text.windows import Windows
 from hldm.training import stage, stages
-from hldm.training.latent_cache import cache_latents
 
 FULL = re.escape(os.strerror(errno.ENOSPC)) + r" \([0-9,]+ bytes free\)"
 WINDOWS = Windows(
@@ -47,15 +46,6 @@ class Model:
     def save_pretrained(self, path: str) -> None:
         Path(path).mkdir()
         (Path(path) / "weights").write_bytes(b"new" * 100_000)
-
-
-def write_latents(path: Path) -> None:
-    cache_latents(
-        lambda batch: torch.zeros(*batch.chunk_index.shape, 4),
-        WINDOWS,
-        path,
-        {"corpus": WINDOWS.corpus.fingerprint},
-    )
 
 
 # ---- the disk
@@ -112,10 +102,6 @@ def test_whatever_is_written_to_a_full_disk_says_so_and_leaves_the_old_files_int
         with pytest.raises(OSError, match=FULL) as error:
             write()
         assert Path(error.value.filename).name == name
-    with pytest.raises(
-        ConfigError, match=r"latents.safetensors needs .* of disk, .* set data.cache_latents=false"
-    ):
-        write_latents(latents)
     after = contents(small_disk)
     after.pop("filler")
     for name in ("metrics.jsonl", "samples.txt"):  # appended to, perhaps torn; `rewind` drops what is

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hldm.training.latent_cache import load_latents
 from safetensors.torch import save
 
 from hldm.config import ConfigError, load_config
 from hldm.generation.pipeline import HLDMPipeline, read_pipeline
 from hldm.model.autoencoder import Autoencoder
 from hldm.runs.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
-from hldm.training.latent_cache import load_latents
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CANARY = "canary"

@@ -86,7 +86,6 @@ WAY_OUT = {
     "activations": "lower data.lanes, data.window_bytes or the widths, or raise training.{stage}.accumulation",
     "carried states": "lower data.lanes",
     "segmenter": "lower chunking.segmenter's width, layers, lanes or window_bytes",
-    "cached latents": "set data.cache_latents=false",
     "checkpoints": "lower checkpoint.keep or the widths, or free some",
 }
 
@@ -158,9 +157,6 @@ def stage_sizes(config: Config, stage: str, processes: int = 1) -> Sizes:
         disk={
             "checkpoints": checkpoint * (config.checkpoint.keep + 1),  # one more while it is written
             "exported models": 2 * (sum(exported.values()) + segmenter),  # the stage's own and the pipeline's
-            "cached latents": FLOAT * config.autoencoder.latent_dim * chunks
-            if stage == "prior" and data.cache_latents
-            else 0,
         },
     )
 
@@ -170,8 +166,6 @@ def state_bytes(config: Config, stage: str) -> int:
     states = state_parts(config)
     if stage == "autoencoder":
         states.pop("context", None)
-    if stage == "prior" and config.data.cache_latents:
-        del states["encoder"]
     if stage == "prior" and not config.training.prior.joint:
         del states["decoder"]
     return sum(states.values())

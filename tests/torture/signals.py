@@ -35,12 +35,6 @@ PHASES: dict[str, tuple[tuple[str, ...], str, int, tuple[str, ...]]] = {
         2,
         (*UNSAVED, "logging.sample_every=3"),
     ),
-    "latent caching": (
-        ("prior",),
-        "hldm.model.autoencoder.Autoencoder.encode",
-        2,
-        ("data.cache_latents=true",),
-    ),
 }
 
 
