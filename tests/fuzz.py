@@ -324,13 +324,18 @@ def _peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def tiny_pipeline() -> HLDMPipeline:
+def tiny_pipeline(components: int = 4) -> HLDMPipeline:
     """Random weights: some thousand of them."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         griffin = GriffinConfig(width=8, blocks=("recurrent", "attention"), heads=2)
         settings = AutoencoderConfig(
-            latent_dim=2, encoder=griffin, decoder=griffin, reads_text=True, trunk_layers=0, components=4
+            latent_dim=2,
+            encoder=griffin,
+            decoder=griffin,
+            reads_text=True,
+            trunk_layers=0,
+            components=components,
         )
         autoencoder = Autoencoder.from_settings(settings, ChunkingConfig(min_bytes=2, max_bytes=4))
         prior = Prior.from_settings(

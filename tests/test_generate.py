@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, truncate
+from fuzz import tiny_pipeline
 from safetensors.torch import load_file, save_file
 
 from hldm import cli
@@ -47,7 +48,6 @@ def write(trained_run, capsysbinary):
         (["--prompt", "a", "--max-chars", "0"], "--max-chars must be at least 1, got 0"),
         (["--prompt", "a", "--num-samples", "0"], "--num-samples must be at least 1, got 0"),
         (["--prompt", "a", "--steps", "-1"], "generation.steps must lie in 0..10000, got -1"),
-        (["--prompt", "a", "--steps", "0"], "this prior has no mixture to draw from"),
         (["--prompt", "a", "--temperature", "-1"], "generation.temperature must not be negative, got -1"),
         (["--prompt", "a", "--guidance", "nan"], "generation.guidance must not be negative, got nan"),
         (["--prompt", "a", "--top-p", "0"], "generation.top_p must be positive, got 0"),
@@ -57,6 +57,12 @@ def write(trained_run, capsysbinary):
 )
 def test_generation_refuses(arguments, says, trained_run, refused):
     assert says in refused(cli.generate(["--run", str(trained_run), *arguments]))
+
+
+def test_generation_refuses_no_steps_of_a_prior_without_a_mixture(tmp_path, refused):
+    tiny_pipeline(components=0).save_pretrained(tmp_path / "pipeline")
+    arguments = ["--run", str(tmp_path), "--prompt", "a", "--steps", "0"]
+    assert "this prior has no mixture to draw from" in refused(cli.generate(arguments))
 
 
 def test_without_a_run_the_shipped_one_writes_if_there_is_one(trained_run, monkeypatch, capsysbinary):
