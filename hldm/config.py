@@ -467,6 +467,7 @@ RETIRED: Mapping[str, str | None] = {
     "autoencoder.latent_dropout": "0.0",
     "autoencoder.clean_latents": "0.0",
     "chunking.entropy_form": "threshold",
+    "data.cache_latents": "false",
     "chunking.gate_form": "first",
     "chunking.learned_form": "forget",
     "chunking.select_form": "last",

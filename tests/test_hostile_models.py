@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hldm.training.latent_cache import load_latents
 from safetensors.torch import save
 
 from hldm.config import ConfigError, load_config
@@ -72,10 +71,7 @@ def test_a_pickle_under_any_name_that_is_read_is_refused_and_never_run(saved_pip
         with pytest.raises(CheckpointError):
             load_checkpoint(checkpoint)
         path.write_bytes(good)
-    for name in ("latents.safetensors", "config.yaml"):
-        (tmp_path / name).write_bytes(evil(tmp_path))
-    with pytest.raises(ValueError, match="not a file of cached latents"):
-        load_latents(tmp_path / "latents.safetensors", {})
+    (tmp_path / "config.yaml").write_bytes(evil(tmp_path))
     with pytest.raises(ConfigError):
         load_config(tmp_path / "config.yaml")
     assert not (tmp_path / CANARY).exists()

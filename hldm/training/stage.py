@@ -68,7 +68,7 @@ class Stage:
     ) -> Totals:
         """Train an objective from its start or newest checkpoint; `bound_to` must not change in between.
 
-        The minutes count from the opening of the stage, so they include what it prepares, such as cached latents.
+        The minutes count from the opening of the stage, so they include what it prepares, such as a segmenter.
         """
         config = self.config
         trainer = Trainer(
