@@ -140,7 +140,7 @@ def _generation_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-chars", type=int, default=400, help="characters to write (default 400)")
     parser.add_argument("--num-samples", type=int, default=1, help="continuations of each prompt")
     parser.add_argument("--steps", type=int, help="denoising steps of each latent")
-    parser.add_argument("--scheduler", choices=["ancestral", "ddim", "dpm", "flow"], help="sampler")
+    parser.add_argument("--scheduler", choices=["ancestral", "ddim", "dpm"], help="sampler")
     parser.add_argument("--guidance", type=float, help="weight of the context; 1 is none")
     parser.add_argument("--temperature", type=float, help="scale of the latents' noise")
     parser.add_argument("--decoder-temperature", type=float, help="of the bytes; 0 takes the likeliest")

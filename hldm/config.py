@@ -291,7 +291,6 @@ class PriorConfig:
     denoiser_width: int = 64
     denoiser_layers: int = 1
     draws: int = 4  # noise draws that share one context
-    self_conditioning: float = 0.0  # share of steps fed with their own first estimate
     context_dropout: float = 0.1  # share of contexts hidden in training, for guidance
     dropout: float = 0.0
 
@@ -299,7 +298,7 @@ class PriorConfig:
         _require_positive(
             "prior", self, "width", "layers", "heads", "denoiser_width", "denoiser_layers", "draws"
         )
-        _require_share("prior", self, "context_dropout", "dropout", "self_conditioning")
+        _require_share("prior", self, "context_dropout", "dropout")
         for name in ("width", "denoiser_width"):
             value = getattr(self, name)
             _require(
@@ -398,7 +397,7 @@ class GenerationConfig:
     """Defaults of generate.py and of the pipeline."""
 
     steps: int = 4  # denoising steps a latent; 0: a draw from the mixture (docs/results.md compares them)
-    scheduler: Literal["ancestral", "ddim", "dpm", "flow"] = "ancestral"
+    scheduler: Literal["ancestral", "ddim", "dpm"] = "ancestral"
     guidance: float = 1.0  # 1: none
     temperature: float = 1.0  # scale of the latent's noise
     decoder_temperature: float = 0.7  # 0: the likeliest byte
@@ -475,11 +474,12 @@ RETIRED: Mapping[str, str | None] = {
     "prior.contextualiser": "transformer",
     "prior.one_step": "none",
     "prior.energy": None,
+    "prior.self_conditioning": "0.0",
 }
 # Values that are gone, of settings that are not.
 RETIRED_VALUES: Mapping[str, tuple[str, ...]] = {
     "diffusion.target": ("eps",),
-    "generation.scheduler": ("energy",),
+    "generation.scheduler": ("energy", "flow"),
 }
 
 

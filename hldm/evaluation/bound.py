@@ -268,25 +268,3 @@ def importance_nats(
         ratios.append((log_p - log_q - reading.nats).double())
     tight = math.log(samples) - torch.stack(ratios).logsumexp(dim=0)
     return tight * encoding.mask
-
-
-@torch.no_grad()
-def bits_of_ends(autoencoder: Autoencoder, windows: Windows, generator: torch.Generator) -> float:
-    """What of the decoder's bits a character says where chunks end: -log2 of ending, or of going on, at each symbol.
-
-    Nothing for ends that are known beforehand; a strategy whose cuts nothing but itself can tell pays here.
-    """
-    encoder = autoencoder.encoder_state(windows.lanes)
-    decoder = autoencoder.decoder_state(windows.lanes)
-    nats = 0.0
-    for step in range(windows.windows_per_epoch):
-        batch = windows.batch(step)
-        encoding, encoder = autoencoder.encode(batch, encoder)
-        latent = noisy_latents(encoding, autoencoder.config["gamma_0"], batch, generator)
-        reading, decoder = read_chunks(autoencoder, batch, latent, decoder, encoding)
-        log_p = reading.logits.float().log_softmax(dim=-1)
-        ending = log_p[..., END_OF_CHUNK : END_OF_DOCUMENT + 1].logsumexp(dim=-1)
-        going_on = log_p[..., :END_OF_CHUNK].logsumexp(dim=-1)
-        told = torch.where(reading.events.target >= END_OF_CHUNK, ending, going_on)
-        nats -= float((told * reading.events.mask).sum())
-    return nats / math.log(2) / count_characters(windows.corpus.text.tobytes())

@@ -258,7 +258,6 @@ def _defaults(index: dict[str, Any]) -> GenerationConfig:
 def _scheduler_name(class_name: str, solver_order: object) -> SchedulerName:
     """`scheduler_name` of a saved one."""
     names: dict[str, SchedulerName] = {
-        "FlowMatchEulerDiscreteScheduler": "flow",
         "DDIMScheduler": "ddim",
         "DPMSolverMultistepScheduler": "ancestral" if solver_order == 1 else "dpm",
     }

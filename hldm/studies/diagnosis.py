@@ -26,7 +26,7 @@ from hldm.generation.pipeline import read_pipeline
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.contextualiser import Context
 from hldm.model.decoder import Reading, noisy_latents, read_chunks
-from hldm.model.diffusion import BINS, alpha_sigma, diffuse, sample
+from hldm.model.diffusion import BINS, alpha_sigma, diffuse, sample, sampler_steps
 from hldm.model.prior import Prior, price_latents
 from hldm.model.state import DecoderState, Encoding
 from hldm.text.corpus import Split, load_corpora
@@ -195,8 +195,7 @@ class _Terms:
         gamma = low + (high - low) * u
         noise = draw_normal(batch, (n, draws, z), generator)
         x0 = encoding.latents[:, :, None].expand_as(noise)
-        self_condition = self.prior.settings.self_conditioning > 0
-        x0_hat = self.prior.estimate(x0, gamma, noise, context.first(n), self_condition)
+        x0_hat = self.prior.estimate(x0, gamma, noise, context.first(n))
         error = (x0 - x0_hat).square()[encoding.mask].double().cpu()  # (k m z)
         gamma = gamma[encoding.mask].cpu()
         cost = 0.5 * torch.exp(-gamma)[..., None] * error * (high - low) / draws
@@ -300,15 +299,8 @@ class _Readers:
 
         seeds = torch.randint(2**62, (b * n,), generator=self.generator).tolist()
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        drawn = sample(
-            denoise,
-            (b * n, z),
-            self.prior.schedule,
-            steps=16,
-            scheduler="ancestral",
-            generators=generators,
-            device=mu.device,
-        )
+        plan = sampler_steps("ancestral", self.prior.schedule, 16)
+        drawn = sample(denoise, (b * n, z), plan, generators, device=mu.device)
         return drawn.view(b, n, z)
 
     def result(self) -> dict[str, Any]:

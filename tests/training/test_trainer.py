@@ -85,15 +85,12 @@ def test_an_autoencoder_killed_and_resumed_is_bit_equal_to_an_uninterrupted_one(
 
 
 def test_a_prior_killed_and_resumed_is_bit_equal_to_an_uninterrupted_one(tmp_path, small_config):
-    config = replace(small_config, prior=replace(small_config.prior, self_conditioning=0.5))
-    config = stage_training(config, "prior", steps=40)
+    config = stage_training(small_config, "prior", steps=40)
     runs = tmp_path / "runs"
     train_autoencoder(config, root=runs)
     straight = weights(train_diffusion(config, root=runs) / "prior")
     (runs / config.name / "prior").rename(runs / config.name / "straight")
-    run_killed(
-        tmp_path, config, "train_diffusion.py", "prior.self_conditioning=0.5", "training.prior.steps=40"
-    )
+    run_killed(tmp_path, config, "train_diffusion.py", "training.prior.steps=40")
     assert_same(straight, weights(train_diffusion(config, resume=True, root=runs) / "prior"))
 
 
