@@ -22,7 +22,8 @@ from hldm.generation.footprint import read_model_settings, require_room_to_write
 from hldm.runs.exits import guarded
 from hldm.runs.folder import shipped_run
 from hldm.runs.signals import Stopped
-from hldm.text.bytes import MAX_PROMPT_BYTES, read_input
+from hldm.text.bytes import MAX_PROMPT_BYTES
+from hldm.text.encodings import read_text
 from hldm.training.sizes import require_room
 
 STAGES = {
@@ -160,7 +161,7 @@ def _prompts(arguments: argparse.Namespace) -> list[bytes]:
     # argv that is not UTF-8 arrives with surrogate escapes; fsencode gives the bytes back
     prompts = [os.fsencode(prompt) for prompt in arguments.prompt]
     for name in arguments.prompt_file:
-        prompts.append(read_input(name, MAX_PROMPT_BYTES).removesuffix(b"\n"))
+        prompts.append(read_text(name, MAX_PROMPT_BYTES).removesuffix(b"\n"))
     if not prompts:
         raise ValueError("no prompt given: pass --prompt TEXT, --prompt-file FILE or --prompt-file -")
     return [prompt for prompt in prompts for _ in range(arguments.num_samples)]
@@ -215,18 +216,20 @@ def _write(pipeline: object, prompts: list[bytes], arguments: argparse.Namespace
     """Write to standard output: streamed for one continuation, each whole for several."""
     from hldm.generation.pipeline import HLDMPipeline
     from hldm.generation.writer import Continuation, write_on
-    from hldm.text.bytes import StreamDecoder, count_characters, printable, tinted
+    from hldm.text.bytes import StreamDecoder, count_characters, printable, shows_colour, tinted
 
     assert isinstance(pipeline, HLDMPipeline)
     settings = replace(pipeline.settings, **_given(arguments))
     safe = sys.stdout.isatty() and not arguments.raw
+    has_colour = safe and shows_colour(sys.stdout)
     decoder = StreamDecoder()
 
     def send(data: bytes, is_last: bool = True, chunk: int | None = None) -> None:
         """A terminal gets whole, harmless characters, chunks in tints by turns; anything else the very bytes."""
         if safe:
             text = printable(decoder.push(data) + (decoder.finish() if is_last else ""))
-            data = (text if chunk is None else tinted(text, chunk)).encode()
+            marked = tinted(text, chunk or 0) if has_colour else f"|{text}"
+            data = (text if chunk is None else marked).encode()
         elif chunk is not None:
             data = b"|" + data
         sys.stdout.buffer.write(data)

@@ -17,7 +17,8 @@ from hldm.config import ChunkingConfig, Config, ConfigError, Strategy, load_conf
 from hldm.evaluation.tables import compare, show
 from hldm.runs.exits import guarded
 from hldm.runs.folder import export_run
-from hldm.text.bytes import MAX_PROMPT_BYTES, read_input
+from hldm.text.bytes import MAX_PROMPT_BYTES, shows_colour
+from hldm.text.encodings import read_text
 from hldm.training.sizes import report, require_room, survey
 
 DEMO_PROMPTS = 3  # continued by `hldm demo`
@@ -222,7 +223,7 @@ def chunk(argv: Sequence[str] | None = None) -> int:
         )
         if not 0 <= arguments.minutes < math.inf:
             raise ConfigError(f"--minutes must not be negative, got {arguments.minutes:g}")
-        text = read_input(arguments.text, MAX_PROMPT_BYTES)
+        text = read_text(arguments.text, MAX_PROMPT_BYTES)
         from hldm.chunking.view import PAGE_MARK, as_json, as_page, as_text, cut_text
         from hldm.runs.files import atomic_write
         from hldm.runs.reports import check_page_path
@@ -241,7 +242,7 @@ def chunk(argv: Sequence[str] | None = None) -> int:
         if arguments.html is not None:
             atomic_write(arguments.html, as_page(cuts))
         else:
-            print(as_json(cuts) if arguments.json else as_text(cuts, sys.stdout.isatty()))
+            print(as_json(cuts) if arguments.json else as_text(cuts, shows_colour(sys.stdout)))
         return 0
 
     return guarded(work)

@@ -409,10 +409,12 @@ class GenerationConfig:
         _require(self.top_p <= 1, f"generation.top_p must be at most 1, got {self.top_p}")
         for name in ("temperature", "decoder_temperature", "guidance"):
             value = getattr(self, name)
-            _require(
-                math.isfinite(value) and value >= 0,
-                f"generation.{name} must not be negative, got {value}",
-            )
+            # beyond it there is noise alone, and soon no number that float32 holds
+            _require(0 <= value <= 100, f"generation.{name} must lie in 0..100, got {value}")
+        _require(
+            not 0 < self.decoder_temperature < 1e-6,
+            f"generation.decoder_temperature must be 0 or at least 1e-6, got {self.decoder_temperature}",
+        )
 
     @property
     def reads_latents(self) -> bool:

@@ -120,7 +120,7 @@ def check_corpus() -> Iterator[Finding]:
 
 def check_hub() -> Iterator[Finding]:
     """Whether datasets could be fetched by name; nothing else needs that."""
-    from hldm.text.corpus import require_hub
+    from hldm.text.hub import require_hub
 
     try:
         require_hub("Hugging Face hub")

@@ -9,6 +9,7 @@ key or a wrong type, in one line with file, line and column. Knows no setting by
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import reprlib
 from collections.abc import Iterator, Mapping
@@ -300,7 +301,16 @@ _EXPECTED = {  # by annotation; for a Literal, its choices
 
 def _wrong_type(key: str, setting: Setting, annotation: str) -> ConfigError:
     expected = _EXPECTED.get(annotation) or f"one of {annotation.removeprefix('Literal[').removesuffix(']')}"
+    if annotation == "float" and _is_finite(setting.value):
+        expected = "a number below 2^63"
     return ConfigError(f"{setting.where}: {key} must be {expected}, got {reprlib.repr(setting.value)}")
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(float(value))
+    except (TypeError, ValueError, OverflowError):
+        return False
 
 
 def _build_section(node: Any, path: str) -> Any:

@@ -9,8 +9,10 @@ SECONDS for one input, or more than BYTES of memory in all. Each is reported wit
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import json
+import os
 import random
 import resource
 import shutil
@@ -39,7 +41,11 @@ from hldm.config import (
     load_config,
     to_yaml,
 )
+from hldm.evaluation.metrics import rouge_scores
+from hldm.evaluation.tables import CELL_WIDTH, short, width
+from hldm.evaluation.words import split_words
 from hldm.generation.pipeline import ByteTokenizer, HLDMPipeline, read_pipeline
+from hldm.kernels import library as kernels
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.prior import Prior
 from hldm.runs.checkpoints import load_checkpoint, save_checkpoint, unflatten_optimizer
@@ -47,6 +53,8 @@ from hldm.runs.files import fingerprint
 from hldm.settings import parse_override
 from hldm.text.bytes import StreamDecoder, count_characters, printable, split_incomplete, to_bytes, to_ids
 from hldm.text.corpus import load_corpora
+from hldm.text.encodings import read_text
+from hldm.text.files import matching_files
 
 SECONDS, BYTES = 10.0, 2**30
 ROOT = Path(__file__).parent.parent
@@ -172,6 +180,78 @@ class Targets:
         finally:
             path.unlink()
 
+    def folder_of_texts(self, rng: random.Random) -> None:
+        """Folders with links, loops and names of any kind; a folder and its glob name the same files."""
+        place = self.folder / "texts"
+        place.mkdir()
+        names = [
+            "a.txt",
+            "b.TXT",
+            ".hidden.txt",
+            "._a.txt",
+            "c.txt~",
+            "__MACOSX",
+            ".git",
+            "sub",
+            "d.jsonl.gz",
+            "e.md",
+        ]
+        made = [place]
+        try:
+            for _ in range(rng.randint(1, 12)):
+                path = rng.choice(made) / rng.choice([*names, "\x1b[2J.txt", "x\n.txt", "[a].txt", "*.txt"])
+                if os.path.lexists(path):
+                    continue
+                match rng.randrange(4):
+                    case 0:
+                        path.mkdir()
+                        made.append(path)
+                    case 1:
+                        path.symlink_to(rng.choice([*made, *place.iterdir(), Path("nowhere")]))
+                    case _:
+                        path.write_bytes(b"some text")
+            self.last = sorted(str(path) for path in place.rglob("*"))
+            found = []
+            for ending in ("", "/**", "/**/*", "/*"):
+                try:
+                    found.append(matching_files(f"{place}{ending}"))
+                except FileNotFoundError:
+                    found.append([])
+            assert all(files == found[0] for files in found), found
+            assert len({file.stat().st_ino for file in found[0]}) == len(found[0])
+        finally:
+            shutil.rmtree(place)
+
+    def text_file(self, rng: random.Random) -> None:
+        """A file of any encoding or packing, damaged: UTF-8 comes out, or a line."""
+        text = "some wörds 世界\r\n" * rng.randint(1, 50)
+        data = text.encode(
+            rng.choice(["utf-8", "utf-8-sig", "utf-16", "utf-32", "utf-16-le", "latin-1", "gbk"]), "ignore"
+        )
+        data = gzip.compress(data) if rng.random() < 0.3 else data
+        data = self.last = data if rng.random() < 0.3 else mutated(data, rng)
+        path = self.folder / "any.txt"
+        path.write_bytes(data)
+        read = read_text(path, 100_000)
+        assert b"\0" not in read and b"\r\n" not in read
+        read.decode()
+
+    def words(self, rng: random.Random) -> None:
+        """Words of any text: none is lost, and ROUGE finds a text in itself."""
+        text = self.last = some_bytes(rng).decode("utf-8", "replace")
+        assert "".join(split_words(text)) == "".join(text.split())
+        assert rouge_scores([text], [text])["rouge1"] in (None, 1.0)
+        assert width(short(text)) <= CELL_WIDTH
+
+    def damaged_library(self, rng: random.Random) -> None:
+        """A compiled library that is not what it was: never loaded."""
+        good = b"\x7fELF and more" * 9
+        data = self.last = mutated(good, rng)
+        path = self.folder / f"kernels-0-{hashlib.sha256(good).hexdigest()[:16]}.so"
+        path.write_bytes(data)
+        assert (kernels._whole(self.folder, "kernels-0") is None) == (data != good)
+        path.unlink(missing_ok=True)
+
     def checkpoint_folder(self, rng: random.Random) -> None:
         """A checkpoint with a file damaged: never taken for the one that was saved."""
         file = rng.choice(sorted(self.checkpoint.iterdir()))
@@ -259,7 +339,11 @@ SHARES: dict[str, int] = {
     "yaml_config": 10,
     "override": 8,
     "config_of_a_dict": 8,
-    "corpus": 24,
+    "corpus": 18,
+    "folder_of_texts": 5,
+    "text_file": 5,
+    "words": 4,
+    "damaged_library": 2,
     "checkpoint_folder": 9,
     "optimizer_layout": 6,
     "pipeline_folder": 2,

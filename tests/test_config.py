@@ -105,6 +105,7 @@ def test_a_field_decides_the_type_of_its_text(tmp_path):
         ("training: {prior: {learning_rate: true}}", "learning_rate must be a finite number, got 'true'"),
         ("training: {prior: {learning_rate: nan}}", "learning_rate must be a finite number, got 'nan'"),
         ("diffusion: {gamma_1: .inf}", "diffusion.gamma_1 must be a finite number, got '.inf'"),
+        ("training: {prior: {learning_rate: 1e30}}", "learning_rate must be a number below 2^63, got '1e30'"),
         ("diffusion: {gamma_1: inf}", "diffusion.gamma_1 must be a finite number, got 'inf'"),
         ("data: {stream: 2}", "data.stream must be true or false, got '2'"),
         ("data: {path: [a]}", "data.path must be text without ${, got ['a']"),

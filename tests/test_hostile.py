@@ -88,7 +88,8 @@ def test_a_long_chain_of_bases_and_long_lists_of_a_dict_are_refused(tmp_path):
 
 # what a file is made of -> what is said, or "" where it is read; each in a process with 1 GB of address space
 LARGE = {
-    "a.jsonl, one line of 1 GB": ("file.truncate(10**9)", "a row of more than"),
+    "a.jsonl, one line of 100 MB": ("file.write(b'a' * 10**8)", "a row of more than"),
+    "a.jsonl, 1 GB of zeros": ("file.truncate(10**9)", "it is binary, not text"),
     "a.jsonl.gz, a bomb": ("bomb(file)", "a row of more than"),
     "a.txt.gz, a bomb": ("bomb(file)", "unpacks to more than 100 times"),
     "a.parquet.gz, a bomb": ("bomb(file)", "unpacks to more than 100 times"),
@@ -105,10 +106,10 @@ def test_a_hostile_text_is_refused_within_a_gigabyte(name, tmp_path):
     path = tmp_path / name.partition(",")[0]
     code = f"""
 import gzip, resource, sys, time, zlib
-def bomb(file):  # 10 GB of zeros in 10 MB: one block of 100 MB, a hundred times
+def bomb(file):  # 10 GB of one letter in 10 MB: one block of 100 MB, a hundred times
     packer = zlib.compressobj(9, zlib.DEFLATED, 31)
-    file.write(packer.compress(bytes(10**8)) + packer.flush(zlib.Z_FULL_FLUSH))
-    block = packer.compress(bytes(10**8)) + packer.flush(zlib.Z_FULL_FLUSH)
+    file.write(packer.compress(b'a' * 10**8) + packer.flush(zlib.Z_FULL_FLUSH))
+    block = packer.compress(b'a' * 10**8) + packer.flush(zlib.Z_FULL_FLUSH)
     for _ in range(99):
         file.write(block)
 with open({str(path)!r}, "wb") as file:
@@ -141,9 +142,9 @@ def test_one_bad_row_in_a_thousand_is_left_out_and_counted(tmp_path):
     with pytest.warns(UserWarning, match=r"left out 2 bad of 3,000 rows; the first: .*a\.jsonl:1501: field"):
         corpora = load_corpora(DataConfig(path=str(path)))
     assert sum(map(len, corpora.values())) == 2998
-    rows[1501] = "{"
+    rows[1501], rows[2999] = "{", "{"
     path.write_text("\n".join(rows))
-    with pytest.raises(ValueError, match=r"a\.jsonl:1501: .*\(bad rows: 2 of the first 1,502\)"):
+    with pytest.raises(ValueError, match=r"a\.jsonl:1501: .*\(bad rows: 4 of the first 3,000\)"):
         load_corpora(DataConfig(path=str(path)))
 
 
@@ -176,25 +177,36 @@ def generate(folder):
 
 @pytest.mark.parametrize("name", PROMPTS)
 def test_any_bytes_are_a_prompt_and_a_pipe_gets_them_back(name, generate, tmp_path, capfdbinary, monkeypatch):
+    """As an argument; a file must hold text, whose byte-order mark and line ends are those of training text."""
     prompt = PROMPTS[name]
-    path = tmp_path / "prompt"
-    path.write_bytes(prompt + b"\n")
-    ways = [("--prompt-file", str(path))]
     if b"\0" not in prompt:  # no argument can hold it
-        ways.append(("--prompt", os.fsdecode(prompt)))
-    for way in ways:
-        assert generate(*way) == 0
+        assert generate("--prompt", os.fsdecode(prompt)) == 0
         out, error = capfdbinary.readouterr()
         assert out.startswith(prompt) and error == b""
+    path = tmp_path / "prompt"
+    path.write_bytes(prompt + b"\n")
+    is_text = b"\0" not in prompt and prompt.decode("utf-8", "ignore").encode() == prompt
+    code = generate("--prompt-file", str(path))
+    out, error = capfdbinary.readouterr()
+    if is_text:
+        read = prompt.removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n").removesuffix(b"\r")
+        assert code == 0 and out.startswith(read) and error == b""
+    else:
+        assert code == 2 and out == b"" and error.count(b"\n") == 1
     with path.open("rb") as file, monkeypatch.context() as patch:
         patch.setattr("sys.stdin", os.fdopen(os.dup(file.fileno()), "r"))
-        assert generate("--prompt-file", "-") == 0
+        assert generate("--prompt-file", "-") == code
         sys.stdin.close()
-    assert capfdbinary.readouterr().out == out
+    again, error = capfdbinary.readouterr()
+    assert again == out and error.count(b"\n") == (not is_text)
 
 
 def test_a_prompt_that_never_ends_is_refused(generate, refused):
-    assert "/dev/zero: longer than 1,048,576 bytes" in refused(generate("--prompt-file", "/dev/zero"))
+    assert "/dev/zero: holds NUL bytes" in refused(generate("--prompt-file", "/dev/zero"))
+    with subprocess.Popen(["yes"], stdout=subprocess.PIPE) as endless:
+        code = generate("--prompt-file", f"/dev/fd/{endless.stdout.fileno()}")
+        endless.kill()
+    assert "longer than 1,048,576 bytes" in refused(code)
 
 
 def written_to_terminal(work) -> bytes:
@@ -231,6 +243,22 @@ def test_what_the_model_writes_reaches_no_terminal_raw(more, generate, monkeypat
     if not more:
         raw = written_to_terminal(lambda: generate("--prompt", os.fsdecode(NASTY), "--raw"))
         assert raw == NASTY + NASTY + b"\n"
+
+
+@pytest.mark.parametrize("name", ["NO_COLOR", "TERM"])
+def test_chunks_are_marked_where_no_colours_are_wanted(name, generate, tmp_path, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    (tmp_path / "a.txt").write_text("some words here")
+
+    def shown() -> bytes:
+        return written_to_terminal(lambda: generate("--prompt", "a", "--show-chunks")) + written_to_terminal(
+            lambda: cli.main(["chunk", "--text", str(tmp_path / "a.txt"), "--strategy", "words"])
+        )
+
+    assert shown().count(b"\x1b[30;48") >= 3
+    monkeypatch.setenv(name, "dumb")
+    assert b"\x1b" not in shown() and b"some| words| here" in shown()
 
 
 def test_an_error_message_steers_no_terminal(refused):

@@ -101,7 +101,7 @@ def as_text(cuts: Mapping[str, Sequence[bytes]], colour: bool) -> str:
     for name, chunks in cuts.items():
         pieces = [printable(chunk.decode(errors="replace")) for chunk in chunks]
         body = "".join(map(tinted, pieces, range(len(pieces)))) if colour else "|".join(pieces)
-        parts.append(f"{name}, {_mean(chunks):.2f} bytes a chunk\n{body}\n")
+        parts.append(f"{printable(' '.join(name.split()))}, {_mean(chunks):.2f} bytes a chunk\n{body}\n")
     return "\n".join(parts)
 
 
@@ -111,7 +111,7 @@ def as_page(cuts: Mapping[str, Sequence[bytes]]) -> str:
     for name, chunks in cuts.items():
         spans = "".join(f"<span>{html.escape(printable(c.decode(errors='replace')))}</span>" for c in chunks)
         parts.append(
-            f"<h2>{html.escape(name)}: {len(chunks)} chunks of {_mean(chunks):.2f} bytes</h2><p>{spans}</p>"
+            f"<h2>{html.escape(printable(name))}: {len(chunks)} chunks of {_mean(chunks):.2f} bytes</h2><p>{spans}</p>"
         )
     head = f'<meta charset="utf-8"><title>Where the text is cut</title><style>{STYLE}</style>'
     return f"{PAGE_MARK.decode()}<html lang='en'><head>{head}</head><body>{''.join(parts)}</body></html>\n"

@@ -25,7 +25,7 @@ from hldm.model.diffusion import alpha_sigma
 from hldm.model.mixture import MixturePredictor
 from hldm.model.prior import Prior, price_latents
 from hldm.model.state import DecoderState, EncoderState, Encoding
-from hldm.text.bytes import END_OF_CHUNK, END_OF_DOCUMENT, count_characters
+from hldm.text.bytes import count_characters
 from hldm.text.corpus import Corpus
 from hldm.text.windows import Batch, Windows, draw_normal
 

@@ -20,7 +20,7 @@ from hldm.evaluation.tables import compare, show
 from hldm.runs.exits import guarded
 from hldm.runs.folder import shipped_run
 from hldm.runs.reports import check_report_path, save_report
-from hldm.text.bytes import read_up_to
+from hldm.text.encodings import is_blank, read_text
 
 if TYPE_CHECKING:
     from hldm.config import GenerationConfig
@@ -122,10 +122,10 @@ def evaluate_run(
     """
     given = None
     if text is not None:
-        with text.open("rb") as file:
-            given = read_up_to(file, MAX_TEXT_BYTES, str(text))
-    if given == b"":
-        raise ValueError(f"{text} is empty: there is nothing to measure")
+        given = read_text(text, MAX_TEXT_BYTES)
+        if is_blank(given):
+            fault = "holds nothing but white space" if given else "is empty"
+            raise ValueError(f"{text} {fault}: there is nothing to measure")
 
     import torch
 
@@ -200,6 +200,8 @@ def evaluate_model(
     for name, value, least in limits:
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
+    if is_blank(corpus.text.tobytes()):
+        raise ValueError(f"{corpus.name} holds nothing but white space: there is nothing to measure")
     generator = torch.Generator().manual_seed(seed)
     windows = held_out_windows(autoencoder, corpus)
     chunker = prompt_chunker(autoencoder)
@@ -238,11 +240,13 @@ def evaluate_model(
 
 
 def _perplexity(nats: float, windows: Windows) -> dict[str, float | None]:
-    """By character and by word (what white space separates); None where it overflows."""
+    """By character and by word (`hldm.evaluation.words`); None where it overflows."""
     from hldm.evaluation.metrics import Perplexity, compute
+    from hldm.evaluation.words import count_words
 
     corpus = windows.corpus
-    words = sum(len(corpus.document(index).tobytes().split()) for index in range(len(corpus)))
+    texts = (corpus.document(index).tobytes().decode("utf-8", "replace") for index in range(len(corpus)))
+    words = sum(map(count_words, texts))
     values = compute(Perplexity, nats=[nats], characters=[windows.characters], words=[words])
     values = {unit: values[f"{unit}_perplexity"] for unit in ("character", "word")}
     return {unit: value if math.isfinite(value) else None for unit, value in values.items()}

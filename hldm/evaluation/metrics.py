@@ -7,7 +7,6 @@ first use, because importing evaluate takes longer than everything else together
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
@@ -18,13 +17,28 @@ from typing import Any
 import numpy as np
 import torch
 
+from hldm.evaluation.words import ends_unspaced, letter_words, normal_words, split_words, words_in
+
 ROUGE_TYPES: tuple[str, ...] = ("rouge1", "rouge2", "rougeL")
-WORD = re.compile(r"[^\W\d_]+")
 
 
-def rouge_scores(predictions: Sequence[str], references: Sequence[str | Sequence[str]]) -> dict[str, float]:
+SPACE_WITHIN = 200  # bytes; longer words are none
+
+
+class _Words:
+    """A tokenizer for rouge_score, whose own one keeps nothing but a to z and digits."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return normal_words(text)
+
+
+def rouge_scores(
+    predictions: Sequence[str], references: Sequence[str | Sequence[str]]
+) -> dict[str, float | None]:
     """Mean F1 of ROUGE-1, ROUGE-2 and ROUGE-L (Lin, 2004); of several references the best one counts.
 
+    In words of any script, see `hldm.evaluation.words`. A reference without any, such as a row of emoji, has nothing
+    to compare with and does not count; None where no reference has words.
     Raises ValueError when the two differ in number, or are empty.
     """
     from rouge_score.rouge_scorer import RougeScorer
@@ -34,13 +48,15 @@ def rouge_scores(predictions: Sequence[str], references: Sequence[str | Sequence
             f"ROUGE needs one reference for each prediction, got {len(predictions)} predictions "
             f"and {len(references)} references"
         )
-    scorer = RougeScorer(ROUGE_TYPES)
-    totals = dict.fromkeys(ROUGE_TYPES, 0.0)
+    scorer = RougeScorer(ROUGE_TYPES, tokenizer=_Words())
+    found = []
     for prediction, reference in zip(predictions, references, strict=True):
         targets = [reference] if isinstance(reference, str) else list(reference)
-        for name, score in scorer.score_multi(targets, prediction).items():
-            totals[name] += score.fmeasure / len(predictions)
-    return totals
+        if targets := [target for target in targets if normal_words(target)]:
+            found.append(scorer.score_multi(targets, prediction))
+    if not found:
+        return dict.fromkeys(ROUGE_TYPES, None)
+    return {name: sum(scores[name].fmeasure / len(found) for scores in found) for name in ROUGE_TYPES}
 
 
 def perplexities(nats: float, characters: float, words: float) -> dict[str, float]:
@@ -59,7 +75,7 @@ def perplexities(nats: float, characters: float, words: float) -> dict[str, floa
 
 
 def diversity(texts: Sequence[str]) -> dict[str, float]:
-    """How varied texts are, in words split at white space; n-grams never span two texts.
+    """How varied texts are, in words as `split_words` finds them; n-grams never span two texts.
 
     distinct1, distinct2: different n-grams over all of them, pooled (Li et al., arXiv 1510.03055)
     entropy:              of the pooled word frequencies, in bits
@@ -67,7 +83,7 @@ def diversity(texts: Sequence[str]) -> dict[str, float]:
                           averaged over the texts that have any
     Shares of nothing are 0.
     """
-    word_lists = [text.split() for text in texts]
+    word_lists = [split_words(text) for text in texts]
     words = Counter(word for word_list in word_lists for word in word_list)
     pairs = Counter(pair for word_list in word_lists for pair in _ngrams(word_list, 2))
     fours = [four for word_list in word_lists if (four := _ngrams(word_list, 4))]
@@ -86,12 +102,12 @@ class TrainingText:
     def __init__(self, text: bytes, span: int):
         """span: bytes of what counts as copied."""
         self.span = span
-        self._words = frozenset(WORD.findall(text.decode("utf-8", "replace")))
+        self._words = frozenset(letter_words(text.decode("utf-8", "replace")))
         self._spans = np.unique(_span_hashes(text, span))
 
     def known_words(self, texts: Sequence[str]) -> float:
         """Share of words, letters in a row, that occur in it; the first and last of a text may be cut."""
-        words = [word for text in texts for word in WORD.findall(text)[1:-1]]
+        words = [word for text in texts for word in letter_words(text)[1:-1]]
         return sum(word in self._words for word in words) / max(len(words), 1)
 
     def copied_share(self, texts: Sequence[bytes]) -> float:
@@ -116,12 +132,16 @@ def _span_hashes(text: bytes, span: int) -> np.ndarray:
 
 def repeat_last_words(prompt: str, length: int, words: int = 8) -> str:
     """Baseline continuation: the prompt's last words over and over, `length` characters of them."""
-    last_words = " ".join(prompt.split()[-words:])
-    return "".join(islice(cycle(f"{last_words} "), length))
+    text = " ".join(prompt.split())
+    last = words_in(text)[-words:]
+    last_words = text[last[0].start() :] if last else ""
+    return "".join(islice(cycle(last_words if ends_unspaced(text) else f"{last_words} "), length))
 
 
 def random_passage(training_text: bytes, length: int, generator: torch.Generator) -> str:
     """Baseline continuation: `length` characters of the training text from the start of a random word.
+
+    Where no space comes for SPACE_WITHIN bytes, as in Chinese, from the start of a random character.
 
     Raises ValueError when the text is too short to be sure of them.
     """
@@ -132,7 +152,12 @@ def random_passage(training_text: bytes, length: int, generator: torch.Generator
             f"got {len(training_text)}"
         )
     inside = int(torch.randint(starts, (), generator=generator))
-    start = training_text.rfind(b" ", 0, inside) + 1  # of the word that this byte is in
+    earliest = max(inside - SPACE_WITHIN, 0)
+    start = training_text.rfind(b" ", earliest, inside) + 1  # of the word that this byte is in
+    if not start and earliest:
+        start = inside
+        while start > earliest and training_text[start] & 0xC0 == 0x80:  # inside a character of UTF-8
+            start -= 1
     passage = training_text[start : start + 4 * length]
     return passage.decode("utf-8", errors="ignore")[:length]
 
@@ -165,7 +190,7 @@ def _evaluate_metrics() -> dict[str, type]:
                 rouge_scores.__doc__ or "", [several, datasets.Features(predictions=text, references=text)]
             )
 
-        def _compute(self, *, predictions: list, references: list) -> dict[str, float]:
+        def _compute(self, *, predictions: list, references: list) -> dict[str, float | None]:
             return rouge_scores(predictions, references)
 
     class Perplexity(evaluate.Metric):

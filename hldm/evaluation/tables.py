@@ -6,8 +6,13 @@
 from __future__ import annotations
 
 import sys
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
+
+from hldm.text.bytes import printable
+
+CELL_WIDTH = 24  # columns of a terminal that a name may take: two of them beside a label fit into 80
 
 
 class Table(NamedTuple):
@@ -18,12 +23,15 @@ class Table(NamedTuple):
 
     def __str__(self) -> str:
         """Markdown, its columns of one width each, so that it can be read as it is."""
-        widths = [max(map(len, column)) for column in zip(self.head, *self.rows, strict=True)]
-        rule = ["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]
+        table = [[printable(" ".join(text.split("\n"))) for text in line] for line in (self.head, *self.rows)]
+        widths = [max(map(width, column)) for column in zip(*table, strict=True)]
+        rule = ["-" * (widths[0] + 2), *("-" * (most + 1) + ":" for most in widths[1:])]
         lines = []
-        for label, *values in (self.head, *self.rows):
-            cells = [value.rjust(width) for value, width in zip(values, widths[1:], strict=True)]
-            lines.append(f"| {' | '.join([label.ljust(widths[0]), *cells])} |")
+        for label, *values in table:
+            cells = [
+                " " * (most - width(value)) + value for value, most in zip(values, widths[1:], strict=True)
+            ]
+            lines.append(f"| {' | '.join([label + ' ' * (widths[0] - width(label)), *cells])} |")
         return "\n".join([lines[0], f"|{'|'.join(rule)}|", *lines[1:]])
 
     @classmethod
@@ -55,9 +63,9 @@ def _print_richly(table: Table) -> None:
 
     drawn = RichTable(box=box.SIMPLE_HEAD)
     for number, name in enumerate(table.head):
-        drawn.add_column(name, justify="right" if number else "left", no_wrap=True)
+        drawn.add_column(printable(name), justify="right" if number else "left", no_wrap=True)
     for cells in table.rows:
-        drawn.add_row(*cells)
+        drawn.add_row(*map(printable, cells))
     console = Console(markup=False, emoji=False, highlight=False)
     # as wide as it needs: lines longer than the terminal's wrap there, and no column is cut
     needed = console.measure(drawn, options=console.options.update(width=10**6)).maximum
@@ -66,8 +74,35 @@ def _print_richly(table: Table) -> None:
 
 
 def cell(value: Any, form: str, scale: float = 1) -> str:
-    """A formatted value."""
-    return "-" if value is None else format(value * scale, form)
+    """A formatted value: a name short and harmless, a huge number in scientific form."""
+    if value is None:
+        return "-"
+    if isinstance(value, str):
+        return short(value)
+    value *= scale
+    return format(value, ".3e" if form.endswith("f") and "," not in form and abs(value) >= 1e7 else form)
+
+
+def short(text: str) -> str:
+    """A name for a table: one line, harmless, with its middle left out where it is long."""
+    shown = printable(" ".join(text.split()))
+    if width(shown) <= CELL_WIDTH:
+        return shown
+    room, begin, end = CELL_WIDTH - 1, "", ""
+    while True:  # a letter from either end by turns
+        letter = shown[len(begin)] if len(begin) <= len(end) else shown[-1 - len(end)]
+        room -= width(letter)
+        if room < 0:
+            return f"{begin}…{end}"
+        begin, end = (begin + letter, end) if len(begin) <= len(end) else (begin, letter + end)
+
+
+def width(text: str) -> int:
+    """Columns that a text takes on a terminal: two for a wide character, none for a mark."""
+    return sum(
+        0 if unicodedata.combining(letter) else 2 if unicodedata.east_asian_width(letter) in "WF" else 1
+        for letter in text
+    )
 
 
 def row(label: str, form: str, columns: Mapping[str, Any], *keys: str, scale: float = 1) -> list[str]:
@@ -139,4 +174,6 @@ def compare(columns: Mapping[str, Mapping[str, Any]]) -> Table:
     from hldm.evaluation.context_length import rows
 
     found = (*_ROWS, *rows(columns.values()))
-    return Table(["", *columns], [row(label, form, columns, *key.split(".")) for label, key, form in found])
+    return Table(
+        ["", *map(short, columns)], [row(label, form, columns, *key.split(".")) for label, key, form in found]
+    )

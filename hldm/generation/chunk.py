@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hldm.config import GenerationConfig
+from hldm.generation.finite import require_finite
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.griffin import GriffinState
 from hldm.model.state import DecoderState, EncoderState, pick_rows, put_rows
@@ -40,6 +41,8 @@ def pick(logits: Tensor, u: Tensor, temperature: float, top_p: float) -> Tensor:
 
     logits (b v), u (b) in [0, 1). Temperature 0 takes the likeliest. Returns (b).
     """
+    if not bool(logits.amax(dim=-1).isfinite().all()):  # -inf bars a symbol, NaN or inf is no probability
+        require_finite(logits.amax(dim=-1), "the logits of bytes")
     if temperature == 0:
         return logits.argmax(dim=-1)
     p, symbol = (logits.double() / temperature).softmax(dim=-1).sort(dim=-1, descending=True, stable=True)

@@ -20,6 +20,7 @@ from torch import Tensor
 from hldm.chunking.attached import chunker_of
 from hldm.config import GenerationConfig
 from hldm.generation.chunk import Piece, Written, write_bytes, write_chunks
+from hldm.generation.finite import require_finite
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.contextualiser import Context, ContextState
 from hldm.model.denoiser import Told
@@ -120,7 +121,7 @@ class LatentWriter:
         """Sample and write one chunk a row."""
         written = self.write_chunks(
             self.autoencoder,
-            self.sample_latents(),
+            require_finite(self.sample_latents(), "latents", self.settings),
             self.encoder,
             self.decoder,
             self.opens,

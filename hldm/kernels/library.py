@@ -13,15 +13,18 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
+
+from hldm.text.bytes import printable
 
 SOURCES = Path(__file__).parent / "cpp"
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
@@ -54,7 +57,9 @@ def kernels() -> Kernels:
     try:
         path = build(cache_folder())
         found = Kernels(ctypes.CDLL(str(path)), f"{path}")
-    except (OSError, subprocess.SubprocessError) as error:
+    except (
+        Exception
+    ) as error:  # no home, no compiler, words that are no text: torch does the same, only slower
         found = Kernels(None, f"none, torch does the same ({_in_one_line(error)})")
     logger.debug("C++ kernels: %s", found.told)
     return found
@@ -73,9 +78,10 @@ def without_kernels() -> Iterator[None]:
 def cache_folder() -> Path:
     """Where libraries are kept, made if need be; ours alone, for what lies there is run.
 
-    Raises OSError when it cannot be made or another user may write there.
+    Raises OSError when it cannot be made or another user may write there, RuntimeError where there is no home.
     """
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hldm"
+    asked = os.environ.get("XDG_CACHE_HOME", "")
+    folder = (Path(asked) if os.path.isabs(asked) else Path.home() / ".cache") / "hldm"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = folder.stat()
     if found.st_uid != os.getuid() or found.st_mode & 0o022:
@@ -86,49 +92,82 @@ def cache_folder() -> Path:
 def build(folder: Path) -> Path:
     """The library in folder, compiled if it is not there yet. Several processes may do so at once.
 
+    Its name holds a hash of what it was made of, and one of what it holds: loading a damaged file may end the process.
     Raises OSError or SubprocessError where it cannot be.
     """
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
-    if compiler is None:
-        raise FileNotFoundError("no C++ compiler: c++ or g++ on the PATH, or CXX")
+    compiler = _compiler()
     sources = sorted(SOURCES.iterdir())
     digest = hashlib.sha256()
-    for part in (_run(compiler, "--version"), repr((FLAGS, TUNINGS)), _processor()):
+    for part in (_run(*compiler, "--version", seconds=60), repr((FLAGS, TUNINGS)), _processor()):
         digest.update(part.encode())
     for source in sources:
         digest.update(source.read_bytes())
-    path = folder / f"kernels-{digest.hexdigest()[:16]}.so"
-    if path.exists():
-        return path
+    name = f"kernels-{digest.hexdigest()[:16]}"
+    if found := _whole(folder, name):
+        return found
     units = [source for source in sources if source.suffix == ".cpp"]
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        unfinished, whole = Path(scratch) / path.name, Path(scratch) / "kernels.cpp"
+        unfinished, whole = Path(scratch) / f"{name}.so", Path(scratch) / "kernels.cpp"
         # all in one: what they share is compiled once
-        whole.write_text("".join(f'#include "{unit.resolve()}"\n' for unit in units))
+        whole.write_text("".join(f'#include "{unit.resolve()}"\n' for unit in units), encoding="utf-8")
         for tuning in TUNINGS:
             try:
-                _run(compiler, *FLAGS, *tuning, str(whole), "-o", str(unfinished))
+                _run(*compiler, *FLAGS, *tuning, str(whole), "-o", str(unfinished), seconds=SECONDS)
                 break
             except subprocess.CalledProcessError:
                 if tuning == TUNINGS[-1]:
                     raise
+        if found := _whole(folder, name):  # another process was faster
+            return found
+        path = folder / f"{name}-{_content(unfinished)}.so"
         unfinished.replace(path)  # whole or not at all
     return path
 
 
-def _run(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=SECONDS).stdout
+def _compiler() -> list[str]:
+    """The command of a C++ compiler; CXX may hold several words, such as `ccache g++`. Raises FileNotFoundError."""
+    asked = os.environ.get("CXX", "").strip()
+    if asked:
+        return [asked] if shutil.which(asked) else shlex.split(asked)
+    found = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if found is None:
+        raise FileNotFoundError("no C++ compiler: c++, g++ or clang++ on the PATH, or CXX")
+    return [found]
+
+
+def _whole(folder: Path, name: str) -> Path | None:
+    """The library of this name whose content is what it was when it was built; others are deleted."""
+    for path in sorted(folder.glob(f"{name}*.so")):
+        if path.is_file() and path.name == f"{name}-{_content(path)}.so":
+            return path
+        with suppress(OSError):
+            path.unlink()
+    return None
+
+
+def _content(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def _run(*command: str, seconds: float) -> str:
+    # whatever language and encoding the compiler speaks
+    done = subprocess.run(
+        command, capture_output=True, encoding="utf-8", errors="replace", check=True, timeout=seconds
+    )
+    return done.stdout
 
 
 def _processor() -> str:
     """What `-march=native` depends on: a home folder may be shared by machines that differ."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return platform.machine() + platform.processor()
     return platform.machine() + next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
 def _in_one_line(error: BaseException) -> str:
-    told = getattr(error, "stderr", None) or str(error)
-    return " ".join(told.split())[:200]
+    told = getattr(error, "stderr", None) or str(error) or type(error).__name__
+    if isinstance(told, bytes):  # of a command that took too long
+        told = told.decode("utf-8", "replace")
+    return printable(" ".join(told.split()))[:200]

@@ -60,7 +60,7 @@ class Progress:
     def __init__(self, stage: str, say: Callable[[str], None], live: bool):
         """live: draw a bar if this is a terminal (the main process alone should)."""
         self.stage, self.say = stage, say
-        self.live = live and sys.stdout.isatty()
+        self.live = live and sys.stdout.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "")
         self.began: tuple[float, float] | None = None  # (time, progress) of the first report
         self.bar: Bar | None = None
 

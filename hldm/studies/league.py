@@ -163,10 +163,10 @@ def measure(run: Path) -> dict[str, Any]:
     import torch
 
     from hldm.chunking.attached import chunker_of
-    from hldm.evaluation.bound import bits_of_ends, evaluate_bound, held_out_windows
+    from hldm.evaluation.bound import evaluate_bound, held_out_windows
     from hldm.evaluation.evaluate import evaluate_run
     from hldm.generation.pipeline import read_pipeline
-    from hldm.studies.borders import describe_chunks
+    from hldm.studies.borders import bits_of_ends, describe_chunks
     from hldm.studies.corruptions import CORRUPTIONS, corrupt
     from hldm.text.corpus import bible_verse_starts, load_corpus, make_corpus
 

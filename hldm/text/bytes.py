@@ -8,9 +8,9 @@ Knows numpy and the standard library only.
 from __future__ import annotations
 
 import codecs
+import os
 import re
-import sys
-from typing import BinaryIO
+from typing import TextIO
 
 import numpy as np
 
@@ -44,26 +44,6 @@ def to_ids(text: bytes) -> np.ndarray:
     return np.frombuffer(text, np.uint8).astype(np.int64)
 
 
-def read_up_to(file: BinaryIO, limit: int, name: str) -> bytes:
-    """All bytes of a file, which may be a pipe. Raises ValueError as soon as there are more than limit."""
-    text = bytearray()
-    while block := file.read(2**20):
-        text += block
-        if len(text) > limit:
-            raise ValueError(f"{name}: longer than {limit:,} bytes; take a part of it, such as its end")
-    return bytes(text)
-
-
-def read_input(name: str, limit: int) -> bytes:
-    """A file, or standard input for `-`; as `read_up_to`."""
-    if name == "-":
-        if sys.stdin is None:
-            raise ValueError("-: standard input is closed")
-        return read_up_to(sys.stdin.buffer, limit, "standard input")
-    with open(name, "rb") as file:
-        return read_up_to(file, limit, name)
-
-
 def count_characters(text: bytes) -> int:
     """UTF-8 characters in text, the denominator of bits per character; an invalid byte counts as one."""
     return len(text.decode("utf-8", "surrogateescape"))
@@ -92,6 +72,16 @@ class StreamDecoder:
         rest = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return rest
+
+
+def shows_colour(stream: TextIO | None) -> bool:
+    """Whether colours may be written: to a terminal that has them, unless the user asks for none (no-color.org)."""
+    return (
+        stream is not None
+        and stream.isatty()
+        and not os.environ.get("NO_COLOR")
+        and os.environ.get("TERM", "dumb") not in ("dumb", "")
+    )
 
 
 TINTS = (153, 223)  # of the 256 colours of terminals: light blue and light orange, both read below black

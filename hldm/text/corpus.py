@@ -1,44 +1,45 @@
 """Where documents come from, and which of them are held out.
 
 Three sources, one result: the built-in Bible in Basic English, files (`data.path`), a Hugging Face
-dataset (`data.dataset`). Text is bytes and is kept as it is, byte-order marks and CRLF included. Knows
-nothing of chunks, lanes or models; a library that only one source needs is imported there.
+dataset (`data.dataset`). Text is UTF-8 bytes, kept as they are but for line ends: CR LF is read as LF, as in prompts.
+Knows nothing of chunks, lanes or models; a library that only one source needs is imported there.
 """
 
 from __future__ import annotations
 
-import glob
-import gzip
 import hashlib
-import io
-import json
-import os
 import re
-import threading
-import urllib.error
-import urllib.request
-import warnings
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import count, groupby, islice
+from itertools import groupby
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Literal
 
 import numpy as np
 
 from hldm.config import ConfigError, DataConfig
-from hldm.text.bytes import to_bytes
+from hldm.text.encodings import (
+    damage_named,
+    is_blank,
+    open_packed,
+    open_text,
+    read_up_to,
+    require_utf8,
+    unix_lines,
+)
+from hldm.text.files import format_of, matching_files
+from hldm.text.hub import read_dataset
+from hldm.text.notes import note, one_line
+from hldm.text.rows import good_rows, read_jsonl, read_parquet
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
-FORMATS = (".txt", ".jsonl", ".parquet")
-MAX_ROW_BYTES = 16 * 2**20  # a longer line is no row of a .jsonl file; parsed it may take 40 times as much
-MAX_BAD_ROWS = 1e-3  # share of the rows so far that may be left out
-MAX_UNPACKED_BYTES, MAX_UNPACKING = 64 * 2**20, 100  # beyond so much, to 100 times its size: a bomb, no text
-HUB_TIMEOUT_S = 4.0
+ENOUGH_STEPS = (
+    10  # optimizer steps that training text must hold; with less, a model learns it by heart at once
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,21 +100,38 @@ def load_corpora(config: DataConfig) -> dict[Split, Corpus]:
     if config.path:
         source, name = _read_path(config), config.path
     else:
-        source, name = _good_rows(_read_dataset(config), config.dataset), config.dataset
-    documents = make_corpus(name, _limited(source, config.max_bytes))
+        source, name = good_rows(read_dataset(config), config.dataset), config.dataset
+    documents = make_corpus(name, _limited(_with_unix_lines(source), config.max_bytes, name))
     if not len(documents):
         raise ConfigError(f"{name} holds no text: every document is empty; choose another source")
-    return _split_documents(documents, config.held_out)
+    if all(is_blank(documents.document(index).tobytes()) for index in range(len(documents))):
+        raise ConfigError(f"{name} holds no text but white space; choose another source")
+    corpora = _split_documents(documents, config.held_out)
+    _note_duplicates(name, corpora)
+    _note_size(name, corpora["train"], config)
+    return corpora
 
 
-def _limited(documents: Iterable[bytes], max_bytes: int) -> Iterator[bytes]:
-    """Documents up to max_bytes in all; the last one is cut there, at a character's border."""
+def _with_unix_lines(documents: Generator[bytes, None, None]) -> Generator[bytes, None, None]:
+    """The same documents with LF at the end of every line."""
+    with closing(documents):
+        yield from map(unix_lines, documents)
+
+
+def _limited(documents: Generator[bytes, None, None], max_bytes: int, name: str = "") -> Iterator[bytes]:
+    """Documents up to max_bytes in all; the last one is cut there, at a character's border.
+
+    name: what is said to have more text than that; "": nothing is said
+    """
     left = max_bytes
-    for document in documents:
-        yield document[: _character_border(document, left)]
-        left -= len(document)
-        if left <= 0:
-            return
+    with closing(documents):
+        for document in documents:
+            if len(document) > left and name:
+                note(f"{name}: holds more than data.max_bytes={max_bytes:,}; what comes after is not read")
+            yield document[: _character_border(document, left)]
+            left -= len(document)
+            if left <= 0:
+                return
 
 
 def _character_border(text: bytes, at: int) -> int:
@@ -170,6 +188,45 @@ def _line_border(text: bytes, at: int) -> int:
     return _character_border(text, at)
 
 
+def _note_duplicates(name: str, corpora: dict[Split, Corpus]) -> None:
+    """Say which held-out documents stand in another split, too; white space does not make a difference."""
+    seen: dict[bytes, Split] = {}
+    found: dict[tuple[Split, Split], int] = {}
+    first = ""
+    for split in SPLITS:
+        corpus, new = corpora[split], set()
+        for index in range(len(corpus)):
+            text = corpus.document(index).tobytes()
+            digest = hashlib.blake2b(text.translate(None, b" \t\n\r\v\f"), digest_size=16).digest()
+            if other := seen.get(digest):
+                found[split, other] = found.get((split, other), 0) + 1
+                first = first or text[:60].decode("utf-8", "ignore")
+            else:
+                new.add(digest)
+        seen.update(dict.fromkeys(new, split))
+    if found:
+        counts = ", ".join(
+            f"{count:,} of {len(corpora[split]):,} {split} documents in {other}"
+            for (split, other), count in found.items()
+        )
+        note(
+            f'{name}: the same documents in several splits ({counts}; the first: "{one_line(first)}"): held-out '
+            "figures come out too good; remove the copies"
+        )
+
+
+def _note_size(name: str, train: Corpus, config: DataConfig) -> None:
+    """Say when there is hardly a step's worth of training text, and how much would do."""
+    a_step = config.lanes * config.window_bytes
+    if len(train.text) < ENOUGH_STEPS * a_step:
+        enough = int(ENOUGH_STEPS * a_step / (1 - 2 * config.held_out)) + 1
+        note(
+            f"{name}: {len(train.text):,} bytes of training text are read in {len(train.text) / a_step:.1f} steps of "
+            f"data.lanes={config.lanes} x data.window_bytes={config.window_bytes}, and soon known by heart; "
+            f"{enough:,} bytes in all would do {ENOUGH_STEPS} steps, a megabyte is better"
+        )
+
+
 # ---- the built-in corpus
 
 _BOOKS: dict[Split, frozenset[int]] = {  # by number, Genesis = 1 to Revelation = 66
@@ -199,7 +256,7 @@ def bible_verses() -> dict[int, str]:
     return verses
 
 
-def _bible_chapters(split: Split) -> Iterator[bytes]:
+def _bible_chapters(split: Split) -> Generator[bytes, None, None]:
     """One document a chapter, its verses joined by a space."""
     held_out = _BOOKS["validation"] | _BOOKS["test"]
     for chapter, verses in groupby(sorted(bible_verses().items()), key=lambda item: item[0] // 1000):
@@ -222,230 +279,47 @@ def bible_verse_starts(split: Split) -> list[np.ndarray]:
 # ---- files
 
 
-def _read_path(config: DataConfig) -> Iterator[bytes]:
-    for path in _matching_files(config.path):
-        try:
-            yield from _read_file(path, config)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise ValueError(f"{path}: damaged gzip file ({error}): fetch it again") from None
-
-
-def _matching_files(path: str) -> list[Path]:
-    """The readable files that a file, folder or glob names, sorted. Raises where there is none."""
-    try:
-        place = Path(path).expanduser()
-    except RuntimeError as error:  # ~somebody
-        raise ConfigError(f"data.path={path}: {error}") from None
-    endings = f"{', '.join(FORMATS)}, plain or with .gz"
-    if place.is_file():
-        if not _format_of(place):
-            raise ConfigError(f"data.path={path}: the file must end in {endings}")
-        return [place]
-    found: Iterable[Path]
-    if place.is_dir():
-        found = place.rglob("*")
-    elif glob.has_magic(path):
-        found = map(Path, glob.glob(str(place), recursive=True))
-    else:
-        raise FileNotFoundError(f"data.path={path}: no such file or folder")
-    files = sorted(file for file in found if file.is_file() and _format_of(file))
-    if not files:
-        raise FileNotFoundError(f"data.path={path}: no file there ends in {endings}")
-    return files
-
-
-def _format_of(path: Path) -> str:
-    """One of FORMATS, or "" for any other file."""
-    ending = Path(path.name.removesuffix(".gz")).suffix
-    return ending if ending in FORMATS else ""
-
-
-def _read_file(path: Path, config: DataConfig) -> Iterator[bytes]:
-    with path.open("rb") as packed:
-        file: BinaryIO = io.BufferedReader(_Unpacked(packed, path)) if path.suffix == ".gz" else packed
-        if _format_of(path) == ".txt":
-            text = _read_up_to(file, config.max_bytes + 1)  # no more of it could be used
-            yield from text.split(to_bytes(config.separator)) if config.separator else [text]
-        elif _format_of(path) == ".jsonl":
-            yield from _good_rows(_read_jsonl(file, path, config.field), str(path))
-        else:
-            whole = file if file is packed else io.BytesIO(file.read())  # a parquet file is read from its end
-            yield from _good_rows(_read_parquet(whole, path, config.field), str(path))
-
-
-class _Unpacked(io.RawIOBase):
-    """What a gzip file holds; ValueError when that is far more than text can be packed to."""
-
-    def __init__(self, packed: BinaryIO, path: Path) -> None:
-        self._packed, self._path = packed, path
-        self._file = gzip.GzipFile(fileobj=packed)
-        self._bytes = 0
-
-    def readable(self) -> bool:
-        """True."""
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Unpack into a buffer; returns how many bytes, 0 at the end."""
-        data = self._file.read(len(buffer))
-        buffer[: len(data)] = data
-        self._bytes += len(data)
-        if self._bytes > max(MAX_UNPACKED_BYTES, MAX_UNPACKING * self._packed.tell()):
-            raise ValueError(
-                f"{self._path}: unpacks to more than {MAX_UNPACKING} times its size, which text does not; "
-                "unpack it yourself if you trust it"
-            )
-        return len(data)
-
-
-def _read_up_to(file: BinaryIO, limit: int) -> bytes:
-    """The first `limit` bytes, read in blocks: the limit may be far larger than the file, or than memory."""
-    text = bytearray()
-    while block := file.read(min(limit - len(text), 2**20)):
-        text += block
-    return bytes(text)
-
-
-def _good_rows(rows: Iterator[bytes | ValueError], source: str) -> Iterator[bytes]:
-    """Texts of rows; bad ones, up to MAX_BAD_ROWS of those so far, are left out, counted and warned of."""
-    bad, first = 0, None
-    number = 0
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, ValueError):
-            yield row
-            continue
-        bad += 1
-        first = first or row
-        if bad > MAX_BAD_ROWS * number:
-            raise ValueError(f"{first} (bad rows: {bad} of the first {number:,})") from None
-    if bad:
-        warnings.warn(f"{source}: left out {bad} bad of {number:,} rows; the first: {first}", stacklevel=2)
-
-
-def _read_jsonl(file: BinaryIO, path: Path, field: str) -> Iterator[bytes | ValueError]:
-    number = 0
-    while line := file.readline(MAX_ROW_BYTES):
-        number += 1
-        place = f"{path}:{number}"
-        if len(line) == MAX_ROW_BYTES:
-            raise ValueError(f"{place}: a row of more than {MAX_ROW_BYTES} bytes; .jsonl holds one a line")
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            yield ValueError(f"{place}: not a row of JSON ({_first_line(error)}); remove or mend it")
-        else:
-            yield _text_of(row, field, place)
-
-
-def _read_parquet(file: BinaryIO, path: Path, field: str) -> Iterator[bytes | ValueError]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        table = parquet.ParquetFile(file)
-        columns = table.schema_arrow.names
-        if field not in columns:
-            raise ValueError(f"{path}: no column {field!r}; set data.field to one of {_some(columns)}")
-        number = 0
-        for batch in table.iter_batches(batch_size=256, columns=[field]):
-            for value in batch.column(0):
-                number += 1
-                place = f"{path}:{number}"
-                try:
-                    row = {field: value.as_py()}
-                except UnicodeDecodeError:
-                    yield ValueError(f"{place}: column {field!r} is not UTF-8; mend it")
-                else:
-                    yield _text_of(row, field, place)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: not a readable parquet file ({_first_line(error)})") from None
-
-
-def _text_of(row: Any, field: str, place: str) -> bytes | ValueError:
-    """UTF-8 of the text in a row; where there is none, a ValueError that names the place."""
-    if not isinstance(row, dict):
-        return ValueError(f"{place}: expected an object with a field {field!r}, got {type(row).__name__}")
-    if field not in row:
-        return ValueError(f"{place}: no field {field!r}; set data.field to one of {_some(row)}")
-    if not isinstance(row[field], str):
-        return ValueError(f"{place}: field {field!r} must be text, got {type(row[field]).__name__}")
-    try:
-        return row[field].encode()
-    except UnicodeEncodeError:
-        return ValueError(f"{place}: field {field!r} holds half a surrogate pair; remove it")
-
-
-def _some(names: Iterable[str]) -> str:
-    """The first few names, shortened, as one line."""
-    shown = [" ".join(name.split())[:40] for name in islice(names, 10)]
-    return ", ".join(shown) or "none"
-
-
-# ---- Hugging Face datasets
-
-_OTHER_WAYS = "set data.path to files you have, or leave both empty for the built-in corpus"
-
-
-def _read_dataset(config: DataConfig) -> Iterator[bytes | ValueError]:
-    """Rows of a dataset of the hub, of its cache, or of a local dataset folder."""
-    place = f"data.dataset={config.dataset}"
-    is_offline = any(
-        os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")
-        for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
-    )
-    if not (Path(config.dataset).exists() or is_offline):
-        require_hub(place)  # datasets itself tries five times, half a minute
-    import datasets
-    from datasets.exceptions import DatasetsError
-
-    try:
-        if (Path(config.dataset) / "state.json").exists():  # left by Dataset.save_to_disk
-            dataset = datasets.load_from_disk(config.dataset)
-        else:
-            dataset = datasets.load_dataset(
-                config.dataset, config.subset or None, split=config.split, streaming=config.stream
-            )
-        rows = iter(dataset)
-    except (OSError, ValueError, DatasetsError) as error:
-        raise ConfigError(f"{place} cannot be read ({_first_line(error)}); {_OTHER_WAYS}") from None
-    for number in count(1):
-        row_place = f"{place} ({config.split}) row {number}"
-        try:
-            row = next(rows, None)
-        except (OSError, ValueError, DatasetsError) as error:
-            raise ValueError(f"{row_place}: reading stopped ({_first_line(error)})") from None
-        if row is None:
-            return
-        yield _text_of(row, config.field, row_place)
-
-
-def require_hub(place: str) -> None:
-    """Raise ConfigError within HUB_TIMEOUT_S when the hub does not answer."""
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    failure: list[str] = [f"no answer in {HUB_TIMEOUT_S:g} s"]
-
-    def ask() -> None:
-        try:
-            request = urllib.request.Request(endpoint, method="HEAD")
-            urllib.request.urlopen(request, timeout=HUB_TIMEOUT_S).close()
-            failure.clear()
-        except urllib.error.HTTPError as error:  # below 500 the hub has answered
-            failure[:] = [str(error)] if error.code >= 500 else []
-        except (OSError, ValueError) as error:
-            failure[:] = [str(getattr(error, "reason", error))]
-
-    # in a thread, because looking up a name has no timeout of its own
-    asking = threading.Thread(target=ask, daemon=True)
-    asking.start()
-    asking.join(HUB_TIMEOUT_S)
-    if failure:
-        raise ConfigError(
-            f"{place}: {endpoint} cannot be reached ({failure[0]}); {_OTHER_WAYS} "
-            "(HF_HUB_OFFLINE=1 reads a copy downloaded before)"
+def _read_path(config: DataConfig) -> Generator[bytes, None, None]:
+    """Documents of files, and how the separator fared in one line."""
+    cuts = 0
+    files = matching_files(config.path)
+    separator = _separator(config.separator)
+    for path in files:
+        with closing(_read_file(path, config.max_bytes, config.field, separator)) as documents:
+            for index, document in enumerate(documents):
+                cuts += index > 0 and format_of(path) == ".txt"
+                yield document
+    texts = sum(format_of(path) == ".txt" for path in files)
+    if separator and texts and not cuts:
+        note(
+            f"data.separator={config.separator!a} occurs nowhere in {config.path}: {texts:,} plain text "
+            f"file{'s' * (texts > 1)} made {texts:,} document{'s' * (texts > 1)}; a blank line is "
+            r"""'data.separator="\n\n"' in a shell"""
         )
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+def _separator(typed: str) -> bytes:
+    r"""The separator with the line ends of texts as they are read, and `\n`, `\r`, `\t` of a shell as what they mean.
+
+    Not where a letter follows: `\newpage` and `\textbf` are themselves.
+    """
+    escapes = {"n": "\n", "r": "\r", "t": "\t"}
+    meant = re.sub(r"\\([nrt])(?![A-Za-z])", lambda match: escapes[match[1]], typed)
+    return meant.replace("\r\n", "\n").replace("\r", "\n").encode("utf-8", "surrogateescape")
+
+
+def _read_file(path: Path, max_bytes: int, field: str, separator: bytes) -> Generator[bytes, None, None]:
+    name = str(path)
+    with path.open("rb") as packed, damage_named(name):
+        if format_of(path) == ".parquet":
+            whole = open_packed(packed, name)
+            yield from good_rows(read_parquet(whole, path, field), name)
+            return
+        file = open_text(packed, name)
+        if format_of(path) == ".jsonl":
+            yield from good_rows(read_jsonl(file, path, field), name)
+            return
+        text = read_up_to(file, max_bytes + 1)  # no more of it could be used
+        require_utf8(text, name, is_cut=len(text) > max_bytes)
+        text = unix_lines(text)
+        yield from text.split(separator) if separator else [text]

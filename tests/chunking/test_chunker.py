@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import time
 
 import numpy as np
@@ -7,13 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hldm.chunking.chunker import TEXT_STRATEGIES, Cutter, make_chunker
+from hldm.chunking.chunker import _SENTENCE_END, TEXT_STRATEGIES, Cutter, make_chunker
 from hldm.config import ChunkingConfig, ConfigError
 
 STRATEGIES = sorted(TEXT_STRATEGIES)
 
 PIECES = ["a", "word", " ", "  ", "\n", "\n\n", "\r\n", ". ", "! ", '." ', "Mr. ", "...", "… ", "\t"]
-PIECES += ["é", "😀", "。", "」", "世界", "！", "x" * 30, "\u0301", "👩\u200d👧"]
+PIECES += ["é", "😀", "。", "」", "। ", "؟ ", "።", "世界", "！", "x" * 30, "\u0301", "👩\u200d👧"]
 valid_text = st.lists(st.sampled_from(PIECES), max_size=40).map(lambda pieces: "".join(pieces).encode())
 any_bytes = valid_text | st.binary(max_size=80) | st.binary(min_size=1, max_size=2).map(lambda b: b * 60)
 limits = st.tuples(st.integers(1, 12), st.integers(0, 12)).map(lambda pair: (pair[0], pair[0] + pair[1]))
@@ -164,3 +165,36 @@ def test_four_megabytes_of_words_take_two_seconds_at_most():
     start = time.process_time()
     chunker("words").chunk_start(text)
     assert time.process_time() - start < 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "यह पहला है। क्या यह दूसरा है? हाँ॥ अब तीसरा",  # Hindi
+        "هل هذا سؤال؟ نعم. وهذا جواب! انتهى",  # Arabic
+        "یہ پہلا جملہ ہے۔ یہ دوسرا ہے۔ تیسرا",  # Urdu
+        "ይህ ነው። ሌላ ነው፧ አዎ። መጨረሻ",  # Amharic
+        "Սա առաջինն է։ Սա երկրորդն է։ Վերջ",  # Armenian
+        "នេះជាប្រយោគ។ នេះទៀត៕ ចប់",  # Khmer
+        "ဒါကပထမ။ ဒါကဒုတိယ။ ပြီး",  # Burmese
+        "בראשית׃ והארץ׃ סוף",  # Hebrew, verses
+        "Τι είναι; τίποτα. τέλος".replace(";", "\u037e"),  # Greek, its own question mark
+    ],
+)
+def test_sentences_of_other_scripts_end_at_their_marks(text):
+    marks = "।॥؟?.!۔።፧։។៕။׃\u037e"
+    expected = [part for part in re.split(f"(?<=[{marks}])(?= )", text) if part]
+    assert [piece.decode() for piece in chunks("sentence", text.encode())] == expected
+    # a closing quote belongs to the sentence; a mark inside a word ends none
+    assert len(chunks("sentence", f"«{text[:3]}{expected[0][-1]}» more".encode())) == 2
+    assert len(chunks("sentence", f"{text[:3]}{expected[0][-1]}{text[:3]}".encode())) == 1
+
+
+@pytest.mark.parametrize("text", ["A. B! C? D… e", "一。二！三？四", "x; y: z ‽ w ⁉ v", "a․ b｡c．d"])
+def test_marks_of_other_scripts_change_nothing_of_latin_and_cjk_text(text):
+    data = text.encode()
+    before = re.compile(
+        rb"((?:[.!?]|\xe2\x80\xa6|\xe3\x80\x82|\xef\xbc[\x81\x9f])+)"
+        rb"(?:[\"')\]}]|\xe2\x80[\x9d\x99]|\xc2\xbb|\xe3\x80[\x8d\x8f\x91]|\xef\xbc\x89)*"
+    )
+    assert [m.span() for m in before.finditer(data)] == [m.span() for m in _SENTENCE_END.finditer(data)]

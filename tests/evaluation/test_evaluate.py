@@ -132,12 +132,12 @@ def test_a_latent_model_and_its_twin_have_the_same_keys_in_json_and_table(runs, 
     assert none == "-" and share.endswith("%")
 
 
-def test_any_file_can_be_measured(runs, tmp_path):
-    path = tmp_path / "bytes"
-    path.write_bytes(b"no \xff\xfe UTF-8 at all \x80" * 10)
+def test_any_text_can_be_measured(runs, tmp_path):
+    path = tmp_path / "any"
+    path.write_bytes(b"twenty characters of" * 10)
     found = evaluate_run(runs / "twin", text=path, prompts=2, max_characters=10)
     assert found["split"] == str(path)
-    assert found["characters"] == 200  # a byte that is no UTF-8 counts as one
+    assert found["characters"] == 200
     assert found["bits_per_character"]["bound"] == pytest.approx(201 / 200 * math.log2(258))  # one end
     assert found["bits_per_character"]["standard_error_text"] is None
 
@@ -168,13 +168,13 @@ def test_no_prompts_leave_their_entries_empty(runs):
         (["--run", "{runs}/model", "--json", "{tmp}/no/such/folder.json"], "no folder"),
         (["--run", "{runs}/model", "--draws", "3"], "draws must be even"),
         (["--run", "{runs}/model", "--max-characters", "0"], "max_characters must be at least 1"),
-        (["--run", "{runs}/twin", "--text", "{tmp}/blank"], "0 words"),
+        (["--run", "{runs}/twin", "--text", "{tmp}/blank"], "nothing but white space"),
         (["--run", "{runs}/twin", "--context", "100", "1"], "context must be at least 2"),
     ],
 )
 def test_what_cannot_be_measured_is_told_in_one_line(runs, tmp_path, capsys, arguments, says):
     (tmp_path / "empty").touch()
-    (tmp_path / "blank").write_text("   ")
+    (tmp_path / "blank").write_text("  \u3000\xa0 ")
     assert main([argument.format(runs=runs, tmp=tmp_path) for argument in arguments]) == 2
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1

@@ -7,7 +7,9 @@ import pty
 import re
 import sys
 
-from hldm.evaluation.tables import Table, row, show
+import pytest
+
+from hldm.evaluation.tables import CELL_WIDTH, Table, cell, row, short, show, width
 
 TABLE = Table(["", "model", "twin"], [["bits", "1.25", "10.5"], ["  of it [red]latents", "-", "0"]])
 
@@ -55,3 +57,44 @@ def test_a_terminal_gets_a_drawn_table_with_every_cell_whole(monkeypatch):
     lines = [line.split() for line in shown.splitlines()]
     assert ["model", "twin"] in lines and ["bits", "1.25", "10.5"] in lines
     assert ["of", "it", "[red]latents", "-", "0"] in lines  # no markup, nothing cut
+
+
+NAMES = [
+    "short",
+    "a/very/long/path/" * 9 + "text.txt",
+    "世界" * 30,
+    "e\u0301" * 60,
+    "\x1b[2J\n\x9b\u202eab\t",
+    "👩" * 40,
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_cell_is_short_and_harmless(name):
+    shown = short(name)
+    assert width(shown) <= CELL_WIDTH and "\n" not in shown and "\x1b" not in shown and "\u202e" not in shown
+    if width(name) > CELL_WIDTH and name.isascii():
+        assert shown.startswith(name[:10]) and shown.endswith(name[-10:]) and "…" in shown
+
+
+def test_columns_stand_below_each_other_whatever_is_in_them():
+    table = Table(["", *map(short, NAMES[:2])], [["label\x1b[31m", "1", "2"], ["世界", "10", "20"]])
+    lines = str(table).splitlines()
+    assert len(lines) == 4 and len({width(line) for line in lines}) == 1 and width(lines[0]) <= 90
+    assert "\x1b" not in "".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("value", "form", "shown"),
+    [
+        (None, ".1f", "-"),
+        (123.45, ".1f", "123.5"),
+        (9_999_999.0, ".1f", "9999999.0"),
+        (1.5e80, ".1f", "1.500e+80"),
+        (12_345_678, ",.0f", "12,345,678"),
+        (0.5, ".2%", "50.00%"),
+        ("a\x1bb", "", "a\\x1bb"),
+    ],
+)
+def test_a_number_fits_itscell(value, form, shown):
+    assert cell(value, form) == shown

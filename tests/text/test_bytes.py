@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import io
+import os
+import pty
 import subprocess
 import sys
 
@@ -12,6 +15,7 @@ from hldm.text.bytes import (
     StreamDecoder,
     count_characters,
     printable,
+    shows_colour,
     split_incomplete,
     to_bytes,
     to_ids,
@@ -83,3 +87,25 @@ def test_the_start_of_a_character_is_held_back():
             whole, rest = split_incomplete(data[:cut])
             assert whole + rest == data[:cut] and len(rest) < 4
             assert whole.decode() == text[: len(whole.decode())]
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"TERM": "xterm-256color"}, True),
+        ({"TERM": "xterm", "NO_COLOR": ""}, True),  # no-color.org: when not empty
+        ({"TERM": "xterm", "NO_COLOR": "1"}, False),
+        ({"TERM": "dumb"}, False),
+        ({"TERM": ""}, False),
+        ({}, False),
+    ],
+)
+def test_colours_are_for_terminals_that_want_them(monkeypatch, environment, expected):
+    for name in ("TERM", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    mine, theirs = pty.openpty()
+    with os.fdopen(theirs, "w") as terminal, os.fdopen(mine):
+        assert shows_colour(terminal) is expected
+    assert not shows_colour(io.StringIO()) and not shows_colour(None)

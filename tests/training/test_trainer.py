@@ -80,7 +80,7 @@ def test_an_autoencoder_killed_and_resumed_is_bit_equal_to_an_uninterrupted_one(
     run_killed(tmp_path / "killed", config, "train_autoencoder.py", *overrides)
     resumed = train_autoencoder(config, resume=True, root=tmp_path / "killed" / "runs")
     assert_same(weights(straight / "autoencoder"), weights(resumed / "autoencoder"))
-    names = ("decoder", "latent", "end")
+    names = ("decoder", "latent")
     assert losses(straight / "autoencoder", *names) == losses(resumed / "autoencoder", *names)
 
 
@@ -162,7 +162,7 @@ def test_however_often_it_is_interrupted_a_run_reads_and_learns_the_same(
 
     assert samples_read == expected  # nothing twice, nothing left out
     assert_same(weights(straight), weights(stopped))
-    for names in (("learning_rate",), ("gradient_norm",), ("latent", "end")):
+    for names in (("learning_rate",), ("gradient_norm",), ("latent",)):
         assert losses(straight, *names) == losses(stopped, *names)
     table = [learning_rate(getattr(config.training, stage), step / 50) for step in range(50)]
     assert losses(stopped, "learning_rate") == table
@@ -225,7 +225,7 @@ def test_a_run_that_stays_not_finite_ends_with_a_post_mortem(tmp_path, small_con
         assert skipped["step"] == step and skipped["gradient_norm"] == "nan"
         assert skipped["gradients_not_finite"] == [names[3]]
         assert skipped["rows"] == [list(place) for place in windows.places(step - 1)]
-        assert set(skipped["nats"]) == {"decoder", "latent", "end"} and skipped["learning_rate"] > 0
+        assert set(skipped["nats"]) == {"decoder", "latent"} and skipped["learning_rate"] > 0
     # what is left can be gone on from, with a lower learning rate, say
     monkeypatch.undo()
     train_autoencoder(small_config, resume=True, root=tmp_path)
@@ -344,7 +344,7 @@ def test_two_processes_train_what_one_does(tmp_path, small_overrides):
     assert one.returncode == 0, one.stderr[-3000:]
     runs = [tmp_path / "runs" / name / "autoencoder" for name in ("one", "two")]
     assert losses(runs[0], "learning_rate") == losses(runs[1], "learning_rate")
-    found = [losses(run, "decoder", "latent", "end") for run in runs]
+    found = [losses(run, "decoder", "latent") for run in runs]
     assert len(found[0]) == 50 and found[0] == pytest.approx(found[1], abs=1e-4)
 
 

@@ -1,0 +1,163 @@
+"""Documents of Hugging Face datasets: from the hub, from its cache, or from a local dataset folder.
+
+Whatever goes wrong, in the network or in a dataset's own files, becomes one line that names the cause and the file.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from hldm.config import ConfigError, DataConfig
+from hldm.text.notes import first_line, one_line
+from hldm.text.rows import text_of
+
+HUB_TIMEOUT_S = 4.0
+_OTHER_WAYS = "set data.path to files you have, or leave both empty for the built-in corpus"
+_FILE_VARIABLES = (
+    "file",
+    "filepath",
+    "file_path",
+    "filename",
+    "original_file",
+)  # as builders of datasets name it
+
+
+def read_dataset(config: DataConfig) -> Iterator[bytes | ValueError]:
+    """Rows of a dataset; a ValueError for one that holds no text. Raises ValueError where reading fails."""
+    place = f"data.dataset={config.dataset}"
+    is_offline = any(
+        os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")
+        for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
+    )
+    is_local = Path(config.dataset).exists()
+    if is_local:
+        _require_no_script(Path(config.dataset), place)
+    elif not is_offline:
+        require_hub(place)  # datasets itself tries five times, half a minute
+
+    rows: Iterator[Any] = iter(())
+    with _one_voice():
+        # Exception: what the network layer, a decompressor or a format's reader raises has no common base
+        try:
+            rows = iter(_open_dataset(config))
+        except MemoryError:
+            raise
+        except Exception as error:
+            raise ConfigError(f"{place} cannot be read ({_causes(error)}); {_OTHER_WAYS}") from None
+        for number in count(1):
+            row_place = f"{place} ({config.split}) row {number}"
+            try:
+                row = next(rows, None)
+            except MemoryError:
+                raise
+            except Exception as error:
+                raise ValueError(f"{row_place}: reading stopped ({_causes(error)})") from None
+            if row is None:
+                return
+            yield text_of(row, config.field, row_place)
+
+
+def _open_dataset(config: DataConfig) -> Any:
+    import datasets
+
+    if (Path(config.dataset) / "state.json").exists():  # left by Dataset.save_to_disk
+        return datasets.load_from_disk(config.dataset)
+    if (Path(config.dataset) / "dataset_dict.json").exists():  # by DatasetDict.save_to_disk
+        return datasets.load_from_disk(config.dataset)[config.split]
+    return datasets.load_dataset(
+        config.dataset, config.subset or None, split=config.split, streaming=config.stream
+    )
+
+
+def _require_no_script(place: Path, name: str) -> None:
+    """Raise ConfigError for a dataset that is a program: datasets no longer runs them, and neither do we."""
+    script = place if place.suffix == ".py" else place / f"{place.resolve().name}.py"
+    if script.is_file():
+        raise ConfigError(
+            f"{name}: {script} is a dataset script, which datasets no longer runs: save its texts as .jsonl or "
+            "parquet files and set data.path to them"
+        )
+
+
+@contextmanager
+def _one_voice() -> Iterator[None]:
+    """Within, datasets logs no error, which comes as an exception, too; without a terminal it draws no bar."""
+    from datasets.utils import logging
+
+    level, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    if sys.stderr is None or not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if has_bars:
+            logging.enable_progress_bar()
+
+
+def _causes(error: BaseException) -> str:
+    """What an error says, what caused it, and the file that was being read, in one line.
+
+    datasets wraps errors: "An error occurred while generating the dataset" hides both cause and file. The file is a
+    local variable of the reader that failed.
+    """
+    said: list[str] = []
+    files: list[str] = []
+    link: BaseException | None = error
+    seen: set[int] = set()
+    while link is not None and id(link) not in seen and len(said) < 3:
+        seen.add(id(link))
+        words = first_line(link)
+        if type(link).__name__ not in words and not isinstance(link, (OSError, ValueError)):
+            words = f"{type(link).__name__}: {words}"
+        if words not in said:
+            said.append(words)
+        trace = link.__traceback__
+        while trace is not None:
+            for name in _FILE_VARIABLES:
+                found = trace.tb_frame.f_locals.get(name)
+                if isinstance(found, (str, Path)) and trace.tb_frame.f_code.co_filename != __file__:
+                    files.append(str(found))
+            trace = trace.tb_next
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
+    named = [file for file in files if not any(Path(file).name in words for words in said)]
+    return "; ".join([*said, *(f"in {one_line(file)[:200]}" for file in named[-1:])])
+
+
+def require_hub(place: str) -> None:
+    """Raise ConfigError within HUB_TIMEOUT_S when the hub does not answer."""
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    failure: list[str] = [f"no answer in {HUB_TIMEOUT_S:g} s"]
+
+    def ask() -> None:
+        try:
+            request = urllib.request.Request(endpoint, method="HEAD")
+            urllib.request.urlopen(request, timeout=HUB_TIMEOUT_S).close()
+            failure.clear()
+        except urllib.error.HTTPError as error:  # below 500 the hub has answered
+            failure[:] = [first_line(error)] if error.code >= 500 else []
+        except (
+            Exception
+        ) as error:  # a thread has nobody to tell; http.client's are neither OSError nor ValueError
+            reason = getattr(error, "reason", error)
+            failure[:] = [first_line(reason) if isinstance(reason, BaseException) else one_line(str(reason))]
+
+    # in a thread, because looking up a name has no timeout of its own
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(HUB_TIMEOUT_S)
+    if failure:
+        raise ConfigError(
+            f"{place}: {endpoint} cannot be reached ({failure[0]}); {_OTHER_WAYS} "
+            "(HF_HUB_OFFLINE=1 reads a copy downloaded before)"
+        )
