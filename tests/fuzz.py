@@ -48,7 +48,7 @@ from hldm.generation.pipeline import ByteTokenizer, HLDMPipeline, read_pipeline
 from hldm.kernels import library as kernels
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.prior import Prior
-from hldm.runs.checkpoints import load_checkpoint, save_checkpoint, unflatten_optimizer
+from hldm.runs.checkpoints import load_checkpoint, save_checkpoint
 from hldm.runs.files import fingerprint
 from hldm.settings import parse_override
 from hldm.text.bytes import StreamDecoder, count_characters, printable, split_incomplete, to_bytes, to_ids
@@ -259,15 +259,6 @@ class Targets:
             load_checkpoint(self.checkpoint)
             assert not is_changed, "a damaged checkpoint was loaded"
 
-    def optimizer_layout(self, rng: random.Random) -> None:
-        """The JSON that says where an optimizer's tensors belong."""
-        data = self.last = mutated(b'{"dict": [["state", {"tensor": "a"}], ["g", [{"tuple": [1, 2]}]]]}', rng)
-        try:
-            layout = json.loads(data)
-        except (ValueError, RecursionError):
-            return
-        unflatten_optimizer({"a": torch.zeros(1)}, layout)
-
     def pipeline_folder(self, rng: random.Random) -> None:
         """A saved pipeline with a file damaged; the tensors of what loads are those of a model."""
         files = [path for path in sorted((self.folder / "pipeline").rglob("*")) if path.is_file()]
@@ -345,7 +336,6 @@ SHARES: dict[str, int] = {
     "words": 4,
     "damaged_library": 2,
     "checkpoint_folder": 9,
-    "optimizer_layout": 6,
     "pipeline_folder": 2,
     "tensors": 1,
     "prompt": 1,

@@ -116,17 +116,17 @@ class Trainer:
         path = ""
         if self.accelerator.is_main_process:
             tensors = {"model": self.objective.state_dict(), "carry": carry}
-            states = []
+            groups = []
             for index, optimizer in enumerate(self.optimizers):
-                tensors[f"optimizer-{index}"], state = flatten_optimizer(optimizer.state_dict())
-                states.append(state)
+                tensors[f"optimizer-{index}"], own_groups = flatten_optimizer(optimizer.state_dict())
+                groups.append(own_groups)
             if self.average is not None:
                 tensors["average"] = self.average.state_dict()
             state = {
                 "seconds": self.totals.seconds,
                 "characters": self.totals.characters,
                 "prepared": self.totals.prepared,
-                "optimizers": states,
+                "optimizers": groups,
                 "threads": torch.get_num_threads(),
                 "processes": self.accelerator.num_processes,
                 "seed": self.seed,
@@ -144,8 +144,8 @@ class Trainer:
         if saved is None:
             return False
         states = [
-            unflatten_optimizer(saved.tensors.get(f"optimizer-{index}", {}), layout)
-            for index, layout in enumerate(saved.state["optimizers"])
+            unflatten_optimizer(saved.tensors[f"optimizer-{index}"], groups)
+            for index, groups in enumerate(saved.state["optimizers"])
         ]
         self._check(saved, states, say)
         self.objective.load_state_dict(saved.tensors["model"])
