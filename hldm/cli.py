@@ -18,13 +18,11 @@ from typing import Any
 
 from hldm import commands
 from hldm.config import Config, ConfigError, GenerationConfig, load_config, stage_training, to_yaml
-from hldm.generation.footprint import read_model_settings, require_room_to_write
 from hldm.runs.exits import guarded
 from hldm.runs.folder import shipped_run
 from hldm.runs.signals import Stopped
 from hldm.text.bytes import MAX_PROMPT_BYTES
 from hldm.text.encodings import read_text
-from hldm.training.sizes import require_room
 
 STAGES = {
     "autoencoder": "Stage one: train the autoencoder, or a twin, from a config.",
@@ -108,7 +106,6 @@ def _train(stage: str, argv: Sequence[str] | None) -> int:
         if arguments.print_config:
             print(to_yaml(config), end="")
             return 0
-        require_room(config, stage)  # here, too: before torch is imported
         from hldm.training import stages
 
         train = stages.train_autoencoder if stage == "autoencoder" else stages.train_diffusion
@@ -164,7 +161,7 @@ def _prompts(arguments: argparse.Namespace) -> list[bytes]:
         prompts.append(read_text(name, MAX_PROMPT_BYTES).removesuffix(b"\n"))
     if not prompts:
         raise ValueError("no prompt given: pass --prompt TEXT, --prompt-file FILE or --prompt-file -")
-    return [prompt for prompt in prompts for _ in range(arguments.num_samples)]
+    return prompts
 
 
 def generate(argv: Sequence[str] | None = None) -> int:
@@ -184,12 +181,13 @@ def generate(argv: Sequence[str] | None = None) -> int:
         folder = shipped_run() if arguments.run is None else Path(arguments.run)
         folder = folder if (folder / "model_index.json").exists() else folder / "pipeline"
         replace(GenerationConfig(), **_given(arguments))  # refuses what is out of range
-        _require_room_to_write(folder, arguments)
         prompts = _prompts(arguments)
+        from hldm.generation.footprint import require_room_to_write
         from hldm.generation.pipeline import read_pipeline
 
-        pipeline = read_pipeline(folder)
-        _write(pipeline, prompts, arguments)
+        pipeline, samples = read_pipeline(folder), arguments.num_samples
+        require_room_to_write(pipeline.autoencoder, pipeline.prior, prompts, samples, arguments.max_chars)
+        _write(pipeline, [prompt for prompt in prompts for _ in range(samples)], arguments)
         return 0
 
     return guarded(work)
@@ -199,17 +197,6 @@ def _given(arguments: argparse.Namespace) -> dict[str, Any]:
     """The generation settings that the command line names."""
     names = ("steps", "scheduler", "guidance", "temperature", "decoder_temperature", "top_p")
     return {name: value for name in names if (value := getattr(arguments, name)) is not None}
-
-
-def _require_room_to_write(pipeline: Path, arguments: argparse.Namespace) -> None:
-    """Refuse what cannot fit into memory, before a prompt is read or torch imported."""
-    config = read_model_settings(pipeline)
-    if config is not None:
-        files = [Path(name) for name in arguments.prompt_file if name != "-"]
-        prompts = [len(os.fsencode(prompt)) for prompt in arguments.prompt]
-        prompts += [file.stat().st_size if file.is_file() else 0 for file in files]
-        rows = (len(arguments.prompt) + len(arguments.prompt_file)) * arguments.num_samples
-        require_room_to_write(config, rows, arguments.max_chars, max(prompts, default=0))
 
 
 def _write(pipeline: object, prompts: list[bytes], arguments: argparse.Namespace) -> None:
@@ -235,7 +222,6 @@ def _write(pipeline: object, prompts: list[bytes], arguments: argparse.Namespace
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
 
-    pipeline.require_room_to_write(prompts, arguments.max_chars)
     streams = len(prompts) == 1 and not arguments.json
     if streams:
         send(prompts[0])

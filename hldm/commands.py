@@ -19,7 +19,6 @@ from hldm.runs.exits import guarded
 from hldm.runs.folder import export_run
 from hldm.text.bytes import MAX_PROMPT_BYTES, shows_colour
 from hldm.text.encodings import read_text
-from hldm.training.sizes import report, require_room, survey
 
 DEMO_PROMPTS = 3  # continued by `hldm demo`
 
@@ -288,6 +287,8 @@ def sizes(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_intermixed_args(argv)
 
     def work() -> int:
+        from hldm.training.sizes import report, survey
+
         found = survey(load_config(arguments.config, arguments.overrides))
         print(json.dumps(found, indent=1) if arguments.json else report(found))
         return 0 if found["fits"] else 2
@@ -332,11 +333,11 @@ def run_demo(path: Path, name: str | None = None, root: Path = Path("runs")) -> 
     config = replace(load_config([path]), name=name)
     twin = replace(load_config([path.with_name(f"{path.stem}-twin.yaml")]), name=f"{name}-twin")
 
-    for planned, stage in ((config, "autoencoder"), (config, "prior"), (twin, "autoencoder")):
-        require_room(planned, stage, root)  # before the first of them takes an hour
-
+    from hldm.training.sizes import require_room
     from hldm.training.stages import train_run
 
+    for planned, stage in ((config, "autoencoder"), (config, "prior"), (twin, "autoencoder")):
+        require_room(planned, stage, root)  # before the first of them takes an hour
     train_run(config, root=root)
     train_run(twin, root=root)
 

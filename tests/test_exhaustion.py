@@ -111,8 +111,7 @@ def test_training_on_a_disk_that_fills_up_ends_in_one_line_and_keeps_its_checkpo
 ):
     (small_disk / "small.yaml").write_text(to_yaml(small_config))
     monkeypatch.chdir(small_disk)
-    for module in (cli, stages):
-        monkeypatch.setattr(module, "require_room", lambda *_: None)  # it would have refused
+    monkeypatch.setattr(stages, "require_room", lambda *_: None)  # it would have refused
     assert cli.train_autoencoder(["--config", "small.yaml", "checkpoint.keep=9", "checkpoint.every=1"]) == 2
     error = capsys.readouterr().err
     assert re.fullmatch(r"hldm: runs/small/.*bytes free\).*\n", error), error
@@ -214,7 +213,6 @@ LIMITED = """
 import resource, sys
 from hldm import cli
 from hldm.runs import machine
-from hldm.training import sizes
 from hldm.training import stages
 
 def limit(*_):  # comes once the check is over: other programs take what was free

@@ -18,11 +18,11 @@ from transformers import PreTrainedTokenizer
 
 from hldm.chunking.segmenter import Segmenter
 from hldm.chunking.strategies import attach_segmenter, read_segmenter
-from hldm.config import Config, GenerationConfig, section_from_dict
+from hldm.config import GenerationConfig, section_from_dict
 from hldm.generation.footprint import require_room_to_write
 from hldm.generation.writer import Continuation, write_on
 from hldm.model.autoencoder import Autoencoder
-from hldm.model.diffusion import SchedulerName, make_scheduler, scheduler_name
+from hldm.model.diffusion import make_scheduler, scheduler_name
 from hldm.model.prior import Prior
 from hldm.runs.files import fingerprint
 from hldm.runs.saved_model import SAVED_BY_DIFFUSERS, SavedModel, first_line, read_json
@@ -140,16 +140,9 @@ class HLDMPipeline(DiffusionPipeline):
         """The generation settings of this pipeline; a scheduler put in by the user is honoured."""
         settings = GenerationConfig(**dict(self.config["defaults"]))
         if self.scheduler is not None:
-            settings = replace(settings, scheduler=scheduler_name(self.scheduler))
+            order = self.scheduler.config.get("solver_order")
+            settings = replace(settings, scheduler=scheduler_name(type(self.scheduler).__name__, order))
         return settings
-
-    def require_room_to_write(self, prompts: Sequence[bytes], max_characters: int) -> None:
-        """Raise ConfigError unless continuing so many prompts fits in the memory that there is."""
-        config = Config(autoencoder=self.autoencoder.settings, chunking=self.autoencoder.chunking)
-        if self.prior is not None:
-            config = replace(config, prior=self.prior.settings, hierarchy=self.prior.hierarchy)
-        longest = max(map(len, prompts), default=0)
-        require_room_to_write(config, len(prompts), max_characters, longest)
 
     def __call__(
         self,
@@ -173,9 +166,11 @@ class HLDMPipeline(DiffusionPipeline):
         the seed instead, as diffusers' users expect.
         """
         prompts = [prompt] if isinstance(prompt, str | bytes) else list(prompt)
-        rows = [
-            to_bytes(p) if isinstance(p, str) else p for p in prompts for _ in range(num_return_sequences)
-        ]
+        texts_so_far = [to_bytes(p) if isinstance(p, str) else p for p in prompts]
+        require_room_to_write(
+            self.autoencoder, self.prior, texts_so_far, num_return_sequences, max_characters
+        )
+        rows = [text for text in texts_so_far for _ in range(num_return_sequences)]
         given: dict[str, Any] = {
             "steps": num_inference_steps,
             "guidance": guidance_scale,
@@ -186,7 +181,6 @@ class HLDMPipeline(DiffusionPipeline):
         if generator is not None:
             seed = int(torch.randint(2**31, (), generator=generator))
         settings = replace(self.settings, **{k: v for k, v in given.items() if v is not None})
-        self.require_room_to_write(rows, max_characters)
         decoders = [StreamDecoder() for _ in rows]
         written: list[Continuation] = []
         calls = 0
@@ -236,7 +230,7 @@ def read_pipeline(folder: str | Path) -> HLDMPipeline:
         settings = _defaults(found)
         if scheduler is not None:
             saved = read_json(folder / "scheduler" / "scheduler_config.json")
-            settings = replace(settings, scheduler=_scheduler_name(scheduler, saved.get("solver_order")))
+            settings = replace(settings, scheduler=scheduler_name(scheduler, saved.get("solver_order")))
         autoencoder = Autoencoder.from_pretrained(folder / "autoencoder")
         prior = None if scheduler is None else Prior.from_pretrained(folder / "prior")
         segmenter = read_segmenter(folder / "segmenter", autoencoder.chunking)
@@ -253,17 +247,6 @@ def _defaults(index: dict[str, Any]) -> GenerationConfig:
     if not isinstance(defaults, dict):
         raise ValueError(f"model_index.json: defaults must be an object, got {defaults!r:.80}")
     return section_from_dict(GenerationConfig, defaults)
-
-
-def _scheduler_name(class_name: str, solver_order: object) -> SchedulerName:
-    """`scheduler_name` of a saved one."""
-    names: dict[str, SchedulerName] = {
-        "DDIMScheduler": "ddim",
-        "DPMSolverMultistepScheduler": "ancestral" if solver_order == 1 else "dpm",
-    }
-    if class_name not in names:
-        raise ValueError(f"model_index.json: {class_name!r:.80} is not one of the schedulers of hldm")
-    return names[class_name]
 
 
 # The module and class of each part as diffusers saves them, and where the same classes once lived.

@@ -216,16 +216,15 @@ def make_scheduler(name: SchedulerName, schedule: Schedule, steps: int) -> Sched
     return scheduler
 
 
-def scheduler_name(scheduler: object) -> SchedulerName:
-    """The name under which `make_scheduler` makes such a scheduler. Raises ValueError for any other."""
-    if isinstance(scheduler, DDIMScheduler):
-        return "ddim"
-    if isinstance(scheduler, DPMSolverMultistepScheduler):
-        return "ancestral" if scheduler.config["solver_order"] == 1 else "dpm"
-    raise ValueError(
-        f"{type(scheduler).__name__} is not one of the schedulers of hldm; use DPMSolverMultistepScheduler "
-        "or DDIMScheduler"
-    )
+def scheduler_name(class_name: str, solver_order: object) -> SchedulerName:
+    """The name under which `make_scheduler` makes a scheduler of this class. Raises ValueError for any other."""
+    names: dict[str, SchedulerName] = {
+        "DDIMScheduler": "ddim",
+        "DPMSolverMultistepScheduler": "ancestral" if solver_order == 1 else "dpm",
+    }
+    if class_name not in names:
+        raise ValueError(f"{class_name!r:.80} is not one of the schedulers of hldm: {', '.join(names)}")
+    return names[class_name]
 
 
 class Steps(NamedTuple):

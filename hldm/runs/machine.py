@@ -1,7 +1,4 @@
-"""Memory, GPU memory and disk of this machine: how much is available, how much a piece of work took.
-
-Imports torch only if there is a GPU.
-"""
+"""Memory, GPU memory and disk of this machine: how much is available, how much a piece of work took."""
 
 from __future__ import annotations
 
@@ -10,12 +7,9 @@ import gc
 import os
 import resource
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-
-GPU_DRIVERS = ("/proc/driver/nvidia", "/dev/dxg", "/dev/kfd")  # NVIDIA, the same under WSL, AMD
 
 
 def physical_memory() -> int:
@@ -95,10 +89,8 @@ def peak_memory(work: Callable[[], Any]) -> tuple[int | None, int | None]:
 
 
 def gpu_memory() -> int | None:
-    """Bytes free on this process' GPU; None where there is none. Imports torch only if there may be one."""
-    if "torch" not in sys.modules and not any(map(os.path.exists, GPU_DRIVERS)):
-        return None
-    import torch
+    """Bytes free on this process' GPU; None where there is none."""
+    import torch  # here: `hldm doctor` asks for the rest without
 
     if not torch.cuda.is_available():
         return None

@@ -1,40 +1,31 @@
 """What a config needs in memory and on disk, worked out before anything is allocated.
 
-Weights are counted exactly, by the shapes that the modules will have; what else follows from them (gradients,
-optimizer, average, checkpoints) is as exact; activations are an estimate, measured against real steps
-(tests/training/test_sizes.py). Arithmetic alone, no torch: a config of a thousand billion weights is refused as
-quickly as any other.
+Modules are built on torch's meta device, so weights and what follows from them (gradients, optimizer, average,
+states, checkpoints) are exact; activations are an estimate, measured against real steps
+(tests/training/test_sizes.py).
 """
 
 from __future__ import annotations
 
 import os
+from functools import lru_cache
 from glob import glob
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hldm.config import ChunkingConfig, Config, ConfigError, DataConfig
-from hldm.generation.footprint import (
-    FLOAT,
-    INTEGER,
-    RUNTIME,
-    chunk_bytes,
-    prior_numbers,
-    stack_numbers,
-    state_parts,
-)
+import torch
+from torch import nn
+
+from hldm.chunking.segmenter import Segmenter
+from hldm.chunking.strategies import SEGMENTERS
+from hldm.config import Config, ConfigError, DataConfig, GriffinConfig
+from hldm.generation.footprint import FLOAT, INTEGER, RUNTIME, chunk_bytes, state_bytes
+from hldm.model.autoencoder import Autoencoder
+from hldm.model.prior import Prior
 from hldm.runs.machine import available_memory, free_disk, gpu_memory, human
 from hldm.text.bytes import OUTPUTS
-from hldm.training.shapes import (
-    Weight,
-    autoencoder_weights,
-    count,
-    mixture_weights,
-    optimizer_numbers,
-    prior_weights,
-    segmenter_trunk,
-    segmenter_weights,
-)
+from hldm.training.objectives import AutoencoderObjective, PriorObjective
+from hldm.training.optimizers import make_optimizers
 
 BIBLE_BYTES = 4_200_000  # the built-in corpus
 TENSOR_RECORD = 150  # bytes of a safetensors header a tensor: name, shape and offsets in JSON
@@ -109,33 +100,48 @@ def text_bytes(data: DataConfig) -> int:
     return min(sum(sizes), data.max_bytes)
 
 
-def stage_weights(config: Config, stage: str) -> dict[str, list[Weight]]:
-    """The parts that the stage's objective holds, which is what its checkpoints do."""
-    parts = {"autoencoder": autoencoder_weights(config)}
-    if stage == "autoencoder":
-        parts["rate"] = mixture_weights(config)
-    else:
-        parts["prior"] = prior_weights(config)
-    return parts
+# ---- what it consists of
+
+
+@lru_cache(maxsize=4)  # asked for several times
+def shapes_of(config: Config, stage: str) -> tuple[AutoencoderObjective | PriorObjective, Segmenter | None]:
+    """What a stage ("autoencoder" or "prior") trains, and the segmenter it asks, if any, without memory."""
+    with torch.device("meta"):
+        segmenter = None
+        if config.chunking.needs_segmenter:
+            segmenter = SEGMENTERS[config.chunking.strategy].from_settings(config.chunking)
+        autoencoder = Autoencoder.from_settings(config.autoencoder, config.chunking)
+        if stage == "autoencoder":
+            return AutoencoderObjective(autoencoder, config.autoencoder, config.diffusion.gamma_0), segmenter
+        prior = Prior.from_settings(config.autoencoder, config.prior, config.hierarchy, config.diffusion)
+        return PriorObjective(prior, autoencoder, config.training.prior.joint), segmenter
+
+
+def count(module: nn.Module | None) -> int:
+    """Numbers that the parameters of a module hold."""
+    return 0 if module is None else sum(p.numel() for p in module.parameters())
 
 
 def stage_sizes(config: Config, stage: str, processes: int = 1) -> Sizes:
     """What one stage ("autoencoder" or "prior") needs, in each of so many processes."""
     training, data = getattr(config.training, stage), config.data
-    parts = stage_weights(config, stage)
-    weights = [weight for part in parts.values() for weight in part]
-    trained = parts["prior"] if stage == "prior" and not training.joint else weights
+    objective, segmenter = shapes_of(config, stage)
     rows = -(-data.lanes // (processes * training.accumulation))
     lanes = -(-data.lanes // processes)
-    model, average = FLOAT * count(weights), FLOAT * count(weights) if training.ema_decay else 0
-    gradients = FLOAT * count(trained) * (1 if processes == 1 else 2)  # DDP's buckets are a second copy
-    optimizer = FLOAT * optimizer_numbers(trained, training.optimizer)
-    states = state_bytes(config, stage)
-    checkpoint = model + average + optimizer + data.lanes * states + 4 * len(weights) * TENSOR_RECORD
+    model = FLOAT * count(objective)
+    average = model if training.ema_decay else 0
+    gradients = optimizer = 0
+    for each in make_optimizers(objective, training):
+        trained = FLOAT * sum(p.numel() for group in each.param_groups for p in group["params"])
+        gradients += trained * (1 if processes == 1 else 2)  # DDP's buckets are a second copy
+        optimizer += trained * (2 if isinstance(each, torch.optim.AdamW) else 1)  # moments; Muon has one
+    states = state_bytes(objective.initial_carry(1, torch.device("meta")))
+    records = 4 * len(list(objective.parameters())) * TENSOR_RECORD
+    checkpoint = model + average + optimizer + data.lanes * states + records
     text = text_bytes(data)
     chunks = text // chunk_bytes(config.chunking)
-    segmenter = FLOAT * count(segmenter_weights(config.chunking))
-    exported = {name: FLOAT * count(part) for name, part in parts.items()}
+    # there once as it was saved and once in float64, to cut: three numbers a weight, and less
+    asked = 3 * FLOAT * count(segmenter)
     return Sizes(
         device={
             "parameters": model,
@@ -152,23 +158,48 @@ def stage_sizes(config: Config, stage: str, processes: int = 1) -> Sizes:
             "corpus": 4 * text + 2 * INTEGER * chunks,
             # indices of every byte of a global batch, ten of them
             "batch": 10 * INTEGER * data.lanes * (data.window_bytes + config.chunking.max_bytes),
-            "segmenter": segmenter_bytes(config.chunking) if stage == "autoencoder" else 3 * segmenter,
+            "segmenter": training_bytes(segmenter) if stage == "autoencoder" else asked,
         },
         disk={
             "checkpoints": checkpoint * (config.checkpoint.keep + 1),  # one more while it is written
-            "exported models": 2 * (sum(exported.values()) + segmenter),  # the stage's own and the pipeline's
+            "exported models": 2 * (model + FLOAT * count(segmenter)),  # the stage's own and the pipeline's
         },
     )
 
 
-def state_bytes(config: Config, stage: str) -> int:
-    """What a stage carries from window to window for each row."""
-    states = state_parts(config)
-    if stage == "autoencoder":
-        states.pop("context", None)
-    if stage == "prior" and not config.training.prior.joint:
-        del states["decoder"]
-    return sum(states.values())
+# ---- activations
+
+
+def stack_numbers(config: GriffinConfig, positions: int, window: int, recompute: bool = False) -> int:
+    """Numbers that the backward pass of a Griffin stack needs, its own temporaries included."""
+    d, m = config.width, round(config.width * config.mlp_ratio)
+    block = max(window, 32)  # hldm.model.griffin.ATTENTION_BLOCK
+    keys = window + block
+    each = {
+        # norm, gates, decay, multiplier, convolution, states, products, MLP
+        "recurrent": 14 * d + 4 * m,
+        # norm, queries, keys and values met again by the next block, output; mask; MLP
+        "attention": 7 * d + 4 * d * keys // block + 2 * keys + 4 * m,
+    }
+    numbers = [each[kind] for kind in config.blocks]
+    kept = len(numbers) * d + max(numbers) if recompute else sum(numbers)
+    return positions * kept
+
+
+def prior_numbers(config: Config, chunks: int) -> int:
+    """The same of both towers, over so many chunks of one row."""
+    prior, hierarchy, settings = config.prior, config.hierarchy, config.autoencoder
+    d, wide, draws = prior.width, prior.denoiser_width, prior.draws
+    queries = 1 + chunks + sum(chunks // hierarchy.ratio**n + 1 for n in range(1, hierarchy.levels + 1))
+    keys = hierarchy.capacity + queries
+    pairs = queries * keys
+    layer = 15 * queries * d + 6 * keys * d + 4 * prior.heads * pairs
+    context = prior.layers * layer + 8 * pairs
+    pairs = chunks * draws * keys
+    block = chunks * draws * (22 * wide + 3 * d) + 6 * chunks * wide + 4 * keys * d + 4 * prior.heads * pairs
+    ends = chunks * draws * 8 * settings.latent_dim
+    mixture = 6 * chunks * draws * settings.components
+    return context + prior.denoiser_layers * block + ends + mixture
 
 
 def activation_bytes(config: Config, stage: str, rows: int) -> int:
@@ -194,24 +225,22 @@ def activation_bytes(config: Config, stage: str, rows: int) -> int:
     elif stage == "autoencoder":
         numbers = (reading + writing) * rows
     else:
-        numbers = prior_numbers(config, rows, chunks)
+        numbers = rows * prior_numbers(config, chunks)
         if config.training.prior.joint:
             numbers += (reading + writing) * rows
     return FLOAT * numbers
 
 
-def segmenter_bytes(chunking: ChunkingConfig) -> int:
-    """What training a segmenter takes: weights, gradients, two moments, and activations of its trunk, roughly.
-
-    Afterwards it is there once as it was saved and once in float64, to cut: three numbers a weight, and less.
-    """
-    weights = segmenter_weights(chunking)
-    if not weights:
+def training_bytes(segmenter: Segmenter | None) -> int:
+    """What training a segmenter takes: weights, gradients, two moments, and activations of its trunk, roughly."""
+    if segmenter is None:
         return 0
-    settings = chunking.segmenter
-    positions = settings.lanes * settings.window_bytes
-    activations = stack_numbers(segmenter_trunk(chunking), positions, 1, False) + 6 * BYTES * positions
-    return FLOAT * (4 * count(weights) + activations)
+    positions = segmenter.settings.lanes * segmenter.settings.window_bytes
+    activations = stack_numbers(segmenter.trunk.config, positions, 1) + 6 * BYTES * positions
+    return FLOAT * (4 * count(segmenter) + activations)
+
+
+# ---- needed, and there
 
 
 def needs(config: Config, stage: str, root: Path = Path("runs")) -> list[Need]:
@@ -251,18 +280,16 @@ def survey(config: Config, root: Path = Path("runs")) -> dict[str, Any]:
     """What every stage of a config needs and what there is, as plain data. `report` makes a table of it."""
     stages: dict[str, Any] = {}
     for stage in ("autoencoder",) if config.is_twin else ("autoencoder", "prior"):
-        parts = stage_weights(config, stage)
+        objective, segmenter = shapes_of(config, stage)
+        parts = sorted(objective.named_children())
+        counts = {"rate" if name == "mixture" else name: count(part) for name, part in parts}
         if stage == "autoencoder":
-            parts["segmenter"] = segmenter_weights(config.chunking)
+            counts["segmenter"] = count(segmenter)
         stages[stage] = {
-            "parameters": {name: count(part) for name, part in parts.items() if part},
+            "parameters": {name: numbers for name, numbers in counts.items() if numbers},
             "needs": [
-                {"what": n.what, "where": n.where, "available": n.available, "total": n.total, "fits": n.fits}
-                | {
-                    "parts": {part: size for part, size in n.parts.items() if size},
-                    "refusal": n.refusal(stage),
-                }
-                for n in needs(config, stage, root)
+                need._asdict() | {"total": need.total, "fits": need.fits, "refusal": need.refusal(stage)}
+                for need in needs(config, stage, root)
             ],
         }
     fits = all(need["fits"] for found in stages.values() for need in found["needs"])
@@ -279,6 +306,6 @@ def report(found: dict[str, Any]) -> str:
             lines.append(
                 f"  {need['what']:<18}{human(need['total']):>9}  of {human(need['available'])} {need['where']}"
             )
-            lines += [f"    {part:<16}{human(size):>9}" for part, size in need["parts"].items()]
+            lines += [f"    {part:<16}{human(size):>9}" for part, size in need["parts"].items() if size]
     refusals = [need["refusal"] for s in found["stages"].values() for need in s["needs"] if not need["fits"]]
     return "\n".join([*lines, *refusals, f"{found['config']} {'fits' if found['fits'] else 'does not fit'}"])

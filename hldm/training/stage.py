@@ -129,7 +129,7 @@ class Stage:
         self.on_main(make, unless=path.is_dir())
         return read_segmenter(path, chunking)
 
-    def windows(self, corpus: Corpus, segmenter: Segmenter | None, shuffle: bool = True) -> Windows:
+    def windows(self, corpus: Corpus, segmenter: Segmenter | None) -> Windows:
         """A corpus laid out for training; where its chunks start is kept in the run when that took a segmenter."""
         config, starts = self.config, None
         if segmenter is not None:
@@ -142,7 +142,6 @@ class Stage:
             lanes=config.data.lanes,
             window_bytes=config.data.window_bytes,
             seed=config.seed,
-            shuffle=shuffle,
             chunk_start=starts,
         )
 

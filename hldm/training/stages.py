@@ -131,20 +131,18 @@ def read_autoencoder(folder: Path, config: Config) -> Autoencoder:
             f"{folder} has no trained autoencoder: run train_autoencoder.py with the same --config and --name first"
         )
     autoencoder = Autoencoder.from_pretrained(path)
-    for section, trained in (("autoencoder", autoencoder.settings), ("chunking", autoencoder.chunking)):
-        found = dotted(asdict(trained), f"{section}.")
-        for key, value in dotted(asdict(getattr(config, section)), f"{section}.").items():
-            if found[key] != value:
-                raise ConfigError(
-                    f"{key} is {value} here, but {path} was trained with {found[key]}: "
-                    "use the config it was trained with, or another --name"
-                )
-    trained_at = autoencoder.config["gamma_0"]
-    if trained_at != config.diffusion.gamma_0:
-        raise ConfigError(
-            f"diffusion.gamma_0 is {config.diffusion.gamma_0} here, but the decoder of {path} was trained at "
-            f"{trained_at}: use the config it was trained with, or another --name"
-        )
+    trained = {
+        "autoencoder": asdict(autoencoder.settings),
+        "chunking": asdict(autoencoder.chunking),
+        "diffusion": {"gamma_0": autoencoder.config["gamma_0"]},
+    }
+    here = dotted(asdict(config))
+    for key, value in dotted(trained).items():
+        if here[key] != value:
+            raise ConfigError(
+                f"{key} is {here[key]} here, but {path} was trained with {value}: "
+                "use the config it was trained with, or another --name"
+            )
     return autoencoder
 
 

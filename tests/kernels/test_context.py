@@ -10,7 +10,6 @@ from torch import Tensor
 
 from hldm.config import (
     AutoencoderConfig,
-    Config,
     DiffusionConfig,
     GriffinConfig,
     HierarchyConfig,
@@ -114,12 +113,11 @@ def test_what_was_passed_in_is_left_alone(plain_torch):
 
 
 @torch.no_grad()
-def test_what_is_kept_takes_the_memory_that_sizes_say(plain_torch):
+def test_what_is_kept_takes_the_memory_that_the_footprint_says(plain_torch):
     prior = make_prior(levels=3, layers=2)
     kept = KeptContext(prior, prior.initial_state(5))
     tensors = [kept._tensors["level"], kept._tensors["end"], *kept._lists["pairs"]]
-    config = Config(prior=prior.settings, hierarchy=prior.hierarchy)
-    assert sum(tensor.numel() * tensor.element_size() for tensor in tensors) == 5 * kept_bytes(config)
+    assert sum(tensor.numel() * tensor.element_size() for tensor in tensors) == 5 * kept_bytes(prior)
 
 
 def test_what_one_call_cannot_do_is_left_to_torch(plain_torch):

@@ -7,7 +7,6 @@ import math
 
 import pytest
 import torch
-from diffusers import UniPCMultistepScheduler
 from torch import Tensor
 
 from hldm.config import ConfigError, DiffusionConfig
@@ -284,7 +283,7 @@ def test_a_saved_scheduler_loads_with_its_name_and_its_table(name, tmp_path):
     made = make_scheduler(name, make_schedule("learned"), 12)
     made.save_pretrained(tmp_path)
     loaded = type(made).from_pretrained(tmp_path)
-    assert scheduler_name(loaded) == name
+    assert scheduler_name(type(loaded).__name__, loaded.config.get("solver_order")) == name
     assert loaded.config.num_train_timesteps == 13
     assert torch.equal(loaded.alphas_cumprod, made.alphas_cumprod)
 
@@ -297,8 +296,8 @@ def test_what_cannot_be_sampled_is_refused_at_the_door():
         make_scheduler("euler", schedule, 4)
     with pytest.raises(ValueError, match="at least 1"):
         make_scheduler("dpm", schedule, 0)
-    with pytest.raises(ValueError, match="UniPCMultistepScheduler is not one"):
-        scheduler_name(UniPCMultistepScheduler())
+    with pytest.raises(ValueError, match="'UniPCMultistepScheduler' is not one"):
+        scheduler_name("UniPCMultistepScheduler", 2)
     with pytest.raises(ConfigError, match="gamma_0 = -20"):
         make_scheduler("ancestral", make_schedule("uniform", -20.0, 5.0), 16)
     make_scheduler("ancestral", make_schedule("uniform", -12.0, 20.0), 1000)

@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,12 +23,12 @@ from hldm.model.autoencoder import Autoencoder
 from hldm.model.prior import Prior
 from hldm.model.state import named_tensors
 from hldm.runs.folder import Run
+from hldm.runs.machine import peak_memory
 from hldm.studies import bench_training
 from hldm.text.corpus import load_corpus
 from hldm.training import sizes
 from hldm.training.objectives import AutoencoderObjective, PriorObjective
 from hldm.training.optimizers import make_optimizers
-from hldm.training.shapes import segmenter_weights
 from hldm.training.stages import train_autoencoder
 from hldm.training.trainer import Trainer
 
@@ -53,27 +54,26 @@ OTHERS = [  # settings around configs/tiny.yaml that the shipped files do not sh
     ],
     ["autoencoder.trunk_layers=3", "autoencoder.trunk_width=64", "autoencoder.reads_text=false"],
 ]
-CASES = [(path, ()) for path in CONFIGS] + [(TINY, tuple(overrides)) for overrides in OTHERS]
 
 
 def objective_of(config: Config, stage: str) -> AutoencoderObjective | PriorObjective:
-    """A stage's modules, built without memory."""
-    with torch.device("meta"):
-        autoencoder = Autoencoder.from_settings(config.autoencoder, config.chunking)
-        if stage == "autoencoder":
-            return AutoencoderObjective(autoencoder, config.autoencoder, 0.0)
-        prior = Prior.from_settings(config.autoencoder, config.prior, config.hierarchy, config.diffusion)
-        return PriorObjective(prior, autoencoder, config.training.prior.joint)
+    """A stage's modules, with memory."""
+    autoencoder = Autoencoder.from_settings(config.autoencoder, config.chunking)
+    if stage == "autoencoder":
+        return AutoencoderObjective(autoencoder, config.autoencoder, 0.0)
+    prior = Prior.from_settings(config.autoencoder, config.prior, config.hierarchy, config.diffusion)
+    return PriorObjective(prior, autoencoder, config.training.prior.joint)
+
+
+def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
 @pytest.mark.parametrize("strategy", list(SEGMENTERS))
 def test_the_weights_of_a_segmenter_are_counted_exactly(strategy):
     settings = [f"strategy={strategy}", "segmenter.layers=3"]
     config = load_config([TINY], [f"chunking.{setting}" for setting in settings])
-    with torch.device("meta"):
-        segmenter = SEGMENTERS[strategy].from_settings(config.chunking)
-    shapes = sorted(tuple(p.shape) for p in segmenter.parameters())
-    assert sorted(weight.shape for weight in segmenter_weights(config.chunking)) == shapes
+    segmenter = SEGMENTERS[strategy].from_settings(config.chunking)
     found = sizes.survey(config)["stages"]["autoencoder"]
     assert found["parameters"]["segmenter"] == sum(p.numel() for p in segmenter.parameters())
     wide = replace(config.chunking, segmenter=replace(config.chunking.segmenter, width=4096, layers=64))
@@ -82,23 +82,34 @@ def test_the_weights_of_a_segmenter_are_counted_exactly(strategy):
     assert "segmenter" not in sizes.survey(load_config([TINY]))["stages"]["autoencoder"]["parameters"]
 
 
-@pytest.mark.parametrize(("path", "overrides"), CASES)
-def test_weights_optimizers_and_states_are_counted_exactly(path, overrides):
-    config = load_config([path], overrides)
+@pytest.mark.parametrize("overrides", [[], ["autoencoder.latent_dim=0"], *OTHERS])
+def test_weights_optimizers_and_states_are_counted_exactly(overrides):
+    config = load_config([TINY], overrides)
     for stage in ("autoencoder",) if config.is_twin else ("autoencoder", "prior"):
         objective = objective_of(config, stage)
-        weights = [w for part in sizes.stage_weights(config, stage).values() for w in part]
-        assert sorted(w.shape for w in weights) == sorted(tuple(p.shape) for p in objective.parameters())
         counted = sizes.stage_sizes(config, stage).device
-        optimizers = make_optimizers(objective, getattr(config.training, stage))
+        assert counted["parameters"] == bytes_of(objective.parameters())
+        trained = [p for p in objective.parameters() if p.requires_grad]
+        for parameter in trained:
+            parameter.grad = torch.zeros_like(parameter)
+        assert counted["gradients"] == bytes_of(p.grad for p in trained if p.grad is not None)
         moments = 0
-        for optimizer, each in zip(optimizers, (2, 1), strict=False):  # AdamW, then Muon
-            moments += sum(each * p.numel() for g in optimizer.param_groups for p in g["params"])
-        assert counted["optimizer state"] == 4 * moments
-        assert counted["gradients"] == 4 * sum(p.numel() for p in objective.parameters() if p.requires_grad)
-        carry = objective.initial_carry(3, torch.device("meta"))
-        carried = sum(t.numel() * t.element_size() for _, t in named_tensors(carry))
-        assert 3 * sizes.state_bytes(config, stage) == carried
+        for optimizer in make_optimizers(objective, getattr(config.training, stage)):
+            optimizer.step()
+            kept = [value for state in optimizer.state.values() for value in state.items()]
+            moments += bytes_of(value for name, value in kept if name != "step")
+        assert counted["optimizer state"] == moments
+        carry = objective.initial_carry(config.data.lanes, torch.device("cpu"))
+        assert counted["carried states"] == 2 * bytes_of(tensor for _, tensor in named_tensors(carry))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_config_is_sized_without_taking_its_memory(path):
+    config = load_config([path])
+    before = torch.get_rng_state()
+    _, grown = peak_memory(lambda: sizes.survey(config))
+    assert grown is None or grown < 100 * 2**20
+    assert torch.equal(torch.get_rng_state(), before)  # so that a seed gives the weights that it gave
 
 
 def test_a_config_says_its_text(tmp_path):
@@ -206,7 +217,8 @@ def run_limited(*command: str, address_space: int = 4_096_000_000, cwd: Path) ->
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("data.lanes=1000000000", "TiB of memory, 3."),
+        ("data.lanes=1000000000", "TiB of memory, "),
+        ("autoencoder.trunk_layers=512", "training.autoencoder needs about"),
         ("data.window_bytes=1000000000000", "lower data.lanes, data.window_bytes or the widths"),
         ("autoencoder.encoder.width=1000000000", "must be at most 65536, got 1000000000"),
         ("autoencoder.encoder.width=65536", "lower the widths"),
@@ -215,10 +227,10 @@ def run_limited(*command: str, address_space: int = 4_096_000_000, cwd: Path) ->
         ("checkpoint.keep=1000000000000", "lower checkpoint.keep"),
     ],
 )
-def test_what_cannot_fit_is_refused_within_two_seconds_under_a_limit(override, says, tmp_path):
+def test_what_cannot_fit_is_refused_within_ten_seconds_under_a_limit(override, says, tmp_path):
     script = "train_diffusion.py" if override.startswith("prior.") else "train_autoencoder.py"
     code, error, seconds = run_limited(str(ROOT / script), "--config", str(TINY), override, cwd=tmp_path)
-    assert (code, error.count("\n")) == (2, 1) and says in error and seconds < 2
+    assert (code, error.count("\n")) == (2, 1) and says in error and seconds < 10
     assert not list(tmp_path.iterdir())
 
 
@@ -226,7 +238,7 @@ def test_the_demo_is_refused_before_its_first_stage(tmp_path):
     (tmp_path / "big.yaml").write_text(f"base: {TINY}\nprior: {{width: 65536, layers: 100}}\n")
     (tmp_path / "big-twin.yaml").write_text(f"base: {ROOT / 'configs/tiny-twin.yaml'}\n")
     code, error, seconds = run_limited("-m", "hldm.cli", "demo", "--config", "big.yaml", cwd=tmp_path)
-    assert (code, error.count("\n")) == (2, 1) and "training.prior needs about" in error and seconds < 2
+    assert (code, error.count("\n")) == (2, 1) and "training.prior needs about" in error and seconds < 10
     assert not (tmp_path / "runs").exists()
 
 
