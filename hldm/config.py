@@ -38,7 +38,6 @@ class DataConfig(Section):
     held_out: float = Field(default=0.03, gt=0, lt=0.5)  # share of documents for validation, also for test
     lanes: Count = 16  # texts read side by side: the global batch
     window_bytes: Count = 256  # bytes of each lane in one optimizer step
-    cache_latents: bool = False  # stage two: encode the whole corpus once, to disk
 
     def check(self) -> None:
         if self.path and self.dataset:
@@ -202,7 +201,6 @@ class PriorConfig(Section):
     denoiser_width: Width = 64
     denoiser_layers: Depth = 1
     draws: int = Field(default=4, gt=0, le=512)  # noise draws that share one context
-    self_conditioning: Share = 0.0  # share of steps fed with their own first estimate
     context_dropout: Share = 0.1  # share of contexts hidden in training, for guidance
     dropout: Share = 0.0
 
@@ -267,7 +265,7 @@ class GenerationConfig(Section):
     """Defaults of generate.py and of the pipeline."""
 
     steps: int = Field(default=4, ge=0, le=10_000)  # a latent; 0: a draw from the mixture (docs/results.md)
-    scheduler: Literal["ancestral", "ddim", "dpm", "flow"] = "ancestral"
+    scheduler: Literal["ancestral", "ddim", "dpm"] = "ancestral"
     # Beyond 100 there is noise alone, and soon no number that float32 holds.
     guidance: float = Field(default=1.0, ge=0, le=100)  # 1: none
     temperature: float = Field(default=1.0, ge=0, le=100)  # scale of the latent's noise
@@ -327,6 +325,7 @@ RETIRED: Mapping[str, tuple[str, ...]] = {
     "autoencoder.byte_dropout": ("0", "0.0"),
     "autoencoder.latent_dropout": ("0", "0.0"),
     "autoencoder.clean_latents": ("0", "0.0"),
+    "data.cache_latents": ("false",),
     "chunking.entropy_form": ("threshold",),
     "chunking.gate_form": ("first",),
     "chunking.learned_form": ("forget",),
@@ -335,6 +334,7 @@ RETIRED: Mapping[str, tuple[str, ...]] = {
     "prior.contextualiser": ("transformer",),
     "prior.one_step": ("none",),
     "prior.energy": (),
+    "prior.self_conditioning": ("0", "0.0"),
 }
 RETIRED_VALUES = {"diffusion.target": "eps", "generation.scheduler": "energy"}  # of settings that stay
 

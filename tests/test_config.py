@@ -286,6 +286,8 @@ def test_importing_config_imports_no_torch():
         "prior.one_step=none",
         "prior.energy.samples=3",
         "autoencoder.byte_dropout=0",
+        "data.cache_latents=false",
+        "prior.self_conditioning=0.0",
     ],
 )
 def test_a_retired_setting_that_says_what_is_left_is_dropped(override):
@@ -302,6 +304,9 @@ def test_a_retired_setting_that_says_what_is_left_is_dropped(override):
         "prior.one_step=energy",
         "diffusion.target=eps",
         "generation.scheduler=energy",
+        "generation.scheduler=flow",
+        "data.cache_latents=true",
+        "prior.self_conditioning=0.5",
     ],
 )
 def test_a_form_that_was_removed_is_refused_by_name(override, tmp_path):

@@ -23,7 +23,7 @@ from hldm.text.encodings import read_text
 if TYPE_CHECKING:
     from hldm.generation.pipeline import HLDMPipeline
 
-Scheduler = Literal["ancestral", "ddim", "dpm", "flow"]
+Scheduler = Literal["ancestral", "ddim", "dpm"]
 OWN_SEGMENTERS = "train a segmenter for each strategy that takes one (default: ask those that come with hldm)"
 
 

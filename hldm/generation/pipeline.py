@@ -22,7 +22,7 @@ from hldm.config import GenerationConfig, changed, section_from_dict, to_dict
 from hldm.generation.footprint import require_room_to_write
 from hldm.generation.writer import Continuation, write_on
 from hldm.model.autoencoder import Autoencoder
-from hldm.model.diffusion import SchedulerName, make_scheduler, scheduler_name
+from hldm.model.diffusion import make_scheduler, scheduler_name
 from hldm.model.prior import Prior
 from hldm.runs.files import fingerprint
 from hldm.runs.saved_model import SAVED_BY_DIFFUSERS, SavedModel, first_line, read_json
@@ -140,7 +140,8 @@ class HLDMPipeline(DiffusionPipeline):
         """The generation settings of this pipeline; a scheduler put in by the user is honoured."""
         settings = GenerationConfig(**dict(self.config["defaults"]))
         if self.scheduler is not None:
-            settings = changed(settings, scheduler=scheduler_name(self.scheduler))
+            order = self.scheduler.config.get("solver_order")
+            settings = changed(settings, scheduler=scheduler_name(type(self.scheduler).__name__, order))
         return settings
 
     def __call__(
@@ -229,7 +230,7 @@ def read_pipeline(folder: str | Path) -> HLDMPipeline:
         settings = _defaults(found)
         if scheduler is not None:
             saved = read_json(folder / "scheduler" / "scheduler_config.json")
-            settings = changed(settings, scheduler=_scheduler_name(scheduler, saved.get("solver_order")))
+            settings = changed(settings, scheduler=scheduler_name(scheduler, saved.get("solver_order")))
         autoencoder = Autoencoder.from_pretrained(folder / "autoencoder")
         prior = None if scheduler is None else Prior.from_pretrained(folder / "prior")
         segmenter = read_segmenter(folder / "segmenter", autoencoder.chunking)
@@ -246,18 +247,6 @@ def _defaults(index: dict[str, Any]) -> GenerationConfig:
     if not isinstance(defaults, dict):
         raise ValueError(f"model_index.json: defaults must be an object, got {defaults!r:.80}")
     return section_from_dict(GenerationConfig, defaults)
-
-
-def _scheduler_name(class_name: str, solver_order: object) -> SchedulerName:
-    """`scheduler_name` of a saved one."""
-    names: dict[str, SchedulerName] = {
-        "FlowMatchEulerDiscreteScheduler": "flow",
-        "DDIMScheduler": "ddim",
-        "DPMSolverMultistepScheduler": "ancestral" if solver_order == 1 else "dpm",
-    }
-    if class_name not in names:
-        raise ValueError(f"model_index.json: {class_name!r:.80} is not one of the schedulers of hldm")
-    return names[class_name]
 
 
 # The module and class of each part as diffusers saves them, and where the same classes once lived.

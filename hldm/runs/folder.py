@@ -147,7 +147,7 @@ def open_run(
 ) -> Run:
     """Make or reopen the folder of one stage, `runs/<name>/<stage>`, and lock it for this process.
 
-    config:     the resolved settings, plain; config.yaml holds those last used
+    config:     the resolved settings, as JSON could hold them; config.yaml holds those last used
     resume:     reopen a folder that is not empty; one that is empty starts from the beginning, and says so
     is_main:    rank 0; the other ranks get a Run that writes nothing, and check nothing
     may_change: prefixes of dotted keys that may differ on resume, e.g. ("training.", "logging.")
@@ -174,7 +174,7 @@ def open_run(
         if is_empty and resume:
             say(f"{folder} has nothing to resume; starting from the beginning")
         check_settings(folder, config, may_change)
-        text = yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
+        text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
         atomic_write(folder / "config.yaml", text)
         _write_environment(folder, say)
     except BaseException:
@@ -277,7 +277,7 @@ def check_settings(
     except (yaml.YAMLError, ValueError, RecursionError, AttributeError) as error:
         raise ValueError(f"{path} is damaged; restore it or choose another --name") from error
     started = {key: value for key, value in started.items() if not is_retired(key, value)}
-    now = dotted(_plain(config))
+    now = dotted(config)
     changes = [
         f"{key} {_shown(started, key)} -> {_shown(now, key)}"
         for key in sorted(started.keys() | now.keys())
@@ -294,11 +294,6 @@ def check_settings(
 def _shown(settings: dict[str, Any], key: str) -> str:
     value = settings.get(key, "absent")
     return "''" if value == "" else str(value)
-
-
-def _plain(config: dict[str, Any]) -> dict[str, Any]:
-    """Tuples as lists, nothing shared: as YAML will give it back."""
-    return dict(json.loads(json.dumps(config)))
 
 
 def _write_environment(folder: Path, say: Callable[[str], None]) -> None:

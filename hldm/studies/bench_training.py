@@ -15,7 +15,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -32,7 +31,6 @@ from hldm.runs.folder import Run
 from hldm.runs.machine import peak_memory
 from hldm.text.corpus import Corpus
 from hldm.text.windows import Windows
-from hldm.training.latent_cache import CachedLatents
 from hldm.training.objectives import AutoencoderObjective, PriorObjective
 from hldm.training.segmenters import train_segmenter
 from hldm.training.stage import make_accelerator
@@ -79,12 +77,8 @@ def stage_one(config: Config) -> AutoencoderObjective:
 def stage_two(config: Config, windows: Windows) -> PriorObjective:
     """An untrained prior and what it minimises, on latents that are noise."""
     autoencoder = Autoencoder.from_settings(config.autoencoder, config.chunking)
-    latents = None
-    if config.data.cache_latents:
-        shape = (windows.chunks, config.autoencoder.latent_dim)
-        latents = CachedLatents(np.random.default_rng(config.seed).standard_normal(shape, np.float32))
     prior = Prior.from_settings(config.autoencoder, config.prior, config.hierarchy, config.diffusion)
-    return PriorObjective(prior, autoencoder, config.training.prior.joint, latents)
+    return PriorObjective(prior, autoencoder, config.training.prior.joint)
 
 
 def trainer_of(config: Config, stage: str, objective: Any, windows: Windows) -> Trainer:

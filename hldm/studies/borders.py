@@ -1,4 +1,7 @@
-"""How chunks lie in a text: their lengths, and how often they start where a word, a sentence, a verse does."""
+"""How chunks lie in a text: their lengths, and how often they start where a word, a sentence, a verse does.
+
+And what a model pays to say where they end.
+"""
 
 from __future__ import annotations
 

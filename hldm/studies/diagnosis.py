@@ -27,7 +27,7 @@ from hldm.generation.pipeline import read_pipeline
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.contextualiser import Context
 from hldm.model.decoder import noisy_latents, read_chunks
-from hldm.model.diffusion import alpha_sigma, sample
+from hldm.model.diffusion import alpha_sigma, sample, sampler_steps
 from hldm.model.prior import Prior, price_latents
 from hldm.model.state import Encoding
 from hldm.text.corpus import Split, load_corpora
@@ -185,7 +185,7 @@ def _errors_by_level(
     gamma = low + (high - low) * ((torch.arange(draws) + offset) / draws).to(encoding.latents.device)
     noise = draw_normal(batch, (n, draws, z), generator)
     x0 = encoding.latents[:, :, None].expand_as(noise)
-    x0_hat = prior.estimate(x0, gamma, noise, context.first(n), prior.settings.self_conditioning > 0)
+    x0_hat = prior.estimate(x0, gamma, noise, context.first(n))
     return gamma[encoding.mask].cpu(), (x0 - x0_hat).square()[encoding.mask].double().cpu()
 
 
@@ -256,10 +256,8 @@ def _sampled(prior: Prior, mu: Tensor, context: Context, generator: torch.Genera
 
     seeds = torch.randint(2**62, (b * n,), generator=generator).tolist()
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    size, device = (b * n, z), mu.device
-    return sample(
-        denoise, size, prior.schedule, steps=16, scheduler="ancestral", generators=generators, device=device
-    ).view(b, n, z)
+    plan = sampler_steps("ancestral", prior.schedule, 16)
+    return sample(denoise, (b * n, z), plan, generators, device=mu.device).view(b, n, z)
 
 
 def _bits_by_variant(reads: Mapping[str | float, np.ndarray]) -> dict[str, Any]:

@@ -162,8 +162,8 @@ def measure(run: Path) -> dict[str, Any]:
     from hldm.evaluation.reconstruction import bits_of_ends
     from hldm.generation.pipeline import read_pipeline
     from hldm.studies.borders import describe_chunks
+    from hldm.studies.corruptions import CORRUPTIONS, corrupt
     from hldm.text.corpus import bible_verse_starts, load_corpus, make_corpus
-    from hldm.text.transforms import CORRUPTIONS, corrupt
 
     evaluation = evaluate_run(run, prompts=PROMPTS)
     pipeline = read_pipeline(run / "pipeline")

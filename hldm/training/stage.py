@@ -62,7 +62,7 @@ class Stage:
     ) -> Totals:
         """Train an objective from its start or newest checkpoint; `bound_to` must not change in between.
 
-        The minutes count from the opening of the stage, so they include what it prepares, such as cached latents.
+        The minutes count from the opening of the stage, so they include what it prepares, such as a segmenter.
         """
         config = self.config
         trainer = Trainer(
@@ -123,7 +123,7 @@ class Stage:
         self.on_main(make, unless=path.is_dir())
         return read_segmenter(path, chunking)
 
-    def windows(self, corpus: Corpus, segmenter: Segmenter | None, shuffle: bool = True) -> Windows:
+    def windows(self, corpus: Corpus, segmenter: Segmenter | None) -> Windows:
         """A corpus laid out for training; where its chunks start is kept in the run when that took a segmenter."""
         config, starts = self.config, None
         if segmenter is not None:
@@ -136,7 +136,6 @@ class Stage:
             lanes=config.data.lanes,
             window_bytes=config.data.window_bytes,
             seed=config.seed,
-            shuffle=shuffle,
             chunk_start=starts,
         )
 

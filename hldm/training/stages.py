@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hldm.chunking.chunker import Chunker, make_chunker
 from hldm.chunking.strategies import attach_segmenter, chunker_of, read_segmenter
@@ -26,11 +26,10 @@ from hldm.runs.files import fingerprint
 from hldm.runs.folder import check_settings, read_totals
 from hldm.settings import dotted
 from hldm.text.corpus import Corpus, load_corpora
-from hldm.text.windows import Batch, Windows, window_of
-from hldm.training.latent_cache import CachedLatents, cache_latents, load_latents
+from hldm.text.windows import window_of
 from hldm.training.objectives import AutoencoderObjective, PriorObjective
 from hldm.training.sizes import require_room
-from hldm.training.stage import MAY_CHANGE_ONCE_TRAINED, Stage, open_stage
+from hldm.training.stage import MAY_CHANGE_ONCE_TRAINED, open_stage
 
 # Of the data section, what says which text is read and how it is split; the others lay it out.
 TEXT_SETTINGS = ("path", "dataset", "subset", "split", "field", "separator", "max_bytes", "held_out")
@@ -90,11 +89,7 @@ def train_diffusion(config: Config, *, resume: bool = False, root: Path = Path("
     with open_stage(config, "prior", resume, root) as stage:
         windows = stage.windows(corpora["train"], segmenter)
         prior = _first_prior(folder, config)
-        latents = None
-        if config.data.cache_latents:
-            whole = stage.windows(corpora["train"], segmenter, shuffle=False)
-            latents = _cached_latents(folder, whole, autoencoder.eval(), binding, stage)
-        objective = PriorObjective(prior, autoencoder, stage.training.joint, latents)
+        objective = PriorObjective(prior, autoencoder, stage.training.joint)
 
         def on_sample(model: nn.Module) -> str:
             assert isinstance(model, PriorObjective)
@@ -140,20 +135,18 @@ def read_autoencoder(folder: Path, config: Config) -> Autoencoder:
     text = tuple(f"data.{key}" for key in TEXT_SETTINGS)
     check_settings(folder / "autoencoder", to_dict(config), only=text)
     autoencoder = Autoencoder.from_pretrained(path)
-    for section, trained in (("autoencoder", autoencoder.settings), ("chunking", autoencoder.chunking)):
-        found = dotted(to_dict(trained), f"{section}.")
-        for key, value in dotted(to_dict(getattr(config, section)), f"{section}.").items():
-            if found[key] != value:
-                raise ConfigError(
-                    f"{key} is {value} here, but {path} was trained with {found[key]}: "
-                    "use the config it was trained with, or another --name"
-                )
-    trained_at = autoencoder.config["gamma_0"]
-    if trained_at != config.diffusion.gamma_0:
-        raise ConfigError(
-            f"diffusion.gamma_0 is {config.diffusion.gamma_0} here, but the decoder of {path} was trained at "
-            f"{trained_at}: use the config it was trained with, or another --name"
-        )
+    trained = {
+        "autoencoder": to_dict(autoencoder.settings),
+        "chunking": to_dict(autoencoder.chunking),
+        "diffusion": {"gamma_0": autoencoder.config["gamma_0"]},
+    }
+    here = dotted(to_dict(config))
+    for key, value in dotted(trained).items():
+        if here[key] != value:
+            raise ConfigError(
+                f"{key} is {here[key]} here, but {path} was trained with {value}: "
+                "use the config it was trained with, or another --name"
+            )
     return autoencoder
 
 
@@ -182,42 +175,6 @@ def _first_prior(folder: Path, config: Config) -> Prior:
         mixture = MixturePredictor.from_pretrained(folder / "autoencoder" / "rate")
         prior.mixture.load_state_dict(mixture.state_dict())
     return prior
-
-
-def _cached_latents(
-    folder: Path, windows: Windows, autoencoder: Autoencoder, binding: str, stage: Stage
-) -> CachedLatents:
-    """mu of every chunk of the training text, from runs/<name>/latents.safetensors, made when missing."""
-    path = folder / "latents.safetensors"
-    with_features = stage.config.prior.reads_text or stage.config.autoencoder.components > 0
-    bound: dict[str, object] = {
-        "autoencoder": binding,
-        "corpus": windows.corpus.fingerprint,
-        "chunking": to_dict(stage.config)["chunking"],
-        "features": with_features,
-    }
-    if autoencoder.config["segmenter"]:
-        bound["segmenter"] = autoencoder.config["segmenter"]
-    if stage.main_says(not path.exists()) and not stage.accelerator.is_main_process:
-        for _ in range(windows.windows_per_epoch):
-            stage.main_says(True)
-    elif not path.exists():
-        stage.say(f"caching latents in {path}")
-        device = stage.accelerator.device
-        autoencoder.to(device)
-        state = autoencoder.encoder_state(windows.lanes, device)
-
-        @torch.no_grad()
-        def encode(batch: Batch) -> Tensor:
-            nonlocal state
-            stage.main_says(True)  # that it is at work: the others would take a long silence for a hang
-            encoding, state = autoencoder.encode(batch.to(device), state)
-            parts = [encoding.latents, encoding.after] if with_features else [encoding.latents]
-            return torch.cat(parts, dim=-1).cpu()
-
-        cache_latents(encode, windows, path, bound)
-    stage.accelerator.wait_for_everyone()
-    return CachedLatents(load_latents(path, bound))
 
 
 def _continue(autoencoder: Autoencoder, prior: Prior | None, prompt: bytes, config: Config) -> str:

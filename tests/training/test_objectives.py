@@ -58,7 +58,7 @@ CHOICES = [
     ["autoencoder.components=0"],
     ["autoencoder.carry_state=true"],
     ["prior.reads_text=false", "autoencoder.reads_text=false"],
-    ["autoencoder.components=0", "prior.self_conditioning=0.99", "prior.context_dropout=0.0"],
+    ["autoencoder.components=0", "prior.context_dropout=0.0"],
     ["autoencoder.components=0", "diffusion.target=x0"],
     ["hierarchy.levels=0"],
     ["chunking.strategy=sentence", "chunking.max_bytes=30"],
