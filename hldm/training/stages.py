@@ -33,6 +33,8 @@ from hldm.training.objectives import AutoencoderObjective, PriorObjective
 from hldm.training.sizes import require_room
 from hldm.training.stage import MAY_CHANGE_ONCE_TRAINED, Stage, open_stage
 
+# Of the data section, what says which text is read and how it is split; the others lay it out.
+TEXT_SETTINGS = ("path", "dataset", "subset", "split", "field", "separator", "max_bytes", "held_out")
 SAMPLE_BYTES = 160  # of validation text: what samples reconstruct or go on from
 
 
@@ -68,7 +70,7 @@ def train_autoencoder(config: Config, *, resume: bool = False, root: Path = Path
         if config.is_twin:
             pipeline = HLDMPipeline.assemble(autoencoder, None, config.generation)
             stage.export(pipeline.with_segmenter(segmenter), folder / "pipeline")
-        stage.finish(totals)
+        stage.finish(totals, corpora["train"])
     return folder
 
 
@@ -84,6 +86,7 @@ def train_diffusion(config: Config, *, resume: bool = False, root: Path = Path("
     if segmenter is not None:
         attach_segmenter(autoencoder, segmenter)
     corpora = load_corpora(config.data)
+    require_same_text(folder / "autoencoder", corpora["train"])
     sample_text = opening(chunker_of(autoencoder), corpora["validation"])
     with open_stage(config, "prior", resume, root) as stage:
         windows = stage.windows(corpora["train"], segmenter)
@@ -104,7 +107,7 @@ def train_diffusion(config: Config, *, resume: bool = False, root: Path = Path("
         stage.export(prior, stage.run.folder / "model")
         pipeline = HLDMPipeline.assemble(autoencoder, prior, config.generation).with_segmenter(segmenter)
         stage.export(pipeline, folder / "pipeline")
-        stage.finish(totals)
+        stage.finish(totals, corpora["train"])
     return folder
 
 
@@ -135,6 +138,8 @@ def read_autoencoder(folder: Path, config: Config) -> Autoencoder:
         raise FileNotFoundError(
             f"{folder} has no trained autoencoder: run train_autoencoder.py with the same --config and --name first"
         )
+    text = tuple(f"data.{key}" for key in TEXT_SETTINGS)
+    check_settings(folder / "autoencoder", to_dict(config), only=text)
     autoencoder = Autoencoder.from_pretrained(path)
     for section, trained in (("autoencoder", autoencoder.settings), ("chunking", autoencoder.chunking)):
         found = dotted(asdict(trained), f"{section}.")
@@ -151,6 +156,17 @@ def read_autoencoder(folder: Path, config: Config) -> Autoencoder:
             f"{trained_at}: use the config it was trained with, or another --name"
         )
     return autoencoder
+
+
+def require_same_text(stage: Path, corpus: Corpus) -> None:
+    """Raise ConfigError unless a stage was trained on this text; a run of before that was kept is believed."""
+    path = stage / "totals.json"
+    trained_on = read_totals(stage).corpus if path.is_file() else ""
+    if trained_on not in ("", corpus.fingerprint):
+        raise ConfigError(
+            f"{stage} was trained on a text of fingerprint {trained_on[:12]}, {corpus.name} is now "
+            f"{corpus.fingerprint[:12]}: restore the text it was trained on, or train both stages anew"
+        )
 
 
 def opening(chunker: Chunker, corpus: Corpus) -> bytes:
