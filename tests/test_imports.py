@@ -39,7 +39,7 @@ ALLOWED_IN = {
     "evaluate": {"evaluation"},
     "rouge_score": {"evaluation"},
     "transformers": {"generation", "studies"},
-    "omegaconf": {"settings"},
+    "pydantic": {"settings", "config"},
     "triton": {"kernels"},
     "matplotlib": {"studies"},
     "yaml": {"settings", "config", "runs"},
@@ -224,7 +224,7 @@ def test_the_reader_of_sources_lets_ordinary_code_pass():
 @pytest.mark.parametrize(
     ("module", "unwanted"),
     [
-        ("hldm.config", ("torch", "omegaconf", "numpy")),
+        ("hldm.config", ("torch", "numpy")),
         ("hldm.cli", ("torch", "transformers", "datasets")),
         ("hldm.model.griffin", ("diffusers", "accelerate", "transformers", "datasets")),
         ("hldm.evaluation.metrics", ("evaluate", "datasets", "transformers")),

@@ -7,7 +7,6 @@ of its own (hldm.chunking.strategies): its chunks must be known before its encod
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from hldm.chunking.entropy import entropy_in_bits
 from hldm.chunking.recurrence import Recurrence, fall_of_memory, watched
 from hldm.chunking.segmenter import Rule, SegmenterState, Signaller
 from hldm.chunking.strategies import SEGMENTERS
-from hldm.config import ChunkingConfig
+from hldm.config import ChunkingConfig, changed
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.griffin import GriffinState
 from hldm.runs.folder import shipped, shipped_run
@@ -113,6 +112,6 @@ def shipped_signaller(chunking: ChunkingConfig, documents: Sequence[np.ndarray])
     else:
         signaller = SEGMENTERS[strategy].from_pretrained(shipped(f"segmenters/{strategy}")).eval()
         limits = {name: getattr(chunking, name) for name in ("min_bytes", "max_bytes", "target_bytes")}
-        signaller.chunking = replace(signaller.chunking, **limits)
+        signaller.chunking = changed(signaller.chunking, **limits)
     signaller.calibrate(documents)
     return signaller

@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from hldm.chunking.chunker import TEXT_STRATEGIES, make_chunker
 from hldm.chunking.pretrained import shipped_signaller
 from hldm.chunking.segmenter import Signaller
 from hldm.chunking.strategies import SEGMENTERS, read_segmenter, sample_of
-from hldm.config import ChunkingConfig, ConfigError, DataConfig, load_config
+from hldm.config import ChunkingConfig, ConfigError, DataConfig, changed, load_config
 from hldm.text.bytes import printable, tinted
 from hldm.text.corpus import Corpus, load_corpus
 
@@ -57,9 +56,9 @@ def cut_text(
         cuts[name] = split(text, make_chunker(settings, segmenter).chunk_start(text))
 
     for strategy in strategies:
-        settings = replace(chunking, strategy=strategy)  # type: ignore[arg-type]
+        settings = changed(chunking, strategy=strategy)
         if strategy in ("sentence", "paragraph") and whole_bytes is not None:
-            settings = replace(settings, max_bytes=whole_bytes)
+            settings = changed(settings, max_bytes=whole_bytes)
         if corpus is None or not settings.needs_segmenter:
             cut(strategy, settings, None)
         elif train is not None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 from typer import Option
 
 from hldm.commands.options import Configs, Overrides, Paired, Run, check_minutes
-from hldm.config import Config, load_config, stage_training, to_yaml
+from hldm.config import Config, changed, load_config, stage_training, to_yaml
 from hldm.evaluation.tables import compare, show
 from hldm.runs.folder import export_run
 
@@ -76,7 +75,7 @@ def _train(
         changes |= {"steps": steps, "minutes": 0.0}
     if minutes is not None:
         changes |= {"minutes": minutes, "steps": changes.get("steps", 10**9)}
-    config = stage_training(replace(config, name=name or config.name or files[-1].stem), stage, **changes)
+    config = stage_training(changed(config, name=name or config.name or files[-1].stem), stage, **changes)
     if print_config:
         print(to_yaml(config), end="")
         return
@@ -120,8 +119,8 @@ def demo(
     """
     began = time.monotonic()
     name = name or ("demo" if config.stem == "tiny" else f"demo-{config.stem}")
-    model = replace(load_config([config]), name=name)
-    twin = replace(load_config([config.with_name(f"{config.stem}-twin.yaml")]), name=f"{name}-twin")
+    model = changed(load_config([config]), name=name)
+    twin = changed(load_config([config.with_name(f"{config.stem}-twin.yaml")]), name=f"{name}-twin")
     folders = {"model": Path("runs") / name, "twin": Path("runs") / twin.name}
 
     from hldm.training.sizes import require_room

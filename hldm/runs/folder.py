@@ -32,6 +32,7 @@ from hldm.config import is_retired
 from hldm.runs.checkpoints import checkpoints_in
 from hldm.runs.files import atomic_write, naming
 from hldm.runs.machine import physical_memory
+from hldm.settings import dotted
 
 NAME = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,64}")
 LIBRARIES = ("torch", "numpy", "safetensors", "diffusers", "accelerate", "transformers", "datasets")
@@ -298,14 +299,6 @@ def _shown(settings: dict[str, Any], key: str) -> str:
 def _plain(config: dict[str, Any]) -> dict[str, Any]:
     """Tuples as lists, nothing shared: as YAML will give it back."""
     return dict(json.loads(json.dumps(config)))
-
-
-def dotted(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"data": {"lanes": 16}} as {"data.lanes": 16}."""
-    leaves: dict[str, Any] = {}
-    for key, value in config.items():
-        leaves |= dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return leaves
 
 
 def _write_environment(folder: Path, say: Callable[[str], None]) -> None:

@@ -12,13 +12,12 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from hldm.config import GenerationConfig, load_config
+from hldm.config import GenerationConfig, changed, load_config
 from hldm.evaluation.bound import evaluate_bound, held_out_windows
 from hldm.evaluation.continuations import write_batch
 from hldm.evaluation.metrics import TrainingText, diversity
@@ -144,7 +143,7 @@ def judge_run(
             has_mixture = pipeline.prior is not None and pipeline.prior.mixture is not None
             if value != getattr(settings, name) and (has_mixture or not needs_mixture):
                 say(f"{name} {value}")
-                found[f"{name} {value}"] = write(pipeline, replace(settings, **{name: value}))
+                found[f"{name} {value}"] = write(pipeline, changed(settings, **{name: value}))
     return {
         "run": folder.resolve().name,
         "prompts": len(chosen),

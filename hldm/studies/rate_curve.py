@@ -13,12 +13,11 @@ import json
 import lzma
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hldm.config import Config, ConfigError, load_config, stage_training
+from hldm.config import Config, ConfigError, changed, load_config, stage_training
 from hldm.evaluation.tables import Table
 from hldm.runs.reports import save_report
 
@@ -141,7 +140,7 @@ def measure_once(
     """Train folder/<name> and measure it, or read from its `file` what was measured before."""
     from hldm.training.stages import train_run
 
-    target = train_run(replace(config, name=name), root=folder) / file
+    target = train_run(changed(config, name=name), root=folder) / file
     if not target.is_file():
         save_report(target, measure(target.parent))
     return json.loads(target.read_text(encoding="utf-8"))

@@ -23,10 +23,11 @@ from hldm.runs.checkpoints import checkpoints_in
 from hldm.runs.clock import clock_named
 from hldm.runs.exits import Interrupted
 from hldm.runs.files import naming
-from hldm.runs.folder import Run, Totals, check_run_name, dotted, open_run, write_totals
+from hldm.runs.folder import Run, Totals, check_run_name, open_run, write_totals
 from hldm.runs.progress import say_line
 from hldm.runs.ranks import RankLost, is_rank_failure, make_roll_call, missing_ranks
 from hldm.runs.signals import Stopped
+from hldm.settings import dotted
 from hldm.text.corpus import Corpus
 from hldm.text.windows import Windows
 from hldm.training.environment import check_accelerator, check_launch, rounding_variables

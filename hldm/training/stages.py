@@ -8,7 +8,6 @@ runs/<name>/pipeline/     both, as a diffusers pipeline
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from hldm.chunking.chunker import Chunker, make_chunker
 from hldm.chunking.strategies import attach_segmenter, chunker_of, read_segmenter
-from hldm.config import Config, ConfigError, to_dict
+from hldm.config import Config, ConfigError, changed, to_dict
 from hldm.generation.chunk import write_chunks
 from hldm.generation.pipeline import HLDMPipeline
 from hldm.generation.writer import Continuation, row_generators, write_on
@@ -24,7 +23,8 @@ from hldm.model.autoencoder import Autoencoder
 from hldm.model.mixture import MixturePredictor
 from hldm.model.prior import Prior
 from hldm.runs.files import fingerprint
-from hldm.runs.folder import check_settings, dotted, read_totals
+from hldm.runs.folder import check_settings, read_totals
+from hldm.settings import dotted
 from hldm.text.corpus import Corpus, load_corpora
 from hldm.text.windows import Batch, Windows, window_of
 from hldm.training.latent_cache import CachedLatents, cache_latents, load_latents
@@ -141,8 +141,8 @@ def read_autoencoder(folder: Path, config: Config) -> Autoencoder:
     check_settings(folder / "autoencoder", to_dict(config), only=text)
     autoencoder = Autoencoder.from_pretrained(path)
     for section, trained in (("autoencoder", autoencoder.settings), ("chunking", autoencoder.chunking)):
-        found = dotted(asdict(trained), f"{section}.")
-        for key, value in dotted(asdict(getattr(config, section)), f"{section}.").items():
+        found = dotted(to_dict(trained), f"{section}.")
+        for key, value in dotted(to_dict(getattr(config, section)), f"{section}.").items():
             if found[key] != value:
                 raise ConfigError(
                     f"{key} is {value} here, but {path} was trained with {found[key]}: "
@@ -245,7 +245,7 @@ def _reconstruct(autoencoder: Autoencoder, text: bytes, config: Config) -> str:
         autoencoder.encoder_state(n, device),
         autoencoder.decoder_state(n, device),
         [True] * n,
-        replace(config.generation, decoder_temperature=0.0),
+        changed(config.generation, decoder_temperature=0.0),
         row_generators(config.seed, n),
     ).pieces
     written = b"".join(piece.text for piece in pieces)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from hldm.cli import main
-from hldm.config import SegmenterConfig, to_yaml
+from hldm.config import SegmenterConfig, changed, to_yaml
 from hldm.studies import bench_training, bench_writing
 from hldm.studies.bench_writing import Case
 from hldm.text.corpus import load_corpus
@@ -37,8 +36,8 @@ def configs(small_config, small_twin, tmp_path, monkeypatch):
 @pytest.mark.parametrize("strategy", ["entropy", "reinforce"])
 def test_a_strategy_that_asks_a_model_gets_one_whose_chunks_are_as_long_as_wanted(small_config, strategy):
     segmenter = SegmenterConfig(width=16, layers=1, lanes=2, window_bytes=64)
-    chunking = replace(small_config.chunking, strategy=strategy, min_bytes=2, segmenter=segmenter)
-    config = replace(small_config, chunking=chunking)
+    chunking = changed(small_config.chunking, strategy=strategy, min_bytes=2, segmenter=segmenter)
+    config = changed(small_config, chunking=chunking)
     corpus = load_corpus(config.data, "train")
     found = bench_training.quick_segmenter(config, corpus)
     windows = bench_training.windows_of(config, corpus, found)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import ROOT, SMALL
 
-from hldm.config import ConfigError, LoggingConfig, TrainingConfig
+from hldm.config import ConfigError, LoggingConfig, TrainingConfig, changed
 from hldm.runs.files import fingerprint
 from hldm.training.environment import SHARDING, check_launch, rounding_variables
 from hldm.training.stage import make_accelerator
@@ -140,7 +139,7 @@ def test_variables_that_change_rounding_are_said():
 def test_stage_two_refuses_another_text_by_name(small_config, tmp_path):
     train_autoencoder(small_config, root=tmp_path)
     for other, named in (({"path": ""}, "data.path"), ({"held_out": 0.3}, "data.held_out")):
-        config = replace(small_config, data=replace(small_config.data, **other))
+        config = changed(small_config, data=changed(small_config.data, **other))
         with pytest.raises(ValueError, match=named):
             train_diffusion(config, root=tmp_path)
     assert not (tmp_path / "small" / "prior").exists()
@@ -149,7 +148,7 @@ def test_stage_two_refuses_another_text_by_name(small_config, tmp_path):
 def test_stage_two_refuses_a_text_that_changed_since(small_config, tmp_path, corpus_path):
     text = tmp_path / "own.txt"
     text.write_bytes(corpus_path.read_bytes())
-    config = replace(small_config, data=replace(small_config.data, path=str(text)))
+    config = changed(small_config, data=changed(small_config.data, path=str(text)))
     train_autoencoder(config, root=tmp_path)
     text.write_bytes(corpus_path.read_bytes().replace(b"the", b"teh"))
     with pytest.raises(ConfigError, match="fingerprint"):
@@ -160,20 +159,20 @@ def test_stage_two_refuses_a_text_that_changed_since(small_config, tmp_path, cor
 
 def test_other_lanes_are_the_same_text(small_config, tmp_path):
     train_autoencoder(small_config, root=tmp_path)
-    train_diffusion(replace(small_config, data=replace(small_config.data, lanes=2)), root=tmp_path)
+    train_diffusion(changed(small_config, data=changed(small_config.data, lanes=2)), root=tmp_path)
 
 
 # ---- nothing untrained is saved
 
 
 def test_a_run_without_a_step_is_refused(small_config, tmp_path):
-    segmenter = replace(
+    segmenter = changed(
         small_config.chunking.segmenter, width=16, layers=1, lanes=2, window_bytes=64, steps=10**6
     )
-    chunking = replace(small_config.chunking, strategy="entropy", min_bytes=2, segmenter=segmenter)
-    training = replace(small_config.training.autoencoder, minutes=1e-4, steps=10**6)
-    config = replace(
-        small_config, chunking=chunking, training=replace(small_config.training, autoencoder=training)
+    chunking = changed(small_config.chunking, strategy="entropy", min_bytes=2, segmenter=segmenter)
+    training = changed(small_config.training.autoencoder, minutes=1e-4, steps=10**6)
+    config = changed(
+        small_config, chunking=chunking, training=changed(small_config.training, autoencoder=training)
     )
     with pytest.raises(ConfigError, match="no step was taken"):
         train_autoencoder(config, root=tmp_path)
