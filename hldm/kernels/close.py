@@ -6,38 +6,19 @@ reads the parameters where they are.
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from hldm.kernels.library import library
-from hldm.kernels.stack import StackCall, is_plain, kernels_can_compute, stack_call, stack_of
+from hldm.kernels.stack import stack_call, stack_of
+from hldm.kernels.structs import is_plain, kernels_can_compute, run, struct
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.griffin import GriffinState
 from hldm.model.state import EncoderState
 
-_SIZES = ("rows", "bytes", "d", "k", "z", "threads")
-_TENSORS = (
-    *("inner", "inner_bias", "place", "outer", "outer_bias", "mean", "deviation"),
-    *("features", "length", "opens", "feature", "known", "latents"),
-)
-
-
-class _Closing(ctypes.Structure):
-    """`Closing` of hldm/kernels/cpp/close.cpp."""
-
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in _SIZES),
-        ("trunk", StackCall),
-        ("to_trunk", ctypes.c_void_p),
-        *((name, ctypes.c_void_p) for name in _TENSORS),
-    ]
-
 
 def _parameters(autoencoder: Autoencoder) -> dict[str, Tensor]:
-    """What the kernel reads of the readout, by the names in `_Closing`."""
+    """What the kernel reads of the readout, by the names in `Closing` of hldm/kernels/cpp/close.cpp."""
     normaliser = autoencoder.normaliser
     read: Any = autoencoder.to_latent  # Any: one of two readouts
     return {
@@ -73,34 +54,28 @@ def close_chunk(
     state: EncoderState,
 ) -> tuple[Tensor, EncoderState]:
     """`Autoencoder.close_chunk` of float32 features y (b l d); state: left as it is."""
-    kernels, (rows, bytes_, d) = library(), y.shape
-    assert kernels is not None and length.shape == (rows,) and opens.shape == (rows, 1) and is_plain(y)
-    to_trunk = autoencoder.to_trunk if autoencoder.settings.trunk_layers else None
-    tensors = _parameters(autoencoder) | {
-        "features": y,
-        "length": length.contiguous(),
-        "opens": opens.contiguous(),
-        "feature": y.new_empty(rows, d),
-        "latents": y.new_empty(rows, autoencoder.latent_dim),
-    }
-    if to_trunk is not None:
-        tensors["known"] = y.new_empty(rows, to_trunk.out_features)
-    call = _Closing(
+    rows, bytes_, d = y.shape
+    assert length.shape == (rows,) and opens.shape == (rows, 1) and is_plain(y)
+    parameters = _parameters(autoencoder)
+    feature, latents = y.new_empty(rows, d), y.new_empty(rows, autoencoder.latent_dim)
+    call = struct("close.cpp", "Closing")(
         rows=rows,
         bytes=bytes_,
         d=d,
-        k=len(tensors["inner"]),
+        k=len(parameters["inner"]),
         z=autoencoder.latent_dim,
-        threads=torch.get_num_threads(),
-        **{name: tensor.data_ptr() for name, tensor in tensors.items()},
+        features=y,
+        length=length.contiguous(),
+        opens=opens.contiguous(),
+        feature=feature,
+        latents=latents,
+        **parameters,
     )
-    kept: list[Any] = []  # what the call points to, alive until it returns
-    trunk = state.trunk
-    if to_trunk is not None:
-        linear = (ctypes.c_void_p * 2)(to_trunk.weight.data_ptr(), to_trunk.bias.data_ptr())
-        call.to_trunk = ctypes.addressof(linear)
-        call.trunk, trunk = stack_call(autoencoder.trunk, trunk, rows, kept)
-    kernels.hldm_close(ctypes.byref(call))
-    feature = tensors["feature"]
-    known = tensors.get("known", feature)
-    return tensors["latents"][:, None], EncoderState(griffin, feature, trunk, known)
+    known, trunk = feature, state.trunk
+    if autoencoder.settings.trunk_layers:
+        to_trunk = autoencoder.to_trunk
+        known = y.new_empty(rows, to_trunk.out_features)
+        step, trunk = stack_call(autoencoder.trunk, trunk, rows)
+        call.fill(trunk=step, to_trunk=[to_trunk.weight, to_trunk.bias], known=known)
+    run("hldm_close", call)
+    return latents[:, None], EncoderState(griffin, feature, trunk, known)

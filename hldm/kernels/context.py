@@ -6,38 +6,18 @@ a text is written, so an entry's keys and values are worked out once, when it is
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from hldm.kernels.library import library
-from hldm.kernels.stack import is_plain, kernels_can_compute
+from hldm.kernels.structs import is_plain, kernels_can_compute, run, struct
 from hldm.model.contextualiser import ContextState
 from hldm.model.denoiser import BlockContext, Told
 from hldm.model.prior import Prior
 
 MOST_CHUNKS = 2**40  # that a summary may stand for
-_SIZES = (
-    *("rows", "z", "d", "heads", "features", "levels", "ratio", "window", "places"),
-    *("layers", "blocks", "denoiser_width", "components", "threads"),
-)
-_POINTERS = (
-    *("ends", "layer", "block", "mixture", "opening"),
-    *("level", "end", "written", "partial", "latest", "feature"),
-    *("pairs", "log_weights", "told", "latents", "after", "closed"),
-)
-
-
-class _Contexting(ctypes.Structure):
-    """`Contexting` of hldm/kernels/cpp/context.cpp."""
-
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in _SIZES),
-        *((name, ctypes.c_void_p) for name in _POINTERS),
-    ]
 
 
 def _of(*modules: Any) -> list[Tensor | None]:
@@ -45,7 +25,7 @@ def _of(*modules: Any) -> list[Tensor | None]:
 
 
 def _parameters(prior: Any) -> dict[str, list[Tensor | None]]:
-    """What the kernel reads, in its order; None where a model has no such part."""
+    """What the kernel reads, by the names in `Contexting` of hldm/kernels/cpp/context.cpp; None: no such part."""
     context, mixture = prior.contextualiser, prior.mixture
     layers: list[Tensor | None] = []
     blocks: list[Tensor | None] = []
@@ -82,11 +62,8 @@ class KeptContext:
 
     def __init__(self, prior: Prior, memory: ContextState):
         """memory: where `Contextualiser` left off, left as it is; call only where `can_keep`."""
-        kernels = library()
         context: Any = prior.contextualiser  # Any: modules in lists have no type of their own
         denoiser: Any = prior.denoiser
-        assert kernels is not None
-        self._step = kernels.hldm_context
         rows, heads, d = len(memory.written), prior.settings.heads, prior.settings.width
         start = _start(context)
         kept = torch.cat([start.expand(rows, 1, -1, -1), memory.hidden], dim=1)  # (b places layers+1 d)
@@ -99,7 +76,7 @@ class KeptContext:
         zero = torch.zeros(rows, 1, dtype=torch.long)
         opening = start[0, -1].contiguous()
         is_empty = memory.entries.document < 0
-        self._tensors = {
+        tensors = {
             "opening": opening,
             "level": torch.cat([zero, memory.entries.level], dim=1),
             "end": torch.cat([zero, memory.entries.end.masked_fill(is_empty, -1)], dim=1),
@@ -113,7 +90,7 @@ class KeptContext:
         empty = (torch.zeros(rows, 4 * width), torch.zeros(rows, 2 * width), torch.zeros(rows, heads, places))
         told = [[part.clone() for part in empty] for _ in range(blocks)]
         self.told = Told(
-            None if prior.mixture is None else self._tensors["log_weights"][:, None, None],
+            None if prior.mixture is None else tensors["log_weights"][:, None, None],
             tuple(
                 BlockContext(shared[:, None, None], gates[:, None, None], key, value, bias[:, :, None])
                 for (shared, gates, bias), (key, value) in zip(
@@ -121,15 +98,7 @@ class KeptContext:
                 )
             ),
         )
-        self._lists = _parameters(prior) | {
-            "pairs": [half for pair in parts for half in pair],
-            "told": [part for block in told for part in block],
-        }
-        self._pointers = {
-            name: (ctypes.c_void_p * len(parts))(*(None if p is None else p.data_ptr() for p in parts))
-            for name, parts in self._lists.items()
-        }
-        self._call = _Contexting(
+        self._call = struct("context.cpp", "Contexting")(
             rows=rows,
             z=prior.latent_dim,
             d=d,
@@ -142,10 +111,11 @@ class KeptContext:
             layers=len(context.layers),
             blocks=blocks,
             denoiser_width=width,
-            components=self._tensors["log_weights"].shape[1],
-            threads=torch.get_num_threads(),
-            **{name: tensor.data_ptr() for name, tensor in self._tensors.items()},
-            **{name: ctypes.addressof(array) for name, array in self._pointers.items()},
+            components=tensors["log_weights"].shape[1],
+            pairs=[half for pair in parts for half in pair],
+            told=[part for block in told for part in block],
+            **tensors,
+            **_parameters(prior),
         )
 
     def add(self, latents: Tensor, after: Tensor, closed: Tensor) -> Told:
@@ -157,9 +127,10 @@ class KeptContext:
         call = self._call
         assert latents.shape == (call.rows, call.z) and closed.shape == (call.rows,)
         assert not call.features or after.shape == (call.rows, call.features)
-        latents, after, closed = latents.float().contiguous(), after.float().contiguous(), closed.contiguous()
-        call.latents, call.after, call.closed = latents.data_ptr(), after.data_ptr(), closed.data_ptr()
-        self._step(ctypes.byref(call))
+        call.fill(
+            latents=latents.float().contiguous(), after=after.float().contiguous(), closed=closed.contiguous()
+        )
+        run("hldm_context", call)
         return self.told
 
 

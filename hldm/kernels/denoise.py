@@ -6,48 +6,29 @@ depends on the noise level alone is worked out in torch, once for a text: weight
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hldm.kernels.library import library
-from hldm.kernels.stack import is_plain, kernels_can_compute
+from hldm.kernels.structs import is_plain, kernels_can_compute, run, struct
 from hldm.model.denoiser import Told
 from hldm.model.diffusion import Steps, alpha_sigma
 from hldm.model.prior import Prior
 
 MOST_STEPS = 1000  # whose noise is drawn beforehand
-_SIZES = ("rows", "steps", "z", "d", "width", "heads", "entries", "components", "hidden", "blocks", "threads")
-_TENSORS = ("levels", "solver", "noise", "log_weights", "prototypes", "square")
-_LAYERS = ("inputs", "inputs_bias", "outputs", "outputs_bias")
-_LISTS = ("parameters", "told", "by_level")
 
 
-class _Denoising(ctypes.Structure):
-    """`Denoising` of hldm/kernels/cpp/denoise.cpp."""
-
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in _SIZES),
-        *((name, ctypes.c_void_p) for name in (*_TENSORS, *_LAYERS, *_LISTS, "latent")),
-    ]
-
-
-def _layers(prior: Any) -> dict[str, Tensor]:
-    """The denoiser's first and last layer, by their names in `_Denoising`."""
-    first, last = prior.denoiser.inputs, prior.denoiser.outputs
-    return dict(zip(_LAYERS, (first.weight, first.bias, last.weight, last.bias), strict=True))
-
-
-def _parameters(prior: Any) -> list[Tensor]:
-    """What every block of the denoiser does products with, in the order of hldm/kernels/cpp/denoise.cpp."""
-    return [
-        parameter
-        for block in prior.denoiser.blocks
+def _parameters(prior: Any) -> dict[str, list[Tensor]]:
+    """What the denoiser does products with, by the names in `Denoising` of hldm/kernels/cpp/denoise.cpp."""
+    denoiser = prior.denoiser
+    in_blocks = [
+        linear
+        for block in denoiser.blocks
         for linear in (block.query, block.attended, block.mlp[0], block.mlp[2])
-        for parameter in (linear.weight, linear.bias)
     ]
+    linears = {"inputs": [denoiser.inputs], "parameters": in_blocks, "outputs": [denoiser.outputs]}
+    return {name: [p for part in parts for p in (part.weight, part.bias)] for name, parts in linears.items()}
 
 
 def can_denoise(prior: Prior, steps: int) -> bool:
@@ -56,34 +37,21 @@ def can_denoise(prior: Prior, steps: int) -> bool:
         return False
     if prior.training and prior.settings.dropout:
         return False
-    parameters = [*_layers(prior).values(), *_parameters(prior), prior.mixture.prototypes]
-    return all(map(is_plain, parameters))
+    parameters = [p for parts in _parameters(prior).values() for p in parts]
+    return all(map(is_plain, [*parameters, prior.mixture.prototypes]))
 
 
 class PlannedSteps:
     """A plan's steps, with all worked out that is the same for every latent; make one only where `can_denoise`."""
 
     def __init__(self, prior: Prior, plan: Steps):
-        kernels, mixture = library(), prior.mixture
+        mixture = prior.mixture
         denoiser: Any = prior.denoiser  # Any: modules in lists have no type of their own
-        assert kernels is not None and mixture is not None
-        self._run, self._steps = kernels.hldm_denoise, len(plan.weights)
+        assert mixture is not None
         gammas = plan.gammas[:-1]
         time = denoiser.by_level(gammas)
-        self._tensors = {
-            "levels": torch.stack(alpha_sigma(gammas), dim=1).contiguous(),
-            "solver": plan.weights.contiguous(),
-            "prototypes": mixture.prototypes,
-            "square": (2 * mixture.log_deviation).exp(),
-            **_layers(prior),
-        }
-        self._lists = {
-            "parameters": _parameters(prior),
-            "by_level": [block.from_gamma(time) for block in denoiser.blocks],
-        }
-        self._pointers = {name: _pointers(parts) for name, parts in self._lists.items()}
-        self._call = _Denoising(
-            steps=self._steps,
+        self._call = struct("denoise.cpp", "Denoising")(
+            steps=len(plan.weights),
             z=prior.latent_dim,
             d=denoiser.inputs.out_features,
             width=prior.settings.width,
@@ -91,8 +59,12 @@ class PlannedSteps:
             components=len(mixture.prototypes),
             hidden=denoiser.blocks[0].mlp[0].out_features,
             blocks=len(denoiser.blocks),
-            **{name: tensor.data_ptr() for name, tensor in self._tensors.items()},
-            **{name: ctypes.addressof(array) for name, array in self._pointers.items()},
+            levels=torch.stack(alpha_sigma(gammas), dim=1).contiguous(),
+            solver=plan.weights.contiguous(),
+            prototypes=mixture.prototypes,
+            square=(2 * mixture.log_deviation).exp(),
+            by_level=[block.from_gamma(time) for block in denoiser.blocks],
+            **_parameters(prior),
         )
 
     def draw(self, told: Told, latent: Tensor, noise: Tensor) -> Tensor:
@@ -101,24 +73,16 @@ class PlannedSteps:
         told: `Prior.tell` of one context a row;  noise: (steps b z), or (0 b z) where steps add none
         """
         call, rows = self._call, len(latent)
-        assert latent.shape == (rows, call.z) and len(noise) in (0, self._steps)
-        noise = noise if len(noise) else latent.new_zeros(self._steps, rows, call.z)
-        latent, noise = latent.clone(memory_format=torch.contiguous_format), noise.contiguous()
+        assert latent.shape == (rows, call.z) and len(noise) in (0, call.steps)
         assert told.log_weights is not None
-        log_weights = told.log_weights.float().contiguous()
-        parts = [part.float().contiguous() for block in told.blocks for part in block]
-        pointers = _pointers(parts)
-        call.rows, call.entries, call.threads = rows, told.blocks[0].key.shape[2], torch.get_num_threads()
-        call.latent, call.noise, call.log_weights = (
-            latent.data_ptr(),
-            noise.data_ptr(),
-            log_weights.data_ptr(),
+        latent = latent.clone(memory_format=torch.contiguous_format)
+        call.fill(
+            rows=rows,
+            entries=told.blocks[0].key.shape[2],
+            latent=latent,
+            noise=noise.contiguous() if len(noise) else latent.new_zeros(call.steps, rows, call.z),
+            log_weights=told.log_weights.float().contiguous(),
+            told=[part.float().contiguous() for block in told.blocks for part in block],
         )
-        call.told = ctypes.addressof(pointers)
-        self._run(ctypes.byref(call))
+        run("hldm_denoise", call)
         return latent
-
-
-def _pointers(tensors: list[Tensor]) -> Any:
-    assert all(map(is_plain, tensors))
-    return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))

@@ -62,23 +62,8 @@ def can_run(backend: str, x: Tensor) -> bool:
 scan_by_loop = inspect.unwrap(ops.scan)  # the plain formula, which every other backend is tested against
 
 
-def scan_by_chunks(a: Tensor, b: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
-    """The recurrence over many chunks of time at once, joined by a scan over the chunks."""
-    return _ChunkedScan.apply(a, b, h0)
-
-
-def scan_by_cpp(a: Tensor, b: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
-    """The recurrence as a loop over time of vector instructions, at the speed of memory."""
-    return _OnePassScan.apply(a, b, h0, False)
-
-
-def scan_by_triton(a: Tensor, b: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
-    """The recurrence as a loop over time in every warp of a GPU. Not run on one yet."""
-    return _OnePassScan.apply(a, b, h0, True)
-
-
 class _OnePassScan(torch.autograd.Function):
-    """As `_ChunkedScan`, each direction in one pass of a kernel."""
+    """As `_ChunkedScan`, each direction one pass of a kernel, at the speed of memory."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, h0: Tensor, in_triton: bool) -> tuple[Tensor, Tensor]:
@@ -110,7 +95,7 @@ def _triton_agrees(device: torch.device, dtype: torch.dtype) -> bool:
             a, b = (x.view(3, 5, 34).requires_grad_() for x in (numbers, numbers.flip(0)))
             found, expected = (
                 torch.autograd.grad(scan(a, b, a[:, 1])[0].square().sum(), [a, b])
-                for scan in (scan_by_triton, scan_by_loop)
+                for scan in (BACKENDS["triton"], scan_by_loop)
             )
         torch.testing.assert_close(found, expected)
     except Exception as error:  # whatever a compiler, a driver or a version of triton may raise
@@ -120,7 +105,10 @@ def _triton_agrees(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 class _ChunkedScan(torch.autograd.Function):
-    """Backward is the same recurrence in reverse: db_t = dh_t + a_{t+1} db_{t+1}, da_t = db_t h_{t-1}."""
+    """The recurrence over many chunks of time at once, joined by a scan over the chunks.
+
+    Backward is the same recurrence in reverse: db_t = dh_t + a_{t+1} db_{t+1}, da_t = db_t h_{t-1}.
+    """
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
@@ -205,9 +193,9 @@ def _chunk_steps(h: Tensor) -> int:
 
 BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "loop": scan_by_loop,
-    "chunked": scan_by_chunks,
-    "cpp": scan_by_cpp,
-    "triton": scan_by_triton,
+    "chunked": _ChunkedScan.apply,
+    "cpp": lambda a, b, h0: _OnePassScan.apply(a, b, h0, False),
+    "triton": lambda a, b, h0: _OnePassScan.apply(a, b, h0, True),  # not run on a GPU yet
 }
 NEEDS = {
     "cpp": "a CPU and a C++ compiler: hldm doctor says more",

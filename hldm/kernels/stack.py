@@ -7,69 +7,26 @@ kernel reads the parameters where they are and writes a new state of the same la
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hldm.kernels.library import library
-from hldm.model.griffin import (
-    AttentionState,
-    Griffin,
-    GriffinState,
-    RecurrentBlock,
-    RecurrentState,
-    ResidualBlock,
-)
-
-Place = tuple[nn.Module, str]  # of a parameter: a module, and its name there
-
-
-class StackCall(ctypes.Structure):
-    """`Stack` of hldm/kernels/cpp/stack.h."""
-
-    _fields_ = [
-        ("shape", ctypes.c_int64 * 8),
-        *((name, ctypes.c_void_p) for name in ("is_recurrent", "weights", "rotation", "state")),
-    ]
-
-
-def _places(model: Griffin) -> list[Place]:
-    """Where the parameters are, in the order that hldm/kernels/cpp/stack.h reads them."""
-    blocks = cast("Iterable[ResidualBlock]", model.blocks)
-    return [*(place for block in blocks for place in _places_in(block)), (model.norm, "scale")]
-
-
-def _places_in(block: ResidualBlock) -> list[Place]:
-    temporal, mlp = block.temporal, block.mlp
-    if isinstance(temporal, RecurrentBlock):
-        inside: list[Place] = [
-            *(
-                (linear, name)
-                for linear in (temporal.linear_y, temporal.linear_x)
-                for name in ("weight", "bias")
-            ),
-            *((temporal, name) for name in ("conv_weight", "conv_bias")),
-            *((temporal.rg_lru, name) for name in ("gate_weight", "gate_bias", "a_param")),
-        ]
-    else:
-        inside = [(linear, "weight") for linear in (temporal.query, temporal.key, temporal.value)]
-    inside += [(temporal.linear_out, "weight"), (temporal.linear_out, "bias")]
-    after: list[Place] = [(linear, "weight") for linear in (mlp.gate, mlp.up, mlp.down)]
-    return [(block.temporal_norm, "scale"), *inside, (block.mlp_norm, "scale"), *after]
+from hldm.kernels.structs import is_plain, kernels_can_compute, pointers_to, struct
+from hldm.model.griffin import AttentionState, Griffin, GriffinState, RecurrentState, ResidualBlock
 
 
 class Stack:
     """Where a stack's parameters are found, and where they were last."""
 
     def __init__(self, model: Griffin) -> None:
-        # the dicts rather than the parameters, which may be replaced by others
-        self.places = [(module._parameters, name) for module, name in _places(model)]
-        assert len(self.places) == sum(1 for _ in model.parameters())
-        kinds = model.config.blocks
-        self.kinds = (ctypes.c_uint8 * len(kinds))(*(kind == "recurrent" for kind in kinds))
+        # in the order that hldm/kernels/cpp/stack.h reads them, which is that of the modules; their dicts rather than
+        # the parameters, which may be replaced by others
+        modules = [module._parameters for module in model.modules()]
+        self.places = [(module, name) for module in modules for name, p in module.items() if p is not None]
+        self.is_recurrent = torch.tensor([kind == "recurrent" for kind in model.config.blocks])
         self.hidden = cast("ResidualBlock", model.blocks[0]).mlp.gate.out_features
         self.addresses: list[int] = []
         self.pointers: Any = None
@@ -86,25 +43,21 @@ class Stack:
         return self.pointers is not None
 
     def shape(self, model: Griffin, batch: int) -> Any:
-        """Sizes in the order of `Shape` in hldm/kernels/cpp/stack.h."""
+        """`Shape` of hldm/kernels/cpp/stack.h."""
         config = model.config
-        sizes = [batch, config.width, config.heads, self.hidden, config.conv_width, model.window]
-        return (ctypes.c_int64 * 8)(*sizes, len(self.kinds), torch.get_num_threads())
+        return struct("stack.h", "Shape")(
+            batch=batch,
+            d=config.width,
+            heads=config.heads,
+            hidden=self.hidden,
+            taps=config.conv_width,
+            window=model.window,
+            blocks=len(self.is_recurrent),
+            threads=torch.get_num_threads(),
+        )
 
 
 _STACKS: WeakKeyDictionary[Griffin, Stack] = WeakKeyDictionary()
-
-
-def is_plain(x: Tensor | None) -> bool:
-    """Whether the kernels can read a parameter where it is."""
-    return x is not None and x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous()
-
-
-def kernels_can_compute() -> bool:
-    """Whether there are kernels, and nothing going on around that only torch knows of."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or library() is None:
-        return False
-    return not torch.is_autocast_enabled("cpu")
 
 
 def _stack(model: Griffin) -> Stack:
@@ -134,13 +87,13 @@ def _fits(part: RecurrentState | AttentionState, model: Griffin, batch: int) -> 
     d, heads = model.config.width, model.config.heads
     if isinstance(part, RecurrentState):
         shapes = [(batch, d), (batch, model.config.conv_width - 1, d)]
+        dtypes = [torch.float32, torch.float32]
     else:
-        shapes = [(batch, model.window, heads, d // heads)] * 2
-        if part.live.dtype != torch.bool or part.live.shape != (batch, model.window):
-            return False
+        shapes = [*[(batch, model.window, heads, d // heads)] * 2, (batch, model.window)]
+        dtypes = [torch.float32, torch.float32, torch.bool]
     return all(
-        tensor.shape == shape and tensor.dtype == torch.float32 and tensor.device.type == "cpu"
-        for tensor, shape in zip(part, shapes, strict=False)
+        x.shape == shape and x.dtype == dtype and x.device.type == "cpu"
+        for x, shape, dtype in zip(part, shapes, dtypes, strict=True)
     )
 
 
@@ -161,16 +114,14 @@ def run_blocks(
     after = [torch.empty_like(tensor) for tensor in before]
     x, doc_start, chunk_start = x.contiguous(), doc_start.contiguous(), chunk_start.contiguous()
     y = torch.empty_like(x)
+    read = (ctypes.c_void_p(part.data_ptr()) for part in (rotation, x, doc_start, chunk_start))
     kernels.hldm_griffin_step(
-        stack.shape(model, len(x)),
-        stack.kinds,
+        ctypes.byref(stack.shape(model, len(x))),
+        ctypes.c_void_p(stack.is_recurrent.data_ptr()),
         stack.pointers,
-        ctypes.c_void_p(rotation.data_ptr()),
-        ctypes.c_void_p(x.data_ptr()),
-        ctypes.c_void_p(doc_start.data_ptr()),
-        ctypes.c_void_p(chunk_start.data_ptr()),
-        (ctypes.c_void_p * len(before))(*(tensor.data_ptr() for tensor in before)),
-        (ctypes.c_void_p * len(after))(*(tensor.data_ptr() for tensor in after)),
+        *read,
+        pointers_to(before),
+        pointers_to(after),
         ctypes.c_void_p(y.data_ptr()),
     )
     return y, _refilled(state, after)
@@ -182,25 +133,21 @@ def _refilled(state: GriffinState, tensors: list[Tensor]) -> GriffinState:
     return tuple(type(part)(*(next(left) for _ in part)) for part in state)
 
 
-def stack_call(
-    model: Griffin, state: GriffinState, rows: int, kept: list[Any]
-) -> tuple[StackCall, GriffinState]:
+def stack_call(model: Griffin, state: GriffinState, rows: int) -> tuple[Any, GriffinState]:
     """A stack as a kernel takes it, and a copy of its state, which the kernel writes over.
 
-    kept: is given what the call points to, and must live until the kernel returns
     Raises RuntimeError where weights that the kernels could read have become others that they cannot.
     """
-    stack, rotation = _stack(model), model.rotation()
+    stack = _stack(model)
     if not stack.find():  # anew at every call: an address that is no longer theirs must not be read
         raise RuntimeError("the model's weights were moved or cast while a text was being written")
     copies = [tensor.clone(memory_format=torch.contiguous_format) for part in state for tensor in part]
-    pointers = (ctypes.c_void_p * len(copies))(*(tensor.data_ptr() for tensor in copies))
-    kept += [pointers, rotation, stack]
-    call = StackCall(
+    call = struct("stack.h", "Stack")(
         shape=stack.shape(model, rows),
-        is_recurrent=ctypes.addressof(stack.kinds),
+        is_recurrent=stack.is_recurrent,
         weights=ctypes.addressof(stack.pointers),
-        rotation=rotation.data_ptr(),
-        state=ctypes.addressof(pointers),
+        rotation=model.rotation(),
+        state=copies,
     )
+    call.kept["weights"] = stack.pointers
     return call, _refilled(state, copies)

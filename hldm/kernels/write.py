@@ -6,43 +6,23 @@ Like `hldm.kernels.stack`, this reads the parameters where they are.
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from hldm.config import GenerationConfig
 from hldm.generation.chunk import Piece, Written, draw_uniform_rows, known_of_text, pieces_of
-from hldm.kernels.library import library
-from hldm.kernels.stack import StackCall, is_plain, kernels_can_compute, stack_call, stack_of
+from hldm.kernels.stack import stack_call, stack_of
+from hldm.kernels.structs import is_plain, kernels_can_compute, run, struct
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.griffin import GriffinState
 from hldm.model.state import DecoderState, EncoderState
 from hldm.text.bytes import END_OF_CHUNK, START
 
-_TENSORS = (
-    *("write", "known", "inner", "place", "outer", "outer_bias"),
-    *("outputs", "outputs_bias", "read", "from_text", "from_text_bias", "u"),
-    *("doc_start", "resets", "starts", "symbol", "feature", "emitted", "features"),
-)
-
-
-class _Writing(ctypes.Structure):
-    """`Writing` of hldm/kernels/cpp/write.cpp."""
-
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("rows", "events", "places", "threads")),
-        *((name, ctypes.c_double) for name in ("temperature", "top_p")),
-        ("decoder", StackCall),
-        ("encoder", StackCall),
-        *((name, ctypes.c_void_p) for name in _TENSORS),
-    ]
-
 
 def _parameters(autoencoder: Autoencoder) -> dict[str, Tensor]:
-    """The parameters outside of the stacks, by their names in `_Writing`."""
+    """The parameters outside of the stacks, by their names in `Writing` of hldm/kernels/cpp/write.cpp."""
     found = {
         "write": autoencoder.write.weight,
         "outputs": autoencoder.outputs.weight,
@@ -79,22 +59,18 @@ def write_chunks(
     opening = torch.tensor(opens)
     always = torch.ones_like(opening)
     known = known_of_text(autoencoder, encoder, opening[:, None])
-    first = _FirstEvent(
-        symbol=torch.full_like(opening, START, dtype=torch.long),
-        doc_start=opening,
-        resets=opening if autoencoder.settings.carry_state else always,
-        starts=always,
-    )
     u = draw_uniform_rows(generators, autoencoder.chunking.max_bytes + 1, opening.device)
     given = {
+        "symbol": torch.full_like(opening, START, dtype=torch.long),
+        "doc_start": opening,
+        "resets": opening if autoencoder.settings.carry_state else always,
+        "starts": always,
         "known": None if known is None else known[:, 0],
         "inner": autoencoder.from_latent.inner(latent),
         "feature": encoder.feature.clone(),
         "features": u.new_zeros(len(u), u.shape[1] - 1, encoder.feature.shape[1]),
     }
-    symbols, reading, writing = _call(
-        autoencoder, first, u, given, encoder.griffin, decoder.griffin, settings
-    )
+    symbols, reading, writing = _call(autoencoder, u, given, encoder.griffin, decoder.griffin, settings)
     return Written(pieces_of(symbols), given["features"], reading, writing)
 
 
@@ -107,26 +83,17 @@ def write_bytes(
 ) -> tuple[list[Piece], DecoderState]:
     """`hldm.generation.chunk.write_bytes`."""
     opening = torch.tensor(opens)
-    first = _FirstEvent(torch.where(opening, START, state.symbol), opening, opening, opening)
+    given = {"symbol": torch.where(opening, START, state.symbol)}
+    given |= dict.fromkeys(("doc_start", "resets", "starts"), opening)
     u = draw_uniform_rows(generators, autoencoder.chunking.max_bytes, opening.device)
-    symbols, _, griffin = _call(autoencoder, first, u, {}, (), state.griffin, settings)
+    symbols, _, griffin = _call(autoencoder, u, given, (), state.griffin, settings)
     return pieces_of(symbols), DecoderState(griffin, symbols[:, -1])
-
-
-class _FirstEvent(NamedTuple):
-    """What sets the first event apart, by row (b)."""
-
-    symbol: Tensor  # int64, before it
-    doc_start: Tensor  # bool: it opens a document
-    resets: Tensor  # bool: it resets the decoder's state
-    starts: Tensor  # bool: it starts the decoder's unit
 
 
 def _call(
     autoencoder: Autoencoder,
-    first: _FirstEvent,
     u: Tensor,
-    given: dict[str, Tensor | None],
+    given: Mapping[str, Tensor | None],
     encoder: GriffinState,
     decoder: GriffinState,
     settings: GenerationConfig,
@@ -134,27 +101,27 @@ def _call(
     """Write until a row's end symbol, e events at most: symbols (b e), states of encoder and decoder after them.
 
     u: (b e) in [0, 1);  encoder, decoder: states, left as they are
-    given, none of it for the twin, which writes no end of a chunk and reads nothing back:
-    known (b d) or None, added to every event;  inner (b k) of the latent
-    feature (b w) of the encoder at the byte before, features (b e-1 w): written over
+    given, by row (b): symbol (int64) before the first event, and whether that opens a document, resets the decoder's
+    state, starts the decoder's unit: doc_start, resets, starts (bool)
+    but for the twin, which writes no end of a chunk and reads nothing back: known (b d) or None, added to every event;
+    inner (b k) of the latent; feature (b w) of the encoder at the byte before, features (b e-1 w), both written over
     """
-    kernels, (rows, events) = library(), u.shape
-    assert kernels is not None
+    rows, events = u.shape
     emitted = torch.full((rows, events), END_OF_CHUNK)
-    found = {**_parameters(autoencoder), **given, **first._asdict(), "u": u, "emitted": emitted}
+    found = {**_parameters(autoencoder), **given, "u": u, "emitted": emitted}
     tensors = {name: tensor.contiguous() for name, tensor in found.items() if tensor is not None}
-    call = _Writing(
+    call = struct("write.cpp", "Writing")(
         rows=rows,
         events=events,
-        places=tensors["inner"].shape[1] if given else 0,
-        threads=torch.get_num_threads(),
+        places=tensors["inner"].shape[1] if "inner" in tensors else 0,
         temperature=settings.decoder_temperature,
         top_p=settings.top_p,
-        **{name: tensor.data_ptr() for name, tensor in tensors.items()},
+        **tensors,
     )
-    kept: list[Any] = []  # what the call points to, alive until it returns
-    call.decoder, decoder = stack_call(autoencoder.decoder, decoder, rows, kept)
-    if given:
-        call.encoder, encoder = stack_call(autoencoder.encoder, encoder, rows, kept)
-    kernels.hldm_write(ctypes.byref(call))
+    writing, decoder = stack_call(autoencoder.decoder, decoder, rows)
+    call.fill(decoder=writing)
+    if "inner" in tensors:
+        reading, encoder = stack_call(autoencoder.encoder, encoder, rows)
+        call.fill(encoder=reading)
+    run("hldm_write", call)
     return emitted, encoder, decoder

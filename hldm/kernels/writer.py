@@ -21,7 +21,7 @@ from hldm.kernels.close import can_close, close_chunk
 from hldm.kernels.context import MOST_CHUNKS, KeptContext, can_keep
 from hldm.kernels.denoise import MOST_STEPS, PlannedSteps, can_denoise
 from hldm.kernels.library import library
-from hldm.kernels.stack import is_plain
+from hldm.kernels.structs import is_plain
 from hldm.kernels.write import can_write, write_bytes, write_chunks
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.diffusion import draw_noise

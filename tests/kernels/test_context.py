@@ -114,8 +114,8 @@ def test_what_was_passed_in_is_left_alone(plain_torch):
 @torch.no_grad()
 def test_what_is_kept_takes_the_memory_that_the_footprint_says(plain_torch):
     prior = make_prior(levels=3, layers=2)
-    kept = KeptContext(prior, prior.initial_state(5))
-    tensors = [kept._tensors["level"], kept._tensors["end"], *kept._lists["pairs"]]
+    kept = KeptContext(prior, prior.initial_state(5))._call
+    tensors = [kept.kept["level"], kept.kept["end"], *kept.kept["pairs"][0]]
     assert sum(tensor.numel() * tensor.element_size() for tensor in tensors) == 5 * kept_bytes(prior)
 
 

@@ -121,6 +121,6 @@ def errs(a: Tensor, b: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(("work", "can"), [(fails, False), (errs, False), (scan.scan_by_loop, True)])
 def test_a_kernel_that_fails_or_errs_on_this_machine_is_not_used(interpreted, monkeypatch, work, can):
     monkeypatch.setitem(sys.modules, "hldm.kernels.triton_scan", scan)  # a module that is there
-    monkeypatch.setattr(scan, "scan_by_triton", work)
+    monkeypatch.setitem(scan.BACKENDS, "triton", work)
     with torch.inference_mode():
         assert scan.can_run("triton", torch.ones(1)) is can

@@ -6,7 +6,7 @@
 
 namespace {
 
-// What it is called with, in hldm/kernels/close.py's order. d, the encoder's width; k, the latent's readout's.
+// d, the encoder's width; k, the latent's readout's.
 struct Closing {
     int64_t rows, bytes, d, k, z, threads;
     Stack trunk;                       // of no blocks where there is none

@@ -6,7 +6,7 @@
 
 namespace {
 
-// What it is called with, in hldm/kernels/context.py's order. P places, f features, k components, D the denoiser's width.
+// P places, f features, k components, D the denoiser's width.
 struct Contexting {
     int64_t rows, z, d, heads, features, levels, ratio, window, places;
     int64_t layers, blocks, denoiser_width, components, threads;
@@ -111,29 +111,17 @@ struct Pyramid {
         }
     }
 
-    // softmax(q k / sqrt(e) + bias) v of one entry over what its row sees, and itself; over the query (d, L) in a lane
+    // Attention of one entry to what its row sees, and itself; over the query (d, L) in a lane
     template <int L>
     void attend(const Entry& entry, const float* key, const float* value, const float* table, float* query) {
         std::vector<Sight>& sees = seen[entry.row - first];
         if (entry.level) sees.push_back({entry.place, bias_index(entry.level, 0)});  // which no one else sees yet
-        const int64_t e = w.d / w.heads;
-        const float scale = 1.0f / std::sqrt(float(e));
-        std::vector<float> own(e), score(sees.size()), sum(e);
+        std::vector<Seen> there(sees.size());
         for (int64_t head = 0; head < w.heads; head++) {
-            const int64_t at = (entry.row * w.heads + head) * w.places;
-            for (int64_t i = 0; i < e; i++) own[i] = query[(head * e + i) * L] * scale;
-            float largest = -INFINITY, total = 0;
-            for (size_t j = 0; j < sees.size(); j++) {
-                dot_rows<1>(key + (at + sees[j].place) * e, own.data(), &score[j], e);
-                largest = std::max(largest, score[j] += table[sees[j].index * w.heads + head]);
-            }
-            std::fill(sum.begin(), sum.end(), 0.0f);
-            for (size_t j = 0; j < sees.size(); j++) {
-                const float weight = exponential(score[j] - largest);
-                total += weight;
-                for (int64_t i = 0; i < e; i++) sum[i] += weight * value[(at + sees[j].place) * e + i];
-            }
-            for (int64_t i = 0; i < e; i++) query[(head * e + i) * L] = sum[i] / total;
+            const int64_t e = w.d / w.heads, at = (entry.row * w.heads + head) * w.places * e;
+            for (size_t j = 0; j < sees.size(); j++)
+                there[j] = {sees[j].place, table[sees[j].index * w.heads + head]};
+            attend_to<L>(there, key + at, value + at, e, query + head * e * L);
         }
         if (entry.level) sees.pop_back();
     }

@@ -1,13 +1,10 @@
 // All denoising steps of a batch of latents, for hldm.kernels.denoise: the mixture's estimate, the network's correction, the
 // solver's step. Rows are taken L at a time as in stack.h; what depends on the noise level alone comes worked out.
 
-#include <numeric>
-
 #include "stack.h"
 
 namespace {
 
-// What it is called with, in hldm/kernels/denoise.py's order.
 struct Denoising {
     int64_t rows, steps, z, d, width, heads, entries, components, hidden, blocks, threads;
     const float* levels;              // (steps 2) alpha and sigma
@@ -15,7 +12,8 @@ struct Denoising {
     const float* noise;               // (steps b z)
     const float* log_weights;         // (b k)
     const float *prototypes, *square; // (k z), (z) variance of every component
-    const float *inputs, *inputs_bias, *outputs, *outputs_bias;  // (d 2z), (d), (z d), (z)
+    const float* const* inputs;       // weight (d 2z), bias (d)
+    const float* const* outputs;      // weight (z d), bias (z)
     const float* const* parameters;   // of each block: query, its bias, attended, its bias, both of the MLP, with theirs
     const float* const* told;         // of each block: shared (b 4d), gates (b 2d), key, value (b h c e), bias (b h c)
     const float* const* by_level;     // of each block: (steps 4d) shifts and scales
@@ -95,63 +93,42 @@ struct Denoiser {
 
     // Attention of one position a row to its entries; query in, what is attended out
     void attend(const float* key, const float* value, const float* bias) {
-        const int64_t e = w.width / w.heads, c = w.entries;
-        std::vector<float> own(e), score(c), sum(e);
-        const float scale = 1.0f / std::sqrt(float(e));
+        std::vector<Seen> seen;
         for (int64_t row = 0; row < rows; row++)
             for (int64_t head = 0; head < w.heads; head++) {
-                const int64_t at = ((first + row) * w.heads + head) * c;
-                for (int64_t i = 0; i < e; i++) own[i] = query[(head * e + i) * L + row] * scale;
-                float largest = -INFINITY, total = 0;
-                for (int64_t j = 0; j < c; j++) {
-                    if (bias[at + j] == -INFINITY) continue;
-                    dot_rows<1>(key + (at + j) * e, own.data(), &score[j], e);
-                    score[j] += bias[at + j];
-                    largest = std::max(largest, score[j]);
-                }
-                std::fill(sum.begin(), sum.end(), 0.0f);
-                for (int64_t j = 0; j < c; j++) {
-                    if (bias[at + j] == -INFINITY) continue;
-                    const float weight = exponential(score[j] - largest);
-                    total += weight;
-                    for (int64_t i = 0; i < e; i++) sum[i] += weight * value[(at + j) * e + i];
-                }
-                for (int64_t i = 0; i < e; i++) query[(head * e + i) * L + row] = sum[i] / total;
+                const int64_t e = w.width / w.heads, at = ((first + row) * w.heads + head) * w.entries;
+                seen.clear();
+                for (int64_t j = 0; j < w.entries; j++)
+                    if (bias[at + j] != -INFINITY) seen.push_back({j, bias[at + j]});
+                attend_to<L>(seen, key + at * e, value + at * e, e, query + head * e * L + row);
             }
     }
 
     void run() {
         const int64_t d = w.d;
-        for (int64_t row = 0; row < rows; row++)
-            for (int64_t j = 0; j < w.z; j++) z[j * L + row] = w.latent[(first + row) * w.z + j];
+        into_lanes<L>(w.latent + first * w.z, rows, w.z, z);
         for (int64_t step = 0; step < w.steps; step++) {
             const float alpha = w.levels[2 * step], sigma = w.levels[2 * step + 1];
             ask_mixture(alpha, sigma);
             std::copy(z, z + w.z * L, wide);
             std::copy(estimate, estimate + w.z * L, wide + w.z * L);
-            multiply<L>(w.inputs, wide, x, d, 2 * w.z);
-            add_bias<L>(w.inputs_bias, x, d);
+            linear<L>(w.inputs, wide, x, d, 2 * w.z);
             for (int64_t block = 0; block < w.blocks; block++) {
                 const float *const *p = w.parameters + 8 * block, *const *told = w.told + 5 * block;
                 const float* level = w.by_level[block] + step * 4 * d;
                 modulate(told[0], level, 0);
-                multiply<L>(p[0], y, query, w.width, d);
-                add_bias<L>(p[1], query, w.width);
+                linear<L>(p, y, query, w.width, d);
                 attend(told[2], told[3], told[4]);
-                multiply<L>(p[2], query, wide, d, w.width);
-                add_bias<L>(p[3], wide, d);
+                linear<L>(p + 2, query, wide, d, w.width);
                 add_gated(wide, told[1], 0);
                 modulate(told[0], level, 1);
-                multiply<L>(p[4], y, wide, w.hidden, d);
-                add_bias<L>(p[5], wide, w.hidden);
+                linear<L>(p + 4, y, wide, w.hidden, d);
                 gelu_all(wide, w.hidden * L);
-                multiply<L>(p[6], wide, y, d, w.hidden);
-                add_bias<L>(p[7], y, d);
+                linear<L>(p + 6, wide, y, d, w.hidden);
                 add_gated(y, told[1], 1);
             }
             standardise<L>(x, y, d);
-            multiply<L>(w.outputs, y, x0, w.z, d);
-            add_bias<L>(w.outputs_bias, x0, w.z);
+            linear<L>(w.outputs, y, x0, w.z, d);
             const float* solver = w.solver + 4 * step;
             for (int64_t j = 0; j < w.z; j++)
                 for (int64_t row = 0; row < rows; row++) {
@@ -162,8 +139,7 @@ struct Denoiser {
                 }
             std::swap(x0, before);
         }
-        for (int64_t row = 0; row < rows; row++)
-            for (int64_t j = 0; j < w.z; j++) w.latent[(first + row) * w.z + j] = z[j * L + row];
+        from_lanes<L>(z, rows, w.z, w.latent + first * w.z);
     }
 };
 

@@ -5,29 +5,18 @@
 #include <cstdint>
 #include <cstring>
 
-inline float from_bits(int32_t bits) {
-    float x;
-    std::memcpy(&x, &bits, sizeof x);
-    return x;
+template <typename To, typename From>
+inline To same_bits(From x) {
+    To y;
+    static_assert(sizeof y == sizeof x, "a number of as many bits");
+    std::memcpy(&y, &x, sizeof x);
+    return y;
 }
 
-inline double from_bits(int64_t bits) {
-    double x;
-    std::memcpy(&x, &bits, sizeof x);
-    return x;
-}
-
-inline int32_t to_bits(float x) {
-    int32_t bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    return bits;
-}
-
-inline int64_t to_bits(double x) {
-    int64_t bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    return bits;
-}
+inline float from_bits(int32_t bits) { return same_bits<float>(bits); }
+inline double from_bits(int64_t bits) { return same_bits<double>(bits); }
+inline int32_t to_bits(float x) { return same_bits<int32_t>(x); }
+inline int64_t to_bits(double x) { return same_bits<int64_t>(x); }
 
 // What an exponential needs to know of its number: how far it goes (what is beyond makes no difference to any use here,
 // and denormal numbers would make all of this ten times slower); 1.5 * 2^mantissa, since what is added to it is rounded
@@ -115,19 +104,6 @@ inline T gelu(T x) {
     return x * sigmoid(twice_root * (x + T(0.044715) * x * x * x));
 }
 
-// x (1 + erf(x / sqrt(2))) / 2, gelu itself. 1 - erf(y), y >= 0, to 1.5e-7: Abramowitz and Stegun, 7.1.26.
-inline float exact_gelu(float x) {
-    const float y = std::fabs(x) * 0.70710678f;
-    const float t = 1.0f / (1.0f + 0.3275911f * y);
-    float sum = 1.061405429f;
-    sum = sum * t - 1.453152027f;
-    sum = sum * t + 1.421413741f;
-    sum = sum * t - 0.284496736f;
-    sum = sum * t + 0.254829592f;
-    const float half = 0.5f * x * sum * t * exponential(-y * y);
-    return x < 0 ? half : x - half;
-}
-
 template <typename T>
 inline T gelu_slope(T x) {
     const T twice_root = T(1.5957691216057308);
@@ -160,6 +136,9 @@ struct ExactNormal {
     explicit ExactNormal(double x)
         : below(0.5 * std::erfc(-0.70710678118654752 * x)), density(0.39894228040143268 * std::exp(-0.5 * x * x)) {}
 };
+
+// gelu itself
+inline float exact_gelu(float x) { return x * Normal(x).below; }
 
 inline Normal normal_at(float x) { return Normal(x); }
 inline ExactNormal normal_at(double x) { return ExactNormal(x); }

@@ -23,64 +23,54 @@ struct Split {
     }
 };
 
-template <typename T>
-void scan_stretch(const T* a, const T* b, const T* h0, T* h, int64_t t, int64_t d, int64_t width) {
-    const T* before = h0;
-    for (int64_t step = 0; step < t; step++) {
-        const T* __restrict a_t = a + step * d;
-        const T* __restrict b_t = b + step * d;
-        const T* __restrict h_before = before;
-        T* __restrict h_t = h + step * d;
-#pragma omp simd
-        for (int64_t j = 0; j < width; j++) h_t[j] = a_t[j] * h_before[j] + b_t[j];
-        before = h_t;
-    }
-}
-
-// carried (d): dh_last on entry, a_{t+1} db_{t+1} on the way, dh0 in the end
-template <typename T>
-void scan_back_stretch(const T* a, const T* h0, const T* h, const T* dh, T* da, T* db, T* carried, int64_t t,
-                       int64_t d, int64_t width) {
-    for (int64_t step = t - 1; step >= 0; step--) {
-        const T* __restrict a_t = a + step * d;
-        const T* __restrict dh_t = dh + step * d;
-        const T* __restrict h_before = step ? h + (step - 1) * d : h0;
-        T* __restrict da_t = da + step * d;
-        T* __restrict db_t = db + step * d;
-        T* __restrict flow = carried;
-#pragma omp simd
-        for (int64_t j = 0; j < width; j++) {
-            const T total = dh_t[j] + flow[j];
-            db_t[j] = total;
-            da_t[j] = total * h_before[j];
-            flow[j] = a_t[j] * total;
-        }
-    }
+// work(row, first channel, channels) for every row and stretch
+template <typename Work>
+void over_stretches(const Split& split, int64_t rows, int64_t d, const Work& work) {
+#pragma omp parallel for collapse(2) num_threads(split.threads)
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t s = 0; s < split.stretches; s++)
+            work(row, s * split.width, std::min(split.width, d - s * split.width));
 }
 
 template <typename T>
 void scan(const T* a, const T* b, const T* h0, T* h, int64_t rows, int64_t t, int64_t d, int64_t threads) {
-    const Split split(threads, rows, t, d, 1);
-#pragma omp parallel for collapse(2) num_threads(split.threads)
-    for (int64_t row = 0; row < rows; row++)
-        for (int64_t s = 0; s < split.stretches; s++) {
-            const int64_t first = s * split.width, at = row * t * d + first;
-            scan_stretch(a + at, b + at, h0 + row * d + first, h + at, t, d, std::min(split.width, d - first));
+    over_stretches(Split(threads, rows, t, d, 1), rows, d, [=](int64_t row, int64_t first, int64_t width) {
+        const T* before = h0 + row * d + first;
+        for (int64_t step = 0; step < t; step++) {
+            const int64_t at = (row * t + step) * d + first;
+            const T* __restrict a_t = a + at;
+            const T* __restrict b_t = b + at;
+            const T* __restrict h_before = before;
+            T* __restrict h_t = h + at;
+#pragma omp simd
+            for (int64_t j = 0; j < width; j++) h_t[j] = a_t[j] * h_before[j] + b_t[j];
+            before = h_t;
         }
+    });
 }
 
 template <typename T>
 void scan_back(const T* a, const T* h0, const T* h, const T* dh, const T* dh_last, T* da, T* db, T* dh0,
                int64_t rows, int64_t t, int64_t d, int64_t threads) {
     std::copy(dh_last, dh_last + rows * d, dh0);
-    const Split split(threads, rows, t, d, 1);
-#pragma omp parallel for collapse(2) num_threads(split.threads)
-    for (int64_t row = 0; row < rows; row++)
-        for (int64_t s = 0; s < split.stretches; s++) {
-            const int64_t first = s * split.width, at = row * t * d + first, end = row * d + first;
-            scan_back_stretch(a + at, h0 + end, h + at, dh + at, da + at, db + at, dh0 + end, t, d,
-                              std::min(split.width, d - first));
+    over_stretches(Split(threads, rows, t, d, 1), rows, d, [=](int64_t row, int64_t first, int64_t width) {
+        T* __restrict flow = dh0 + row * d + first;  // dh_last on entry, a_{t+1} db_{t+1} on the way, dh0 in the end
+        for (int64_t step = t - 1; step >= 0; step--) {
+            const int64_t at = (row * t + step) * d + first;
+            const T* __restrict a_t = a + at;
+            const T* __restrict dh_t = dh + at;
+            const T* __restrict h_before = step ? h + at - d : h0 + row * d + first;
+            T* __restrict da_t = da + at;
+            T* __restrict db_t = db + at;
+#pragma omp simd
+            for (int64_t j = 0; j < width; j++) {
+                const T total = dh_t[j] + flow[j];
+                db_t[j] = total;
+                da_t[j] = total * h_before[j];
+                flow[j] = a_t[j] * total;
+            }
         }
+    });
 }
 
 // ---- the RG-LRU after the products of its gates
@@ -152,7 +142,7 @@ void gated_scan_back(const T* x, const T* gates, const T* log_radius, const T* r
                     T* __restrict dinput = dgates + gate;
                     T* __restrict ddecay = dgates + gate + w;
                     T* __restrict dx_t = dx + at;
-                    T* __restrict flow = dh0 + row * d + first;  // as in scan_back_stretch
+                    T* __restrict flow = dh0 + row * d + first;  // as in scan_back
                     T* __restrict dinput_bias = dbias + row * 2 * d + first;
                     T* __restrict ddecay_bias = dbias + row * 2 * d + d + first;
                     T* __restrict dradius = dlog_radius + row * d + first;
@@ -261,45 +251,13 @@ void gelu_gate_back(const T* __restrict gate, const T* __restrict x, const T* __
 
 }  // namespace
 
-#define EXPORT(T, suffix)                                                                                              \
-    void hldm_scan_##suffix(const T* a, const T* b, const T* h0, T* h, int64_t rows, int64_t t, int64_t d,             \
-                            int64_t threads) {                                                                         \
-        scan(a, b, h0, h, rows, t, d, threads);                                                                        \
-    }                                                                                                                  \
-    void hldm_scan_back_##suffix(const T* a, const T* h0, const T* h, const T* dh, const T* dh_last, T* da, T* db,     \
-                                 T* dh0, int64_t rows, int64_t t, int64_t d, int64_t threads) {                        \
-        scan_back(a, h0, h, dh, dh_last, da, db, dh0, rows, t, d, threads);                                            \
-    }                                                                                                                  \
-    void hldm_gated_scan_##suffix(const T* x, T* gates, const T* bias, const T* log_radius, const T* reset,            \
-                                  const T* h0, T* h, int64_t rows, int64_t t, int64_t heads, int64_t w,                \
-                                  int64_t threads) {                                                                   \
-        gated_scan(x, gates, bias, log_radius, reset, h0, h, rows, t, heads, w, threads);                              \
-    }                                                                                                                  \
-    void hldm_gated_scan_back_##suffix(const T* x, const T* gates, const T* log_radius, const T* reset, const T* h0,   \
-                                       const T* h, const T* dh, const T* dh_last, T* dx, T* dgates, T* dbias,          \
-                                       T* dlog_radius, T* dh0, double least, int64_t rows, int64_t t, int64_t heads,   \
-                                       int64_t w, int64_t threads) {                                                   \
-        gated_scan_back(x, gates, log_radius, reset, h0, h, dh, dh_last, dx, dgates, dbias, dlog_radius, dh0,          \
-                        T(least), rows, t, heads, w, threads);                                                         \
-    }                                                                                                                  \
-    void hldm_conv_##suffix(const T* x, const T* taps, const T* weight, const T* bias, const T* inside, T* y,          \
-                            int64_t rows, int64_t t, int64_t d, int64_t k, int64_t threads) {                          \
-        conv(x, taps, weight, bias, inside, y, rows, t, d, k, threads);                                                \
-    }                                                                                                                  \
-    void hldm_conv_back_##suffix(const T* x, const T* taps, const T* weight, const T* inside, const T* dy, T* dx,      \
-                                 T* dtaps, T* dweight, T* dbias, int64_t rows, int64_t t, int64_t d, int64_t k,        \
-                                 int64_t threads) {                                                                    \
-        conv_back(x, taps, weight, inside, dy, dx, dtaps, dweight, dbias, rows, t, d, k, threads);                     \
-    }                                                                                                                  \
-    void hldm_gelu_gate_##suffix(const T* gate, const T* x, T* y, int64_t numbers, int64_t threads) {                  \
-        gelu_gate(gate, x, y, numbers, threads);                                                                       \
-    }                                                                                                                  \
-    void hldm_gelu_gate_back_##suffix(const T* gate, const T* x, const T* dy, T* dgate, T* dx, int64_t numbers,        \
-                                      int64_t threads) {                                                               \
-        gelu_gate_back(gate, x, dy, dgate, dx, numbers, threads);                                                      \
-    }
-
 extern "C" {
-EXPORT(float, float32)
-EXPORT(double, float64)
+EXPORT(scan)
+EXPORT(scan_back)
+EXPORT(gated_scan)
+EXPORT(gated_scan_back)
+EXPORT(conv)
+EXPORT(conv_back)
+EXPORT(gelu_gate)
+EXPORT(gelu_gate_back)
 }

@@ -183,42 +183,13 @@ void add_rows(const T* y, const int64_t* index, T* x, int64_t rows, int64_t n, i
 
 }  // namespace
 
-#define EXPORT_ROWS(T, suffix)                                                                                         \
-    void hldm_rms_norm_##suffix(const T* x, const T* branch, const T* scale, T* sum, T* y, T* inverse, double eps,     \
-                                int64_t n, int64_t d, int64_t threads) {                                               \
-        rms_norm(x, branch, scale, sum, y, inverse, T(eps), n, d, threads);                                            \
-    }                                                                                                                  \
-    void hldm_rms_norm_back_##suffix(const T* s, const T* inverse, const T* scale, const T* dy, const T* dsum, T* ds,  \
-                                     T* dscale, int64_t n, int64_t d, int64_t threads) {                               \
-        rms_norm_back(s, inverse, scale, dy, dsum, ds, dscale, n, d, threads);                                         \
-    }                                                                                                                  \
-    void hldm_softmax_nats_##suffix(const T* x, const int64_t* target, T* nats, T* log_sum, int64_t n, int64_t v,      \
-                                    int64_t threads) {                                                                 \
-        softmax_nats(x, target, nats, log_sum, n, v, threads);                                                         \
-    }                                                                                                                  \
-    void hldm_softmax_nats_back_##suffix(const T* x, const int64_t* target, const T* log_sum, const T* dnats, T* dx,   \
-                                         int64_t n, int64_t v, int64_t threads) {                                      \
-        softmax_nats_back(x, target, log_sum, dnats, dx, n, v, threads);                                               \
-    }                                                                                                                  \
-    void hldm_placed_gelu_##suffix(const T* x, const int64_t* index, const T* p, const int64_t* place, T* y,           \
-                                   int64_t rows, int64_t n, int64_t t, int64_t d, int64_t threads) {                   \
-        placed_gelu(x, index, p, place, y, rows, n, t, d, threads);                                                    \
-    }                                                                                                                  \
-    void hldm_placed_gelu_back_##suffix(const T* x, const int64_t* index, const T* p, const int64_t* place,            \
-                                        const T* dy, T* dx, T* dp, int64_t rows, int64_t n, int64_t t, int64_t d,      \
-                                        int64_t k, int64_t threads) {                                                  \
-        placed_gelu_back(x, index, p, place, dy, dx, dp, rows, n, t, d, k, threads);                                   \
-    }                                                                                                                  \
-    void hldm_take_rows_##suffix(const T* x, const int64_t* index, T* y, int64_t rows, int64_t n, int64_t t,           \
-                                 int64_t d, int64_t threads) {                                                         \
-        take_rows(x, index, y, rows, n, t, d, threads);                                                                \
-    }                                                                                                                  \
-    void hldm_add_rows_##suffix(const T* y, const int64_t* index, T* x, int64_t rows, int64_t n, int64_t t, int64_t d, \
-                                int64_t threads) {                                                                     \
-        add_rows(y, index, x, rows, n, t, d, threads);                                                                 \
-    }
-
 extern "C" {
-EXPORT_ROWS(float, float32)
-EXPORT_ROWS(double, float64)
+EXPORT(rms_norm)
+EXPORT(rms_norm_back)
+EXPORT(softmax_nats)
+EXPORT(softmax_nats_back)
+EXPORT(placed_gelu)
+EXPORT(placed_gelu_back)
+EXPORT(take_rows)
+EXPORT(add_rows)
 }

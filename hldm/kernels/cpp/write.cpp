@@ -10,7 +10,6 @@ namespace {
 
 constexpr int64_t OUTPUTS = 258, END_OF_CHUNK = 256;  // and 257, the end of the document
 
-// What it is called with, in hldm/kernels/write.py's order.
 struct Writing {
     int64_t rows, events, places, threads;
     double temperature, top_p;

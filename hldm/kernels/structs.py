@@ -1,0 +1,80 @@
+"""The structs that kernels are called with: their fields read from the C++ itself, and filled by name."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hldm.kernels.library import SOURCES, kernels, library
+
+_KINDS: dict[str, Any] = {"int64_t": ctypes.c_int64, "double": ctypes.c_double}
+
+
+class Struct(ctypes.Structure):
+    """A struct whose fields are set to numbers, tensors, lists of tensors (None: not there) and other structs.
+
+    All of it is kept alive as long as the struct is.
+    """
+
+    def __init__(self, **values: Any):
+        super().__init__()
+        self.kept: dict[str, Any] = {}
+        self.fill(**values)
+
+    def fill(self, **values: Any) -> None:
+        for name, value in values.items():
+            self.kept[name] = value
+            if isinstance(value, Tensor):
+                assert value.device.type == "cpu" and value.is_contiguous()
+                value = value.data_ptr()
+            elif isinstance(value, list):
+                pointers = pointers_to(value)
+                self.kept[name] = value, pointers
+                value = ctypes.addressof(pointers)
+            setattr(self, name, value)
+
+
+def pointers_to(tensors: Sequence[Tensor | None]) -> Any:
+    """An array of the addresses of tensors, which must outlive it; null for None."""
+    assert all(x is None or (x.device.type == "cpu" and x.is_contiguous()) for x in tensors)
+    return (ctypes.c_void_p * len(tensors))(*(None if x is None else x.data_ptr() for x in tensors))
+
+
+@cache
+def struct(source: str, name: str) -> Any:
+    """A struct of a file in hldm/kernels/cpp as a class of Struct: integers, doubles, other structs and pointers."""
+    text = re.sub("//.*", "", (SOURCES / source).read_text(encoding="utf-8"))
+    found = re.search(rf"struct {name} {{(.*?)}};", text, re.DOTALL)
+    assert found is not None
+    fields = []
+    for declaration in found[1].split(";")[:-1]:
+        kind = declaration.split()[0]
+        as_c = ctypes.c_void_p if "*" in declaration else _KINDS.get(kind) or struct("stack.h", kind)
+        fields += [(re.findall(r"\w+", part)[-1], as_c) for part in declaration.split(",")]
+    return type(name, (Struct,), {"_fields_": fields})
+
+
+def run(kernel: str, call: Any) -> None:
+    """A kernel with as many threads as torch has; call: the struct that it takes."""
+    compiled = kernels().library
+    assert compiled is not None
+    call.threads = torch.get_num_threads()
+    getattr(compiled, kernel)(ctypes.byref(call))
+
+
+def is_plain(x: Tensor | None) -> bool:
+    """Whether the kernels can read a parameter where it is."""
+    return x is not None and x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous()
+
+
+def kernels_can_compute() -> bool:
+    """Whether there are kernels, and nothing going on around that only torch knows of."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or library() is None:
+        return False
+    return not torch.is_autocast_enabled("cpu")
