@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hldm.chunking.attached import chunker_of
+from hldm.chunking.strategies import chunker_of
 from hldm.config import GenerationConfig
 from hldm.generation.chunk import Piece, Written, write_bytes, write_chunks
 from hldm.generation.finite import require_finite

@@ -1,77 +1,25 @@
 """`hldm bench`: how fast both stages and the twin train and write on this machine, and where the time goes.
 
 Whatever is compared is measured in one process and in turns, a piece of each again and again, and every figure stands
-beside its twin's. Models are untrained: a step costs the same whatever it has learned. Here are the command and the
-tables' heads; `bench_training`, `bench_writing`, `bench_layers` and `bench_processes` measure. Imports torch only once
-there is work.
+beside its twin's. Models are untrained: a step costs the same whatever it has learned. Here are the
+tables' heads; `bench_training`, `bench_writing`, `bench_layers` and `bench_processes` measure.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hldm.config import Config, ConfigError, load_config
-from hldm.evaluation.tables import Table, show
-from hldm.runs.reports import check_report_path, save_report
+import torch
 
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Raises ValueError or OSError, told in one line by whoever calls."""
-    parser = argparse.ArgumentParser(
-        prog="hldm bench", description="Measure the speed of training and generation, beside the twin's."
-    )
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--config", type=Path, metavar="FILE", help="e.g. configs/tiny.yaml")
-    what.add_argument(
-        "--layers", action="store_true", help="scan, layers and a byte's step instead of training"
-    )
-    parser.add_argument("--twin", type=Path, metavar="FILE", help="default: <config>-twin.yaml beside it")
-    parser.add_argument(
-        "--only",
-        choices=("training", "writing", "processes"),
-        help="one half of it; or stage one on one process and on several, which nothing else measures",
-    )
-    parser.add_argument(
-        "--launch",
-        type=Path,
-        metavar="FILE",
-        help="for --only processes: of configs/accelerate (default two_processes.yaml)",
-    )
-    parser.add_argument(
-        "--long", action="store_true", help="also write after 100,000 and 1,000,000 bytes: minutes of reading"
-    )
-    parser.add_argument("--steps", type=int, default=10, metavar="N", help="timed, of each (default 10)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there, too")
-    arguments = parser.parse_args(argv)
-    path, target = arguments.config, arguments.json
-    if arguments.steps < 1:
-        raise ConfigError(f"--steps must be at least 1, got {arguments.steps}")
-    if target is not None:
-        check_report_path(target, "RG-LRU" if arguments.layers else "bytes_per_step")
-    if arguments.layers:
-        from hldm.studies import bench_layers
-
-        layers = bench_layers.measure(repeats=arguments.steps)
-        if target is not None:
-            save_report(target, layers)
-        show(*bench_layers.report(layers))
-        return 0
-    if arguments.launch is not None and arguments.only != "processes":
-        raise ConfigError("--launch says how --only processes starts them: pass both")
-    config = load_config(path)
-    if arguments.only == "processes":
-        found = measure_processes(config, steps=arguments.steps, launch=arguments.launch)
-    else:
-        twin = load_config(arguments.twin or path.with_name(f"{path.stem}-twin{path.suffix}"))
-        found = measure(config, twin, steps=arguments.steps, only=arguments.only, long=arguments.long)
-    if target is not None:
-        save_report(target, found)
-    show(*report(found))
-    return 0
+from hldm.chunking.strategies import attach_segmenter
+from hldm.config import Config, ConfigError
+from hldm.evaluation.tables import Table
+from hldm.runs.folder import describe_environment
+from hldm.studies import bench_processes, bench_training, bench_writing
+from hldm.text.corpus import load_corpus
 
 
 def measure(
@@ -89,12 +37,6 @@ def measure(
         )
     # else the profiler tells standard error whenever it starts and stops
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    import torch
-
-    from hldm.chunking.strategies import attach_segmenter
-    from hldm.studies import bench_training, bench_writing
-    from hldm.text.corpus import load_corpus
-
     corpora = {data: load_corpus(data, "train") for data in {config.data, twin.data}}
     corpus = corpora[config.data]
     torch.manual_seed(config.seed)
@@ -105,15 +47,16 @@ def measure(
     twin_windows = bench_training.windows_of(twin, corpora[twin.data], segmenters[twin.chunking])
     one, two = bench_training.stage_one(config), bench_training.stage_two(config, windows)
     plain = bench_training.stage_one(twin)
-    for objective in (one, two, plain):
-        segmenter = segmenters[objective.autoencoder.chunking]
+    stages = {}
+    for name, part, stage, objective, text in (
+        ("stage one", config, "autoencoder", one, windows),
+        ("stage two", config, "prior", two, windows),
+        ("twin", twin, "autoencoder", plain, twin_windows),
+    ):
+        segmenter = segmenters[part.chunking]
         if segmenter is not None:
             attach_segmenter(objective.autoencoder, segmenter)
-    stages = {
-        "stage one": bench_training.trainer_of(config, "autoencoder", one, windows),
-        "stage two": bench_training.trainer_of(config, "prior", two, windows),
-        "twin": bench_training.trainer_of(twin, "autoencoder", plain, twin_windows),
-    }
+        stages[name] = bench_training.trainer_of(part, stage, objective, text)
     device = stages["twin"].accelerator.device
     found = _head(config, steps, str(device))
     if only != "writing":
@@ -135,16 +78,12 @@ def measure(
 
 def measure_processes(config: Config, *, steps: int = 10, launch: Path | None = None) -> dict[str, Any]:
     """Stage one on one process beside several, started by accelerate with the file `launch`."""
-    from hldm.studies import bench_processes
-
     found = bench_processes.measure(config, steps, launch or bench_processes.TWO_PROCESSES)
     return {**_head(config, steps, found["one process"]["device"]), "processes": found}
 
 
 def _head(config: Config, steps: int, device: str) -> dict[str, Any]:
     """What was measured, and on what."""
-    from hldm.runs.folder import describe_environment
-
     environment = describe_environment()
     machine = {name: environment[name] for name in ("cpu", "cores", "threads", "torch", "platform", "commit")}
     return {
@@ -157,14 +96,10 @@ def _head(config: Config, steps: int, device: str) -> dict[str, Any]:
 
 def report(found: Mapping[str, Any]) -> list[str | Table]:
     """What `measure` found: a head, and the tables."""
-    from hldm.studies import bench_training, bench_writing
-
     machine = found["machine"]
     head = f"{machine['cpu']}, {machine['device']}, {machine['threads']} thread(s), torch {machine['torch']}"
     tables = []
     if "processes" in found:
-        from hldm.studies import bench_processes
-
         head += (
             f"\n{found['config']}: {found['bytes_per_step']:,} bytes a step, {found['steps']} steps a turn"
         )

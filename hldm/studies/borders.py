@@ -1,22 +1,13 @@
-"""How chunks lie in a text: their lengths, and how often they start where a word, a sentence, a verse does.
-
-And what a model pays to say where they end.
-"""
+"""How chunks lie in a text: their lengths, and how often they start where a word, a sentence, a verse does."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from hldm.chunking.chunker import SentenceChunker, WordsChunker
-from hldm.model.autoencoder import Autoencoder
-from hldm.model.decoder import noisy_latents, read_chunks
-from hldm.text.bytes import END_OF_CHUNK, END_OF_DOCUMENT, count_characters
-from hldm.text.windows import Windows
 
 WHITE_SPACE = np.frombuffer(b" \t\n\v\f\r", np.uint8)
 
@@ -73,25 +64,3 @@ def agree(text: np.ndarray, found: np.ndarray, true: np.ndarray) -> Mapping[str,
         "precision": both / len(one) if len(one) else None,
         "recall": both / len(other) if len(other) else None,
     }
-
-
-@torch.no_grad()
-def bits_of_ends(autoencoder: Autoencoder, windows: Windows, generator: torch.Generator) -> float:
-    """What of the decoder's bits a character says where chunks end: -log2 of ending, or of going on, at each symbol.
-
-    Nothing for ends that are known beforehand; a strategy whose cuts nothing but itself can tell pays here.
-    """
-    encoder = autoencoder.encoder_state(windows.lanes)
-    decoder = autoencoder.decoder_state(windows.lanes)
-    nats = 0.0
-    for step in range(windows.windows_per_epoch):
-        batch = windows.batch(step)
-        encoding, encoder = autoencoder.encode(batch, encoder)
-        latent = noisy_latents(encoding, autoencoder.config["gamma_0"], batch, generator)
-        reading, decoder = read_chunks(autoencoder, batch, latent, decoder, encoding)
-        log_p = reading.logits.float().log_softmax(dim=-1)
-        ending = log_p[..., END_OF_CHUNK : END_OF_DOCUMENT + 1].logsumexp(dim=-1)
-        going_on = log_p[..., :END_OF_CHUNK].logsumexp(dim=-1)
-        told = torch.where(reading.events.target >= END_OF_CHUNK, ending, going_on)
-        nats -= float((told * reading.events.mask).sum())
-    return nats / math.log(2) / count_characters(windows.corpus.text.tobytes())

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
-import torch
 
 from hldm.chunking.chunker import make_chunker
-from hldm.config import AutoencoderConfig, ChunkingConfig, GriffinConfig
-from hldm.evaluation.bound import held_out_windows
-from hldm.model.autoencoder import Autoencoder
-from hldm.studies.borders import agree, bits_of_ends, describe_chunks
-from hldm.text.corpus import make_corpus
+from hldm.config import ChunkingConfig
+from hldm.studies.borders import agree, describe_chunks
 
 
 def test_borders_agree_before_and_after_white_space_alike():
@@ -41,21 +35,3 @@ def test_kinds_are_different_chunks_a_chunk():
     text = np.frombuffer(b"In the the end", np.uint8)
     is_start = make_chunker(ChunkingConfig(min_bytes=1)).chunk_start(text)
     assert describe_chunks([text], is_start)["kinds"] == 3 / 4
-
-
-def test_ends_cost_what_ending_and_going_on_are_not_expected():
-    torch.manual_seed(0)
-    griffin = GriffinConfig(width=16, blocks=("recurrent",), heads=2)
-    chunking = ChunkingConfig(strategy="fixed", min_bytes=3, max_bytes=3)
-    settings = AutoencoderConfig(
-        latent_dim=2, encoder=griffin, decoder=griffin, reads_text=False, trunk_layers=0
-    )
-    autoencoder = Autoencoder.from_settings(settings, chunking).eval()
-    torch.nn.init.zeros_(autoencoder.outputs.weight)
-    autoencoder.outputs.bias.data[:] = 0.0
-    windows = held_out_windows(autoencoder, make_corpus("x", ["abcdé".encode(), b"abc"]))
-    # 258 symbols alike: 9 bytes go on, a chunk and two documents end; of 8 characters
-    expected = (9 * math.log2(258 / 256) + 3 * math.log2(258 / 2)) / 8
-    assert bits_of_ends(autoencoder, windows, torch.Generator().manual_seed(0)) == pytest.approx(
-        expected, rel=1e-5
-    )
