@@ -336,10 +336,8 @@ RETIRED: Mapping[str, tuple[str, ...]] = {
     "prior.energy": (),
     "prior.self_conditioning": ("0", "0.0"),
 }
-RETIRED_VALUES = {
-    "diffusion.target": ("eps",),
-    "generation.scheduler": ("energy", "flow"),
-}  # of settings that stay
+# of settings that stay
+RETIRED_VALUES = {"diffusion.target": ("eps",), "generation.scheduler": ("energy", "flow")}
 
 
 def is_retired(key: str, value: object, where: str = "") -> bool:

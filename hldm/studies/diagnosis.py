@@ -235,10 +235,9 @@ def _variants(
         "shuffled": shuffled,
         "other document": mu.roll(1, dims=0),
     }
-    variants: dict[str | float, Tensor] = {
-        name: alpha_0 * latent + sigma_0 * noise for name, latent in latents.items()
-    }
-    variants |= {"clean": alpha_0 * mu, "sampled": _sampled(prior, mu, context, generator)}
+    variants: dict[str | float, Tensor] = {"own": mu, "clean": alpha_0 * mu}
+    variants |= {name: alpha_0 * latent + sigma_0 * noise for name, latent in latents.items()}
+    variants["sampled"] = _sampled(prior, mu, context, generator)
     for gamma in torch.linspace(gamma_0 - 4, gamma_1, NOISE_LEVELS):
         # the decoder expects the signal at alpha_0 whatever the noise: only the noise changes
         alpha, sigma = (part.to(mu) for part in alpha_sigma(gamma))
