@@ -325,18 +325,19 @@ RETIRED: Mapping[str, tuple[str, ...]] = {
     "autoencoder.byte_dropout": ("0", "0.0"),
     "autoencoder.latent_dropout": ("0", "0.0"),
     "autoencoder.clean_latents": ("0", "0.0"),
-    "data.cache_latents": ("false",),
     "chunking.entropy_form": ("threshold",),
     "chunking.gate_form": ("first",),
     "chunking.learned_form": ("forget",),
     "chunking.select_form": ("last",),
+    "data.cache_latents": ("false", "False"),
     "diffusion.schedule": ("learned",),
     "prior.contextualiser": ("transformer",),
     "prior.one_step": ("none",),
     "prior.energy": (),
     "prior.self_conditioning": ("0", "0.0"),
 }
-RETIRED_VALUES = {"diffusion.target": "eps", "generation.scheduler": "energy"}  # of settings that stay
+# of settings that stay
+RETIRED_VALUES = {"diffusion.target": ("eps",), "generation.scheduler": ("energy", "flow")}
 
 
 def is_retired(key: str, value: object, where: str = "") -> bool:
@@ -346,7 +347,7 @@ def is_retired(key: str, value: object, where: str = "") -> bool:
     """
     old = next((old for old in RETIRED if f"{key}.".startswith(f"{old}.")), "")
     left = RETIRED.get(old, ())
-    if (left and str(value) not in left) or RETIRED_VALUES.get(key) == value:
+    if (left and str(value) not in left) or value in RETIRED_VALUES.get(key, ()):
         raise ConfigError(
             f"{where}{key}={str(value)[:100]} is a form that was removed: choose another or, for what was trained "
             "with it, use the version of hldm that trained it or train again"

@@ -1,7 +1,4 @@
-"""How chunks lie in a text: their lengths, and how often they start where a word, a sentence, a verse does.
-
-And what a model pays to say where they end.
-"""
+"""How chunks lie in a text: their lengths, and how often they start where a word, a sentence, a verse does."""
 
 from __future__ import annotations
 
