@@ -1,23 +1,22 @@
 """`hldm doctor`: what is installed, what this machine has, and what of it does not work.
 
-Exit code 1 when something that training needs is missing; a machine without a network or an accelerator
-is in good health.
+A machine without a network or an accelerator is in good health.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import os
 import platform
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from packaging.requirements import Requirement
+from typer import Option
 
 from hldm.config import ConfigError
 from hldm.runs.machine import free_disk, physical_memory
@@ -33,15 +32,15 @@ class Finding(NamedTuple):
     is_fault: bool = False
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Print the report; 0 when nothing is wrong, else 1."""
-    parser = argparse.ArgumentParser(prog="hldm doctor", description="Check this installation and machine.")
-    parser.add_argument(
-        "--processes", action="store_true", help="also start two processes and let them talk (half a minute)"
-    )
-    arguments = parser.parse_args(argv)
+def doctor(
+    *, processes: Annotated[bool, Option("--processes", help="also let two processes talk")] = False
+) -> int:
+    """Check this machine and installation.
+
+    Exit code 1 when something that training needs is missing.
+    """
     checks = [check_packages, check_machine, check_corpus, check_hub]
-    if arguments.processes:
+    if processes:
         checks.append(check_processes)
     faults = 0
     for check in checks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
@@ -10,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from conftest import ROOT, truncate
 
+import hldm
 from hldm import cli
 from hldm.runs.checkpoints import newest_checkpoint
 from hldm.runs.exits import Interrupted
@@ -20,6 +23,7 @@ from hldm.training import stages
 from hldm.training.trainer import TrainingDiverged
 
 SCRIPTS = ("train_autoencoder.py", "train_diffusion.py", "generate.py")
+COMMANDS = typer.main.get_command(cli.app).commands
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -32,30 +36,67 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "start",
+    ("start", "name"),
     [
-        *(f"runpy.run_path({str(ROOT / script)!r}, run_name='__main__')" for script in SCRIPTS),
-        "runpy.run_module('hldm.evaluation', run_name='__main__')",
-        "from hldm.cli import main; main()",
-        *(f"from hldm.cli import main; main(['{command}', '--help'])" for command in ("doctor", "demo")),
+        *((f"runpy.run_path({str(ROOT / script)!r}, run_name='__main__')", script) for script in SCRIPTS),
+        ("runpy.run_module('hldm.evaluation', run_name='__main__')", "python -m hldm.evaluation"),
+        ("runpy.run_module('hldm', run_name='__main__')", "hldm"),
     ],
 )
-def test_help_is_quick_and_imports_no_torch(start):
+def test_help_is_quick_imports_no_torch_and_calls_the_command_by_its_name(start, name):
     code = (
         "import runpy, sys, time\n"
-        "sys.argv = ['hldm', '--help']\n"
+        "sys.argv = ['x', '--help']\n"
         f"try:\n    {start}\n"
         "except SystemExit as end:\n    print(end.code, 'torch' in sys.modules, time.process_time())\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     code, has_torch, seconds = done.stdout.splitlines()[-1].split()
-    assert done.stdout.startswith("usage: ") and (code, has_torch) == ("0", "False") and float(seconds) < 1
+    assert done.stdout.startswith(f"Usage: {name} [OPTIONS]")
+    assert (code, has_torch) == ("0", "False") and float(seconds) < 1
 
 
-def test_an_unknown_command_is_refused(capsys):
-    with pytest.raises(SystemExit) as end:
-        cli.main(["trian"])
-    assert end.value.code == 2 and "invalid choice: 'trian'" in capsys.readouterr().err
+def test_help_of_every_command_imports_no_torch():
+    code = (
+        "import sys; from hldm.cli import main\n"
+        "print(*(main([name, '-h']) for name in sys.argv[1:]), 'torch' in sys.modules)"
+    )
+    words = [sys.executable, "-c", code, *COMMANDS]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert len(COMMANDS) == 14 and done.stdout.count("Usage: hldm ") == 14
+    assert done.stdout.splitlines()[-1] == "0 " * 14 + "False"
+
+
+def test_alone_it_prints_its_help_and_the_version_when_asked(capsys):
+    assert cli.main([]) == 0
+    assert capsys.readouterr().out.startswith("Usage: hldm [OPTIONS] COMMAND")
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"hldm {hldm.__version__}\n"
+
+
+def test_a_shell_can_complete_commands_and_options():
+    for typed, meant in (("hldm ch", "chunkers\nchunk\n"), ("hldm generate --sch", "--scheduler\n")):
+        shell = {"_HLDM_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
+        words = [sys.executable, "-m", "hldm"]
+        assert subprocess.check_output(words, env={**os.environ, **shell}, cwd=ROOT, text=True) == meant
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["trian"], "No such command 'trian'"),
+        (["generate", "--sede", "1"], "No such option: --sede (Possible options: "),
+        (["chunk"], "Missing option '--text'"),
+        (["demo", "now"], "unexpected extra argument(s) (now)"),
+        (["generate", "--scheduler", "ode"], "'ode' is not one of 'ancestral', 'ddim'"),
+        (["judge", "--run", "x", "--prompts", "many"], "Invalid value for '--prompts'"),
+        (["judge", "--run", "x", "--seed", "-1"], "'--seed': must lie in 0..2^62-1, got -1"),
+        (["rate-curve", "--config", "x", "--minutes", "inf"], "must be positive and finite, got inf"),
+        (["train-autoencoder", "--config"], "Option '--config' requires an argument"),
+    ],
+)
+def test_what_cannot_be_parsed_is_refused_in_one_line(arguments, says, refused):
+    assert says in refused(cli.main(arguments))
 
 
 def test_the_resolved_config_can_be_printed_and_read_back(config_file, capsys):
@@ -83,18 +124,21 @@ def stages_config(path: str):
         (["data.dataset=some/where"], "exclude each other"),
         (["data.lane=4"], "unknown key 'data.lane'; the nearest known is 'data.lanes'"),
         (["data.lanes=four"], "data.lanes"),
-        (["data.lanes=0"], "data.lanes must be positive"),
+        (["data.lanes=0"], "data.lanes must be greater than 0"),
         (["data.lanes=1.5"], "data.lanes"),
         (["lanes"], "expected key=value"),
-        (["autoencoder.encoder.width=18"], "autoencoder.encoder.heads, got 18 and 4"),
+        (
+            ["autoencoder.encoder.width=18"],
+            "autoencoder.encoder.width must be divisible by 4 times the heads, got 18",
+        ),
         (["prior.width=30"], "prior.width must be divisible by"),
         (["training.autoencoder.learning_rate=nan"], "learning_rate"),
         (["training.autoencoder.accumulation=3"], "divisible by processes x accumulation"),
         (["logging.trackers=[tensorbored]"], "tensorbored"),
-        (["--steps", "0"], "training.steps must be positive, got 0"),
-        (["--minutes", "0"], "--minutes must be positive and finite, got 0"),
-        (["--minutes", "nan"], "--minutes must be positive and finite, got nan"),
-        (["--minutes", "inf"], "--minutes must be positive and finite, got inf"),
+        (["--steps", "0"], "training.steps must be greater than 0, got 0"),
+        (["--minutes", "0"], "'--minutes': must be positive and finite, got 0"),
+        (["--minutes", "nan"], "must be positive and finite, got nan"),
+        (["--minutes", "inf"], "must be positive and finite, got inf"),
         (["--name", "../elsewhere"], "name must be a folder name"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--config", "broken.yaml"], "broken.yaml:1:"),

@@ -8,16 +8,18 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from hldm import cli, commands
+from hldm import cli
+from hldm.commands import training
 from hldm.evaluation import evaluate as evaluation
 from hldm.runs import reports
 from hldm.training import stages
 
 
 @pytest.fixture
-def trained(monkeypatch) -> list[tuple[str, str, bool]]:
+def trained(monkeypatch, tmp_path) -> list[tuple[str, str, bool]]:
     """Replace training, evaluation and writing by notes of what was asked for: (stage, run, resume)."""
-    calls = []
+    monkeypatch.chdir(tmp_path)
+    calls: list[tuple[str, str, bool]] = []
 
     def note(stage: str):
         def train(config, *, resume: bool = False, root: Path = Path("runs")) -> Path:
@@ -30,36 +32,33 @@ def trained(monkeypatch) -> list[tuple[str, str, bool]]:
     monkeypatch.setattr(stages, "train_diffusion", note("prior"))
     monkeypatch.setattr(evaluation, "evaluate_run", lambda folder: {"run": folder.name})
     monkeypatch.setattr(reports, "save_report", lambda path, columns: None)
-    monkeypatch.setattr(commands, "compare", lambda columns: f"table of {', '.join(columns)}")
-    monkeypatch.setattr(commands, "_write_samples", lambda config, folder: print(f"text of {folder}"))
+    monkeypatch.setattr(training, "compare", lambda columns: f"table of {', '.join(columns)}")
+    monkeypatch.setattr(training, "_write_samples", lambda config, folder: print(f"text of {folder}"))
     return calls
 
 
-def test_the_demo_trains_both_stages_and_the_twin(trained, tmp_path, capsys):
-    commands.run_demo(ROOT / "configs/tiny.yaml", root=tmp_path)
+def test_the_demo_trains_both_stages_and_the_twin(trained, capsys):
+    training.demo(config=ROOT / "configs/tiny.yaml")
     assert trained == [
         ("autoencoder", "demo", False),
         ("prior", "demo", False),
         ("autoencoder", "demo-twin", False),
     ]
     out = capsys.readouterr().out
-    assert "table of model, twin" in out and f"text of {tmp_path / 'demo'}" in out
+    assert "table of model, twin" in out and f"text of {Path('runs/demo')}" in out
 
 
-def test_the_demo_goes_on_with_what_was_begun_and_reuses_what_is_done(trained, tmp_path, capsys):
-    done, begun = tmp_path / "mine/autoencoder", tmp_path / "mine/prior"
+def test_the_demo_goes_on_with_what_was_begun_and_reuses_what_is_done(trained, capsys):
+    done, begun = Path("runs/mine/autoencoder"), Path("runs/mine/prior")
     done.mkdir(parents=True)
     (done / "totals.json").write_text(json.dumps({"steps": 9, "seconds": 90.0, "characters": 9}))
     (begun / "checkpoints").mkdir(parents=True)
-    commands.run_demo(ROOT / "configs/tiny.yaml", "mine", root=tmp_path)
+    training.demo(config=ROOT / "configs/tiny.yaml", name="mine")
     assert trained == [("prior", "mine", True), ("autoencoder", "mine-twin", False)]
     assert f"reusing {done}, trained in 1.5 minutes (remove it to train again)" in capsys.readouterr().out
 
 
-def test_a_config_without_a_twin_is_refused_before_anything_is_trained(
-    trained, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.chdir(tmp_path)
+def test_a_config_without_a_twin_is_refused_before_anything_is_trained(trained, capsys):
     Path("lone.yaml").write_text("seed: 1\n")
     assert cli.main(["demo", "--config", "lone.yaml"]) == 2
     error = capsys.readouterr().err

@@ -25,7 +25,7 @@ def installed(monkeypatch, *requirements: str) -> None:
 
 def test_a_machine_without_a_network_is_in_good_health(monkeypatch, capsys):
     installed(monkeypatch, "torch>=2.10", "ruff>=9999; extra == 'dev'")
-    assert doctor.main([]) == 0
+    assert doctor.doctor() == 0
     report = capsys.readouterr().out
     assert f"ok    torch {importlib.metadata.version('torch')}" in report
     assert "ok    C++ kernels: " in report
@@ -42,7 +42,7 @@ def test_a_machine_without_a_network_is_in_good_health(monkeypatch, capsys):
 )
 def test_a_package_missing_or_too_old_is_a_fault(monkeypatch, capsys, requirement, line):
     installed(monkeypatch, requirement)
-    assert doctor.main([]) == 1
+    assert doctor.doctor() == 1
     report = capsys.readouterr().out
     assert line in report and report.endswith("1 fault found\n")
 
@@ -54,7 +54,7 @@ def test_a_check_that_cannot_be_imported_is_a_fault_and_the_others_still_run(mon
 
     installed(monkeypatch)
     monkeypatch.setattr(doctor, "check_machine", check_machine)
-    assert doctor.main([]) == 1
+    assert doctor.doctor() == 1
     report = capsys.readouterr().out
     assert "FAULT check_machine could not run: libtorch.so: no such file\n" in report and "verses" in report
 

@@ -16,6 +16,7 @@ from fuzz import tiny_pipeline
 from safetensors.torch import load_file, save_file
 
 from hldm import cli
+from hldm.commands import writing
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -45,15 +46,15 @@ def write(trained_run, capsysbinary):
         ([], "no prompt given: pass --prompt TEXT"),
         (["--prompt-file", "nowhere.txt"], "nowhere.txt: No such file"),
         (["--prompt-file", "."], "Is a directory"),
-        (["--prompt", "a", "--max-chars", "0"], "--max-chars must be at least 1, got 0"),
-        (["--prompt", "a", "--num-samples", "0"], "--num-samples must be at least 1, got 0"),
-        (["--prompt", "a", "--steps", "-1"], "generation.steps must lie in 0..10000, got -1"),
-        (["--prompt", "a", "--temperature", "-1"], "generation.temperature must lie in 0..100, got -1"),
-        (["--prompt", "a", "--guidance", "nan"], "generation.guidance must lie in 0..100, got nan"),
-        (["--prompt", "a", "--guidance", "inf"], "generation.guidance must lie in 0..100, got inf"),
-        (["--prompt", "a", "--guidance", "1e20"], "generation.guidance must lie in 0..100, got 1e+20"),
+        (["--prompt", "a", "--max-chars", "0"], "--max-characters"),
+        (["--prompt", "a", "--num-samples", "0"], "--num-samples"),
+        (["--prompt", "a", "--steps", "-1"], "generation.steps must be at least 0, got -1"),
+        (["--prompt", "a", "--temperature", "-1"], "generation.temperature must be at least 0, got -1"),
+        (["--prompt", "a", "--guidance", "nan"], "generation.guidance must be a finite number, got nan"),
+        (["--prompt", "a", "--guidance", "inf"], "generation.guidance must be a finite number, got inf"),
+        (["--prompt", "a", "--guidance", "1e20"], "generation.guidance must be at most 100, got 1e+20"),
         (["--prompt", "a", "--decoder-temperature", "1e-308"], "must be 0 or at least 1e-6, got 1e-308"),
-        (["--prompt", "a", "--top-p", "0"], "generation.top_p must be positive, got 0"),
+        (["--prompt", "a", "--top-p", "0"], "generation.top_p must be greater than 0, got 0"),
         (["--prompt", "a", "--seed", str(2**64)], "--seed"),
         (["--prompt", "a", "--seed", "-1"], "--seed"),
     ],
@@ -72,16 +73,17 @@ def test_without_a_run_the_shipped_one_writes_if_there_is_one(trained_run, monke
     def nowhere(twin=False):
         raise FileNotFoundError("pretrained is not there: pass --run")
 
-    monkeypatch.setattr(cli, "shipped_run", nowhere)
+    monkeypatch.setattr(writing, "shipped_run", nowhere)
     assert cli.generate(["--prompt", "a"]) == 2
     assert b"pass --run" in capsysbinary.readouterr().err
-    monkeypatch.setattr(cli, "shipped_run", lambda: trained_run)
+    monkeypatch.setattr(writing, "shipped_run", lambda: trained_run)
     assert cli.generate(["--prompt", "a", "--max-chars", "5"]) == 0
     assert capsysbinary.readouterr().out.startswith(b"a")
 
 
 def test_an_exported_run_writes_and_evaluates_like_the_run(trained_run, capsys, refused):
     assert cli.main(["export", "--run", str(trained_run), "--to", "slim"]) == 0
+    assert capsys.readouterr().out == "wrote slim\n"
     assert {path.name for path in Path("slim").iterdir()} == {"autoencoder", "prior", "pipeline"}
     assert not list(Path("slim").rglob("checkpoints")) and not list(Path("slim").rglob("metrics.jsonl"))
     capsys.readouterr()

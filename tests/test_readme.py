@@ -8,34 +8,36 @@ from typing import Any
 
 import numpy as np
 import pytest
+import typer
 from conftest import ROOT
 
 from hldm import cli
 from hldm.chunking.chunker import Chunker
 from hldm.config import load_config
-from hldm.evaluation import evaluate as evaluation
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 NAMES = r"(?:train_autoencoder|train_diffusion|generate)\.py|-m hldm\.evaluation"
-COMMANDS = re.findall(rf"^(?:python|accelerate launch.*?) ((?:{NAMES}) .*)$", README, re.M)
-PARSERS = {
-    "train_autoencoder.py": lambda: cli._training_parser("autoencoder"),
-    "train_diffusion.py": lambda: cli._training_parser("prior"),
-    "generate.py": cli._generation_parser,
-    "hldm.evaluation": evaluation._parser,
+TYPED = re.findall(rf"^(?:python|accelerate launch.*?) ((?:{NAMES})(?: .*)?)$|^hldm (.+)$", README, re.M)
+PARSERS = typer.main.get_command(cli.app).commands
+NAMED = {
+    "train_autoencoder.py": "train-autoencoder",
+    "train_diffusion.py": "train-diffusion",
+    "generate.py": "generate",
+    "hldm.evaluation": "evaluate",
 }
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [script or command for script, command in TYPED])
 def test_commands_parse_and_name_files_that_exist(command):
-    words = shlex.split(command.removeprefix("-m "), comments=True)
-    arguments = PARSERS[words[0]]().parse_intermixed_args(words[1:])
-    for config in getattr(arguments, "config", None) or []:
-        load_config([ROOT / config], arguments.overrides)
+    name, *words = shlex.split(command.removeprefix("-m "), comments=True)
+    asked = PARSERS[NAMED.get(name, name)].make_context(name, words).params
+    if config := asked.get("config"):
+        files = config if isinstance(config, list | tuple) else [config]
+        load_config([ROOT / file for file in files], asked.get("overrides") or [])
 
 
 def test_there_are_commands_and_links_lead_somewhere():
-    assert len(COMMANDS) >= 4
+    assert len(TYPED) >= 10
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert target.startswith("https://") or (ROOT / target).exists(), target
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
@@ -23,7 +22,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Generator, Tensor, nn
 
 from hldm.chunking.chunker import Chunker, Cutter
-from hldm.config import ChunkingConfig, GriffinConfig, section_from_dict
+from hldm.config import ChunkingConfig, section_from_dict, to_dict
 from hldm.model.griffin import Griffin, GriffinState
 from hldm.runs.saved_model import SavedModel
 from hldm.text.bytes import to_ids
@@ -111,8 +110,7 @@ class Segmenter(SavedModel, Signaller):
         self.chunking = section_from_dict(ChunkingConfig, chunking)
         settings = self.settings = self.chunking.segmenter
         self.embed = nn.Embedding(256, settings.width)
-        blocks = ("recurrent",) * settings.layers
-        self.trunk = Griffin(GriffinConfig(width=settings.width, blocks=blocks), window=1)
+        self.trunk = Griffin(settings.trunk, window=1)
         self.outputs = nn.Linear(settings.width, 256)
         nn.init.normal_(self.embed.weight, std=0.5)
         nn.init.normal_(self.outputs.weight, std=0.5 * settings.width**-0.5)
@@ -123,7 +121,7 @@ class Segmenter(SavedModel, Signaller):
     @classmethod
     def from_settings(cls: type[S], chunking: ChunkingConfig) -> S:
         """Build from the config's section."""
-        return cls(asdict(chunking))
+        return cls(to_dict(chunking))
 
     def build(self) -> None:
         """Add what the strategy has beside the trunk."""

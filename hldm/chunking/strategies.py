@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,7 @@ from hldm.chunking.recurrence import GateSegmenter, StateSegmenter
 from hldm.chunking.router import LearnedSegmenter
 from hldm.chunking.segmenter import Segmenter
 from hldm.chunking.select import SelectSegmenter
-from hldm.config import ChunkingConfig, ConfigError
+from hldm.config import ChunkingConfig, ConfigError, changed
 from hldm.model.autoencoder import Autoencoder
 from hldm.runs.files import atomic_write, fingerprint
 from hldm.runs.folder import shipped
@@ -68,7 +67,7 @@ def shipped_segmenter(chunking: ChunkingConfig, documents: Sequence[np.ndarray])
     folder = shipped(f"segmenters/{chunking.strategy}")
     segmenter = SEGMENTERS[chunking.strategy].from_pretrained(folder).eval()
     limits = {name: getattr(chunking, name) for name in ("min_bytes", "max_bytes", "target_bytes")}
-    segmenter.chunking = replace(segmenter.chunking, **limits)
+    segmenter.chunking = changed(segmenter.chunking, **limits)
     segmenter.calibrate(documents)
     return segmenter
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from hldm.chunking.chunker import TEXT_STRATEGIES, make_chunker
 from hldm.chunking.pretrained import MODEL_SEGMENTERS, ask_shipped_run
 from hldm.chunking.segmenter import Signaller
 from hldm.chunking.strategies import SEGMENTERS, read_segmenter, sample_of, shipped_segmenter
-from hldm.config import ChunkingConfig, ConfigError, DataConfig, load_config
+from hldm.config import ChunkingConfig, ConfigError, DataConfig, changed, load_config
 from hldm.text.bytes import printable, tinted
 from hldm.text.corpus import Corpus, load_corpus
 
@@ -53,9 +52,9 @@ def cut_text(
     corpus = load_corpus(DataConfig(), "train") if set(strategies) & SEGMENTERS.keys() else None
     cuts = {}
     for strategy in strategies:
-        settings = replace(chunking, strategy=strategy)  # type: ignore[arg-type]
+        settings = changed(chunking, strategy=strategy)
         if strategy in ("sentence", "paragraph") and whole_bytes is not None:
-            settings = replace(settings, max_bytes=whole_bytes)
+            settings = changed(settings, max_bytes=whole_bytes)
         segmenter: Signaller | None = None
         if corpus is not None and settings.needs_segmenter:
             segmenter = train(settings, corpus) if train else _shipped(settings, corpus)

@@ -2,6 +2,6 @@
 
 import sys
 
-from hldm.evaluation.evaluate import main
+from hldm.cli import evaluate
 
-sys.exit(main())
+sys.exit(evaluate())

@@ -9,17 +9,12 @@ is work to do.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hldm.evaluation.tables import compare, show
-from hldm.runs.exits import guarded
-from hldm.runs.folder import shipped_run
-from hldm.runs.reports import check_report_path, save_report
 from hldm.text.encodings import is_blank, read_text
 
 if TYPE_CHECKING:
@@ -30,78 +25,6 @@ if TYPE_CHECKING:
     from hldm.text.windows import Windows
 
 MAX_TEXT_BYTES = 10**9  # as data.max_bytes: more text would take days
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code, see `hldm.runs.exits.guarded`."""
-    arguments = _parser().parse_args(argv)
-
-    def work() -> int:
-        target = arguments.json
-        if target is not None:
-            check_report_path(target, "bits_per_character")
-        if arguments.twin and arguments.run is not None:
-            raise ValueError("--twin is the shipped run's twin: give it or --run, not both")
-        evaluation = evaluate_run(
-            arguments.run or shipped_run(arguments.twin),
-            split=arguments.split,
-            text=arguments.text,
-            draws=arguments.draws,
-            samples=arguments.samples,
-            contexts=arguments.context,
-            prompts=arguments.prompts,
-            max_characters=arguments.max_characters,
-            seed=arguments.seed,
-        )
-        if target is not None:
-            save_report(target, evaluation)
-        show(compare({evaluation["run"]: evaluation}))
-        return 0
-
-    return guarded(work)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="hldm evaluate", description="Measure a trained run on held-out text."
-    )
-    parser.add_argument(
-        "--run", type=Path, help="folder of the run, e.g. runs/demo (default: the one shipped)"
-    )
-    parser.add_argument("--twin", action="store_true", help="the shipped run's twin")
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument(
-        "--split", choices=("validation", "test"), default="test", help="of the run's data (default test)"
-    )
-    where.add_argument("--text", type=Path, metavar="FILE", help="measure this file instead, as one document")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there, too")
-    parser.add_argument(
-        "--prompts", type=int, default=24, metavar="N", help="to continue (default 24; 0: none)"
-    )
-    parser.add_argument(
-        "--max-characters", type=int, default=200, metavar="N", help="of a continuation (default 200)"
-    )
-    parser.add_argument(
-        "--draws", type=int, default=16, metavar="M", help="noise levels a chunk, even (default 16)"
-    )
-    parser.add_argument(
-        "--samples",
-        type=int,
-        default=0,
-        metavar="K",
-        help="also the bound that K importance-weighted draws give (default 0: not)",
-    )
-    parser.add_argument(
-        "--context",
-        type=int,
-        nargs="+",
-        default=(),
-        metavar="N",
-        help="also with documents cut every N bytes, to see what context from farther away saves: each N takes as "
-        "long as the bound itself",
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of all noise (default 0)")
-    return parser
 
 
 def evaluate_run(

@@ -45,22 +45,6 @@ def row_generators(seed: int, rows: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed + row) for row in range(rows)]
 
 
-@has_faster_form
-def make_writer(
-    autoencoder: Autoencoder,
-    prior: Prior | None,
-    prompts: Sequence[bytes],
-    settings: GenerationConfig,
-    generators: Sequence[torch.Generator],
-) -> Writer:
-    """The writer that fits the model: with a prior over latents, or the twin's."""
-    if autoencoder.latent_dim == 0:
-        return ByteWriter(autoencoder, prompts, settings, generators)
-    if prior is None:
-        raise ValueError("this autoencoder has no prior yet: train one with train_diffusion.py")
-    return LatentWriter(autoencoder, prior, prompts, settings, generators)
-
-
 # ---- the steps from chunk to chunk
 
 
@@ -270,6 +254,22 @@ class ByteWriter:
     def write_bytes(self) -> tuple[list[Piece], DecoderState]:
         """What a row writes, and the state after it."""
         return write_bytes(self.autoencoder, self.state, self.opens, self.settings, self.generators)
+
+
+@has_faster_form
+def make_writer(
+    autoencoder: Autoencoder,
+    prior: Prior | None,
+    prompts: Sequence[bytes],
+    settings: GenerationConfig,
+    generators: Sequence[torch.Generator],
+) -> Writer:
+    """The writer that fits the model: with a prior over latents, or the twin's."""
+    if autoencoder.latent_dim == 0:
+        return ByteWriter(autoencoder, prompts, settings, generators)
+    if prior is None:
+        raise ValueError("this autoencoder has no prior yet: train one with train_diffusion.py")
+    return LatentWriter(autoencoder, prior, prompts, settings, generators)
 
 
 # ---- prompts and continuations

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hldm.config import HierarchyConfig, PriorConfig
 from hldm.model.hierarchy import (
     Entries,
+    Walk,
     distance_in_blocks,
     still_needed,
     summaries,
@@ -167,22 +168,35 @@ class Contextualiser(nn.Module):
             )
         steps = walk(doc_start, mask, state.written)
         means, blocks, partial = summaries(latents, mask, steps, state.partial, self.hierarchy)
-
-        # New entries, in the order [document start, latents, summaries]; each is born when complete.
-        x = self.embed(latents) + self.level.weight[0]
         if features is None or not self.feature_dim:
             features = latents.new_zeros(b, n, self.feature_dim)
+        x = self._embed(latents, features, means, blocks)
+        new = _new_entries(steps, mask, blocks)
+        keys = Entries(*(after_start(kept, born) for kept, born in zip(state.entries, new, strict=True)))
+        hidden = self._run_layers(x, new, keys, state)
+        context = self._contexts(hidden[:, :, -1], features, keys, mask, doc_start, steps, state)
+        newest = context.of(mask.sum(dim=1, keepdim=True))  # of the chunk that follows the window
+        kept_hidden, entries = self._keep(after_start(state.hidden, hidden), keys, steps)
+        next_state = ContextState(
+            hidden=kept_hidden,
+            entries=entries,
+            written=steps.written,
+            partial=partial,
+            latest=newest.summary[:, 0],
+            feature=newest.feature[:, 0],
+        )
+        return context, next_state
+
+    def _embed(self, latents: Tensor, features: Tensor, means: Tensor, blocks: Entries) -> Tensor:
+        """New entries as the first layer sees them (b q d): [document start, latents, summaries]."""
+        x = self.embed(latents) + self.level.weight[0]
         if self.embed_feature is not None:
             x = x + self.embed_feature(features)
-        start = self.start.expand(b, 1, -1)
-        x = torch.cat([start, x, self.embed(means) + self.level(blocks.level)], dim=1)
-        zero = steps.written.new_zeros(b, 1)
-        new = Entries(
-            level=torch.cat([zero, torch.zeros_like(steps.position), blocks.level], dim=1),
-            end=torch.cat([zero, steps.position + 1, blocks.end], dim=1),
-            document=torch.cat([zero - 1, torch.where(mask, steps.document, -1), blocks.document], dim=1),
-        )
-        keys = Entries(*(after_start(kept, born) for kept, born in zip(state.entries, new, strict=True)))
+        start = self.start.expand(len(latents), 1, -1)
+        return torch.cat([start, x, self.embed(means) + self.level(blocks.level)], dim=1)
+
+    def _run_layers(self, x: Tensor, new: Entries, keys: Entries, state: ContextState) -> Tensor:
+        """Input of each layer, and the output, of the new entries x (b q d). (b q layers+1 d)."""
         sees = visible(new.end, new.document, keys, self.hierarchy) & (keys.document >= 0)[:, None]
         # Everyone sees itself and the document start, which sees itself alone.
         itself = torch.eye(new.end.shape[1], dtype=torch.bool, device=x.device)
@@ -190,33 +204,43 @@ class Contextualiser(nn.Module):
         sees[:, :, state.entries.end.shape[1] :] |= itself
         sees[:, :, 0] = True
         distance = distance_in_blocks(new.end, keys, self.hierarchy)
-
         hidden = [x]
         for index, layer in enumerate(self.layers):
             x = layer(x, state.hidden[:, :, index], sees, keys.level, distance)
             hidden.append(x)
         hidden[-1] = self.norm(x)
-        stacked = torch.stack(hidden, dim=2)  # (b q layers+1 d)
+        return torch.stack(hidden, dim=2)
 
-        # The context of chunk i is the output at chunk i-1 of its document, or at its start.
-        outputs = stacked[:, :, -1]
-        opening = outputs[:, :1]
+    def _contexts(
+        self,
+        outputs: Tensor,
+        features: Tensor,
+        keys: Entries,
+        mask: Tensor,
+        doc_start: Tensor,
+        steps: Walk,
+        state: ContextState,
+    ) -> Context:
+        """The n + 1 contexts, from the outputs (b q d) at the new entries.
+
+        That of chunk i has the output at chunk i-1 of its document, or at its start. Slot `count` speaks of the
+        chunk that follows the window; beyond it is padding.
+        """
+        n, opening = mask.shape[1], outputs[:, :1]
         carried = torch.where((state.written > 0)[:, None], state.latest, opening[:, 0])
         before = torch.cat([carried[:, None], outputs[:, 1 : n + 1]], dim=1)
-        fresh = torch.cat([doc_start & mask, doc_start.new_zeros(b, 1)], dim=1)
-        summary = torch.where(fresh[..., None], opening, before)
+        fresh = torch.cat([doc_start & mask, doc_start.new_zeros(len(mask), 1)], dim=1)
         text = torch.cat([state.feature[:, None], features], dim=1)
-        # Slot `count` speaks of the chunk that follows the window; beyond it is padding.
-        count = mask.sum(dim=1, keepdim=True)
-        follows = torch.arange(n + 1, device=x.device) == count
+        follows = torch.arange(n + 1, device=mask.device) == mask.sum(dim=1, keepdim=True)
+        zero = steps.written.new_zeros(len(mask), 1)
         written = torch.cat([steps.position, zero], dim=1)
         written = torch.where(follows, steps.written[:, None], written)
         document = torch.cat([torch.where(mask, steps.document, -1), zero - 1], dim=1)
         document = torch.where(follows, steps.open_document[:, None], document)
         known = visible(written, document, keys, self.hierarchy) & (keys.document >= 0)[:, None]
         known[:, :, 0] = True
-        context = Context(
-            summary=summary,
+        return Context(
+            summary=torch.where(fresh[..., None], opening, before),
             memory=after_start(state.hidden[:, :, -1], outputs),
             visible=known,
             level=keys.level,
@@ -224,23 +248,29 @@ class Contextualiser(nn.Module):
             feature=text * ~fresh[..., None],
         )
 
-        # Keep what may still be looked at; the open document becomes document 0 of the next window.
+    def _keep(self, hidden: Tensor, keys: Entries, steps: Walk) -> tuple[Tensor, Entries]:
+        """Of all entries those that may still be looked at, hidden (b c layers+1 d) and where they stand.
+
+        The open document becomes document 0 of the next window.
+        """
         needed = still_needed(steps.written, steps.open_document, keys, self.hierarchy)
         needed &= keys.document >= 0
         order = (~needed).to(torch.int8).argsort(dim=1, stable=True)[:, : self.hierarchy.capacity]
         kept = needed.gather(1, order)
-        everything = after_start(state.hidden, stacked)
-        rows = order[..., None, None].expand(-1, -1, *everything.shape[2:])
-        next_state = ContextState(
-            hidden=everything.gather(1, rows) * kept[..., None, None],
-            entries=Entries(
-                level=keys.level.gather(1, order) * kept,
-                end=keys.end.gather(1, order) * kept,
-                document=torch.where(kept, 0, -1),
-            ),
-            written=steps.written,
-            partial=partial,
-            latest=before.gather(1, count[..., None].expand(-1, -1, before.shape[2]))[:, 0],
-            feature=text.gather(1, count[..., None].expand(-1, -1, self.feature_dim))[:, 0],
+        rows = order[..., None, None].expand(-1, -1, *hidden.shape[2:])
+        entries = Entries(
+            level=keys.level.gather(1, order) * kept,
+            end=keys.end.gather(1, order) * kept,
+            document=torch.where(kept, 0, -1),
         )
-        return context, next_state
+        return hidden.gather(1, rows) * kept[..., None, None], entries
+
+
+def _new_entries(steps: Walk, mask: Tensor, blocks: Entries) -> Entries:
+    """Where new entries stand, in the order of `Contextualiser._embed`; each is born when complete."""
+    zero = steps.written.new_zeros(len(mask), 1)
+    return Entries(
+        level=torch.cat([zero, torch.zeros_like(steps.position), blocks.level], dim=1),
+        end=torch.cat([zero, steps.position + 1, blocks.end], dim=1),
+        document=torch.cat([zero - 1, torch.where(mask, steps.document, -1), blocks.document], dim=1),
+    )

@@ -7,7 +7,6 @@ Concept Model (arXiv 2412.08821). Knows latents, and if `reads_text` the encoder
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import NamedTuple
 
 import torch
@@ -20,6 +19,7 @@ from hldm.config import (
     HierarchyConfig,
     PriorConfig,
     section_from_dict,
+    to_dict,
 )
 from hldm.model.contextualiser import Context, ContextState, Contextualiser
 from hldm.model.denoiser import Denoiser, Told
@@ -79,7 +79,7 @@ class Prior(SavedModel):
         """Build from config sections."""
         components = autoencoder.components
         feature_dim = autoencoder.known_width if prior.reads_text or components else 0
-        sections = (asdict(prior), asdict(hierarchy), asdict(diffusion))
+        sections = (to_dict(prior), to_dict(hierarchy), to_dict(diffusion))
         return cls(autoencoder.latent_dim, *sections, feature_dim, components)
 
     def initial_state(self, batch: int, device: torch.device | None = None) -> ContextState:

@@ -32,6 +32,7 @@ from hldm.config import is_retired
 from hldm.runs.checkpoints import checkpoints_in
 from hldm.runs.files import atomic_write, naming
 from hldm.runs.machine import physical_memory
+from hldm.settings import dotted
 
 NAME = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,64}")
 LIBRARIES = ("torch", "numpy", "safetensors", "diffusers", "accelerate", "transformers", "datasets")
@@ -48,6 +49,7 @@ class Totals:
     seconds: float = 0.0
     characters: int = 0
     prepared: float = 0.0  # of the seconds, those before the first step
+    corpus: str = ""  # fingerprint of the training text; "": a run of before it was kept
 
 
 class Run:
@@ -259,10 +261,13 @@ def describe_environment() -> dict[str, Any]:
     }
 
 
-def check_settings(folder: Path, config: dict[str, Any], may_change: tuple[str, ...]) -> None:
+def check_settings(
+    folder: Path, config: dict[str, Any], may_change: tuple[str, ...] = (), only: tuple[str, ...] = ("",)
+) -> None:
     """Refuse settings other than those that a stage was started with; nothing to compare with is no fault.
 
-    may_change: prefixes of dotted keys that may differ. Raises ValueError that names the others.
+    may_change, only: prefixes of dotted keys that may differ, and of those that are compared at all
+    Raises ValueError that names the keys that differ, with both values.
     """
     path = folder / "config.yaml"
     if not path.exists():
@@ -274,9 +279,10 @@ def check_settings(folder: Path, config: dict[str, Any], may_change: tuple[str, 
     started = {key: value for key, value in started.items() if not is_retired(key, value)}
     now = dotted(_plain(config))
     changes = [
-        f"{key} {started.get(key, 'absent')} -> {now.get(key, 'absent')}"
+        f"{key} {_shown(started, key)} -> {_shown(now, key)}"
         for key in sorted(started.keys() | now.keys())
-        if started.get(key, ...) != now.get(key, ...) and not key.startswith(may_change)
+        if key.startswith(only) and not key.startswith(may_change)
+        if started.get(key, ...) != now.get(key, ...)
     ]
     if changes:
         raise ValueError(
@@ -285,17 +291,14 @@ def check_settings(folder: Path, config: dict[str, Any], may_change: tuple[str, 
         )
 
 
+def _shown(settings: dict[str, Any], key: str) -> str:
+    value = settings.get(key, "absent")
+    return "''" if value == "" else str(value)
+
+
 def _plain(config: dict[str, Any]) -> dict[str, Any]:
     """Tuples as lists, nothing shared: as YAML will give it back."""
     return dict(json.loads(json.dumps(config)))
-
-
-def dotted(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"data": {"lanes": 16}} as {"data.lanes": 16}."""
-    leaves: dict[str, Any] = {}
-    for key, value in config.items():
-        leaves |= dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return leaves
 
 
 def _write_environment(folder: Path, say: Callable[[str], None]) -> None:

@@ -1,77 +1,19 @@
 """`hldm bench`: how fast both stages and the twin train and write on this machine, and where the time goes.
 
 Whatever is compared is measured in one process and in turns, a piece of each again and again, and every figure stands
-beside its twin's. Models are untrained: a step costs the same whatever it has learned. Here are the command and the
-tables' heads; `bench_training`, `bench_writing`, `bench_layers` and `bench_processes` measure. Imports torch only once
-there is work.
+beside its twin's. Models are untrained: a step costs the same whatever it has learned. Here are the
+tables' heads; `bench_training`, `bench_writing`, `bench_layers` and `bench_processes` measure.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hldm.config import Config, ConfigError, load_config
-from hldm.evaluation.tables import Table, show
-from hldm.runs.reports import check_report_path, save_report
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line. Raises ValueError or OSError, told in one line by whoever calls."""
-    parser = argparse.ArgumentParser(
-        prog="hldm bench", description="Measure the speed of training and generation, beside the twin's."
-    )
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--config", type=Path, metavar="FILE", help="e.g. configs/tiny.yaml")
-    what.add_argument(
-        "--layers", action="store_true", help="scan, layers and a byte's step instead of training"
-    )
-    parser.add_argument("--twin", type=Path, metavar="FILE", help="default: <config>-twin.yaml beside it")
-    parser.add_argument(
-        "--only",
-        choices=("training", "writing", "processes"),
-        help="one half of it; or stage one on one process and on several, which nothing else measures",
-    )
-    parser.add_argument(
-        "--launch",
-        type=Path,
-        metavar="FILE",
-        help="for --only processes: of configs/accelerate (default two_processes.yaml)",
-    )
-    parser.add_argument(
-        "--long", action="store_true", help="also write after 100,000 and 1,000,000 bytes: minutes of reading"
-    )
-    parser.add_argument("--steps", type=int, default=10, metavar="N", help="timed, of each (default 10)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there, too")
-    arguments = parser.parse_args(argv)
-    path, target = arguments.config, arguments.json
-    if arguments.steps < 1:
-        raise ConfigError(f"--steps must be at least 1, got {arguments.steps}")
-    if target is not None:
-        check_report_path(target, "RG-LRU" if arguments.layers else "bytes_per_step")
-    if arguments.layers:
-        from hldm.studies import bench_layers
-
-        layers = bench_layers.measure(repeats=arguments.steps)
-        if target is not None:
-            save_report(target, layers)
-        show(*bench_layers.report(layers))
-        return 0
-    if arguments.launch is not None and arguments.only != "processes":
-        raise ConfigError("--launch says how --only processes starts them: pass both")
-    config = load_config(path)
-    if arguments.only == "processes":
-        found = measure_processes(config, steps=arguments.steps, launch=arguments.launch)
-    else:
-        twin = load_config(arguments.twin or path.with_name(f"{path.stem}-twin{path.suffix}"))
-        found = measure(config, twin, steps=arguments.steps, only=arguments.only, long=arguments.long)
-    if target is not None:
-        save_report(target, found)
-    show(*report(found))
-    return 0
+from hldm.config import Config, ConfigError
+from hldm.evaluation.tables import Table
 
 
 def measure(

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hldm.config import GriffinConfig
+from hldm.config import GriffinConfig, changed
 from hldm.evaluation.tables import Table, cell
 from hldm.kernels.library import kernels, library, without_kernels
 from hldm.kernels.scan import BACKENDS, can_run, linear_scan_by
@@ -185,8 +185,8 @@ def time_attention(shape: tuple[int, int, int], repeats: int) -> dict[str, Any]:
 
 def time_step(batch: int, repeats: int) -> dict[str, Any]:
     """A byte's step through a stack as configs/small.yaml's encoder, in torch and in C++."""
-    blocks = ("recurrent", "attention", "recurrent") * 2
-    model = Griffin(GriffinConfig(width=128, heads=HEADS, blocks=blocks), 10).eval()
+    config = GriffinConfig(width=128, heads=HEADS)
+    model = Griffin(changed(config, blocks=2 * config.blocks), 10).eval()
     x, start = torch.randn(batch, 1, 128), torch.zeros(batch, 1, dtype=torch.bool)
     state = model.initial_state(batch)
 

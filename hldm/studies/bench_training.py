@@ -10,7 +10,6 @@ import math
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from hldm.chunking.chunker import make_chunker
 from hldm.chunking.segmenter import Segmenter
-from hldm.config import Config, LoggingConfig
+from hldm.config import Config, LoggingConfig, changed
 from hldm.evaluation.tables import Table, row
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.prior import Prior
@@ -58,8 +57,8 @@ def quick_segmenter(config: Config, corpus: Corpus) -> Segmenter | None:
     chunking = config.chunking
     if not chunking.needs_segmenter:
         return None
-    few = replace(chunking.segmenter, steps=SEGMENTER_STEPS, minutes=0.0)
-    return train_segmenter(replace(chunking, segmenter=few), corpus, seed=config.seed)
+    few = changed(chunking.segmenter, steps=SEGMENTER_STEPS, minutes=0.0)
+    return train_segmenter(changed(chunking, segmenter=few), corpus, seed=config.seed)
 
 
 def windows_of(config: Config, corpus: Corpus, segmenter: Segmenter | None = None) -> Windows:

@@ -11,14 +11,13 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hldm.config import Config
+from hldm.config import Config, changed
 from hldm.evaluation.tables import Table, row
 from hldm.generation.chunk import Piece
 from hldm.generation.writer import Writer, make_writer, row_generators
@@ -87,9 +86,9 @@ def contestant(autoencoder: Autoencoder, prior: Prior | None, config: Config, co
 
     def start(case: Case) -> Writer:
         # 1: `write_like` means its frequencies
-        settings = replace(config.generation, decoder_temperature=1.0)
+        settings = changed(config.generation, decoder_temperature=1.0)
         if case.steps is not None:
-            settings = replace(settings, steps=case.steps)
+            settings = changed(settings, steps=case.steps)
         generators = row_generators(config.seed, case.rows)
         return make_writer(autoencoder, prior, prompts(corpus, case), settings, generators)
 

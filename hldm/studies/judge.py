@@ -12,13 +12,12 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hldm.config import GenerationConfig, load_config
+from hldm.config import GenerationConfig, changed, load_config
 from hldm.evaluation.bound import evaluate_bound, held_out_windows
 from hldm.evaluation.continuations import write_batch
 from hldm.evaluation.metrics import TrainingText, diversity
@@ -143,7 +142,7 @@ def judge_run(
         for value in VARIATIONS[name]:
             if _makes_sense(pipeline, name, value):
                 say(f"{name} {value}")
-                found[f"{name} {value}"] = write(pipeline, replace(pipeline.settings, **{name: value}))
+                found[f"{name} {value}"] = write(pipeline, changed(pipeline.settings, **{name: value}))
     return {
         "run": folder.resolve().name,
         "prompts": len(chosen),

@@ -10,11 +10,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
-from hldm.config import ChunkingConfig, Config, ConfigError, StagesConfig, Strategy, load_config
+from hldm.config import ChunkingConfig, Config, ConfigError, StagesConfig, Strategy, changed, load_config
 from hldm.evaluation.tables import Table, cell
 from hldm.runs.files import atomic_write
 from hldm.runs.reports import save_report
@@ -59,16 +58,14 @@ def entries(
     for name in only:
         if name not in STRATEGIES:
             raise ConfigError(f"--only takes {', '.join(STRATEGIES)}, got {name!r:.80}")
-    if not (math.isfinite(minutes) and minutes > 0):
-        raise ConfigError(f"--minutes must be positive and finite, got {minutes:g}")
     if not all(2 <= target <= 4096 for target in targets):
         raise ConfigError(f"--targets must lie in 2..4096, got {', '.join(map(str, targets))}")
     found = []
     for target in targets:
         for strategy in only or STRATEGIES:
             chunking = chunking_for(base, strategy, target)
-            autoencoder = replace(base.autoencoder, pooling="strided" if strategy == "strided" else "mean")
-            config = replace(timed(base, minutes, clock), chunking=chunking, autoencoder=autoencoder)
+            autoencoder = changed(base.autoencoder, pooling="strided" if strategy == "strided" else "mean")
+            config = changed(timed(base, minutes, clock), chunking=chunking, autoencoder=autoencoder)
             found.append(Entry(f"{strategy}-{target}", strategy, target, config))
     return found
 
@@ -83,11 +80,11 @@ def chunking_for(base: Config, strategy: str, target: int) -> ChunkingConfig:
     settings: dict[str, Any] = {"strategy": strategy, "target_bytes": target, "max_bytes": 2 * target}
     if strategy in ("fixed", "strided"):
         limits = {"strategy": "fixed", "min_bytes": target, "max_bytes": target}
-        return replace(base.chunking, **{**settings, **limits})
-    chunking = replace(base.chunking, **settings, min_bytes=max(1, 2 * target // 3))
+        return changed(base.chunking, **{**settings, **limits})
+    chunking = changed(base.chunking, **settings, min_bytes=max(1, 2 * target // 3))
     if strategy == "gate":
-        segmenter = replace(chunking.segmenter, minutes=GATE_MINUTES)
-        chunking = replace(chunking, segmenter=segmenter)
+        segmenter = changed(chunking.segmenter, minutes=GATE_MINUTES)
+        chunking = changed(chunking, segmenter=segmenter)
     if chunking.needs_segmenter:
         return chunking
     from hldm.chunking.chunker import make_chunker
@@ -99,8 +96,8 @@ def chunking_for(base: Config, strategy: str, target: int) -> ChunkingConfig:
     def miss(tried: ChunkingConfig) -> float:
         return abs(sum(map(len, sample)) / int(make_chunker(tried).chunk_starts(sample).sum()) - target)
 
-    least = [replace(chunking, min_bytes=length) for length in range(1, 2 * target + 1)]
-    most = [replace(chunking, min_bytes=1, max_bytes=length) for length in range(target, 2 * target + 1)]
+    least = [changed(chunking, min_bytes=length) for length in range(1, 2 * target + 1)]
+    most = [changed(chunking, min_bytes=1, max_bytes=length) for length in range(target, 2 * target + 1)]
     return min(least + most, key=miss)
 
 
@@ -146,7 +143,7 @@ def _measure_entry(entry: Entry, folder: Path) -> None:
     """Train and measure one entry, unless that was done before."""
     from hldm.training.stages import train_run
 
-    run = train_run(replace(entry.config, name=entry.name), root=folder)
+    run = train_run(changed(entry.config, name=entry.name), root=folder)
     if (run / "league.json").is_file():
         return
     found = {

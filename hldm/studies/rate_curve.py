@@ -13,11 +13,10 @@ import json
 import lzma
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hldm.config import Config, ConfigError, load_config, stage_training
+from hldm.config import Config, ConfigError, changed, load_config, stage_training
 from hldm.evaluation.tables import Table, cell
 from hldm.runs.reports import save_report
 
@@ -91,8 +90,6 @@ def run_curve(
     Leaves root/<config>-curve/<point>/ and rate-curve.json beside them, rewritten after every point.
     Raises ValueError or OSError.
     """
-    if not (math.isfinite(minutes) and minutes > 0):
-        raise ConfigError(f"--minutes must be positive and finite, got {minutes:g}")
     twin = timed(load_config([path.with_name(f"{path.stem}-twin.yaml")]), minutes, clock)
     folder = root / f"{path.stem}-curve"
     todo = [Point("twin", "twin", math.nan, twin), *points(path, minutes, only, clock)]
@@ -117,7 +114,7 @@ def _measured(point: Point, folder: Path) -> dict[str, Any]:
     from hldm.training.stages import train_run
 
     run = folder / point.name
-    train_run(replace(point.config, name=point.name), root=folder)
+    train_run(changed(point.config, name=point.name), root=folder)
     target = run / "evaluation.json"
     if target.is_file():
         evaluation = json.loads(target.read_text(encoding="utf-8"))

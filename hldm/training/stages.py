@@ -8,7 +8,6 @@ runs/<name>/pipeline/     both, as a diffusers pipeline
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from hldm.chunking.attached import chunker_of
 from hldm.chunking.chunker import Chunker, make_chunker
 from hldm.chunking.strategies import attach_segmenter, read_segmenter
-from hldm.config import Config, ConfigError, to_dict
+from hldm.config import Config, ConfigError, changed, to_dict
 from hldm.generation.chunk import write_chunks
 from hldm.generation.pipeline import HLDMPipeline
 from hldm.generation.writer import Continuation, row_generators, write_on
@@ -25,7 +24,8 @@ from hldm.model.autoencoder import Autoencoder
 from hldm.model.mixture import MixturePredictor
 from hldm.model.prior import Prior
 from hldm.runs.files import fingerprint
-from hldm.runs.folder import check_settings, dotted, read_totals
+from hldm.runs.folder import check_settings, read_totals
+from hldm.settings import dotted
 from hldm.text.corpus import Corpus, load_corpora
 from hldm.text.windows import Batch, Windows, window_of
 from hldm.training.latent_cache import CachedLatents, cache_latents, load_latents
@@ -33,6 +33,8 @@ from hldm.training.objectives import AutoencoderObjective, PriorObjective
 from hldm.training.sizes import require_room
 from hldm.training.stage import MAY_CHANGE_ONCE_TRAINED, Stage, open_stage
 
+# Of the data section, what says which text is read and how it is split; the others lay it out.
+TEXT_SETTINGS = ("path", "dataset", "subset", "split", "field", "separator", "max_bytes", "held_out")
 SAMPLE_BYTES = 160  # of validation text: what samples reconstruct or go on from
 
 
@@ -68,7 +70,7 @@ def train_autoencoder(config: Config, *, resume: bool = False, root: Path = Path
         if config.is_twin:
             pipeline = HLDMPipeline.assemble(autoencoder, None, config.generation)
             stage.export(pipeline.with_segmenter(segmenter), folder / "pipeline")
-        stage.finish(totals)
+        stage.finish(totals, corpora["train"])
     return folder
 
 
@@ -84,6 +86,7 @@ def train_diffusion(config: Config, *, resume: bool = False, root: Path = Path("
     if segmenter is not None:
         attach_segmenter(autoencoder, segmenter)
     corpora = load_corpora(config.data)
+    require_same_text(folder / "autoencoder", corpora["train"])
     sample_text = opening(chunker_of(autoencoder), corpora["validation"])
     with open_stage(config, "prior", resume, root) as stage:
         windows = stage.windows(corpora["train"], segmenter)
@@ -104,7 +107,7 @@ def train_diffusion(config: Config, *, resume: bool = False, root: Path = Path("
         stage.export(prior, stage.run.folder / "model")
         pipeline = HLDMPipeline.assemble(autoencoder, prior, config.generation).with_segmenter(segmenter)
         stage.export(pipeline, folder / "pipeline")
-        stage.finish(totals)
+        stage.finish(totals, corpora["train"])
     return folder
 
 
@@ -135,10 +138,12 @@ def read_autoencoder(folder: Path, config: Config) -> Autoencoder:
         raise FileNotFoundError(
             f"{folder} has no trained autoencoder: run train_autoencoder.py with the same --config and --name first"
         )
+    text = tuple(f"data.{key}" for key in TEXT_SETTINGS)
+    check_settings(folder / "autoencoder", to_dict(config), only=text)
     autoencoder = Autoencoder.from_pretrained(path)
     for section, trained in (("autoencoder", autoencoder.settings), ("chunking", autoencoder.chunking)):
-        found = dotted(asdict(trained), f"{section}.")
-        for key, value in dotted(asdict(getattr(config, section)), f"{section}.").items():
+        found = dotted(to_dict(trained), f"{section}.")
+        for key, value in dotted(to_dict(getattr(config, section)), f"{section}.").items():
             if found[key] != value:
                 raise ConfigError(
                     f"{key} is {value} here, but {path} was trained with {found[key]}: "
@@ -151,6 +156,17 @@ def read_autoencoder(folder: Path, config: Config) -> Autoencoder:
             f"{trained_at}: use the config it was trained with, or another --name"
         )
     return autoencoder
+
+
+def require_same_text(stage: Path, corpus: Corpus) -> None:
+    """Raise ConfigError unless a stage was trained on this text; a run of before that was kept is believed."""
+    path = stage / "totals.json"
+    trained_on = read_totals(stage).corpus if path.is_file() else ""
+    if trained_on not in ("", corpus.fingerprint):
+        raise ConfigError(
+            f"{stage} was trained on a text of fingerprint {trained_on[:12]}, {corpus.name} is now "
+            f"{corpus.fingerprint[:12]}: restore the text it was trained on, or train both stages anew"
+        )
 
 
 def opening(chunker: Chunker, corpus: Corpus) -> bytes:
@@ -230,7 +246,7 @@ def _reconstruct(autoencoder: Autoencoder, text: bytes, config: Config) -> str:
         autoencoder.encoder_state(n, device),
         autoencoder.decoder_state(n, device),
         [True] * n,
-        replace(config.generation, decoder_temperature=0.0),
+        changed(config.generation, decoder_temperature=0.0),
         row_generators(config.seed, n),
     ).pieces
     written = b"".join(piece.text for piece in pieces)

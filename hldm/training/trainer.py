@@ -326,6 +326,11 @@ class Trainer:
                     self._sample(on_sample, interrupt)
                 if signum := self._agreed(interrupt.requested or 0):
                     raise Interrupted(signum, self.save(say))
+            if not self.totals.steps:
+                raise ConfigError(
+                    f"{self.run.folder}: no step was taken, for what came before took {self.totals.prepared:.0f} s of "
+                    f"{self.config.minutes:g} minutes: give it more, or a segmenter less (chunking.segmenter.minutes)"
+                )
             path = self.save(say)
             if self.average is not None:
                 self.objective.load_state_dict(self.average.module.state_dict())

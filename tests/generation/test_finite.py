@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import replace
 
 import pytest
 import torch
 from fuzz import tiny_pipeline
 
-from hldm.config import GenerationConfig
+from hldm.config import GenerationConfig, changed
 from hldm.generation.chunk import pick
 from hldm.generation.finite import LARGEST, require_finite
 from hldm.generation.writer import write_on
@@ -17,7 +16,7 @@ from hldm.generation.writer import write_on
 
 def settings(**unchecked) -> GenerationConfig:
     """Settings as they may come from elsewhere: not within the limits of GenerationConfig."""
-    found = replace(GenerationConfig(steps=2))
+    found = changed(GenerationConfig(steps=2))
     for name, value in unchecked.items():
         object.__setattr__(found, name, value)
     return found

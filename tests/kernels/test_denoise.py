@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor
 
-from hldm.config import AutoencoderConfig, DiffusionConfig, GriffinConfig, HierarchyConfig, PriorConfig
+from hldm.config import (
+    AutoencoderConfig,
+    DiffusionConfig,
+    GriffinConfig,
+    HierarchyConfig,
+    PriorConfig,
+    changed,
+)
 from hldm.generation.writer import row_generators
 from hldm.kernels.denoise import MOST_STEPS, PlannedSteps, can_denoise
 from hldm.model.denoiser import Told
@@ -30,7 +35,7 @@ def make_prior(layers: int = 2, components: int = 20, **settings) -> Prior:
     )
     prior = Prior.from_settings(
         autoencoder,
-        replace(config, **settings),
+        changed(config, **settings),
         HierarchyConfig(levels=2, ratio=2, window=2),
         DiffusionConfig(gamma_0=-2.0, gamma_1=5.0),
     )

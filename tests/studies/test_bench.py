@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from hldm.cli import main
-from hldm.config import SegmenterConfig, to_yaml
+from hldm.config import SegmenterConfig, changed, to_yaml
 from hldm.studies import bench_training, bench_writing
 from hldm.studies.bench_writing import Case
 from hldm.text.corpus import load_corpus
@@ -39,8 +36,8 @@ def configs(small_config, small_twin, tmp_path, monkeypatch):
 @pytest.mark.parametrize("strategy", ["entropy", "reinforce"])
 def test_a_strategy_that_asks_a_model_gets_one_whose_chunks_are_as_long_as_wanted(small_config, strategy):
     segmenter = SegmenterConfig(width=16, layers=1, lanes=2, window_bytes=64)
-    chunking = replace(small_config.chunking, strategy=strategy, min_bytes=2, segmenter=segmenter)
-    config = replace(small_config, chunking=chunking)
+    chunking = changed(small_config.chunking, strategy=strategy, min_bytes=2, segmenter=segmenter)
+    config = changed(small_config, chunking=chunking)
     corpus = load_corpus(config.data, "train")
     found = bench_training.quick_segmenter(config, corpus)
     windows = bench_training.windows_of(config, corpus, found)
@@ -269,7 +266,7 @@ def test_the_decoder_writes_chunks_about_as_long_as_the_corpus_has_them():
         (["--config", "{}/small-twin.yaml", "--twin", "{}/small-twin.yaml"], "latent_dim"),
         (["--config", "{}/small.yaml", "--twin", "{}/small.yaml"], "latent_dim"),
         (["--config", "{}/small-twin.yaml"], "small-twin-twin.yaml"),
-        (["--config", "{}/small.yaml", "--steps", "0"], "--steps must be at least 1"),
+        (["--config", "{}/small.yaml", "--steps", "0"], "'--steps'"),
         (["--config", "{}/small.yaml", "--json", "{}/no/such/bench.json"], "no folder"),
     ],
 )
@@ -277,12 +274,3 @@ def test_what_cannot_be_measured_is_told_in_one_line(configs, capsys, arguments,
     assert main(["bench", *(argument.format(configs) for argument in arguments)]) == 2
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1
-
-
-def test_help_needs_no_torch():
-    code = (
-        "import sys; from hldm.cli import main\n"
-        "try: main(['bench', '--help'])\nexcept SystemExit: pass\n"
-        "sys.exit('torch' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0

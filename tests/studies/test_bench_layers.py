@@ -40,6 +40,6 @@ def test_every_part_is_measured_with_and_without_kernels(tmp_path, capsys):
 
 
 def test_config_and_layers_exclude_each_other(capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["bench"])
-    assert stop.value.code == 2 and "--layers" in capsys.readouterr().err
+    for arguments in ([], ["--layers", "--config", "small.yaml"]):
+        assert main(["bench", *arguments]) == 2
+        assert "--config FILE, or --layers" in capsys.readouterr().err

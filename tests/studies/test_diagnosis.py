@@ -47,7 +47,9 @@ def test_the_command_writes_numbers_and_a_picture(trained_run, tmp_path, capsys)
     code = cli.main(
         ["diagnose", "--run", str(trained_run), "--draws", "2", "--json", targets[0], "--png", targets[1]]
     )
-    assert code == 0 and "decoder with latents" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert code == 0 and "decoder with latents" in said
+    assert said.endswith(f"wrote {targets[0]}\nwrote {targets[1]}\n")
     assert json.loads((tmp_path / "d.json").read_text())["run"] == "small"
     assert (tmp_path / "d.png").read_bytes().startswith(b"\x89PNG")
 

@@ -10,12 +10,11 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from hldm.config import ConfigError, DataConfig
+from hldm.config import ConfigError, DataConfig, changed
 from hldm.text.corpus import load_corpora, load_corpus
 from hldm.text.hub import HUB_TIMEOUT_S
 
@@ -56,14 +55,14 @@ def test_a_local_dataset_folder_is_read_like_a_file(tmp_path, monkeypatch, strea
     expected = load_corpus(plain, "test").fingerprint
     assert load_corpus(config, "test").fingerprint == expected
     datasets.Dataset.from_dict({"body": DOCUMENTS}).save_to_disk(tmp_path / "saved")
-    assert load_corpus(replace(config, dataset=str(tmp_path / "saved")), "test").fingerprint == expected
+    assert load_corpus(changed(config, dataset=str(tmp_path / "saved")), "test").fingerprint == expected
     for key, value, fault in [
         ("split", "nope", "cannot be read"),
         ("subset", "nope", "cannot be read"),
         ("field", "nope", "row 1: no field 'nope'"),
     ]:
         with pytest.raises(ValueError, match=fault) as error:
-            load_corpus(replace(config, **{key: value}), "train")
+            load_corpus(changed(config, **{key: value}), "train")
         one_line(error)
 
 
@@ -137,7 +136,7 @@ def test_a_saved_dictionary_of_datasets_is_read_by_its_split(cache, tmp_path):
     config = DataConfig(dataset=str(tmp_path / "saved"))
     assert sum(map(len, load_corpora(config).values())) == 300
     with pytest.raises(ConfigError, match="cannot be read.*nope"):
-        load_corpora(replace(config, split="nope"))
+        load_corpora(changed(config, split="nope"))
 
 
 ANSWERS = {

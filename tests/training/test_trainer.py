@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ import torch
 from conftest import ROOT, SMALL
 
 from hldm.chunking.chunker import make_chunker
-from hldm.config import Config, ConfigError, stage_training
+from hldm.config import Config, ConfigError, changed, stage_training
 from hldm.model.autoencoder import Autoencoder
 from hldm.runs.checkpoints import newest_checkpoint
 from hldm.runs.exits import Interrupted
@@ -85,7 +84,7 @@ def test_an_autoencoder_killed_and_resumed_is_bit_equal_to_an_uninterrupted_one(
 
 
 def test_a_prior_killed_and_resumed_is_bit_equal_to_an_uninterrupted_one(tmp_path, small_config):
-    config = replace(small_config, prior=replace(small_config.prior, self_conditioning=0.5))
+    config = changed(small_config, prior=changed(small_config.prior, self_conditioning=0.5))
     config = stage_training(config, "prior", steps=40)
     runs = tmp_path / "runs"
     train_autoencoder(config, root=runs)
@@ -283,12 +282,12 @@ def test_a_gradient_a_million_times_too_large_is_clipped_and_said(
 
 def test_micro_batches_add_up_to_the_whole_batch(tmp_path, small_config):
     # without dropout, whose masks are drawn for each forward pass
-    plain = replace(
+    plain = changed(
         small_config,
-        autoencoder=replace(
-            small_config.autoencoder, encoder=replace(small_config.autoencoder.encoder, dropout=0.0)
+        autoencoder=changed(
+            small_config.autoencoder, encoder=changed(small_config.autoencoder.encoder, dropout=0.0)
         ),
-        prior=replace(small_config.prior, dropout=0.0),
+        prior=changed(small_config.prior, dropout=0.0),
     )
     whole = train_autoencoder(plain, root=tmp_path / "whole") / "autoencoder"
     halves = (
@@ -309,17 +308,17 @@ def test_a_run_is_never_overwritten_and_a_prior_never_gets_another_autoencoder(t
         train_autoencoder(small_config, root=tmp_path)
     train_diffusion(small_config, root=tmp_path)
     (tmp_path / "small" / "autoencoder").rename(tmp_path / "small" / "old")
-    train_autoencoder(replace(small_config, seed=1), root=tmp_path)
+    train_autoencoder(changed(small_config, seed=1), root=tmp_path)
     with pytest.raises(ConfigError, match="autoencoder"):
         train_diffusion(small_config, resume=True, root=tmp_path)
 
 
 @pytest.mark.parametrize("reads_text", [False, True])
 def test_joint_training_and_cached_latents_run(tmp_path, small_config, reads_text):
-    small_config = replace(small_config, prior=replace(small_config.prior, reads_text=reads_text))
+    small_config = changed(small_config, prior=changed(small_config.prior, reads_text=reads_text))
     train_autoencoder(small_config, root=tmp_path)
     before = (tmp_path / "small/autoencoder/model/diffusion_pytorch_model.safetensors").read_bytes()
-    cached = replace(small_config, data=replace(small_config.data, cache_latents=True))
+    cached = changed(small_config, data=changed(small_config.data, cache_latents=True))
     train_diffusion(cached, root=tmp_path)
     (tmp_path / "small" / "prior").rename(tmp_path / "small" / "cached")
     # cached or not, the same latents: the same first loss

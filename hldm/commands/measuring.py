@@ -1,0 +1,198 @@
+"""Commands that measure runs and speeds. Each prints a table and says which files it wrote beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from typer import Option
+
+from hldm.commands import options
+from hldm.config import ConfigError, load_config
+from hldm.evaluation.tables import compare, show
+from hldm.runs.folder import shipped_run
+from hldm.runs.reports import check_picture_path, check_report_path, save_report
+
+Draws = Annotated[int, Option(help="noise levels a chunk, even")]
+Context = Option(
+    metavar="N",
+    help="also with documents cut every N bytes, to see what context from farther away saves: each takes as long as "
+    "the bound itself; may repeat",
+)
+Halves = Literal["training", "writing", "processes"]
+
+
+def _save(path: Path | None, write: Callable[[Path], Any]) -> None:
+    """Write a file that was asked for, and say so."""
+    if path is not None:
+        write(path)
+        print(f"wrote {path}")
+
+
+def evaluate(
+    *,
+    run: options.RunOrShipped = None,
+    twin: Annotated[bool, Option("--twin", help="the shipped run's twin")] = False,
+    split: Annotated[options.Split | None, Option(help="of the run's data (default: test)")] = None,
+    text: Annotated[Path | None, Option(help="measure this file instead, as one document")] = None,
+    json: options.Report = None,
+    prompts: Annotated[int, Option(help="to continue; 0: none")] = 24,
+    max_characters: options.MaxCharacters = 200,
+    draws: Draws = 16,
+    samples: Annotated[int, Option(help="also the bound by so many importance-weighted draws")] = 0,
+    context: Annotated[list[int] | None, Context] = None,
+    seed: options.Seed = 0,
+) -> None:
+    """Bits per character, reconstruction and ROUGE of a run.
+
+    Measured on held-out text, with speed and cost.
+    """
+    if json is not None:
+        check_report_path(json, "bits_per_character")
+    if twin and run is not None:
+        raise ValueError("--twin is the shipped run's twin: give it or --run, not both")
+    if split is not None and text is not None:
+        raise ValueError("--split is of the run's own data: give it or --text, not both")
+    from hldm.evaluation.evaluate import evaluate_run
+
+    evaluation = evaluate_run(
+        run or shipped_run(twin),
+        split=split or "test",
+        text=text,
+        draws=draws,
+        samples=samples,
+        contexts=context or [],
+        prompts=prompts,
+        max_characters=max_characters,
+        seed=seed,
+    )
+    show(compare({evaluation["run"]: evaluation}))
+    _save(json, lambda path: save_report(path, evaluation))
+
+
+def diagnose(
+    *,
+    run: options.Run,
+    split: Annotated[options.Split, Option(help="of the run's data")] = "validation",
+    draws: Draws = 8,
+    seed: options.Seed = 0,
+    json: options.Report = None,
+    png: Annotated[Path | None, Option(help="draw them there")] = None,
+) -> None:
+    """What latents hold, cost, and give to the decoder."""
+    if json is not None:
+        check_report_path(json, "latent_by_dimension")
+    if png is not None:
+        check_picture_path(png)
+    from hldm.studies.diagnosis import diagnose_run, summary
+    from hldm.studies.plots import plot_diagnosis
+
+    diagnosis = diagnose_run(run, split=split, draws=draws, seed=seed)
+    show(*summary(diagnosis))
+    _save(json, lambda path: save_report(path, diagnosis))
+    _save(png, lambda path: plot_diagnosis(diagnosis, path))
+
+
+def rate_curve(
+    *,
+    config: options.Paired,
+    minutes: options.Minutes,
+    only: Annotated[list[str] | None, Option(metavar="DIAL", help="may repeat; default: all")] = None,
+    clock: options.Clock = "wall",
+) -> None:
+    """What latents carry against what they cost.
+
+    One dial is turned at a time; each point and the twin are trained for the same minutes.
+    """
+    from hldm.studies.plots import plot_rate_curve
+    from hldm.studies.rate_curve import run_curve, table
+
+    curve = run_curve(config, minutes, only=only or [], clock=clock)
+    target = Path("runs") / f"{config.stem}-curve" / "rate-curve.png"
+    plot_rate_curve(curve, target)
+    show(table(curve), f"rate-curve.json and rate-curve.png are in {target.parent}")
+
+
+def chunkers(
+    *,
+    config: options.Paired,
+    minutes: options.Minutes,
+    only: Annotated[list[str] | None, Option(metavar="STRATEGY", help="may repeat; default: all")] = None,
+    targets: Annotated[list[int] | None, Option(help="bytes a latent; default: 6, 12")] = None,
+    clock: options.Clock = "wall",
+) -> None:
+    """Every chunking strategy, trained and measured alike.
+
+    For the same minutes, at the same bytes a latent.
+    """
+    from hldm.studies.league import run_league, table
+    from hldm.studies.plots import plot_league
+
+    league = run_league(config, minutes, only=only or [], targets=targets or [6, 12], clock=clock)
+    folder = Path("runs") / f"{config.stem}-league"
+    plot_league(league, folder / "league.png")
+    show(table(league), f"league.json, league.md and league.png are in {folder}")
+
+
+def judge(
+    *,
+    run: Annotated[Path, Option(help="whose writing is judged")],
+    judge: Annotated[Path | None, Option(metavar="RUN", help="a twin trained with another seed")] = None,
+    twin: Annotated[Path | None, Option(metavar="RUN", help="its writing is judged, too")] = None,
+    vary: Annotated[list[str] | None, Option(help="steps, scheduler, ...; may repeat")] = None,
+    prompts: Annotated[int, Option(help="continuations")] = 48,
+    max_characters: options.MaxCharacters = 400,
+    seed: options.Seed = 0,
+    json: options.Report = None,
+) -> None:
+    """How good written text is, beside the true text.
+
+    By judges that did not write it.
+    """
+    if json is not None:
+        check_report_path(json, "judged")
+    from hldm.studies.judge import judge_run, table
+
+    found = judge_run(
+        run,
+        judge=judge,
+        twin=twin,
+        vary=vary or [],
+        prompts=prompts,
+        max_characters=max_characters,
+        seed=seed,
+    )
+    show(table(found))
+    _save(json, lambda path: save_report(path, found))
+
+
+def bench(
+    *,
+    config: Annotated[Path | None, Option(metavar="FILE", help="e.g. configs/tiny.yaml")] = None,
+    layers: Annotated[bool, Option("--layers", help="scan, layers and a byte's step instead")] = False,
+    twin: Annotated[Path | None, Option(metavar="FILE", help="default: CONFIG-twin.yaml beside it")] = None,
+    only: Annotated[Halves | None, Option(help="one half; or stage one on several processes")] = None,
+    launch: Annotated[Path | None, Option(help="of configs/accelerate, for --only processes")] = None,
+    long: Annotated[bool, Option("--long", help="write after 10^5 and 10^6 bytes, too: minutes")] = False,
+    steps: Annotated[int, Option(min=1, help="timed, of each")] = 10,
+    json: options.Report = None,
+) -> None:
+    """Speed of training and generation, beside the twin's."""
+    if layers == (config is not None):
+        raise ConfigError("pass --config FILE, or --layers without it")
+    if launch is not None and only != "processes":
+        raise ConfigError("--launch says how --only processes starts them: pass both")
+    if json is not None:
+        check_report_path(json, "RG-LRU" if layers else "bytes_per_step")
+    from hldm.studies import bench, bench_layers
+
+    if config is None:
+        found = bench_layers.measure(repeats=steps)
+    elif only == "processes":
+        found = bench.measure_processes(load_config(config), steps=steps, launch=launch)
+    else:
+        other = twin or config.with_name(f"{config.stem}-twin{config.suffix}")
+        found = bench.measure(load_config(config), load_config(other), steps=steps, only=only, long=long)
+    show(*(bench_layers if layers else bench).report(found))
+    _save(json, lambda path: save_report(path, found))

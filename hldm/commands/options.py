@@ -1,0 +1,35 @@
+"""Options that several commands share, each a type with its spelling and its help."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Literal
+
+from typer import Argument, BadParameter, Option
+
+
+def check_minutes(value: float | None) -> float | None:
+    """For typer's callback: the minutes, if they can be waited for."""
+    if value is not None and not 0 < value < math.inf:
+        raise BadParameter(f"must be positive and finite, got {value:g}")
+    return value
+
+
+def _check_seed(value: int) -> int:
+    if not 0 <= value < 2**62:  # torch takes 63 bits, and each of several texts adds one
+        raise BadParameter(f"must lie in 0..2^62-1, got {value}")
+    return value
+
+
+Run = Annotated[Path, Option(help="folder of the run, e.g. runs/demo")]
+RunOrShipped = Annotated[Path | None, Option(help="folder of the run (default: the shipped one)")]
+Split = Literal["validation", "test"]
+Configs = Annotated[list[Path], Option("--config", metavar="FILE", help="YAML; may repeat")]
+Paired = Annotated[Path, Option(metavar="FILE", help="its twin is NAME-twin.yaml beside it")]
+Overrides = Annotated[list[str] | None, Argument(metavar="a.b=c", help="any setting, e.g. data.lanes=64")]
+Minutes = Annotated[float, Option(callback=check_minutes, help="of training, each")]
+Clock = Annotated[Literal["wall", "cpu"], Option(help="what minutes count: cpu on a machine that is busy")]
+MaxCharacters = Annotated[int, Option("--max-characters", "--max-chars", min=1, help="of each continuation")]
+Seed = Annotated[int, Option(callback=_check_seed, help="same seed, same noise")]
+Report = Annotated[Path | None, Option("--json", metavar="FILE", help="write all numbers there, too")]

@@ -1,0 +1,164 @@
+"""Commands that train, and what belongs to it: memory and disk beforehand, a copy to keep afterwards."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated
+
+from typer import Option
+
+from hldm.commands.options import Configs, Overrides, Paired, Run, check_minutes
+from hldm.config import Config, changed, load_config, stage_training, to_yaml
+from hldm.evaluation.tables import compare, show
+from hldm.runs.folder import export_run
+
+DEMO_PROMPTS = 3  # continued by `hldm demo`
+
+Name = Annotated[str | None, Option(help="run folder below runs/ (default: the config file's name)")]
+Steps = Annotated[int | None, Option(help="optimizer steps")]
+Limit = Annotated[float | None, Option(callback=check_minutes, help="wall clock limit, schedule included")]
+Resume = Annotated[bool, Option("--resume", help="go on from the newest good checkpoint")]
+PrintConfig = Annotated[bool, Option("--print-config", help="print the resolved config and stop")]
+
+
+def train_autoencoder(
+    *,
+    config: Configs,
+    overrides: Overrides = None,
+    name: Name = None,
+    steps: Steps = None,
+    minutes: Limit = None,
+    resume: Resume = False,
+    print_config: PrintConfig = False,
+) -> None:
+    """Stage one: train the autoencoder, or a twin.
+
+    Several processes: accelerate launch --multi_gpu --num_processes 2 train_autoencoder.py ... (on CPU, too)
+    """
+    _train("autoencoder", config, overrides, name, steps, minutes, resume, print_config)
+
+
+def train_diffusion(
+    *,
+    config: Configs,
+    overrides: Overrides = None,
+    name: Name = None,
+    steps: Steps = None,
+    minutes: Limit = None,
+    resume: Resume = False,
+    print_config: PrintConfig = False,
+) -> None:
+    """Stage two: train the diffusion prior on its latents.
+
+    Several processes: accelerate launch --multi_gpu --num_processes 2 train_diffusion.py ... (on CPU, too)
+    """
+    _train("prior", config, overrides, name, steps, minutes, resume, print_config)
+
+
+def _train(
+    stage: str,
+    files: list[Path],
+    overrides: list[str] | None,
+    name: str | None,
+    steps: int | None,
+    minutes: float | None,
+    resume: bool,
+    print_config: bool,
+) -> None:
+    """Files, then overrides, then the flags of the stage."""
+    config = load_config(files, overrides or [])
+    changes: dict[str, float] = {}
+    if steps is not None:
+        # the one that is given alone lifts the config's other limit
+        changes |= {"steps": steps, "minutes": 0.0}
+    if minutes is not None:
+        changes |= {"minutes": minutes, "steps": changes.get("steps", 10**9)}
+    config = stage_training(changed(config, name=name or config.name or files[-1].stem), stage, **changes)
+    if print_config:
+        print(to_yaml(config), end="")
+        return
+    from hldm.training import stages
+
+    train = stages.train_autoencoder if stage == "autoencoder" else stages.train_diffusion
+    train(config, resume=resume)
+
+
+def sizes(
+    *,
+    config: Configs,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, Option("--json", help="the same as one JSON object, in bytes")] = False,
+) -> int:
+    """What a config needs in memory and on disk.
+
+    Stage by stage; exit code 2 when it does not fit.
+    """
+    from hldm.training.sizes import report, survey
+
+    found = survey(load_config(config, overrides or []))
+    print(json.dumps(found, indent=1) if as_json else report(found))
+    return 0 if found["fits"] else 2
+
+
+def export(*, run: Run, to: Annotated[Path, Option(help="a folder that is not there yet")]) -> None:
+    """Copy a trained run, without what only training needs."""
+    export_run(run, to)
+    print(f"wrote {to}")
+
+
+def demo(
+    *,
+    config: Paired = Path("configs/tiny.yaml"),
+    name: Annotated[str | None, Option(help="run folder (default: demo, or demo-CONFIG)")] = None,
+) -> None:
+    """Train a model and its twin, evaluate both, write text.
+
+    What is trained is not trained again. Everything is left in runs/NAME and runs/NAME-twin.
+    """
+    began = time.monotonic()
+    name = name or ("demo" if config.stem == "tiny" else f"demo-{config.stem}")
+    model = changed(load_config([config]), name=name)
+    twin = changed(load_config([config.with_name(f"{config.stem}-twin.yaml")]), name=f"{name}-twin")
+    folders = {"model": Path("runs") / name, "twin": Path("runs") / twin.name}
+
+    from hldm.training.sizes import require_room
+    from hldm.training.stages import train_run
+
+    for planned, stage in ((model, "autoencoder"), (model, "prior"), (twin, "autoencoder")):
+        require_room(planned, stage)  # before the first of them takes an hour
+    train_run(model)
+    train_run(twin)
+
+    from hldm.evaluation.evaluate import evaluate_run
+    from hldm.runs.reports import save_report
+
+    columns = {}
+    for label, folder in folders.items():
+        print(f"evaluating {folder} on the test text", flush=True)
+        columns[label] = evaluate_run(folder)
+        save_report(folder / "evaluation.json", columns[label])
+    _write_samples(model, folders["model"])
+    show(compare(columns))
+    minutes = (time.monotonic() - began) / 60
+    print(f"\n{minutes:.1f} minutes. Everything is in {folders['model']} and {folders['twin']}.")
+    print(f'Next: python generate.py --run {folders["model"]} --prompt "And the king said"')
+
+
+def _write_samples(config: Config, folder: Path) -> None:
+    """Three continuations of held-out prompts."""
+    from hldm.evaluation.prompts import held_out_prompts, prompt_chunker
+    from hldm.generation.pipeline import HLDMPipelineOutput, read_pipeline
+    from hldm.text.bytes import printable
+
+    pipeline = read_pipeline(folder / "pipeline")
+    chunker = prompt_chunker(pipeline.autoencoder)
+    prompts = [
+        prompt for prompt, _ in held_out_prompts(config, chunker, "test", DEMO_PROMPTS, prompt_characters=80)
+    ]
+    output = pipeline(prompts, max_characters=240, seed=config.seed)
+    assert isinstance(output, HLDMPipelineOutput)
+    for prompt, text in zip(prompts, output.texts, strict=True):
+        print(printable(f"\n{prompt.decode(errors='replace')} >>>{text}"))
+    print()
