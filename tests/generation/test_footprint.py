@@ -24,6 +24,7 @@ from tests.training.test_sizes import run_limited
 )
 def test_writing_too_much_is_refused_within_ten_seconds_under_a_limit(arguments, trained_run, tmp_path):
     with open(tmp_path / "huge.txt", "wb") as file:
+        file.write(b"a" * 2**21)
         file.truncate(10**12)  # sparse: takes no disk
     command = [str(ROOT / "generate.py"), "--run", str(trained_run), *arguments]
     code, error, seconds = run_limited(*command, cwd=tmp_path)
