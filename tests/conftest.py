@@ -50,7 +50,7 @@ SMALL = [
 def corpus_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twenty short documents of the built-in text."""
     from hldm.config import DataConfig
-    from hldm.text.corpus import load_corpus
+    from hldm.sources.corpora import load_corpus
 
     text = load_corpus(DataConfig(), "validation").text[:8000].tobytes().decode()
     path = tmp_path_factory.mktemp("corpus") / "text.txt"

@@ -51,10 +51,10 @@ from hldm.model.prior import Prior
 from hldm.runs.checkpoints import load_checkpoint, save_checkpoint
 from hldm.runs.files import fingerprint
 from hldm.settings import parse_override
+from hldm.sources.corpora import load_corpora
+from hldm.sources.encodings import read_text
+from hldm.sources.files import matching_files
 from hldm.text.bytes import StreamDecoder, count_characters, printable, split_incomplete, to_bytes, to_ids
-from hldm.text.corpus import load_corpora
-from hldm.text.encodings import read_text
-from hldm.text.files import matching_files
 
 SECONDS, BYTES = 10.0, 2**30
 ROOT = Path(__file__).parent.parent

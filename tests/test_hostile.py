@@ -115,7 +115,7 @@ def bomb(file):  # 10 GB of one letter in 10 MB: one block of 100 MB, a hundred 
 with open({str(path)!r}, "wb") as file:
     {make}
 from hldm.config import DataConfig
-from hldm.text.corpus import load_corpora
+from hldm.sources.corpora import load_corpora
 if "parquet" in {name!r}:
     import pyarrow.parquet
 resource.setrlimit(resource.RLIMIT_DATA, (2**30, 2**30))
@@ -137,7 +137,7 @@ def test_one_bad_row_in_a_thousand_is_left_out_and_counted(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(rows))
     from hldm.config import DataConfig
-    from hldm.text.corpus import load_corpora
+    from hldm.sources.corpora import load_corpora
 
     with pytest.warns(UserWarning, match=r"left out 2 bad of 3,000 rows; the first: .*a\.jsonl:1501: field"):
         corpora = load_corpora(DataConfig(path=str(path)))

@@ -18,6 +18,7 @@ ROOMS = (
     {"settings"},
     {"config"},
     {"text"},
+    {"sources"},
     {"runs"},
     {"model"},
     {"chunking"},
@@ -35,7 +36,7 @@ FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
 ALLOWED_IN = {
     "diffusers": {"runs", "model", "chunking", "generation"},
     "accelerate": {"training"},
-    "datasets": {"text", "evaluation"},
+    "datasets": {"sources", "evaluation"},
     "evaluate": {"evaluation"},
     "rouge_score": {"evaluation"},
     "transformers": {"generation", "studies"},

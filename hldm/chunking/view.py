@@ -14,8 +14,9 @@ from hldm.chunking.pretrained import shipped_signaller
 from hldm.chunking.segmenter import Signaller
 from hldm.chunking.strategies import SEGMENTERS, read_segmenter, sample_of
 from hldm.config import ChunkingConfig, ConfigError, DataConfig, changed, load_config
+from hldm.sources.corpora import load_corpus
 from hldm.text.bytes import printable, tinted
-from hldm.text.corpus import Corpus, load_corpus
+from hldm.text.corpus import Corpus
 
 TINTS = ("#cfe8ff", "#ffe6b3")  # light blue and light orange, told apart without colour vision
 STYLE = (

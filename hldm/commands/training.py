@@ -150,8 +150,8 @@ def _write_samples(config: Config, folder: Path) -> None:
     """Three continuations of held-out prompts."""
     from hldm.evaluation.prompts import choose_prompts, prompt_chunker
     from hldm.generation.pipeline import HLDMPipelineOutput, read_pipeline
+    from hldm.sources.corpora import load_corpus
     from hldm.text.bytes import printable
-    from hldm.text.corpus import load_corpus
 
     pipeline = read_pipeline(folder / "pipeline")
     corpus, chunker = load_corpus(config.data, "test"), prompt_chunker(pipeline.autoencoder)

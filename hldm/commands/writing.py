@@ -17,8 +17,8 @@ from hldm.commands.options import MaxCharacters, RunOrShipped, Seed, check_minut
 from hldm.config import ChunkingConfig, GenerationConfig, Strategy, changed
 from hldm.runs.folder import shipped_run
 from hldm.runs.signals import Stopped
+from hldm.sources.encodings import read_text
 from hldm.text.bytes import MAX_PROMPT_BYTES, shows_colour
-from hldm.text.encodings import read_text
 
 if TYPE_CHECKING:
     from hldm.generation.pipeline import HLDMPipeline

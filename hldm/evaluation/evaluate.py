@@ -26,8 +26,9 @@ from hldm.evaluation.reconstruction import reconstruct
 from hldm.evaluation.words import count_words
 from hldm.generation.pipeline import HLDMPipeline, read_pipeline
 from hldm.runs.folder import read_totals
-from hldm.text.corpus import Split, load_corpora, make_corpus
-from hldm.text.encodings import is_blank, read_text
+from hldm.sources.corpora import load_corpora
+from hldm.sources.encodings import is_blank, read_text
+from hldm.text.corpus import Split, make_corpus
 from hldm.text.windows import Windows
 
 MAX_TEXT_BYTES = 10**9  # as data.max_bytes: more text would take days

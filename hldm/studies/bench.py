@@ -18,8 +18,8 @@ from hldm.chunking.strategies import attach_segmenter
 from hldm.config import Config, ConfigError
 from hldm.evaluation.tables import Table
 from hldm.runs.folder import describe_environment
+from hldm.sources.corpora import load_corpus
 from hldm.studies import bench_processes, bench_training, bench_writing
-from hldm.text.corpus import load_corpus
 
 
 def measure(

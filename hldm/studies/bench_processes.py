@@ -20,8 +20,8 @@ import torch
 
 from hldm.config import Config, ConfigError, load_config, to_yaml
 from hldm.evaluation.tables import Table, row
+from hldm.sources.corpora import load_corpus
 from hldm.studies.bench_training import stage_one, time_steps, trainer_of, windows_of
-from hldm.text.corpus import load_corpus
 
 TWO_PROCESSES = Path("configs/accelerate/two_processes.yaml")
 TURNS = 3

@@ -30,7 +30,8 @@ from hldm.model.decoder import noisy_latents, read_chunks
 from hldm.model.diffusion import alpha_sigma, sample, sampler_steps
 from hldm.model.prior import Prior, price_latents
 from hldm.model.state import Encoding
-from hldm.text.corpus import Split, load_corpora
+from hldm.sources.corpora import load_corpora
+from hldm.text.corpus import Split
 from hldm.text.windows import Batch, Windows, draw_normal
 
 NOISE_LEVELS = 9  # points of the curve of accuracy against noise

@@ -24,8 +24,9 @@ from hldm.evaluation.metrics import TrainingText, diversity
 from hldm.evaluation.prompts import choose_prompts, prompt_chunker
 from hldm.evaluation.tables import Table
 from hldm.generation.pipeline import HLDMPipeline, read_pipeline
+from hldm.sources.corpora import load_corpora
 from hldm.text.bytes import count_characters
-from hldm.text.corpus import load_corpora, make_corpus
+from hldm.text.corpus import make_corpus
 
 ORDER = 6  # bytes of an n-gram: on 64,000 characters, longer ones are too rare to change the figures
 SPAN = 50  # characters: nobody writes so many like another by chance

@@ -98,7 +98,7 @@ def chunking_for(base: Config, strategy: str, target: int) -> ChunkingConfig:
         return chunking
     from hldm.chunking.chunker import make_chunker
     from hldm.chunking.strategies import sample_of
-    from hldm.text.corpus import load_corpus
+    from hldm.sources.corpora import load_corpus
 
     sample = sample_of(load_corpus(base.data, "train"), FITTED_BYTES)
 
@@ -161,9 +161,10 @@ def measure(run: Path) -> dict[str, Any]:
     from hldm.evaluation.evaluate import evaluate_run
     from hldm.evaluation.reconstruction import bits_of_ends
     from hldm.generation.pipeline import read_pipeline
+    from hldm.sources.corpora import bible_verse_starts, load_corpus
     from hldm.studies.borders import describe_chunks
     from hldm.studies.corruptions import CORRUPTIONS, corrupt
-    from hldm.text.corpus import bible_verse_starts, load_corpus, make_corpus
+    from hldm.text.corpus import make_corpus
 
     evaluation = evaluate_run(run, prompts=PROMPTS)
     pipeline = read_pipeline(run / "pipeline")

@@ -167,8 +167,8 @@ def _measured(point: Point, folder: Path) -> dict[str, Any]:
 
 def _compressors(config: Config) -> dict[str, float]:
     """Bits per character that general compressors spend on the test text after the training text."""
+    from hldm.sources.corpora import load_corpora
     from hldm.text.bytes import count_characters
-    from hldm.text.corpus import load_corpora
 
     corpora = load_corpora(config.data)
     train, test = corpora["train"].text.tobytes(), corpora["test"].text.tobytes()

@@ -25,7 +25,8 @@ from hldm.model.prior import Prior
 from hldm.runs.files import fingerprint
 from hldm.runs.folder import check_settings, read_totals
 from hldm.settings import dotted
-from hldm.text.corpus import Corpus, load_corpora
+from hldm.sources.corpora import load_corpora
+from hldm.text.corpus import Corpus
 from hldm.text.windows import window_of
 from hldm.training.objectives import AutoencoderObjective, PriorObjective
 from hldm.training.sizes import require_room

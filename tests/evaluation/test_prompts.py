@@ -8,7 +8,8 @@ import pytest
 from hldm.chunking.chunker import make_chunker
 from hldm.config import ChunkingConfig, config_from_dict
 from hldm.evaluation.prompts import Prompt, choose_prompts
-from hldm.text.corpus import load_corpus, make_corpus
+from hldm.sources.corpora import load_corpus
+from hldm.text.corpus import make_corpus
 
 WORDS = ChunkingConfig()
 

@@ -11,9 +11,9 @@ import pytest
 
 from hldm.cli import main
 from hldm.config import SegmenterConfig, changed, to_yaml
+from hldm.sources.corpora import load_corpus
 from hldm.studies import bench_training, bench_writing
 from hldm.studies.bench_writing import Case
-from hldm.text.corpus import load_corpus
 
 
 @pytest.fixture
@@ -132,7 +132,7 @@ def test_half_of_it_can_be_measured_alone(configs, half, monkeypatch):
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is measured on Linux alone")
 def test_training_holds_three_numbers_a_weight_and_a_step_adds_a_gradient_each(small_config):
-    from hldm.text.corpus import load_corpus
+    from hldm.sources.corpora import load_corpus
 
     windows = bench_training.windows_of(small_config, load_corpus(small_config.data, "train"))
     objective = bench_training.stage_one(small_config)

@@ -13,11 +13,11 @@ from conftest import ROOT
 from hldm.chunking.chunker import make_chunker
 from hldm.cli import main
 from hldm.config import ConfigError, stage_training, to_dict
+from hldm.sources.corpora import bible_verse_starts, load_corpus
 from hldm.studies import league
 from hldm.studies.corruptions import CORRUPTIONS
 from hldm.studies.league import STRATEGIES, entries, measure, run_league, table
 from hldm.studies.plots import plot_league
-from hldm.text.corpus import bible_verse_starts, load_corpus
 from hldm.training.stages import train_run
 
 TINY = ROOT / "configs/tiny.yaml"

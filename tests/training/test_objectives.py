@@ -10,7 +10,7 @@ from hldm.chunking.chunker import make_chunker
 from hldm.config import Config, DataConfig, load_config
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.prior import Prior
-from hldm.text.corpus import load_corpus
+from hldm.sources.corpora import load_corpus
 from hldm.text.windows import Windows
 from hldm.training.objectives import AutoencoderObjective, PriorObjective, Step
 

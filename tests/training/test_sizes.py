@@ -23,8 +23,8 @@ from hldm.model.prior import Prior
 from hldm.model.state import named_tensors
 from hldm.runs.folder import Run
 from hldm.runs.machine import peak_memory
+from hldm.sources.corpora import load_corpus
 from hldm.studies import bench_training
-from hldm.text.corpus import load_corpus
 from hldm.training import sizes
 from hldm.training.objectives import AutoencoderObjective, PriorObjective
 from hldm.training.optimizers import make_optimizers

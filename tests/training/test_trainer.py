@@ -20,7 +20,7 @@ from hldm.config import Config, ConfigError, changed, stage_training
 from hldm.model.autoencoder import Autoencoder
 from hldm.runs.checkpoints import newest_checkpoint
 from hldm.runs.exits import Interrupted
-from hldm.text.corpus import load_corpora
+from hldm.sources.corpora import load_corpora
 from hldm.text.windows import Batch, Windows
 from hldm.training.objectives import AutoencoderObjective
 from hldm.training.optimizers import learning_rate

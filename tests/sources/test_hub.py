@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from hldm.config import ConfigError, DataConfig, changed
-from hldm.text.corpus import load_corpora, load_corpus
-from hldm.text.hub import HUB_TIMEOUT_S
+from hldm.sources.corpora import load_corpora, load_corpus
+from hldm.sources.hub import HUB_TIMEOUT_S
 
 DOCUMENTS = [f"document {i}: é and \ufeffmore" for i in range(300)]
 
@@ -70,7 +70,7 @@ def test_a_hub_that_does_not_answer_is_given_up_within_five_seconds(monkeypatch)
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
     assert HUB_TIMEOUT_S < 5
-    monkeypatch.setattr("hldm.text.hub.HUB_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("hldm.sources.hub.HUB_TIMEOUT_S", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and never says a word
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
         monkeypatch.setenv("no_proxy", "127.0.0.1")
@@ -84,7 +84,7 @@ def test_a_hub_that_does_not_answer_is_given_up_within_five_seconds(monkeypatch)
 def test_offline_a_dataset_that_is_not_cached_is_refused(tmp_path):
     code = """
 from hldm.config import DataConfig
-from hldm.text.corpus import load_corpus
+from hldm.sources.corpora import load_corpus
 try:
     load_corpus(DataConfig(dataset="roneneldan/TinyStories"), "train")
 except ValueError as error:
@@ -151,7 +151,7 @@ ANSWERS = {
 ASK = """
 import sys, warnings
 from hldm.config import DataConfig
-from hldm.text.corpus import load_corpora
+from hldm.sources.corpora import load_corpora
 try:
     load_corpora(DataConfig(dataset="some/thing", stream=True))
 except ValueError as error:
