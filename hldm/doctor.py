@@ -109,7 +109,7 @@ def _kernels() -> str:
 
 def check_corpus() -> Iterator[Finding]:
     """Whether the built-in corpus can be read."""
-    from hldm.text.corpus import bible_verses
+    from hldm.sources.corpora import bible_verses
 
     try:
         yield Finding(f"built-in corpus: {len(bible_verses()):,} verses of the Bible in Basic English")
@@ -119,7 +119,7 @@ def check_corpus() -> Iterator[Finding]:
 
 def check_hub() -> Iterator[Finding]:
     """Whether datasets could be fetched by name; nothing else needs that."""
-    from hldm.text.hub import require_hub
+    from hldm.sources.hub import require_hub
 
     try:
         require_hub("Hugging Face hub")

@@ -6,12 +6,11 @@ import os
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from hldm.config import Config, load_config, to_yaml
+from hldm.config import Config, changed, load_config, to_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -51,7 +50,7 @@ SMALL = [
 def corpus_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twenty short documents of the built-in text."""
     from hldm.config import DataConfig
-    from hldm.text.corpus import load_corpus
+    from hldm.sources.corpora import load_corpus
 
     text = load_corpus(DataConfig(), "validation").text[:8000].tobytes().decode()
     path = tmp_path_factory.mktemp("corpus") / "text.txt"
@@ -68,14 +67,14 @@ def small_overrides(corpus_path: Path) -> list[str]:
 @pytest.fixture
 def small_config(small_overrides: list[str]) -> Config:
     """configs/tiny.yaml, much smaller."""
-    return replace(load_config([ROOT / "configs/tiny.yaml"], small_overrides), name="small")
+    return changed(load_config([ROOT / "configs/tiny.yaml"], small_overrides), name="small")
 
 
 @pytest.fixture
 def small_twin(small_overrides: list[str]) -> Config:
     """Its twin."""
     overrides = [o for o in small_overrides if "latent_dim" not in o]
-    return replace(load_config([ROOT / "configs/tiny-twin.yaml"], overrides), name="small-twin")
+    return changed(load_config([ROOT / "configs/tiny-twin.yaml"], overrides), name="small-twin")
 
 
 @pytest.fixture(scope="session")
@@ -84,7 +83,7 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory, corpus_path: Path) -> 
     from hldm.training.stages import train_autoencoder, train_diffusion
 
     overrides = [*SMALL, f"data.path={corpus_path}", 'data.separator="\\n\\n"']
-    config = replace(load_config([ROOT / "configs/tiny.yaml"], overrides), name="small")
+    config = changed(load_config([ROOT / "configs/tiny.yaml"], overrides), name="small")
     root = tmp_path_factory.mktemp("trained") / "runs"
     train_autoencoder(config, root=root)
     return train_diffusion(config, root=root)

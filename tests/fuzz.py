@@ -28,7 +28,6 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from hldm.chunking.chunker import make_chunker
 from hldm.config import (
     AutoencoderConfig,
     ChunkingConfig,
@@ -49,15 +48,13 @@ from hldm.generation.pipeline import ByteTokenizer, HLDMPipeline, read_pipeline
 from hldm.kernels import library as kernels
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.prior import Prior
-from hldm.runs.checkpoints import load_checkpoint, save_checkpoint, unflatten_optimizer
+from hldm.runs.checkpoints import load_checkpoint, save_checkpoint
 from hldm.runs.files import fingerprint
 from hldm.settings import parse_override
+from hldm.sources.corpora import load_corpora
+from hldm.sources.encodings import read_text
+from hldm.sources.files import matching_files
 from hldm.text.bytes import StreamDecoder, count_characters, printable, split_incomplete, to_bytes, to_ids
-from hldm.text.corpus import load_corpora, make_corpus
-from hldm.text.encodings import read_text
-from hldm.text.files import matching_files
-from hldm.text.windows import Windows
-from hldm.training.latent_cache import cache_latents, load_latents
 
 SECONDS, BYTES = 10.0, 2**30
 ROOT = Path(__file__).parent.parent
@@ -122,15 +119,6 @@ class Targets:
         self.checkpoint = save_checkpoint(
             folder, 3, {"model": {"w": weight}, "optimizer": {"m": weight}}, {"a": [1.5]}, keep=1
         )
-        self.latents = folder / "latents.safetensors"
-        windows = Windows(
-            make_corpus("a", [b"some words of text " * 9]),
-            make_chunker(ChunkingConfig()),
-            lanes=1,
-            window_bytes=64,
-            shuffle=False,
-        )
-        cache_latents(lambda batch: torch.randn(*batch.chunk_index.shape, 3), windows, self.latents, {"a": 1})
         self.configs = [path.read_bytes() for path in sorted((ROOT / "configs").glob("*.yaml"))]
         self.configs.append(to_yaml(load_config(ROOT / "configs/tiny.yaml")).encode())
         self.corpora = _corpora()
@@ -271,15 +259,6 @@ class Targets:
             load_checkpoint(self.checkpoint)
             assert not is_changed, "a damaged checkpoint was loaded"
 
-    def optimizer_layout(self, rng: random.Random) -> None:
-        """The JSON that says where an optimizer's tensors belong."""
-        data = self.last = mutated(b'{"dict": [["state", {"tensor": "a"}], ["g", [{"tuple": [1, 2]}]]]}', rng)
-        try:
-            layout = json.loads(data)
-        except (ValueError, RecursionError):
-            return
-        unflatten_optimizer({"a": torch.zeros(1)}, layout)
-
     def pipeline_folder(self, rng: random.Random) -> None:
         """A saved pipeline with a file damaged; the tensors of what loads are those of a model."""
         files = [path for path in sorted((self.folder / "pipeline").rglob("*")) if path.is_file()]
@@ -306,11 +285,6 @@ class Targets:
             case _:
                 state[name] = torch.full(state[name].shape, float(kind[0]))
         self._refused(path, save({key: value.contiguous() for key, value in state.items()}))
-
-    def cached_latents(self, rng: random.Random) -> None:
-        """A cache of latents, damaged."""
-        with self._damaged(self.latents, rng):
-            assert load_latents(self.latents, {"a": 1}).shape[1] == 3
 
     def prompt(self, rng: random.Random) -> None:
         """Prompts into the model that writes."""
@@ -362,10 +336,8 @@ SHARES: dict[str, int] = {
     "words": 4,
     "damaged_library": 2,
     "checkpoint_folder": 9,
-    "optimizer_layout": 6,
     "pipeline_folder": 2,
     "tensors": 1,
-    "cached_latents": 6,
     "prompt": 1,
 }
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from hldm.config import (
     Config,
     ConfigError,
     PriorConfig,
+    changed,
     config_from_dict,
     load_config,
     section_from_dict,
@@ -74,7 +74,8 @@ def test_a_file_inherits_from_its_base_but_not_its_name(tmp_path):
 
 def test_a_base_that_inherits_from_itself_is_refused(tmp_path):
     (tmp_path / "y.yaml").write_text("base: x.yaml\n")
-    assert refusal(tmp_path, "base: y.yaml\n") == "y.yaml:1:7: base 'x.yaml' inherits from itself"
+    message = refusal(tmp_path, "base: y.yaml\n")
+    assert message.startswith("x.yaml:1:7: base 'y.yaml' ends a chain of more than 50 bases")
 
 
 def test_a_field_decides_the_type_of_its_text(tmp_path):
@@ -100,19 +101,21 @@ def test_a_field_decides_the_type_of_its_text(tmp_path):
         ("seed: 1.0", "x.yaml:1:7: seed must be a whole number in digits, got '1.0'"),
         (
             f"seed: {10**30}",
-            "x.yaml:1:7: seed must be a whole number in digits, got '100000000000...0000000000000'",
+            f"x.yaml:1:7: seed must be less than {2**63}, got {10**30}",
         ),
         ("training: {prior: {learning_rate: true}}", "learning_rate must be a finite number, got 'true'"),
-        ("training: {prior: {learning_rate: nan}}", "learning_rate must be a finite number, got 'nan'"),
+        ("training: {prior: {learning_rate: nan}}", "learning_rate must be a finite number, got nan"),
         ("diffusion: {gamma_1: .inf}", "diffusion.gamma_1 must be a finite number, got '.inf'"),
-        ("training: {prior: {learning_rate: 1e30}}", "learning_rate must be a number below 2^63, got '1e30'"),
-        ("diffusion: {gamma_1: inf}", "diffusion.gamma_1 must be a finite number, got 'inf'"),
+        (
+            "training: {prior: {learning_rate: 1e30}}",
+            "learning_rate must be less than 9223372036854776000, got 1e+30",
+        ),
+        ("diffusion: {gamma_1: inf}", "diffusion.gamma_1 must be a finite number, got inf"),
         ("data: {stream: 2}", "data.stream must be true or false, got '2'"),
-        ("data: {path: [a]}", "data.path must be text without ${, got ['a']"),
-        ("data: {path: '${oc.env:HOME}'}", "data.path must be text without ${, got '${oc.env:HOME}'"),
+        ("data: {path: [a]}", "data.path must be text, got ('a',)"),
         (
             "autoencoder: {pooling: max}",
-            "autoencoder.pooling must be one of 'mean', 'strided', got 'max'",
+            "autoencoder.pooling must be 'mean' or 'strided', got 'max'",
         ),
         (
             "logging: {trackers: tensorboard}",
@@ -154,10 +157,10 @@ def test_an_unknown_key_in_a_file_is_named_with_its_line(tmp_path):
         ("autoencoder: {decoder: {width: 6}}", "x.yaml:1:32: autoencoder.decoder.width must be divisible by"),
         (
             "training:\n  autoencoder: {steps: 0}",
-            "x.yaml:2:24: training.autoencoder.steps must be positive, got 0",
+            "x.yaml:2:24: training.autoencoder.steps must be greater than 0, got 0",
         ),
-        ("chunking: {min_bytes: 90}", "x.yaml:1:23: chunking.min_bytes must not exceed chunking.max_bytes"),
-        ("seed: -1", "x.yaml:1:7: seed must lie in 0..2^63-1, got -1"),
+        ("chunking: {min_bytes: 90}", "x.yaml:1:23: chunking.min_bytes must not exceed max_bytes"),
+        ("seed: -1", "x.yaml:1:7: seed must be at least 0, got -1"),
         (
             "autoencoder: {pooling: strided}",
             "x.yaml:1:24: autoencoder.pooling=strided needs chunks of a constant length: set chunking.strategy=fixed",
@@ -182,21 +185,27 @@ def test_a_value_out_of_range_is_refused_under_its_full_key(tmp_path, text, expe
             "data.lanes: 1\ndata: {lanes: 1}",
             "x.yaml:2:8: duplicate key 'data.lanes', first set at x.yaml:1:1",
         ),
-        ("seed: !!python/object/apply:os.getpid []", "x.yaml:1:7: tags such as"),
-        ("seed: !!int 1", "x.yaml:1:7: tags such as"),
-        ("a: &a [1]\nb: [*a, *a]", "x.yaml:1:4: anchors and aliases are refused"),
-        ("data: {path: *txt}", "x.yaml:1:14: anchors and aliases are refused; quote a value"),
-        ("data: {path: *.txt}", "x.yaml:1:15: not valid YAML: expected alphabetic or numeric character"),
+        ("seed: !!python/object/apply:os.getpid []", "x.yaml:1:7: anchors, aliases and tags"),
+        ("seed: !!int 1", "x.yaml:1:7: anchors, aliases and tags"),
+        ("a: &a [1]\nb: [*a, *a]", "x.yaml:1:4: anchors, aliases and tags are refused"),
+        ("data: {path: *txt}", "x.yaml:1:14: anchors, aliases and tags are refused; quote a value"),
+        (
+            "data: {path: *.txt}",
+            "x.yaml:1:15: not valid YAML: while scanning an alias expected alphabetic or numeric character",
+        ),
         ("a: " + "[" * 5000, "x.yaml:1:"),
-        ("{a: " * 5000, "x.yaml:1:201: nested deeper than 50"),
+        ("{a: " * 5000, "x.yaml:1:202: nested deeper than 50"),
         (b"name: caf\xe9", "x.yaml:1:10: byte 0xe9 is not UTF-8"),
         (b"seed: 1\nname: \x07", "x.yaml:2:7: the character"),
-        ("seed: [1", "x.yaml:1:9: not valid YAML: expected ',' or ']'"),
-        ("seed: 1\n\tdata: 2", "x.yaml:2:1: not valid YAML: found character '\\t'"),
-        ("# comment\n---\nseed: 1\n---\nseed: 2", "x.yaml:4:1: a config is one document"),
+        ("seed: [1", "x.yaml:1:9: not valid YAML: while parsing a flow sequence expected ',' or ']'"),
+        (
+            "seed: 1\n\tdata: 2",
+            "x.yaml:2:1: not valid YAML: while scanning for the next token found character '\\t'",
+        ),
+        ("# comment\n---\nseed: 1\n---\nseed: 2", "x.yaml:4:1: not valid YAML: expected a single document"),
         ("- seed", "x.yaml:1:1: expected lines of `key: value`"),
         ("? [a]\n: 1", "x.yaml:1:3: expected a single value"),
-        ("#" * 1_000_001, "x.yaml: longer than 1000000 bytes"),
+        ("#" * 100_001, "x.yaml: longer than 100000 bytes"),
     ],
 )
 def test_what_is_no_config_is_refused_at_its_place(tmp_path, text, expected):
@@ -211,7 +220,7 @@ def test_what_is_no_config_is_refused_at_its_place(tmp_path, text, expected):
         ("seed=", "command line: seed must be a whole number in digits, got ''"),
         ("name=caf\udce9", "command line: 'name=caf\\udce9' is not UTF-8"),
         ('name="x', "command line: not valid YAML: "),
-        ("logging.trackers=[&a b]", "command line: anchors and aliases"),
+        ("logging.trackers=[&a b]", "command line: anchors, aliases"),
     ],
 )
 def test_a_bad_override_is_refused(tmp_path, override, expected):
@@ -241,19 +250,17 @@ def test_a_dict_nested_without_end_is_refused():
 
 @settings(max_examples=25, deadline=None)
 @given(
-    text=st.text(st.characters(exclude_categories=["Cs"]), max_size=20).filter(
-        lambda t: "${" not in t and t != "???"
-    ),
+    text=st.text(st.characters(exclude_categories=["Cs"]), max_size=20),
     number=st.floats(1e-300, 1e300),
     seed=st.integers(0, 2**63 - 1),
 )
 def test_a_config_written_and_read_again_is_the_same(tmp_path_factory, text, number, seed):
-    config = replace(Config(name="no"), seed=seed)
-    config = replace(
+    config = changed(Config(name="no"), seed=seed)
+    config = changed(
         config,
-        data=replace(config.data, path=text, separator=text),
-        diffusion=replace(config.diffusion, gamma_0=-min(number, 20.0)),
-        logging=replace(config.logging, trackers=(text, "null")),
+        data=changed(config.data, path=text, separator=text),
+        diffusion=changed(config.diffusion, gamma_0=-min(number, 20.0)),
+        logging=changed(config.logging, trackers=(text, "null")),
     )
     assert config_from_dict(to_dict(config)) == config
     path = tmp_path_factory.mktemp("config") / "x.yaml"
@@ -268,7 +275,7 @@ def test_to_dict_holds_plain_values_only():
 
 
 def test_importing_config_imports_no_torch():
-    code = "import sys, hldm.config; sys.exit('torch' in sys.modules or 'omegaconf' in sys.modules)"
+    code = "import sys, hldm.config; sys.exit(bool({'torch', 'numpy'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -279,6 +286,8 @@ def test_importing_config_imports_no_torch():
         "prior.one_step=none",
         "prior.energy.samples=3",
         "autoencoder.byte_dropout=0",
+        "data.cache_latents=false",
+        "prior.self_conditioning=0.0",
     ],
 )
 def test_a_retired_setting_that_says_what_is_left_is_dropped(override):
@@ -295,6 +304,9 @@ def test_a_retired_setting_that_says_what_is_left_is_dropped(override):
         "prior.one_step=energy",
         "diffusion.target=eps",
         "generation.scheduler=energy",
+        "generation.scheduler=flow",
+        "data.cache_latents=true",
+        "prior.self_conditioning=0.5",
     ],
 )
 def test_a_form_that_was_removed_is_refused_by_name(override, tmp_path):
@@ -312,5 +324,67 @@ def test_a_form_that_was_removed_is_refused_by_name(override, tmp_path):
 
 
 def test_a_saved_section_with_retired_settings_loads():
-    old = asdict(PriorConfig()) | {"one_step": "none", "energy": {"width": 128, "samples": 8}}
+    old = to_dict(PriorConfig()) | {"one_step": "none", "energy": {"width": 128, "samples": 8}}
     assert section_from_dict(PriorConfig, old) == PriorConfig()
+
+
+@pytest.mark.parametrize(
+    ("text", "choices"),
+    [
+        (
+            "chunking: {strategy: word}",
+            "chunking.strategy must be 'fixed', 'words', .* or 'select', got 'word'",
+        ),
+        (
+            "autoencoder: {encoder: {blocks: [mlp]}}",
+            "autoencoder.encoder.blocks must be 'recurrent' or 'attention', got 'mlp'",
+        ),
+    ],
+)
+def test_a_wrong_choice_is_refused_with_all_right_ones(tmp_path, text, choices):
+    assert re.search(choices, refusal(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("training.prior.gradient_checkpointing", ("no", "off", "1", "")),
+        ("data.lanes", ("0", "-1", "0x10", "4.0", str(2**63))),
+        ("generation.temperature", ("nan", "-inf", "1e300", "-1", "warm")),
+        ("training.prior.warmup", ("1", "-0.1", "nan")),
+    ],
+)
+def test_a_number_without_sense_and_another_word_for_false_are_refused(key, values):
+    for value in values:
+        with pytest.raises(ConfigError, match=rf"^command line: {key} must be .*, got "):
+            load_config([], [f"{key}={value}"])
+
+
+def test_settings_below_a_stage_keep_the_defaults_of_that_stage():
+    config = load_config([], ["training.prior.steps=7"])
+    assert config.training.prior == changed(Config().training.prior, steps=7)
+    assert config.training.prior.learning_rate == 8e-3
+
+
+def test_a_changed_section_is_checked_and_keeps_its_fields():
+    config = load_config([], ["seed=3", "prior.width=128"])
+    assert to_dict(changed(config, seed=4)) == to_dict(config) | {"seed": 4}
+    with pytest.raises(ConfigError, match=r"^prior\.layers must be greater than 0, got 0$"):
+        changed(config.prior, layers=0)
+    with pytest.raises(ConfigError, match=r"^prior\.width must be a whole number in digits, got '8'$"):
+        changed(config.prior, width="8")
+    with pytest.raises(ConfigError, match=r"^prior\.layer is no setting, got 2$"):
+        PriorConfig(layer=2)
+    with pytest.raises(ConfigError, match=r"^seed must be "):
+        Config(seed=-1)
+    with pytest.raises(ValueError, match="frozen"):
+        config.prior.width = 8
+
+
+def test_a_saved_section_is_refused_under_its_full_key():
+    with pytest.raises(ConfigError, match=r"^settings: prior\.layers must be greater than 0, got 0$"):
+        section_from_dict(PriorConfig, {"layers": 0})
+    with pytest.raises(ConfigError, match=r"^settings: unknown key 'prior\.layer'; .* 'prior\.layers'$"):
+        section_from_dict(PriorConfig, {"layer": 1})
+    with pytest.raises(ConfigError, match=r"^settings: prior\.denoiser_width must be divisible"):
+        section_from_dict(PriorConfig, {"denoiser_width": 6})

@@ -16,25 +16,13 @@ from conftest import ROOT
 from safetensors import SafetensorError
 
 from hldm import cli
-from hldm.chunking.chunker import make_chunker
-from hldm.config import ChunkingConfig, ConfigError, to_yaml
-from hldm.runs import machine
+from hldm.config import to_yaml
 from hldm.runs.checkpoints import newest_checkpoint
-from hldm.runs.folder import open_run
+from hldm.runs.folder import Totals, open_run, write_totals
 from hldm.runs.reports import save_report
-from hldm.text.corpus import make_corpus
-from hldm.text.windows import Windows
 from hldm.training import stage, stages
-from hldm.training.latent_cache import cache_latents
 
 FULL = re.escape(os.strerror(errno.ENOSPC)) + r" \([0-9,]+ bytes free\)"
-WINDOWS = Windows(
-    make_corpus("text", [b"In the beginning " * 200]),
-    make_chunker(ChunkingConfig()),
-    lanes=1,
-    window_bytes=256,
-    shuffle=False,
-)
 
 
 def settings(run: Path):
@@ -47,15 +35,6 @@ class Model:
     def save_pretrained(self, path: str) -> None:
         Path(path).mkdir()
         (Path(path) / "weights").write_bytes(b"new" * 100_000)
-
-
-def write_latents(path: Path) -> None:
-    cache_latents(
-        lambda batch: torch.zeros(*batch.chunk_index.shape, 4),
-        WINDOWS,
-        path,
-        {"corpus": WINDOWS.corpus.fingerprint},
-    )
 
 
 # ---- the disk
@@ -94,9 +73,8 @@ def test_whatever_is_written_to_a_full_disk_says_so_and_leaves_the_old_files_int
     run.close()
     export = small_disk / "model"
     stage.export(Model(), export)
-    table, latents = small_disk / "evaluation.json", small_disk / "latents.safetensors"
+    table = small_disk / "evaluation.json"
     save_report(table, {"bits": 2.0})
-    write_latents(latents)
     run = settings(run.folder)
     before = contents(small_disk)
     fill(small_disk)
@@ -112,10 +90,6 @@ def test_whatever_is_written_to_a_full_disk_says_so_and_leaves_the_old_files_int
         with pytest.raises(OSError, match=FULL) as error:
             write()
         assert Path(error.value.filename).name == name
-    with pytest.raises(
-        ConfigError, match=r"latents.safetensors needs .* of disk, .* set data.cache_latents=false"
-    ):
-        write_latents(latents)
     after = contents(small_disk)
     after.pop("filler")
     for name in ("metrics.jsonl", "samples.txt"):  # appended to, perhaps torn; `rewind` drops what is
@@ -157,9 +131,9 @@ def test_a_log_on_a_full_device_is_named(name, tmp_path):
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_file_that_cannot_be_synced_leaves_the_old_one(number, tmp_path, monkeypatch):
-    table, latents = tmp_path / "evaluation.json", tmp_path / "latents.safetensors"
+    table = tmp_path / "evaluation.json"
     save_report(table, {"bits": 2.0})
-    write_latents(latents)
+    write_totals(tmp_path, Totals())
     before = contents(tmp_path)
 
     def fsync(descriptor: int) -> None:
@@ -168,19 +142,12 @@ def test_a_file_that_cannot_be_synced_leaves_the_old_one(number, tmp_path, monke
     monkeypatch.setattr(os, "fsync", fsync)
     for path, write in (
         (table, lambda: save_report(table, {})),
-        (latents, lambda: write_latents(latents)),
+        (tmp_path / "totals.json", lambda: write_totals(tmp_path, Totals(steps=1))),
     ):
         with pytest.raises(OSError, match=r"bytes free\)") as error:
             write()
         assert (error.value.errno, error.value.filename) == (number, str(path))
     assert contents(tmp_path) == before
-
-
-def test_a_cache_that_will_not_fit_is_refused_before_it_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(machine, "free_disk", lambda folder: (100, folder))
-    with pytest.raises(ConfigError, match="needs .* of disk, 100 bytes available"):
-        write_latents(tmp_path / "latents.safetensors")
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -270,8 +237,9 @@ def test_memory_that_runs_out_in_a_step_ends_in_one_line_and_keeps_the_checkpoin
         [sys.executable, *command], cwd=tmp_path, env=places, capture_output=True, text=True
     )
     assert done.returncode == 4, done.stderr
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith("hldm: out of memory (")
-    assert "go on with --resume" in done.stderr
+    *notes, said = done.stderr.splitlines()
+    assert all("TextNote" in note for note in notes) and said.startswith("hldm: out of memory (")
+    assert "go on with --resume" in said
     assert contents(folder / "checkpoints") == before
     assert newest_checkpoint(folder) is not None
 

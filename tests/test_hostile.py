@@ -42,9 +42,9 @@ def test_two_thousand_random_inputs_are_read_or_refused():
 @pytest.mark.parametrize(
     ("data", "where"),
     [
-        (b"seed: !!python/object/apply:os.system ['true']", ":1:7: tags"),
+        (b"seed: !!python/object/apply:os.system ['true']", ":1:7: anchors, aliases and tags"),
         (b"a: &a [x, x]\nb: [*a, *a]", ":1:4: anchors"),
-        (b"data: " + b"[" * 5000, ":1:8: expected"),
+        (b"data: " + b"[" * 5000, ":1:57: nested deeper"),
         (b"{a: " * 5000, "nested deeper"),
         (b"seed: 1\nseed: 2", ":2:1: duplicate key"),
         (b"sede: 1", ":1:7: unknown key 'sede'"),
@@ -53,8 +53,8 @@ def test_two_thousand_random_inputs_are_read_or_refused():
         (b"seed: \0", ":1:7: the character"),
         (b'base: "\\0"', ":1:7: base"),
         (b'base: "\\ud800"', ":1:7: base"),
-        (b"".join(b"k%d: 1\n" % i for i in range(60_000)), "more than 5000 keys and values"),
-        (b"logging: {trackers: [" + b"a," * 400_000 + b"a]}", "more than 5000 keys and values"),
+        (b"".join(b"k%d: 1\n" % i for i in range(10_000)), ":1:5: unknown key 'k0'"),
+        (b"logging: {trackers: [" + b"a," * 49_000 + b"a]}", ":1:21: logging.trackers must have at most 64"),
     ],
     ids=lambda value: value[:20] if isinstance(value, bytes) else "",
 )
@@ -80,7 +80,7 @@ def test_a_long_chain_of_bases_and_long_lists_of_a_dict_are_refused(tmp_path):
         (tmp_path / f"{number}.yaml").write_text(f"base: {number + 1}.yaml")
     with pytest.raises(ConfigError, match="chain of more than 50 bases"):
         load_config(tmp_path / "0.yaml")
-    with pytest.raises(ConfigError, match="more than 5000 values"):
+    with pytest.raises(ConfigError, match="at most 64 items"):
         config_from_dict({"logging": {"trackers": ["a"] * 5001}})
 
 
@@ -115,7 +115,7 @@ def bomb(file):  # 10 GB of one letter in 10 MB: one block of 100 MB, a hundred 
 with open({str(path)!r}, "wb") as file:
     {make}
 from hldm.config import DataConfig
-from hldm.text.corpus import load_corpora
+from hldm.sources.corpora import load_corpora
 if "parquet" in {name!r}:
     import pyarrow.parquet
 resource.setrlimit(resource.RLIMIT_DATA, (2**30, 2**30))
@@ -137,7 +137,7 @@ def test_one_bad_row_in_a_thousand_is_left_out_and_counted(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(rows))
     from hldm.config import DataConfig
-    from hldm.text.corpus import load_corpora
+    from hldm.sources.corpora import load_corpora
 
     with pytest.warns(UserWarning, match=r"left out 2 bad of 3,000 rows; the first: .*a\.jsonl:1501: field"):
         corpora = load_corpora(DataConfig(path=str(path)))

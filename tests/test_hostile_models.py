@@ -16,7 +16,6 @@ from hldm.config import ConfigError, load_config
 from hldm.generation.pipeline import HLDMPipeline, read_pipeline
 from hldm.model.autoencoder import Autoencoder
 from hldm.runs.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
-from hldm.training.latent_cache import load_latents
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CANARY = "canary"
@@ -72,10 +71,7 @@ def test_a_pickle_under_any_name_that_is_read_is_refused_and_never_run(saved_pip
         with pytest.raises(CheckpointError):
             load_checkpoint(checkpoint)
         path.write_bytes(good)
-    for name in ("latents.safetensors", "config.yaml"):
-        (tmp_path / name).write_bytes(evil(tmp_path))
-    with pytest.raises(ValueError, match="not a file of cached latents"):
-        load_latents(tmp_path / "latents.safetensors", {})
+    (tmp_path / "config.yaml").write_bytes(evil(tmp_path))
     with pytest.raises(ConfigError):
         load_config(tmp_path / "config.yaml")
     assert not (tmp_path / CANARY).exists()

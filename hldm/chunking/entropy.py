@@ -7,16 +7,14 @@ import math
 import torch
 from torch import Tensor
 
-from hldm.chunking.segmenter import Segmenter, SegmenterState
+from hldm.chunking.segmenter import Segmenter
 
 
 class EntropySegmenter(Segmenter):
     """H(x_t | x_<t), bits, of the segmenter's own prediction: a border where it is high."""
 
-    def signal(self, text: Tensor, doc_start: Tensor, state: SegmenterState) -> tuple[Tensor, SegmenterState]:
-        features, after = self.read(text, doc_start, state)
-        log_p = self.outputs(features.before).log_softmax(dim=-1)  # (b t v)
-        return entropy_in_bits(log_p), after
+    def level(self, before: Tensor) -> Tensor:
+        return entropy_in_bits(self.outputs(before).log_softmax(dim=-1))
 
 
 def entropy_in_bits(log_p: Tensor) -> Tensor:

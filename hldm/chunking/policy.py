@@ -50,9 +50,8 @@ class PolicySegmenter(Segmenter):
         self.price: Tensor
         self.register_buffer("price", torch.zeros(()))
 
-    def signal(self, text: Tensor, doc_start: Tensor, state: SegmenterState) -> tuple[Tensor, SegmenterState]:
-        features, state = self.read(text, doc_start, state)
-        return self.policy(features.before), state
+    def level(self, before: Tensor) -> Tensor:
+        return self.policy(before)
 
     def loss(
         self, text: Tensor, doc_start: Tensor, state: SegmenterState, progress: float, generator: Generator

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from hldm.chunking.entropy import entropy_in_bits
 from hldm.chunking.recurrence import Recurrence, fall_of_memory, watched
 from hldm.chunking.segmenter import Rule, SegmenterState, Signaller
-from hldm.config import ChunkingConfig
+from hldm.chunking.strategies import SEGMENTERS
+from hldm.config import ChunkingConfig, changed
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.griffin import GriffinState
-from hldm.runs.folder import shipped_run
+from hldm.runs.folder import shipped, shipped_run
 from hldm.text.bytes import START
 
 BYTES = 256  # of the twin's symbols; the others end things, and the text goes on
@@ -97,12 +98,20 @@ MODEL_SEGMENTERS: dict[str, Callable[[ChunkingConfig, Autoencoder], ModelSegment
 }
 
 
-def ask_shipped_run(chunking: ChunkingConfig, documents: Sequence[np.ndarray]) -> ModelSegmenter:
-    """What the shipped run, or for `entropy` its twin, gives as signal, its threshold set on these documents.
+def shipped_signaller(chunking: ChunkingConfig, documents: Sequence[np.ndarray]) -> Signaller:
+    """What comes with hldm for a strategy, its threshold set on these documents.
 
+    The shipped run or, for `entropy`, its twin, where they have a signal; else a small segmenter within these limits.
     Raises FileNotFoundError in a copy of hldm without it.
     """
-    folder = shipped_run(twin=chunking.strategy == "entropy") / "pipeline" / "autoencoder"
-    segmenter = MODEL_SEGMENTERS[chunking.strategy](chunking, Autoencoder.from_pretrained(folder).eval())
-    segmenter.calibrate(documents)
-    return segmenter
+    strategy = chunking.strategy
+    signaller: Signaller
+    if strategy in MODEL_SEGMENTERS:
+        folder = shipped_run(twin=strategy == "entropy") / "pipeline" / "autoencoder"
+        signaller = MODEL_SEGMENTERS[strategy](chunking, Autoencoder.from_pretrained(folder).eval())
+    else:
+        signaller = SEGMENTERS[strategy].from_pretrained(shipped(f"segmenters/{strategy}")).eval()
+        limits = {name: getattr(chunking, name) for name in ("min_bytes", "max_bytes", "target_bytes")}
+        signaller.chunking = changed(signaller.chunking, **limits)
+    signaller.calibrate(documents)
+    return signaller

@@ -87,10 +87,9 @@ class StateSegmenter(ForgettingSegmenter):
 
     rule: Rule = "movement"
 
-    @property
-    def carried(self) -> int:
-        """k: the taught channels' last state."""
-        return self.settings.width // 4
+    def build(self) -> None:
+        super().build()
+        self.carried = self.channels  # their last state
 
     def signal(self, text: Tensor, doc_start: Tensor, state: SegmenterState) -> tuple[Tensor, SegmenterState]:
         _, recurrence, after = self.recurrence(text, doc_start, state)
@@ -108,11 +107,7 @@ class GateSegmenter(ForgettingSegmenter):
     """
 
     block = 0
-
-    @property
-    def carried(self) -> int:
-        """k: what the last byte keeps, and its fall."""
-        return 2
+    carried = 2  # what the last byte keeps, and its fall
 
     def signal(self, text: Tensor, doc_start: Tensor, state: SegmenterState) -> tuple[Tensor, SegmenterState]:
         gates, after = self.first_gates(text, doc_start, state)

@@ -28,17 +28,12 @@ class LearnedSegmenter(Segmenter):
     """
 
     def build(self) -> None:
-        width = self.settings.width
+        width = self.carried = self.settings.width  # the state two bytes back
         self.query, self.key = (nn.Linear(width, width, bias=False) for _ in range(2))
         for linear in (self.query, self.key):
             nn.init.eye_(linear.weight)
         self.turn = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
         self.writer = ChunkWriter(width)
-
-    @property
-    def carried(self) -> int:
-        """k: the state two bytes back."""
-        return self.settings.width
 
     def probability(self, features: Features, state: SegmenterState) -> tuple[Tensor, Tensor]:
         """p_t (b t), and what is carried on. state: as it was before these features."""

@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
@@ -23,7 +22,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Generator, Tensor, nn
 
 from hldm.chunking.chunker import Chunker, Cutter
-from hldm.config import ChunkingConfig, GriffinConfig, section_from_dict
+from hldm.config import ChunkingConfig, section_from_dict, to_dict
 from hldm.model.griffin import Griffin, GriffinState
 from hldm.runs.saved_model import SavedModel
 from hldm.text.bytes import to_ids
@@ -100,10 +99,7 @@ class Signaller:
 class Segmenter(SavedModel, Signaller):
     """Bytes -> Griffin -> next byte, and the signal of a strategy."""
 
-    @property
-    def carried(self) -> int:
-        """k of SegmenterState.carry."""
-        return 1
+    carried = 1  # k of SegmenterState.carry
 
     @register_to_config
     def __init__(self, chunking: dict):
@@ -111,8 +107,7 @@ class Segmenter(SavedModel, Signaller):
         self.chunking = section_from_dict(ChunkingConfig, chunking)
         settings = self.settings = self.chunking.segmenter
         self.embed = nn.Embedding(256, settings.width)
-        blocks = ("recurrent",) * settings.layers
-        self.trunk = Griffin(GriffinConfig(width=settings.width, blocks=blocks), window=1)
+        self.trunk = Griffin(settings.trunk, window=1)
         self.outputs = nn.Linear(settings.width, 256)
         nn.init.normal_(self.embed.weight, std=0.5)
         nn.init.normal_(self.outputs.weight, std=0.5 * settings.width**-0.5)
@@ -123,7 +118,7 @@ class Segmenter(SavedModel, Signaller):
     @classmethod
     def from_settings(cls: type[S], chunking: ChunkingConfig) -> S:
         """Build from the config's section."""
-        return cls(asdict(chunking))
+        return cls(to_dict(chunking))
 
     def build(self) -> None:
         """Add what the strategy has beside the trunk."""
@@ -135,6 +130,14 @@ class Segmenter(SavedModel, Signaller):
         return SegmenterState(
             self.trunk.initial_state(batch), feature, feature.new_zeros(batch, self.carried)
         )
+
+    def level(self, before: Tensor) -> Tensor:
+        """(b t 1) the signal of a byte by the features before it (b t d), where that is all it takes."""
+        raise NotImplementedError
+
+    def signal(self, text: Tensor, doc_start: Tensor, state: SegmenterState) -> tuple[Tensor, SegmenterState]:
+        features, state = self.read(text, doc_start, state)
+        return self.level(features.before), state
 
     def read(self, text: Tensor, doc_start: Tensor, state: SegmenterState) -> tuple[Features, SegmenterState]:
         """Features of text (b t), documents of which start where doc_start (b t) says."""
@@ -211,17 +214,14 @@ class SegmenterChunker(Chunker):
         """(t k) of a whole document."""
         state, found = self.segmenter.initial_state(1), []
         for begin in range(0, len(document), BLOCK_BYTES):
-            signal, state = self.read(
-                document[begin : begin + BLOCK_BYTES].tobytes(), [0] if begin == 0 else [], state
-            )
+            stretch = document[begin : begin + BLOCK_BYTES].tobytes()
+            signal, state = self.read(stretch, [] if begin else [0], state)
             found.append(signal)
         return np.concatenate(found)
 
     def cut(self, text: bytes, signal: np.ndarray, threshold: float) -> np.ndarray:
         """(t,) bool: chunks of a whole document under another threshold."""
-        return _cut(
-            text, signal, Cutter(self.min_bytes, self.max_bytes), threshold, self.segmenter.rule, None
-        )[0]
+        return _SignalCutter(self, threshold).cut(text, signal)
 
 
 class ChunkStream:
@@ -230,44 +230,43 @@ class ChunkStream:
     def __init__(self, chunker: SegmenterChunker) -> None:
         self.chunker = chunker
         self.state = chunker.segmenter.initial_state(1)
-        self.cutter = Cutter(chunker.min_bytes, chunker.max_bytes)
-        self.origin: np.ndarray | None = None  # (k,) signal where the open chunk began
+        self.cutter = _SignalCutter(chunker, chunker.threshold)
 
     def push(self, stretches: Sequence[tuple[bytes, bool]]) -> np.ndarray:
         """(t,) bool for (bytes, whether a document starts with them) in a row."""
         text = b"".join(stretch for stretch, _ in stretches)
         if not text:
             return np.zeros(0, bool)
-        ends = np.cumsum([len(stretch) for stretch, _ in stretches])
-        begins = [int(end) - len(stretch) for end, (stretch, _) in zip(ends, stretches, strict=True)]
-        opening = [
-            begin for begin, (stretch, opens) in zip(begins, stretches, strict=True) if opens and stretch
-        ]
+        borders = np.cumsum([0, *(len(stretch) for stretch, _ in stretches)])
+        opening = [at for at, (stretch, opens) in zip(borders, stretches, strict=False) if opens and stretch]
         signal, self.state = self.chunker.read(text, opening, self.state)
         found = []
-        for begin, end, (stretch, opens) in zip(begins, ends, stretches, strict=True):
+        for begin, (stretch, opens) in zip(borders, stretches, strict=False):
             if opens:
-                self.cutter, self.origin = Cutter(self.chunker.min_bytes, self.chunker.max_bytes), None
-            threshold, rule = self.chunker.threshold, self.chunker.segmenter.rule
-            is_start, self.origin = _cut(
-                stretch, signal[begin:end], self.cutter, threshold, rule, self.origin
-            )
-            found.append(is_start)
+                self.cutter = _SignalCutter(self.chunker, self.chunker.threshold)
+            found.append(self.cutter.cut(stretch, signal[begin : begin + len(stretch)]))
         return np.concatenate(found)
 
 
-def _cut(
-    text: bytes, signal: np.ndarray, cutter: Cutter, threshold: float, rule: Rule, origin: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Chunk starts (t,) of a stretch, and the signal where its last chunk began. No character is split."""
-    is_first_byte = np.frombuffer(text, np.uint8) & 0xC0 != 0x80
-    if rule == "level":
-        find = _level(signal, is_first_byte, threshold)
-    else:
-        find = _movement(signal, is_first_byte, threshold, origin)
-    is_start = cutter.push(text, find)
-    starts = np.flatnonzero(is_start)
-    return is_start, signal[starts[-1]].copy() if len(starts) else origin
+class _SignalCutter(Cutter):
+    """Cuts one document by its signal, a stretch at a time."""
+
+    def __init__(self, chunker: SegmenterChunker, threshold: float) -> None:
+        super().__init__(chunker.min_bytes, chunker.max_bytes)
+        self.rule, self.threshold = chunker.segmenter.rule, threshold
+        self.origin: np.ndarray | None = None  # (k,) signal where the open chunk began
+
+    def cut(self, text: bytes, signal: np.ndarray) -> np.ndarray:
+        """(t,) bool: chunk starts of a stretch with this signal (t k). No character is split."""
+        is_first_byte = np.frombuffer(text, np.uint8) & 0xC0 != 0x80
+        if self.rule == "level":
+            find = _level(signal, is_first_byte, self.threshold)
+        else:
+            find = _movement(signal, is_first_byte, self.threshold, self.origin)
+        is_start = self.push(text, find)
+        if is_start.any():
+            self.origin = signal[np.flatnonzero(is_start)[-1]].copy()
+        return is_start
 
 
 def _level(signal: np.ndarray, allowed: np.ndarray, threshold: float) -> Callable[[int, int, int], int]:

@@ -25,9 +25,8 @@ class SelectSegmenter(Segmenter):
         self.fresh = nn.ModuleList(nn.Embedding(257, width) for _ in range(FRESH_BYTES))  # 256: none yet
         self.reader = nn.Sequential(nn.Linear(2 * width, 2 * width), nn.GELU(), nn.Linear(2 * width, 256))
 
-    def signal(self, text: Tensor, doc_start: Tensor, state: SegmenterState) -> tuple[Tensor, SegmenterState]:
-        features, state = self.read(text, doc_start, state)
-        return self.score(features.before), state
+    def level(self, before: Tensor) -> Tensor:
+        return self.score(before)
 
     def loss(
         self, text: Tensor, doc_start: Tensor, state: SegmenterState, progress: float, generator: Generator

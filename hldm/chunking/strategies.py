@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
-from hldm.chunking.attached import attach_chunker
+from hldm.chunking.chunker import Chunker, make_chunker
 from hldm.chunking.entropy import EntropySegmenter
 from hldm.chunking.policy import PolicySegmenter
 from hldm.chunking.recurrence import GateSegmenter, StateSegmenter
@@ -24,7 +24,6 @@ from hldm.chunking.select import SelectSegmenter
 from hldm.config import ChunkingConfig, ConfigError
 from hldm.model.autoencoder import Autoencoder
 from hldm.runs.files import atomic_write, fingerprint
-from hldm.runs.folder import shipped
 from hldm.text.corpus import Corpus
 
 SEGMENTERS: dict[str, type[Segmenter]] = {
@@ -60,24 +59,24 @@ def read_segmenter(folder: Path, chunking: ChunkingConfig) -> Segmenter | None:
     return segmenter.eval()
 
 
-def shipped_segmenter(chunking: ChunkingConfig, documents: Sequence[np.ndarray]) -> Segmenter:
-    """The segmenter of a strategy that comes with hldm, within these limits, its threshold set on these documents.
-
-    Raises FileNotFoundError in a copy without it.
-    """
-    folder = shipped(f"segmenters/{chunking.strategy}")
-    segmenter = SEGMENTERS[chunking.strategy].from_pretrained(folder).eval()
-    limits = {name: getattr(chunking, name) for name in ("min_bytes", "max_bytes", "target_bytes")}
-    segmenter.chunking = replace(segmenter.chunking, **limits)
-    segmenter.calibrate(documents)
-    return segmenter
+def chunker_of(autoencoder: Autoencoder) -> Chunker:
+    """What cuts text for a model. Raises ConfigError where that takes a segmenter and none was attached."""
+    attached = autoencoder.attached_chunker
+    return make_chunker(autoencoder.chunking) if attached is None else cast(Chunker, attached)
 
 
 def attach_segmenter(autoencoder: Autoencoder, segmenter: Segmenter) -> None:
-    """Have an autoencoder's text cut by a segmenter. Raises ValueError when it was trained with another."""
-    chunking = autoencoder.chunking
-    chunker = segmenter.chunker(chunking.min_bytes, chunking.max_bytes)
-    attach_chunker(autoencoder, chunker, fingerprint(segmenter.state_dict()))
+    """Have an autoencoder's text cut by a segmenter, which its saved config names from now on.
+
+    Raises ValueError when it was trained on another's chunks.
+    """
+    mark, chunking = fingerprint(segmenter.state_dict()), autoencoder.chunking
+    if autoencoder.config["segmenter"] not in ("", mark):
+        raise ValueError(
+            "this autoencoder was trained on another segmenter's chunks: restore that, or train again"
+        )
+    autoencoder.register_to_config(segmenter=mark)
+    autoencoder.attached_chunker = segmenter.chunker(chunking.min_bytes, chunking.max_bytes)
 
 
 def cached_starts(

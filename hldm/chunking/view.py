@@ -5,18 +5,18 @@ from __future__ import annotations
 import html
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from hldm.chunking.chunker import TEXT_STRATEGIES, make_chunker
-from hldm.chunking.pretrained import MODEL_SEGMENTERS, ask_shipped_run
+from hldm.chunking.pretrained import shipped_signaller
 from hldm.chunking.segmenter import Signaller
-from hldm.chunking.strategies import SEGMENTERS, read_segmenter, sample_of, shipped_segmenter
-from hldm.config import ChunkingConfig, ConfigError, DataConfig, load_config
+from hldm.chunking.strategies import SEGMENTERS, read_segmenter, sample_of
+from hldm.config import ChunkingConfig, ConfigError, DataConfig, changed, load_config
+from hldm.sources.corpora import load_corpus
 from hldm.text.bytes import printable, tinted
-from hldm.text.corpus import Corpus, load_corpus
+from hldm.text.corpus import Corpus
 
 TINTS = ("#cfe8ff", "#ffe6b3")  # light blue and light orange, told apart without colour vision
 STYLE = (
@@ -51,33 +51,29 @@ def cut_text(
         if strategy not in known:
             raise ConfigError(f"--strategy takes {', '.join(known)}, got {strategy!r:.80}")
     corpus = load_corpus(DataConfig(), "train") if set(strategies) & SEGMENTERS.keys() else None
-    cuts = {}
+    cuts: dict[str, list[bytes]] = {}
+
+    def cut(name: str, settings: ChunkingConfig, segmenter: Signaller | None) -> None:
+        cuts[name] = split(text, make_chunker(settings, segmenter).chunk_start(text))
+
     for strategy in strategies:
-        settings = replace(chunking, strategy=strategy)  # type: ignore[arg-type]
+        settings = changed(chunking, strategy=strategy)
         if strategy in ("sentence", "paragraph") and whole_bytes is not None:
-            settings = replace(settings, max_bytes=whole_bytes)
-        segmenter: Signaller | None = None
-        if corpus is not None and settings.needs_segmenter:
-            segmenter = train(settings, corpus) if train else _shipped(settings, corpus)
-        cuts[strategy] = split(text, make_chunker(settings, segmenter).chunk_start(text))
+            settings = changed(settings, max_bytes=whole_bytes)
+        if corpus is None or not settings.needs_segmenter:
+            cut(strategy, settings, None)
+        elif train is not None:
+            cut(strategy, settings, train(settings, corpus))
+        else:
+            cut(strategy, settings, shipped_signaller(settings, sample_of(corpus, SAMPLE_BYTES)))
     for run in runs:
         path = run / "autoencoder" / "config.yaml"
         if not path.is_file():
             raise FileNotFoundError(f"{run} holds no run: train_autoencoder.py makes one")
         settings = load_config(path).chunking
         segmenter = read_segmenter(run / "pipeline" / "segmenter", settings)
-        cuts[f"{settings.strategy} ({run.name})"] = split(
-            text, make_chunker(settings, segmenter).chunk_start(text)
-        )
+        cut(f"{settings.strategy} ({run.name})", settings, segmenter)
     return cuts
-
-
-def _shipped(chunking: ChunkingConfig, corpus: Corpus) -> Signaller:
-    """What comes with hldm, its threshold set on this corpus."""
-    sample = sample_of(corpus, SAMPLE_BYTES)
-    if chunking.strategy in MODEL_SEGMENTERS:
-        return ask_shipped_run(chunking, sample)
-    return shipped_segmenter(chunking, sample)
 
 
 def split(text: bytes, is_start: np.ndarray) -> list[bytes]:

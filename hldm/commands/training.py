@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 from typer import Option
 
 from hldm.commands.options import Configs, Overrides, Paired, Run, check_minutes
-from hldm.config import Config, load_config, stage_training, to_yaml
+from hldm.config import Config, changed, load_config, stage_training, to_yaml
 from hldm.evaluation.tables import compare, show
 from hldm.runs.folder import export_run
 
@@ -76,7 +75,7 @@ def _train(
         changes |= {"steps": steps, "minutes": 0.0}
     if minutes is not None:
         changes |= {"minutes": minutes, "steps": changes.get("steps", 10**9)}
-    config = stage_training(replace(config, name=name or config.name or files[-1].stem), stage, **changes)
+    config = stage_training(changed(config, name=name or config.name or files[-1].stem), stage, **changes)
     if print_config:
         print(to_yaml(config), end="")
         return
@@ -120,8 +119,8 @@ def demo(
     """
     began = time.monotonic()
     name = name or ("demo" if config.stem == "tiny" else f"demo-{config.stem}")
-    model = replace(load_config([config]), name=name)
-    twin = replace(load_config([config.with_name(f"{config.stem}-twin.yaml")]), name=f"{name}-twin")
+    model = changed(load_config([config]), name=name)
+    twin = changed(load_config([config.with_name(f"{config.stem}-twin.yaml")]), name=f"{name}-twin")
     folders = {"model": Path("runs") / name, "twin": Path("runs") / twin.name}
 
     from hldm.training.sizes import require_room
@@ -149,15 +148,14 @@ def demo(
 
 def _write_samples(config: Config, folder: Path) -> None:
     """Three continuations of held-out prompts."""
-    from hldm.evaluation.prompts import held_out_prompts, prompt_chunker
+    from hldm.evaluation.prompts import choose_prompts, prompt_chunker
     from hldm.generation.pipeline import HLDMPipelineOutput, read_pipeline
+    from hldm.sources.corpora import load_corpus
     from hldm.text.bytes import printable
 
     pipeline = read_pipeline(folder / "pipeline")
-    chunker = prompt_chunker(pipeline.autoencoder)
-    prompts = [
-        prompt for prompt, _ in held_out_prompts(config, chunker, "test", DEMO_PROMPTS, prompt_characters=80)
-    ]
+    corpus, chunker = load_corpus(config.data, "test"), prompt_chunker(pipeline.autoencoder)
+    prompts = [prompt for prompt, _ in choose_prompts(corpus, chunker, DEMO_PROMPTS, prompt_characters=80)]
     output = pipeline(prompts, max_characters=240, seed=config.seed)
     assert isinstance(output, HLDMPipelineOutput)
     for prompt, text in zip(prompts, output.texts, strict=True):

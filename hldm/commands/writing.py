@@ -6,7 +6,6 @@ import json
 import os
 import sys
 import time
-from dataclasses import replace
 from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -15,16 +14,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 from typer import Option
 
 from hldm.commands.options import MaxCharacters, RunOrShipped, Seed, check_minutes
-from hldm.config import ChunkingConfig, GenerationConfig, Strategy
+from hldm.config import ChunkingConfig, GenerationConfig, Strategy, changed
 from hldm.runs.folder import shipped_run
 from hldm.runs.signals import Stopped
+from hldm.sources.encodings import read_text
 from hldm.text.bytes import MAX_PROMPT_BYTES, shows_colour
-from hldm.text.encodings import read_text
 
 if TYPE_CHECKING:
     from hldm.generation.pipeline import HLDMPipeline
 
-Scheduler = Literal["ancestral", "ddim", "dpm", "flow"]
+Scheduler = Literal["ancestral", "ddim", "dpm"]
 OWN_SEGMENTERS = "train a segmenter for each strategy that takes one (default: ask those that come with hldm)"
 
 
@@ -54,7 +53,7 @@ def generate(
     asked: dict[str, Any] = {"steps": steps, "scheduler": scheduler, "guidance": guidance}
     asked |= {"temperature": temperature, "decoder_temperature": decoder_temperature, "top_p": top_p}
     given = {name: value for name, value in asked.items() if value is not None}
-    replace(GenerationConfig(), **given)  # refuses what is out of range
+    changed(GenerationConfig(), **given)  # refuses what is out of range
     # argv that is not UTF-8 arrives with surrogate escapes; fsencode gives the bytes back
     prompts = [os.fsencode(text) for text in prompt or []]
     prompts += [read_text(name, MAX_PROMPT_BYTES).removesuffix(b"\n") for name in prompt_file or []]
@@ -66,7 +65,7 @@ def generate(
     pipeline = read_pipeline(folder)
     require_room_to_write(pipeline.autoencoder, pipeline.prior, prompts, num_samples, max_characters)
     wanted = [text for text in prompts for _ in range(num_samples)]
-    settings = replace(pipeline.settings, **given)
+    settings = changed(pipeline.settings, **given)
     _write(pipeline, wanted, settings, max_characters, seed, show_chunks, as_json, raw)
 
 

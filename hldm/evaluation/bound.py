@@ -17,15 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hldm.evaluation.metrics import ratio_error
 from hldm.evaluation.prompts import prompt_chunker
 from hldm.model.autoencoder import Autoencoder
-from hldm.model.contextualiser import Context, ContextState
+from hldm.model.contextualiser import ContextState
 from hldm.model.decoder import noisy_latents, read_chunks
 from hldm.model.diffusion import alpha_sigma
 from hldm.model.mixture import MixturePredictor
 from hldm.model.prior import Prior, price_latents
 from hldm.model.state import DecoderState, EncoderState, Encoding
-from hldm.text.bytes import END_OF_CHUNK, END_OF_DOCUMENT, count_characters
+from hldm.text.bytes import count_characters
 from hldm.text.corpus import Corpus
 from hldm.text.windows import Batch, Windows, draw_normal
 
@@ -79,13 +80,10 @@ class Bound(NamedTuple):
         characters = self.characters.sum()
         unit = characters * math.log(2)
         bits = {name: float(getattr(self, name).sum() / unit) for name in ("latent", "decoder", "end")}
-        documents = len(self.characters)
-        residual = self.nats - self.nats.sum() * (self.characters / characters)
-        spread = math.sqrt(documents / (documents - 1) * (residual**2).sum()) if documents > 1 else None
         return {
             "bound": float(self.nats.sum() / unit),
             "standard_error": math.sqrt(self.variance) / unit,
-            "standard_error_text": None if spread is None else spread / unit,
+            "standard_error_text": ratio_error(self.nats, self.characters * math.log(2)),
             **bits,
             "importance": None if self.importance is None else float(self.importance.sum() / unit),
         }
@@ -113,18 +111,20 @@ def evaluate_bound(
     Raises ValueError for shuffled windows, models in training mode, or draws that two passes cannot share.
     """
     _check_bound(autoencoder, prior, windows, draws, samples)
-    corpus, device = windows.corpus, next(autoencoder.parameters()).device
+    corpus, rows, device = windows.corpus, windows.lanes, next(autoencoder.parameters()).device
     nats = np.zeros((3, windows.chunks))  # decoder, latent, end of every chunk
     importance = np.zeros(windows.chunks)
     variance = 0.0
-    state = _Carried.before_text(autoencoder, prior, windows.lanes, device)
+    reader = _Reader(autoencoder, prior, draws // PASSES, samples, generator)
+    decoders = [autoencoder.decoder_state(rows, device) for _ in range(1 if prior is None else PASSES)]
+    encoder = None if prior is None else autoencoder.encoder_state(rows, device)
+    memory = None if prior is None else prior.initial_state(rows, device)
+    state = _Carried(decoders, encoder, memory)
     for step in range(windows.windows_per_epoch):
         batch = windows.batch(step)
         is_chunk = batch.is_chunk  # (b n)
         chunk = batch.chunk_index[is_chunk].numpy()
-        passes, tight, state = _read_window(
-            autoencoder, prior, batch.to(device), state, draws // PASSES, samples, generator
-        )
+        passes, tight, state = reader.read(batch.to(device), state)
         nats[:, chunk] = passes.mean(dim=0)[:, is_chunk].numpy()
         if tight is not None:
             importance[chunk] = tight[is_chunk].numpy()
@@ -172,69 +172,46 @@ class _Carried(NamedTuple):
     encoder: EncoderState | None  # None for the twin
     memory: ContextState | None  # of the contextualiser; None for the twin
 
-    @classmethod
-    def before_text(
-        cls, autoencoder: Autoencoder, prior: Prior | None, rows: int, device: torch.device
-    ) -> _Carried:
-        """State before any text; the twin is read once."""
+
+class _Reader(NamedTuple):
+    """The models, and how often they estimate a chunk's terms."""
+
+    autoencoder: Autoencoder
+    prior: Prior | None
+    draws: int  # a pass
+    samples: int
+    generator: torch.Generator
+
+    def read(self, batch: Batch, state: _Carried) -> tuple[Tensor, Tensor | None, _Carried]:
+        """Independent estimates of a window's terms (passes 3 b n), its `importance_nats` (b n), the state after it.
+
+        Terms: decoder, latent, end of every chunk.
+        """
+        autoencoder, prior, draws, samples, generator = self
         if prior is None:
-            return cls([autoencoder.decoder_state(rows, device)], None, None)
-        return cls(
-            [autoencoder.decoder_state(rows, device) for _ in range(PASSES)],
-            autoencoder.encoder_state(rows, device),
-            prior.initial_state(rows, device),
+            reading, decoder = read_chunks(autoencoder, batch, None, state.decoders[0])
+            none = torch.zeros_like(reading.nats)
+            terms = torch.stack([reading.nats, none, none])[None]
+            return terms.double().cpu(), None, state._replace(decoders=[decoder])
+        assert state.encoder is not None and state.memory is not None
+        encoding, encoder = autoencoder.encode(batch, state.encoder)
+        context, memory = prior.contextualiser(
+            encoding.latents, encoding.mask, encoding.doc_start, state.memory, encoding.after
         )
-
-
-def _read_window(
-    autoencoder: Autoencoder,
-    prior: Prior | None,
-    batch: Batch,
-    state: _Carried,
-    draws: int,
-    samples: int,
-    generator: torch.Generator,
-) -> tuple[Tensor, Tensor | None, _Carried]:
-    """Independent estimates of a window's terms (passes 3 b n), its `importance_nats` (b n), the state after it."""
-    if prior is None:
-        reading, decoder = read_chunks(autoencoder, batch, None, state.decoders[0])
-        none = torch.zeros_like(reading.nats)
-        terms = torch.stack([reading.nats, none, none])[None]
-        return terms.double().cpu(), None, state._replace(decoders=[decoder])
-    assert state.encoder is not None and state.memory is not None
-    encoding, encoder = autoencoder.encode(batch, state.encoder)
-    context, memory = prior.contextualiser(
-        encoding.latents, encoding.mask, encoding.doc_start, state.memory, encoding.after
-    )
-    passes, decoders = [], []
-    for before in state.decoders:
-        terms, decoder = _one_pass(autoencoder, prior, encoding, context, batch, before, draws, generator)
-        passes.append(terms)
-        decoders.append(decoder)
-    tight = None
-    if samples and prior.mixture is not None:
         gamma_0 = prior.diffusion.gamma_0
-        tight = importance_nats(
-            autoencoder, prior.mixture, encoding, batch, decoders[0], gamma_0, samples, generator
-        ).cpu()
-    return torch.stack(passes).double().cpu(), tight, _Carried(decoders, encoder, memory)
-
-
-def _one_pass(
-    autoencoder: Autoencoder,
-    prior: Prior,
-    encoding: Encoding,
-    context: Context,
-    batch: Batch,
-    decoder: DecoderState,
-    draws: int,
-    generator: torch.Generator,
-) -> tuple[Tensor, DecoderState]:
-    """One estimate of the terms of a window's chunks: (3 b n) decoder, latent, end."""
-    paid = price_latents(prior, encoding, context, batch, generator, draws)
-    z_0 = noisy_latents(encoding, prior.diffusion.gamma_0, batch, generator)
-    reading, decoder = read_chunks(autoencoder, batch, z_0, decoder, encoding)
-    return torch.stack([reading.nats, paid.latent, paid.end]), decoder
+        passes, decoders = [], []
+        for before in state.decoders:
+            paid = price_latents(prior, encoding, context, batch, generator, draws)
+            z_0 = noisy_latents(encoding, gamma_0, batch, generator)
+            reading, decoder = read_chunks(autoencoder, batch, z_0, before, encoding)
+            passes.append(torch.stack([reading.nats, paid.latent, paid.end]))
+            decoders.append(decoder)
+        tight = None
+        if samples and prior.mixture is not None:
+            tight = importance_nats(
+                autoencoder, prior.mixture, encoding, batch, decoders[0], gamma_0, samples, generator
+            ).cpu()
+        return torch.stack(passes).double().cpu(), tight, _Carried(decoders, encoder, memory)
 
 
 @torch.no_grad()
@@ -268,25 +245,3 @@ def importance_nats(
         ratios.append((log_p - log_q - reading.nats).double())
     tight = math.log(samples) - torch.stack(ratios).logsumexp(dim=0)
     return tight * encoding.mask
-
-
-@torch.no_grad()
-def bits_of_ends(autoencoder: Autoencoder, windows: Windows, generator: torch.Generator) -> float:
-    """What of the decoder's bits a character says where chunks end: -log2 of ending, or of going on, at each symbol.
-
-    Nothing for ends that are known beforehand; a strategy whose cuts nothing but itself can tell pays here.
-    """
-    encoder = autoencoder.encoder_state(windows.lanes)
-    decoder = autoencoder.decoder_state(windows.lanes)
-    nats = 0.0
-    for step in range(windows.windows_per_epoch):
-        batch = windows.batch(step)
-        encoding, encoder = autoencoder.encode(batch, encoder)
-        latent = noisy_latents(encoding, autoencoder.config["gamma_0"], batch, generator)
-        reading, decoder = read_chunks(autoencoder, batch, latent, decoder, encoding)
-        log_p = reading.logits.float().log_softmax(dim=-1)
-        ending = log_p[..., END_OF_CHUNK : END_OF_DOCUMENT + 1].logsumexp(dim=-1)
-        going_on = log_p[..., :END_OF_CHUNK].logsumexp(dim=-1)
-        told = torch.where(reading.events.target >= END_OF_CHUNK, ending, going_on)
-        nats -= float((told * reading.events.mask).sum())
-    return nats / math.log(2) / count_characters(windows.corpus.text.tobytes())

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from hldm.evaluation.metrics import ratio_error
 from hldm.text.corpus import Corpus
 
 if TYPE_CHECKING:
@@ -98,13 +99,11 @@ def _ratio(
     if not characters.sum():
         return None
     nats, characters = nats[characters > 0], characters[characters > 0]
-    groups, unit = len(nats), characters.sum() * math.log(2)
-    residual = nats - nats.sum() * characters / characters.sum()
-    spread = math.sqrt(groups / (groups - 1) * (residual**2).sum()) if groups > 1 else None
+    unit = characters * math.log(2)
     return {
         "characters": int(characters.sum()),
-        "bits_per_character": float(nats.sum() / unit),
-        "standard_error": None if spread is None else spread / unit,
+        "bits_per_character": float(nats.sum() / unit.sum()),
+        "standard_error": ratio_error(nats, unit),
     }
 
 

@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from hldm.chunking.attached import chunker_of
 from hldm.chunking.chunker import Chunker
+from hldm.chunking.strategies import chunker_of
 from hldm.config import GenerationConfig
 from hldm.evaluation.metrics import compute, diversity, random_passage, repeat_last_words
 from hldm.evaluation.prompts import Prompt
+from hldm.generation.pipeline import HLDMPipeline
 from hldm.generation.writer import Continuation, write_on
-from hldm.model.autoencoder import Autoencoder
-from hldm.model.prior import Prior
 from hldm.text.bytes import count_characters
 
 
@@ -24,50 +23,30 @@ class Written(NamedTuple):
     """Continuations of several prompts, and what they took."""
 
     rows: Sequence[Continuation]
-    seconds: float
+    characters_per_second: float  # of all rows together
     denoising_calls: int
-
-    @property
-    def characters_per_second(self) -> float:
-        """Of all rows together."""
-        return sum(count_characters(row.text) for row in self.rows) / self.seconds
 
 
 def write_batch(
-    autoencoder: Autoencoder,
-    prior: Prior | None,
-    prompts: Sequence[bytes],
+    pipeline: HLDMPipeline,
     settings: GenerationConfig,
+    prompts: Sequence[bytes],
     *,
     max_characters: int,
     seed: int,
 ) -> Written:
     """Continue all prompts at once for `max_characters`, on through the ends of documents."""
     began = time.perf_counter()
-    rows: list[Continuation] = []
-    calls = 0
-    for rows, _, calls in write_on(  # noqa: B007 - the last yield is the finished text
-        autoencoder,
-        prior,
-        prompts,
-        settings,
-        max_characters=max_characters,
-        seed=seed,
-        through_ends=True,
-    ):
-        pass
-    return Written(rows, time.perf_counter() - began, calls)
+    parts = pipeline.autoencoder, pipeline.prior, prompts, settings
+    rows, calls = list[Continuation](), 0
+    for rows, _, calls in write_on(*parts, max_characters=max_characters, seed=seed, through_ends=True):  # noqa: B007
+        pass  # the last yield is the finished text
+    seconds = time.perf_counter() - began
+    return Written(rows, sum(count_characters(row.text) for row in rows) / seconds, calls)
 
 
 def continue_prompts(
-    autoencoder: Autoencoder,
-    prior: Prior | None,
-    prompts: Sequence[Prompt],
-    training_text: bytes,
-    settings: GenerationConfig,
-    *,
-    max_characters: int,
-    seed: int,
+    pipeline: HLDMPipeline, prompts: Sequence[Prompt], training_text: bytes, *, max_characters: int, seed: int
 ) -> dict[str, Any]:
     """ROUGE, diversity, re-chunking and speed of continuations written in one batch; each None without prompts.
 
@@ -78,37 +57,34 @@ def continue_prompts(
     if not prompts:
         return {"prompts": 0, "rouge": None, "diversity": None, "rechunked": None, "speed": None}
     wanted = [prompt.continuation for prompt in prompts]
+    starts = [prompt.text for prompt in prompts]
     generator = torch.Generator().manual_seed(seed)
     baselines = {
         "repeat_prompt": [
-            repeat_last_words(prompt.text.decode("utf-8", errors="replace"), max_characters)
-            for prompt in prompts
+            repeat_last_words(text.decode("utf-8", "replace"), max_characters) for text in starts
         ],
         "random_passage": [random_passage(training_text, max_characters, generator) for _ in prompts],
     }
-    texts = [prompt.text for prompt in prompts]
-    found = write_batch(autoencoder, prior, texts, settings, max_characters=max_characters, seed=seed)
+    found = write_batch(pipeline, pipeline.settings, starts, max_characters=max_characters, seed=seed)
     written = [row.text.decode("utf-8", errors="replace") for row in found.rows]
     return {
         "prompts": len(prompts),
         "rouge": {
-            **rouge(written, wanted),
-            "baselines": {name: rouge(texts, wanted) for name, texts in baselines.items()},
+            **compute("Rouge", predictions=written, references=wanted),
+            "baselines": {
+                name: compute("Rouge", predictions=texts, references=wanted)
+                for name, texts in baselines.items()
+            },
         },
         "diversity": {**diversity(written), "reference": diversity(wanted)},
-        "rechunked": None if prior is None else rechunked(found.rows, chunker_of(autoencoder)),
+        "rechunked": None
+        if pipeline.prior is None
+        else rechunked(found.rows, chunker_of(pipeline.autoencoder)),
         "speed": {
             "characters_per_second": found.characters_per_second,
             "denoising_calls": found.denoising_calls,
         },
     }
-
-
-def rouge(written: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:
-    """ROUGE-1, ROUGE-2 and ROUGE-L of texts against those wanted (`hldm.evaluation.metrics.Rouge`)."""
-    from hldm.evaluation.metrics import Rouge
-
-    return compute(Rouge, predictions=written, references=wanted)
 
 
 def rechunked(rows: Sequence[Continuation], chunker: Chunker) -> float | None:

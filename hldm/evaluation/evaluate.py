@@ -3,8 +3,7 @@
     python -m hldm.evaluation --run runs/demo --json demo.json
 
 Everything is measured on held-out text with the run's own pipeline, and has the same keys for a latent model
-and for its twin, so that `hldm.evaluation.tables.compare` can set them side by side. Imports torch only once there
-is work to do.
+and for its twin, so that `hldm.evaluation.tables.compare` can set them side by side.
 """
 
 from __future__ import annotations
@@ -13,16 +12,24 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from hldm.text.encodings import is_blank, read_text
+import torch
 
-if TYPE_CHECKING:
-    from hldm.config import GenerationConfig
-    from hldm.model.autoencoder import Autoencoder
-    from hldm.model.prior import Prior
-    from hldm.text.corpus import Corpus, Split
-    from hldm.text.windows import Windows
+from hldm.config import load_config
+from hldm.evaluation.bound import evaluate_bound, held_out_windows
+from hldm.evaluation.context_length import by_distance, compare_contexts, cut_documents
+from hldm.evaluation.continuations import continue_prompts
+from hldm.evaluation.metrics import compute
+from hldm.evaluation.prompts import choose_prompts, prompt_chunker
+from hldm.evaluation.reconstruction import reconstruct
+from hldm.evaluation.words import count_words
+from hldm.generation.pipeline import HLDMPipeline, read_pipeline
+from hldm.runs.folder import read_totals
+from hldm.sources.corpora import load_corpora
+from hldm.sources.encodings import is_blank, read_text
+from hldm.text.corpus import Split, make_corpus
+from hldm.text.windows import Windows
 
 MAX_TEXT_BYTES = 10**9  # as data.max_bytes: more text would take days
 
@@ -39,97 +46,31 @@ def evaluate_run(
     max_characters: int = 200,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """`evaluate_model` of a run folder's pipeline on a split of its data, or on the file `text`.
+    """Measure a run folder's pipeline on a split of its data, or on the file `text`, and what it cost to train.
 
-    Adds which run it was, on what, and what it cost to train. Raises ValueError or OSError, one line.
+    None stands where there is nothing to measure: the twin has no latents, some texts have no prompts.
+    draws, samples: see `hldm.evaluation.bound.evaluate_bound`
+    contexts: bytes that documents are cut every so many of, see `hldm.evaluation.context_length`
+    Raises ValueError or OSError, one line.
     """
-    given = None
-    if text is not None:
-        given = read_text(text, MAX_TEXT_BYTES)
-        if is_blank(given):
-            fault = "holds nothing but white space" if given else "is empty"
-            raise ValueError(f"{text} {fault}: there is nothing to measure")
-
-    import torch
-
-    from hldm.config import load_config
-    from hldm.generation.pipeline import read_pipeline
-    from hldm.text.corpus import load_corpora, make_corpus
-
+    limits = (("samples", samples, 0), ("prompts", prompts, 0), ("max_characters", max_characters, 1))
+    for name, value, least in (*limits, ("seed", seed, 0), *(("context", length, 2) for length in contexts)):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    given = None if text is None else read_text(text, MAX_TEXT_BYTES)
+    if given == b"":
+        raise ValueError(f"{text} is empty: there is nothing to measure")
     pipeline = read_pipeline(folder / "pipeline")
     if torch.cuda.is_available():
         pipeline.to("cuda")
+    autoencoder, prior = pipeline.autoencoder, pipeline.prior
     corpora = load_corpora(load_config(folder / "autoencoder" / "config.yaml").data)
     corpus = corpora[split] if given is None else make_corpus(str(text), [given])
-    parts = [part for part in (pipeline.autoencoder, pipeline.prior) if part is not None]
-    return {
-        "run": folder.resolve().name,
-        "split": split if text is None else str(text),
-        "commit": _commit(folder),
-        **evaluate_model(
-            pipeline.autoencoder,
-            pipeline.prior,
-            corpus,
-            corpora["train"].text.tobytes(),
-            pipeline.settings,
-            draws=draws,
-            samples=samples,
-            contexts=contexts,
-            prompts=prompts,
-            max_characters=max_characters,
-            seed=seed,
-        ),
-        "cost": {
-            "parameters": sum(p.numel() for part in parts for p in part.parameters()),
-            **_training_cost(folder),
-        },
-    }
-
-
-def evaluate_model(
-    autoencoder: Autoencoder,
-    prior: Prior | None,
-    corpus: Corpus,
-    training_text: bytes,
-    settings: GenerationConfig,
-    *,
-    draws: int = 16,
-    samples: int = 0,
-    contexts: Sequence[int] = (),
-    prompts: int = 24,
-    max_characters: int = 200,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Measure a model, None where it has nothing to measure: the twin has no latents, some texts no prompts.
-
-    training_text: what random passages, a baseline of the continuations, are taken from
-    contexts: bytes that documents are cut every so many of, see `hldm.evaluation.context_length`
-    """
-    import torch
-
-    from hldm.evaluation.bound import evaluate_bound, held_out_windows
-    from hldm.evaluation.context_length import by_distance, compare_contexts, cut_documents
-    from hldm.evaluation.continuations import continue_prompts
-    from hldm.evaluation.prompts import choose_prompts, prompt_chunker
-    from hldm.evaluation.reconstruction import reconstruct
-
-    limits = (
-        ("samples", samples, 0),
-        ("prompts", prompts, 0),
-        ("max_characters", max_characters, 1),
-        ("seed", seed, 0),
-        *(("context", length, 2) for length in contexts),
-    )
-    for name, value, least in limits:
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
     if is_blank(corpus.text.tobytes()):
         raise ValueError(f"{corpus.name} holds nothing but white space: there is nothing to measure")
     generator = torch.Generator().manual_seed(seed)
     windows = held_out_windows(autoencoder, corpus)
-    chunker = prompt_chunker(autoencoder)
-    # the twin's likelihood needs no bound
-    samples = 0 if prior is None else samples
+    samples = 0 if prior is None else samples  # the twin's likelihood needs no bound
     bound = evaluate_bound(autoencoder, prior, windows, draws=draws, samples=samples, generator=generator)
 
     def cut(every: int) -> dict[str, Any] | None:
@@ -138,6 +79,9 @@ def evaluate_model(
         return compare_contexts(bound.by_chunk, short.by_chunk, windows, pieces, every)
 
     return {
+        "run": folder.resolve().name,
+        "split": split if text is None else str(text),
+        "commit": _commit(folder),
         "seed": seed,
         "draws": draws,
         "samples": samples,
@@ -149,42 +93,38 @@ def evaluate_model(
             None if prior is None else reconstruct(autoencoder, windows, prior.diffusion.gamma_0, generator)
         ),
         **continue_prompts(
-            autoencoder,
-            prior,
-            choose_prompts(corpus, chunker, prompts, max_characters=max_characters),
-            training_text,
-            settings,
+            pipeline,
+            choose_prompts(corpus, prompt_chunker(autoencoder), prompts, max_characters=max_characters),
+            corpora["train"].text.tobytes(),
             max_characters=max_characters,
             seed=seed,
         ),
         "by_distance": by_distance(bound.by_chunk, windows),
         "context": {str(every): cut(every) for every in contexts} or None,
+        "cost": _cost(folder, pipeline),
     }
 
 
 def _perplexity(nats: float, windows: Windows) -> dict[str, float | None]:
     """By character and by word (`hldm.evaluation.words`); None where it overflows."""
-    from hldm.evaluation.metrics import Perplexity, compute
-    from hldm.evaluation.words import count_words
-
     corpus = windows.corpus
     texts = (corpus.document(index).tobytes().decode("utf-8", "replace") for index in range(len(corpus)))
     words = sum(map(count_words, texts))
-    values = compute(Perplexity, nats=[nats], characters=[windows.characters], words=[words])
-    values = {unit: values[f"{unit}_perplexity"] for unit in ("character", "word")}
-    return {unit: value if math.isfinite(value) else None for unit, value in values.items()}
+    values = compute("Perplexity", nats=[nats], characters=[windows.characters], words=[words])
+    found = {unit: values[f"{unit}_perplexity"] for unit in ("character", "word")}
+    return {unit: value if math.isfinite(value) else None for unit, value in found.items()}
 
 
 def _stages(folder: Path) -> list[Path]:
     return [folder / stage for stage in ("autoencoder", "prior") if (folder / stage).is_dir()]
 
 
-def _training_cost(folder: Path) -> dict[str, float]:
-    """Seconds and characters of training, summed over the stages."""
-    from hldm.runs.folder import read_totals
-
+def _cost(folder: Path, pipeline: HLDMPipeline) -> dict[str, float]:
+    """Parameters, and seconds and characters of training, summed over the stages."""
     totals = [read_totals(stage) for stage in _stages(folder)]
+    parts = [part for part in (pipeline.autoencoder, pipeline.prior) if part is not None]
     return {
+        "parameters": sum(p.numel() for part in parts for p in part.parameters()),
         "train_seconds": sum(total.seconds for total in totals),
         "train_characters": sum(total.characters for total in totals),
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from itertools import cycle, islice
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -72,6 +72,15 @@ def perplexities(nats: float, characters: float, words: float) -> dict[str, floa
         "character_perplexity": _exp(nats / characters),
         "word_perplexity": _exp(nats / words),
     }
+
+
+def ratio_error(part: np.ndarray, whole: np.ndarray) -> float | None:
+    """Standard error of sum(part) / sum(whole) by the spread over groups (k,), linearised; None for a single one."""
+    groups = len(part)
+    if groups < 2:
+        return None
+    residual = part - part.sum() * (whole / whole.sum())
+    return math.sqrt(groups / (groups - 1) * (residual**2).sum()) / whole.sum()
 
 
 def diversity(texts: Sequence[str]) -> dict[str, float]:
@@ -175,20 +184,16 @@ def _evaluate_metrics() -> dict[str, type]:
     import datasets
     import evaluate
 
-    text = datasets.Value("string")
-    number = datasets.Value("float64")
-
-    def info(description: str, features: Any) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(description=description, citation="", features=features)
+    text, number = datasets.Value("string"), datasets.Value("float64")
+    info = partial(evaluate.MetricInfo, citation="")
 
     class Rouge(evaluate.Metric):
         """`compute(predictions=[...], references=[...])`; a reference is a text or a list of them."""
 
         def _info(self) -> evaluate.MetricInfo:
-            several = datasets.Features(predictions=text, references=datasets.Sequence(text))
-            return info(
-                rouge_scores.__doc__ or "", [several, datasets.Features(predictions=text, references=text)]
-            )
+            kinds = (datasets.Sequence(text), text)
+            features = [datasets.Features(predictions=text, references=kind) for kind in kinds]
+            return info(description=rouge_scores.__doc__ or "", features=features)
 
         def _compute(self, *, predictions: list, references: list) -> dict[str, float | None]:
             return rouge_scores(predictions, references)
@@ -198,7 +203,7 @@ def _evaluate_metrics() -> dict[str, type]:
 
         def _info(self) -> evaluate.MetricInfo:
             features = datasets.Features(nats=number, characters=number, words=number)
-            return info(perplexities.__doc__ or "", features)
+            return info(description=perplexities.__doc__ or "", features=features)
 
         def _compute(self, *, nats: list, characters: list, words: list) -> dict[str, float]:
             return perplexities(sum(nats), sum(characters), sum(words))
@@ -212,7 +217,7 @@ def __getattr__(name: str) -> type:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def compute(metric: type, **columns: Any) -> dict[str, float]:
-    """One of evaluate's metrics, which write what they are given to disk: gone when they are done."""
+def compute(metric: str, **columns: Any) -> dict[str, float]:
+    """Rouge or Perplexity, as evaluate computes it; it writes what it is given to disk: gone when it is done."""
     with TemporaryDirectory() as folder:
-        return metric(cache_dir=folder).compute(**columns)
+        return _evaluate_metrics()[metric](cache_dir=folder).compute(**columns)

@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hldm.chunking.attached import chunker_of
 from hldm.chunking.chunker import Chunker, make_chunker
-from hldm.config import ChunkingConfig, Config
+from hldm.chunking.strategies import chunker_of
+from hldm.config import ChunkingConfig
 from hldm.model.autoencoder import Autoencoder
-from hldm.text.corpus import Corpus, Split, load_corpus
+from hldm.text.corpus import Corpus
 
 PROMPT_CHARACTERS = 200  # some 35 words: enough to say who speaks and about what
 
@@ -20,15 +20,6 @@ class Prompt(NamedTuple):
 
     text: bytes  # whole chunks
     continuation: str
-
-
-def held_out_prompts(
-    config: Config, chunker: Chunker, split: Split, count: int, *, prompt_characters: int = PROMPT_CHARACTERS
-) -> list[Prompt]:
-    """Prompts from a split of the data that a config names."""
-    return choose_prompts(
-        load_corpus(config.data, split), chunker, count, prompt_characters=prompt_characters
-    )
 
 
 TWIN_WORDS = ChunkingConfig(strategy="words", min_bytes=4, max_bytes=12)  # those of the reports so far

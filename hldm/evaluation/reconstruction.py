@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,9 +17,20 @@ from hldm.model.autoencoder import Autoencoder
 from hldm.model.decoder import noisy_latents, read_chunks, sum_by_chunk
 from hldm.model.diffusion import alpha_sigma
 from hldm.model.state import DecoderState, Encoding
+from hldm.text.bytes import END_OF_CHUNK, END_OF_DOCUMENT, count_characters
 from hldm.text.windows import Batch, Windows
 
 ENOUGH_CHUNKS = 4096  # the standard error of a share is then below 0.8 points: 0.5 / sqrt(4096)
+
+
+def read_windows(autoencoder: Autoencoder, windows: Windows) -> Iterator[tuple[Batch, Encoding]]:
+    """Every window on the model's device, and what the encoder makes of it, its state carried along."""
+    device = next(autoencoder.parameters()).device
+    state = autoencoder.encoder_state(windows.lanes, device)
+    for step in range(windows.windows_per_epoch):
+        batch = windows.batch(step).to(device)
+        encoding, state = autoencoder.encode(batch, state)
+        yield batch, encoding
 
 
 @torch.no_grad()
@@ -39,31 +52,30 @@ def reconstruct(
     """
     device = next(autoencoder.parameters()).device
     alpha_0, _ = alpha_sigma(torch.tensor(gamma_0, device=device))
-    read = {"noisy": np.zeros(4), "clean": np.zeros(4)}  # symbols right, symbols, chunks right, chunks
-    written = {"noisy": np.zeros(4), "clean": np.zeros(4)}  # bytes right, bytes, chunks right, chunks
-    decoders = {name: autoencoder.decoder_state(windows.lanes, device) for name in read}
-    encoder = autoencoder.encoder_state(windows.lanes, device)
-    for step in range(windows.windows_per_epoch):
-        batch = windows.batch(step).to(device)
-        encoding, encoder = autoencoder.encode(batch, encoder)
-        noisy = noisy_latents(encoding, gamma_0, batch, generator)
-        for name, latent in (("noisy", noisy), ("clean", alpha_0 * encoding.latents)):
-            found, decoders[name] = _read_along(autoencoder, batch, encoding, latent, decoders[name])
-            read[name] += found
+    # (noisy clean) x symbols right, symbols, chunks right, chunks; written: bytes instead of symbols
+    read, written = np.zeros((2, 4)), np.zeros((2, 4))
+    decoders = [autoencoder.decoder_state(windows.lanes, device) for _ in read]
+    for batch, encoding in read_windows(autoencoder, windows):
+        latents = (noisy_latents(encoding, gamma_0, batch, generator), alpha_0 * encoding.latents)
+        for k, latent in enumerate(latents):
+            found, decoders[k] = _read_along(autoencoder, batch, encoding, latent, decoders[k])
+            read[k] += found
             if autoencoder.settings.decoder_is_fresh:
-                written[name] += _write_freely(autoencoder, windows, batch, latent)
-        if read["clean"][3] >= ENOUGH_CHUNKS:
+                written[k] += _write_freely(autoencoder, windows, batch, latent)
+        if read[1, 3] >= ENOUGH_CHUNKS:
             break
-    accuracies = {}
-    for name, (right, symbols, chunks_right, chunks) in read.items():
-        bytes_right, bytes_in_all, whole, _ = written[name]
-        fresh = bytes_in_all > 0
-        accuracies[name] = {
-            "byte_accuracy": float(right / symbols),
-            "chunk_accuracy": float((whole if fresh else chunks_right) / chunks),
-            "written_accuracy": float(bytes_right / bytes_in_all) if fresh else None,
-        }
-    return {**accuracies["noisy"], **accuracies, "chunks": int(read["clean"][3])}
+    noisy, clean = (_shares(*counts) for counts in zip(read, written, strict=True))
+    return {**noisy, "noisy": noisy, "clean": clean, "chunks": int(read[1, 3])}
+
+
+def _shares(read: np.ndarray, written: np.ndarray) -> dict[str, float | None]:
+    """Accuracies by counts (4,); chunks count as they were written, if any was."""
+    is_fresh = written[1] > 0
+    return {
+        "byte_accuracy": float(read[0] / read[1]),
+        "chunk_accuracy": float((written if is_fresh else read)[2] / read[3]),
+        "written_accuracy": float(written[0] / written[1]) if is_fresh else None,
+    }
 
 
 def _write_freely(autoencoder: Autoencoder, windows: Windows, batch: Batch, latent: Tensor) -> np.ndarray:
@@ -102,3 +114,22 @@ def _read_along(
     wrong = sum_by_chunk((mask & ~correct).long(), reading.events, batch.chunks)  # (b n)
     found = [correct.sum(), mask.sum(), ((wrong == 0) & batch.is_chunk).sum(), batch.is_chunk.sum()]
     return torch.stack(found).cpu().numpy(), state
+
+
+@torch.no_grad()
+def bits_of_ends(autoencoder: Autoencoder, windows: Windows, generator: torch.Generator) -> float:
+    """What of the decoder's bits a character says where chunks end: -log2 of ending, or of going on, at each symbol.
+
+    Nothing for ends that are known beforehand; a strategy whose cuts nothing but itself can tell pays here.
+    """
+    decoder = autoencoder.decoder_state(windows.lanes, next(autoencoder.parameters()).device)
+    nats = 0.0
+    for batch, encoding in read_windows(autoencoder, windows):
+        latent = noisy_latents(encoding, autoencoder.config["gamma_0"], batch, generator)
+        reading, decoder = read_chunks(autoencoder, batch, latent, decoder, encoding)
+        log_p = reading.logits.float().log_softmax(dim=-1)
+        ending = log_p[..., END_OF_CHUNK : END_OF_DOCUMENT + 1].logsumexp(dim=-1)
+        going_on = log_p[..., :END_OF_CHUNK].logsumexp(dim=-1)
+        told = torch.where(reading.events.target >= END_OF_CHUNK, ending, going_on)
+        nats -= float((told * reading.events.mask).sum())
+    return nats / math.log(2) / count_characters(windows.corpus.text.tobytes())

@@ -7,7 +7,7 @@ print(pipe("And the king said", max_characters=200).texts[0])
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,11 @@ from transformers import PreTrainedTokenizer
 
 from hldm.chunking.segmenter import Segmenter
 from hldm.chunking.strategies import attach_segmenter, read_segmenter
-from hldm.config import GenerationConfig, section_from_dict
+from hldm.config import GenerationConfig, changed, section_from_dict, to_dict
 from hldm.generation.footprint import require_room_to_write
 from hldm.generation.writer import Continuation, write_on
 from hldm.model.autoencoder import Autoencoder
-from hldm.model.diffusion import SchedulerName, make_scheduler, scheduler_name
+from hldm.model.diffusion import make_scheduler, scheduler_name
 from hldm.model.prior import Prior
 from hldm.runs.files import fingerprint
 from hldm.runs.saved_model import SAVED_BY_DIFFUSERS, SavedModel, first_line, read_json
@@ -118,7 +118,7 @@ class HLDMPipeline(DiffusionPipeline):
             ByteTokenizer(),
             prior.eval() if prior is not None else None,
             scheduler,
-            defaults=vars(defaults).copy(),
+            defaults=to_dict(defaults),
         )
 
     def with_segmenter(self, segmenter: Segmenter | None) -> HLDMPipeline:
@@ -140,7 +140,8 @@ class HLDMPipeline(DiffusionPipeline):
         """The generation settings of this pipeline; a scheduler put in by the user is honoured."""
         settings = GenerationConfig(**dict(self.config["defaults"]))
         if self.scheduler is not None:
-            settings = replace(settings, scheduler=scheduler_name(self.scheduler))
+            order = self.scheduler.config.get("solver_order")
+            settings = changed(settings, scheduler=scheduler_name(type(self.scheduler).__name__, order))
         return settings
 
     def __call__(
@@ -179,7 +180,7 @@ class HLDMPipeline(DiffusionPipeline):
         }
         if generator is not None:
             seed = int(torch.randint(2**31, (), generator=generator))
-        settings = replace(self.settings, **{k: v for k, v in given.items() if v is not None})
+        settings = changed(self.settings, **{k: v for k, v in given.items() if v is not None})
         decoders = [StreamDecoder() for _ in rows]
         written: list[Continuation] = []
         calls = 0
@@ -229,7 +230,7 @@ def read_pipeline(folder: str | Path) -> HLDMPipeline:
         settings = _defaults(found)
         if scheduler is not None:
             saved = read_json(folder / "scheduler" / "scheduler_config.json")
-            settings = replace(settings, scheduler=_scheduler_name(scheduler, saved.get("solver_order")))
+            settings = changed(settings, scheduler=scheduler_name(scheduler, saved.get("solver_order")))
         autoencoder = Autoencoder.from_pretrained(folder / "autoencoder")
         prior = None if scheduler is None else Prior.from_pretrained(folder / "prior")
         segmenter = read_segmenter(folder / "segmenter", autoencoder.chunking)
@@ -246,18 +247,6 @@ def _defaults(index: dict[str, Any]) -> GenerationConfig:
     if not isinstance(defaults, dict):
         raise ValueError(f"model_index.json: defaults must be an object, got {defaults!r:.80}")
     return section_from_dict(GenerationConfig, defaults)
-
-
-def _scheduler_name(class_name: str, solver_order: object) -> SchedulerName:
-    """`scheduler_name` of a saved one."""
-    names: dict[str, SchedulerName] = {
-        "FlowMatchEulerDiscreteScheduler": "flow",
-        "DDIMScheduler": "ddim",
-        "DPMSolverMultistepScheduler": "ancestral" if solver_order == 1 else "dpm",
-    }
-    if class_name not in names:
-        raise ValueError(f"model_index.json: {class_name!r:.80} is not one of the schedulers of hldm")
-    return names[class_name]
 
 
 # The module and class of each part as diffusers saves them, and where the same classes once lived.

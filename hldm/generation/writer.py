@@ -17,14 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hldm.chunking.attached import chunker_of
+from hldm.chunking.strategies import chunker_of
 from hldm.config import GenerationConfig
 from hldm.generation.chunk import Piece, Written, write_bytes, write_chunks
 from hldm.generation.finite import require_finite
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.contextualiser import Context, ContextState
 from hldm.model.denoiser import Told
-from hldm.model.diffusion import Steps, sample, sampler_steps
+from hldm.model.diffusion import sample, sampler_steps
 from hldm.model.prior import Prior
 from hldm.model.speed import has_faster_form
 from hldm.model.state import DecoderState, EncoderState, select_rows
@@ -48,45 +48,6 @@ def row_generators(seed: int, rows: int) -> list[torch.Generator]:
 # ---- the steps from chunk to chunk
 
 
-def sample_latents(
-    prior: Prior,
-    plan: Steps,
-    told: Told,
-    blind: Told | None,
-    settings: GenerationConfig,
-    generators: Sequence[torch.Generator],
-) -> Tensor:
-    """z_0 (b z) of the next chunk: noise, denoised by the steps of a plan, each row's from its own generator.
-
-    told: what the denoiser is told of the text so far
-    blind: the same of no text, for guidance: x0 = x0_blind + guidance (x0_told - x0_blind) (arXiv 2207.12598)
-    """
-    estimate: Tensor | None = None
-
-    def denoise(z: Tensor, gamma: Tensor) -> Tensor:
-        nonlocal estimate
-        z, gamma = z[:, None, None], gamma[:, None, None]  # (b n=1 m=1 z), (b 1 1)
-        x0 = prior.denoise(z, gamma, told, estimate)
-        if blind is not None:
-            without = prior.denoise(z, gamma, blind, estimate)
-            x0 = without + settings.guidance * (x0 - without)
-        if prior.settings.self_conditioning:
-            estimate = x0
-        return x0[:, 0, 0]
-
-    return sample(
-        denoise,
-        (len(generators), prior.latent_dim),
-        prior.schedule,
-        steps=settings.steps,
-        scheduler=settings.scheduler,
-        generators=generators,
-        temperature=settings.temperature,
-        device=plan.gammas.device,
-        plan=plan,
-    )
-
-
 def next_context(prior: Prior, memory: ContextState) -> Context:
     """The context of the chunk that comes next (b 1 ...), from what is remembered of those before it."""
     device, rows = memory.written.device, len(memory.written)
@@ -97,23 +58,6 @@ def next_context(prior: Prior, memory: ContextState) -> Context:
     return context.first(1)
 
 
-def add_chunks(
-    prior: Prior, memory: ContextState, latents: Tensor, opens: Tensor, after: Tensor, closed: Tensor
-) -> tuple[Context, ContextState]:
-    """One chunk a row more: the context of the next, and what is remembered.
-
-    latents: (b 1 z);  opens: (b 1) bool, the first chunk of a document;  after: (b 1 f) of the text up to its end
-    closed: (b) bool, the last of its document: the next one has no past, should anyone go on
-    """
-    always = torch.ones_like(opens)
-    context, memory = prior.contextualiser(latents, always, opens, memory, after)
-    if not bool(closed.any()):
-        return context.of(always.long()), memory
-    fresh = prior.initial_state(len(closed), closed.device)
-    memory = select_rows(closed, fresh, memory)
-    return next_context(prior, memory), memory
-
-
 # ---- the writers
 
 
@@ -122,6 +66,8 @@ class LatentWriter:
 
     What is carried from chunk to chunk are values, which are replaced and never written into.
     """
+
+    write_chunks = staticmethod(write_chunks)
 
     def __init__(
         self,
@@ -144,18 +90,15 @@ class LatentWriter:
         rows = len(prompts)
         self.encoder = autoencoder.encoder_state(rows, self.device)
         self.decoder = autoencoder.decoder_state(rows, self.device)
-        self.memory = prior.initial_state(
-            rows, self.device
-        )  # the pyramid; stays so where nothing is denoised
+        self.memory = prior.initial_state(rows, self.device)  # the pyramid; stays so without denoising
         self.blind: Told | None = None  # what the denoiser is told of no text; None without guidance
         if settings.guidance != 1:
             nothing = next_context(prior, self.memory)
             self.blind = prior.tell(prior.hide(nothing, torch.ones_like(nothing.visible[..., 0])))
         for window in _prompt_windows(autoencoder, prompts, self.device):
             self._read(window)
-        self.told = prior.tell(
-            next_context(prior, self.memory)
-        )  # what the denoiser is told of the next chunk
+        # what the denoiser is told of the next chunk
+        self.told = prior.tell(next_context(prior, self.memory))
         self.opens = [not prompt for prompt in prompts]  # whether the next chunk is the first of its document
 
     def _read(self, window: Window) -> None:
@@ -176,7 +119,15 @@ class LatentWriter:
 
     def write(self) -> list[Piece]:
         """Sample and write one chunk a row."""
-        written = self.write_chunks(require_finite(self.sample_latents(), "latents", self.settings))
+        written = self.write_chunks(
+            self.autoencoder,
+            require_finite(self.sample_latents(), "latents", self.settings),
+            self.encoder,
+            self.decoder,
+            self.opens,
+            self.settings,
+            self.generators,
+        )
         pieces = written.pieces
         length = torch.tensor([len(piece.text) for piece in pieces], device=self.device)
         last = torch.tensor([piece.text[-1] for piece in pieces], device=self.device)
@@ -191,42 +142,53 @@ class LatentWriter:
 
     def sample_latents(self) -> Tensor:
         """z_0 of the next chunk of every row (b z); without denoising a draw from the mixture."""
-        if self.plan is not None:
-            self.calls += self.settings.steps * (1 if self.blind is None else 2)
-            return sample_latents(
-                self.prior, self.plan, self.told, self.blind, self.settings, self.generators
-            )
-        assert self.prior.mixture is not None
-        opens = torch.tensor(self.opens, device=self.device)
-        log_weights = self.prior.mixture.log_weights(self.encoder.known * ~opens[:, None])
-        gamma_0, heat = self.prior.diffusion.gamma_0, self.settings.temperature
-        return self.prior.mixture.sample(gamma_0, log_weights, self.generators, heat)
+        prior, settings = self.prior, self.settings
+        if self.plan is None:
+            assert prior.mixture is not None
+            opens = torch.tensor(self.opens, device=self.device)
+            log_weights = prior.mixture.log_weights(self.encoder.known * ~opens[:, None])
+            gamma_0 = prior.diffusion.gamma_0
+            return prior.mixture.sample(gamma_0, log_weights, self.generators, settings.temperature)
+        self.calls += settings.steps * (1 if self.blind is None else 2)
+        shape = (len(self.generators), prior.latent_dim)
+        return sample(self._denoise, shape, self.plan, self.generators, settings.temperature, self.device)
 
-    def write_chunks(self, latent: Tensor) -> Written:
-        """The bytes of a chunk a row, from its latent (b z)."""
-        return write_chunks(
-            self.autoencoder,
-            latent,
-            self.encoder,
-            self.decoder,
-            self.opens,
-            self.settings,
-            self.generators,
-        )
+    def _denoise(self, z: Tensor, gamma: Tensor) -> Tensor:
+        """x0_hat (b z) from z (b z) at gamma (b).
+
+        With guidance x0 = x0_blind + guidance (x0_told - x0_blind) (arXiv 2207.12598).
+        """
+        z, gamma = z[:, None, None], gamma[:, None, None]  # (b n=1 m=1 z), (b 1 1)
+        x0 = self.prior.denoise(z, gamma, self.told)
+        if self.blind is not None:
+            blind = self.prior.denoise(z, gamma, self.blind)
+            x0 = blind + self.settings.guidance * (x0 - blind)
+        return x0[:, 0, 0]
 
     def close_chunks(self, written: Written, length: Tensor, opens: Tensor) -> tuple[Tensor, EncoderState]:
         """The latents (b 1 z) of the chunks just written, and the state after them. length (b), opens (b 1)."""
         return self.autoencoder.close_chunk(written.features, written.encoder, length, opens, self.encoder)
 
     def add_chunks(self, latents: Tensor, opens: Tensor, closed: Tensor) -> None:
-        """What the denoiser is told of the chunk after those of these latents; see the function `add_chunks`."""
-        after = self.encoder.known[:, None]
-        context, self.memory = add_chunks(self.prior, self.memory, latents, opens, after, closed)
+        """Take in one chunk a row more: what the denoiser is told of the next.
+
+        latents: (b 1 z);  opens: (b 1) bool, the first chunk of a document
+        closed: (b) bool, the last of its document: the next one has no past, should anyone go on
+        """
+        always, after = torch.ones_like(opens), self.encoder.known[:, None]
+        context, self.memory = self.prior.contextualiser(latents, always, opens, self.memory, after)
+        context = context.of(always.long())
+        if bool(closed.any()):
+            fresh = self.prior.initial_state(len(closed), closed.device)
+            self.memory = select_rows(closed, fresh, self.memory)
+            context = next_context(self.prior, self.memory)
         self.told = self.prior.tell(context)
 
 
 class ByteWriter:
     """The twin: writes byte by byte, a chunk's worth of them at a time."""
+
+    write_bytes = staticmethod(write_bytes)
 
     def __init__(
         self,
@@ -247,13 +209,11 @@ class ByteWriter:
 
     def write(self) -> list[Piece]:
         """Write max_bytes symbols a row, or up to the end of the document."""
-        pieces, self.state = self.write_bytes()
+        pieces, self.state = self.write_bytes(
+            self.autoencoder, self.state, self.opens, self.settings, self.generators
+        )
         self.opens = [piece.ends_document for piece in pieces]
         return pieces
-
-    def write_bytes(self) -> tuple[list[Piece], DecoderState]:
-        """What a row writes, and the state after it."""
-        return write_bytes(self.autoencoder, self.state, self.opens, self.settings, self.generators)
 
 
 @has_faster_form
@@ -374,10 +334,5 @@ class _Budget:
 
 
 def _cut(text: bytes, characters: int) -> bytes:
-    """The first so many UTF-8 characters."""
-    if count_characters(text) <= characters:
-        return text
-    end = len(text)
-    while end > 0 and count_characters(text[:end]) > characters:
-        end -= 1
-    return text[:end]
+    """The first so many UTF-8 characters; an invalid byte counts as one."""
+    return text.decode("utf-8", "surrogateescape")[:characters].encode("utf-8", "surrogateescape")

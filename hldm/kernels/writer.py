@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hldm.config import GenerationConfig
-from hldm.generation.chunk import Piece, Written
+from hldm.generation.chunk import Written
 from hldm.generation.writer import ByteWriter, LatentWriter, Writer
 from hldm.kernels.close import can_close, close_chunk
 from hldm.kernels.context import MOST_CHUNKS, KeptContext, can_keep
@@ -26,7 +26,7 @@ from hldm.kernels.write import can_write, write_bytes, write_chunks
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.diffusion import draw_noise
 from hldm.model.prior import Prior
-from hldm.model.state import DecoderState, EncoderState
+from hldm.model.state import EncoderState
 
 Step = Literal["close", "denoise", "context"]
 
@@ -106,6 +106,8 @@ def _say(line: str) -> None:
 class FusedLatentWriter(LatentWriter):
     """The latent model, its chunks written and read back by the kernels; make one only where not `why_plain`."""
 
+    write_chunks = staticmethod(write_chunks)
+
     def __init__(
         self,
         autoencoder: Autoencoder,
@@ -135,10 +137,6 @@ class FusedLatentWriter(LatentWriter):
         noise = draw_noise(draws, shape, self.generators, temperature, self.device)
         return self.planned.draw(self.told, noise[0], noise[1:])
 
-    def write_chunks(self, latent: Tensor) -> Written:
-        states = self.encoder, self.decoder
-        return write_chunks(self.autoencoder, latent, *states, self.opens, self.settings, self.generators)
-
     def close_chunks(self, written: Written, length: Tensor, opens: Tensor) -> tuple[Tensor, EncoderState]:
         if "close" in self.plain:
             return super().close_chunks(written, length, opens)
@@ -153,5 +151,4 @@ class FusedLatentWriter(LatentWriter):
 class FusedByteWriter(ByteWriter):
     """The twin, written by the kernels; make one only where not `why_plain`."""
 
-    def write_bytes(self) -> tuple[list[Piece], DecoderState]:
-        return write_bytes(self.autoencoder, self.state, self.opens, self.settings, self.generators)
+    write_bytes = staticmethod(write_bytes)

@@ -12,13 +12,11 @@ plain autoregressive character Griffin: the twin.
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from hldm.config import AutoencoderConfig, ChunkingConfig, section_from_dict
+from hldm.config import AutoencoderConfig, ChunkingConfig, section_from_dict, to_dict
 from hldm.model.griffin import Griffin, GriffinState
 from hldm.model.ops import take_rows
 from hldm.model.readouts import (
@@ -47,7 +45,7 @@ class Autoencoder(SavedModel):
         super().__init__()
         self.settings = section_from_dict(AutoencoderConfig, autoencoder)
         self.chunking = section_from_dict(ChunkingConfig, chunking)
-        self.attached_chunker: object | None = None  # what cuts its text (hldm.chunking.attached)
+        self.attached_chunker: object | None = None  # what cuts its text (hldm.chunking.strategies)
         encoder, decoder = self.settings.encoder, self.settings.decoder
         z = self.latent_dim = self.settings.latent_dim
         if z:
@@ -77,7 +75,7 @@ class Autoencoder(SavedModel):
         cls, autoencoder: AutoencoderConfig, chunking: ChunkingConfig, gamma_0: float = 0.0
     ) -> Autoencoder:
         """Build from config sections."""
-        return cls(asdict(autoencoder), asdict(chunking), gamma_0)
+        return cls(to_dict(autoencoder), to_dict(chunking), gamma_0)
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute the stacks' activations in the backward pass: less memory, more time."""

@@ -6,6 +6,7 @@ generation it is called for one chunk at a time, with a state of O(log n) entrie
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -48,22 +49,15 @@ class Context(NamedTuple):
 
     def of(self, chunk: Tensor) -> Context:
         """The context of some chunks only. chunk: (b k) positions in the window."""
-        wide = chunk[..., None].expand(-1, -1, self.visible.shape[2])
-        return self._replace(
-            summary=self.summary.gather(1, chunk[..., None].expand(-1, -1, self.summary.shape[2])),
-            visible=self.visible.gather(1, wide),
-            distance=self.distance.gather(1, wide),
-            feature=self.feature.gather(1, chunk[..., None].expand(-1, -1, self.feature.shape[2])),
-        )
+        return self._by_chunk(lambda x: x.gather(1, chunk[..., None].expand(-1, -1, x.shape[2])))
 
     def first(self, chunks: int) -> Context:
         """The context of the first chunks of the window."""
-        return self._replace(
-            summary=self.summary[:, :chunks],
-            visible=self.visible[:, :chunks],
-            distance=self.distance[:, :chunks],
-            feature=self.feature[:, :chunks],
-        )
+        return self._by_chunk(lambda x: x[:, :chunks])
+
+    def _by_chunk(self, select: Callable[[Tensor], Tensor]) -> Context:
+        fields = ("summary", "visible", "distance", "feature")  # those of a chunk, not of an entry
+        return self._replace(**{name: select(getattr(self, name)) for name in fields})
 
 
 class RelativeBias(nn.Module):

@@ -3,7 +3,7 @@
 Everything is written in gamma = -log SNR (VDM, arXiv 2107.00630): alpha^2 = sigmoid(-gamma) and
 sigma^2 = sigmoid(gamma), so alpha^2 + sigma^2 = 1, from gamma_0 (the noisy latent the decoder reads) to
 gamma_1 (nearly pure noise). Knows no network: a denoiser is a function (z, gamma) -> estimate of x0.
-The samplers are diffusers' (DDIM 2010.02502, SDE-DPM-Solver++ 2211.01095, flow matching 2210.02747).
+The samplers are diffusers' (DDIM 2010.02502, SDE-DPM-Solver++ 2211.01095).
 """
 
 from __future__ import annotations
@@ -18,14 +18,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
-from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from hldm.config import ConfigError, DiffusionConfig
 
 Target = Literal["x0", "v"]
-SchedulerName = Literal["ancestral", "ddim", "dpm", "flow"]
-Scheduler: TypeAlias = DDIMScheduler | DPMSolverMultistepScheduler | FlowMatchEulerDiscreteScheduler
+SchedulerName = Literal["ancestral", "ddim", "dpm"]
+Scheduler: TypeAlias = DDIMScheduler | DPMSolverMultistepScheduler
 
 BINS = 32  # measured on the toy of the tests: 16 follow a little worse, 64 take longer to see rare errors
 UNIFORM_SHARE = 0.1  # no weight 1/p exceeds 10x the uniform one; raises E[(f/p)^2] by 1/0.9 at most
@@ -41,12 +40,6 @@ def diffuse(x0: Tensor, gamma: Tensor, noise: Tensor) -> Tensor:
     """z_gamma = alpha x0 + sigma noise. x0, noise: (... z); gamma: (...)."""
     alpha, sigma = alpha_sigma(gamma.unsqueeze(-1))
     return alpha * x0 + sigma * noise
-
-
-def noise_from(x0: Tensor, z: Tensor, gamma: Tensor) -> Tensor:
-    """The noise that leads from x0 to z: (z - alpha x0) / sigma. x0, z: (... z); gamma: (...)."""
-    alpha, sigma = alpha_sigma(gamma.unsqueeze(-1))
-    return (z - alpha * x0) / sigma
 
 
 def x0_from(prediction: Tensor, z: Tensor, gamma: Tensor, target: Target) -> Tensor:
@@ -180,7 +173,7 @@ def _table(schedule: Schedule, steps: int) -> list[float]:
     if not ((held - gamma).abs() < 0.5 * gamma.diff().min()).all():
         raise ConfigError(
             f"diffusion.gamma_0 = {schedule.gamma_0:g} with generation.steps = {steps} needs more digits "
-            "than a float32 noise table has; take fewer steps, a larger gamma_0 or generation.scheduler=flow"
+            "than a float32 noise table has; take fewer steps or a larger gamma_0"
         )
     return betas.tolist()
 
@@ -190,21 +183,13 @@ def make_scheduler(name: SchedulerName, schedule: Schedule, steps: int) -> Sched
 
     Its table holds these levels and no others (DDIM steps by table // steps entries and drifts off any
     table that steps does not divide), and every default that would touch an unbounded latent or end at
-    x0 instead of gamma_0 is switched off. It expects estimates of x0; `flow` expects noise - x0, a state
-    divided by alpha + sigma, and that one stops after `steps` steps (its last sigma is always 0). On the
-    same levels `flow` and `ddim` are the same solver: both go straight on with one x0 and one noise.
+    x0 instead of gamma_0 is switched off. It expects estimates of x0.
     Saved by `save_pretrained`, loaded by its class's `from_pretrained`; `scheduler_name` then says which
     of ours it is, and `config.num_train_timesteps - 1` is the number of steps.
     Raises ValueError for an unknown name or steps < 1, ConfigError for a schedule float32 cannot hold.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
-    if name == "flow":
-        scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=steps + 1)
-        gamma = schedule.gamma(torch.linspace(1, 0, steps + 1, device=schedule.cdf.device))
-        # sigma / (alpha + sigma) = sigmoid(gamma / 2)
-        scheduler.set_timesteps(sigmas=torch.sigmoid(gamma / 2).tolist())
-        return scheduler
     table: dict[str, Any] = {
         "num_train_timesteps": steps + 1,
         "trained_betas": _table(schedule, steps),
@@ -224,25 +209,22 @@ def make_scheduler(name: SchedulerName, schedule: Schedule, steps: int) -> Sched
             timestep_spacing="linspace",
         )
     else:
-        raise ValueError(f"unknown scheduler {name!r}; choose ancestral, ddim, dpm or flow")
+        raise ValueError(f"unknown scheduler {name!r}; choose ancestral, ddim or dpm")
     with warnings.catch_warnings():  # diffusers hands numpy 2 a tensor, which torch answers the old way
         warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
         scheduler.set_timesteps(steps)
     return scheduler
 
 
-def scheduler_name(scheduler: object) -> SchedulerName:
-    """The name under which `make_scheduler` makes such a scheduler. Raises ValueError for any other."""
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        return "flow"
-    if isinstance(scheduler, DDIMScheduler):
-        return "ddim"
-    if isinstance(scheduler, DPMSolverMultistepScheduler):
-        return "ancestral" if scheduler.config["solver_order"] == 1 else "dpm"
-    raise ValueError(
-        f"{type(scheduler).__name__} is not one of the schedulers of hldm; use DPMSolverMultistepScheduler, "
-        f"DDIMScheduler or FlowMatchEulerDiscreteScheduler"
-    )
+def scheduler_name(class_name: str, solver_order: object) -> SchedulerName:
+    """The name under which `make_scheduler` makes a scheduler of this class. Raises ValueError for any other."""
+    names: dict[str, SchedulerName] = {
+        "DDIMScheduler": "ddim",
+        "DPMSolverMultistepScheduler": "ancestral" if solver_order == 1 else "dpm",
+    }
+    if class_name not in names:
+        raise ValueError(f"{class_name!r:.80} is not one of the schedulers of hldm: {', '.join(names)}")
+    return names[class_name]
 
 
 class Steps(NamedTuple):
@@ -266,17 +248,11 @@ def sampler_steps(name: SchedulerName, schedule: Schedule, steps: int) -> Steps:
     """
     solver: Any = make_scheduler(name, schedule, steps)  # Any: diffusers' step methods differ in type
     gammas = schedule.gamma(torch.linspace(1, 0, steps + 1, device=schedule.cdf.device))
-    alpha, sigma = (x.cpu() for x in alpha_sigma(gammas))
     z, now, before, noise = torch.eye(4)[:, None]  # each (1 4)
     weights = []
-    for k, t in enumerate(solver.timesteps[:steps]):
-        if name == "flow":
-            x, velocity = z / (alpha[k] + sigma[k]), noise_from(now, z, gammas[k].cpu()[None]) - now
-            after = (alpha[k + 1] + sigma[k + 1]) * solver.step(velocity, t, x).prev_sample
-        elif name == "ddim":
-            after = solver.step(now, t, z).prev_sample
-        else:
-            after = solver.step(now, t, z, variance_noise=noise).prev_sample
+    drawn = {} if name == "ddim" else {"variance_noise": noise}
+    for t in solver.timesteps[:steps]:
+        after = solver.step(now, t, z, **drawn).prev_sample
         weights.append(torch.stack([(after * part).sum() for part in (z, now, before, noise)]))
         now, before = before, now  # the solver remembers what it was told last
     return Steps(gammas, torch.stack(weights).to(gammas.device))
@@ -301,25 +277,19 @@ def draw_noise(
 def sample(
     denoise: Callable[[Tensor, Tensor], Tensor],
     shape: tuple[int, int],
-    schedule: Schedule,
-    *,
-    steps: int,
-    scheduler: SchedulerName,
+    plan: Steps,
     generators: Sequence[torch.Generator],
     temperature: float = 1.0,
     device: torch.device | str = "cpu",
-    plan: Steps | None = None,
 ) -> Tensor:
     """Draw latents z_0 at gamma_0, as the decoder reads them, starting from N(0, I) as the bound charges.
 
-    denoise: (z (b z), gamma (b,)) -> estimate of x0 (b z);  shape: (b, z)
+    denoise: (z (b z), gamma (b,)) -> estimate of x0 (b z);  shape: (b, z);  plan: `sampler_steps`
     generators: one a row, so that a batch equals its rows;  temperature: scales all noise, first and later
-    plan: `sampler_steps` of this schedule, steps and scheduler, for who has it already
     Returns (b z) float32. Raises ValueError unless there is one generator a row.
     """
     if len(generators) != shape[0]:
         raise ValueError(f"sample needs one generator a row, got {len(generators)} for {shape[0]} rows")
-    plan = plan or sampler_steps(scheduler, schedule, steps)
     z = draw_noise(1, shape, generators, temperature, device)[0]
     before, draws = torch.zeros_like(z), plan.draws
     for gamma, weights in zip(plan.gammas[:-1].to(device), plan.weights.tolist(), strict=True):

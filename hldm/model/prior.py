@@ -7,7 +7,6 @@ Concept Model (arXiv 2412.08821). Knows latents, and if `reads_text` the encoder
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import NamedTuple
 
 import torch
@@ -20,6 +19,7 @@ from hldm.config import (
     HierarchyConfig,
     PriorConfig,
     section_from_dict,
+    to_dict,
 )
 from hldm.model.contextualiser import Context, ContextState, Contextualiser
 from hldm.model.denoiser import Denoiser, Told
@@ -79,7 +79,7 @@ class Prior(SavedModel):
         """Build from config sections."""
         components = autoencoder.components
         feature_dim = autoencoder.known_width if prior.reads_text or components else 0
-        sections = (asdict(prior), asdict(hierarchy), asdict(diffusion))
+        sections = (to_dict(prior), to_dict(hierarchy), to_dict(diffusion))
         return cls(autoencoder.latent_dim, *sections, feature_dim, components)
 
     def initial_state(self, batch: int, device: torch.device | None = None) -> ContextState:
@@ -104,8 +104,8 @@ class Prior(SavedModel):
             log_weights = self.mixture.log_weights(context.feature)[:, :, None]
         return Told(log_weights, self.denoiser.read(context))
 
-    def denoise(self, z: Tensor, gamma: Tensor, told: Told, estimate: Tensor | None = None) -> Tensor:
-        """x0_hat(z_gamma, gamma, context). z: (b n m z); gamma: (b n m); estimate: an earlier x0_hat.
+    def denoise(self, z: Tensor, gamma: Tensor, told: Told) -> Tensor:
+        """x0_hat(z_gamma, gamma, context). z: (b n m z); gamma: (b n m).
 
         told: `tell` of the context, once for all draws and steps.
         With a mixture: its own estimate, corrected by sigma times what the network says.
@@ -114,29 +114,15 @@ class Prior(SavedModel):
             estimate = self.mixture.denoise(z, gamma, told.log_weights)
             _, sigma = alpha_sigma(gamma.unsqueeze(-1))
             return estimate + sigma * self.denoiser(z, gamma, told.blocks, estimate)
-        estimate = torch.zeros_like(z) if estimate is None else estimate
-        prediction = self.denoiser(z, gamma, told.blocks, estimate)
+        prediction = self.denoiser(z, gamma, told.blocks, torch.zeros_like(z))
         return x0_from(prediction, z, gamma, self.diffusion.target)
 
-    def estimate(
-        self, x0: Tensor, gamma: Tensor, noise: Tensor, context: Context, self_condition: bool = False
-    ) -> Tensor:
+    def estimate(self, x0: Tensor, gamma: Tensor, noise: Tensor, context: Context) -> Tensor:
         """x0_hat from x0 made noisy. x0, noise and result: (b n m z); gamma: (b n m)."""
-        z, told = diffuse(x0, gamma, noise), self.tell(context)
-        earlier = None
-        if self_condition:
-            with torch.no_grad():
-                earlier = self.denoise(z, gamma, told)
-        return self.denoise(z, gamma, told, earlier)
+        return self.denoise(diffuse(x0, gamma, noise), gamma, self.tell(context))
 
     def latent_term(
-        self,
-        latents: Tensor,
-        mask: Tensor,
-        context: Context,
-        u: Tensor,
-        noise: Tensor,
-        self_condition: bool = False,
+        self, latents: Tensor, mask: Tensor, context: Context, u: Tensor, noise: Tensor
     ) -> Tensor:
         """The diffusion term of the bound, 1/2 E_gamma[(d gamma/du) e^-gamma ||x0 - x0_hat||^2].
 
@@ -146,7 +132,7 @@ class Prior(SavedModel):
         """
         gamma = self.schedule.gamma(u)
         x0 = latents[:, :, None].expand_as(noise)
-        x0_hat = self.estimate(x0, gamma, noise, context, self_condition)
+        x0_hat = self.estimate(x0, gamma, noise, context)
         terms = bound_integrand(x0, x0_hat, gamma) / self.schedule.density(gamma)  # (b n m)
         if self.training:
             squared_error = (x0 - x0_hat).detach().square().sum(dim=-1)
@@ -172,7 +158,7 @@ def price_latents(
 ) -> Payment:
     """The latent and end terms of the bound, from `draws` stratified noise levels a chunk.
 
-    hide: training's context dropout and self-conditioning, by their configured shares.
+    hide: training's context dropout, for guidance.
     """
     settings = prior.settings
     b, n, z = encoding.latents.shape
@@ -180,13 +166,9 @@ def price_latents(
     u = stratified(m, draw_uniform(batch, (n,), generator))
     noise = draw_normal(batch, (n, m, z), generator)
     context = context.first(n)
-    self_condition = settings.self_conditioning > 0
-    if hide:
-        if settings.context_dropout:
-            hidden = draw_uniform(batch, (n,), generator) < settings.context_dropout
-            context = prior.hide(context, hidden)
-        coin = torch.rand((), generator=generator)
-        self_condition = bool(coin < settings.self_conditioning)
-    latent = prior.latent_term(encoding.latents, encoding.mask, context, u, noise, self_condition)
+    if hide and settings.context_dropout:
+        hidden = draw_uniform(batch, (n,), generator) < settings.context_dropout
+        context = prior.hide(context, hidden)
+    latent = prior.latent_term(encoding.latents, encoding.mask, context, u, noise)
     end = end_term(encoding.latents, prior.diffusion.gamma_1)
     return Payment(latent * encoding.mask, end * encoding.mask)

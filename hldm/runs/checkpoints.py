@@ -25,7 +25,7 @@ from hldm.runs.machine import free_disk
 if TYPE_CHECKING:
     from torch import Tensor
 
-SCHEMA = 1  # of state.json and MANIFEST.json; a reader refuses any other
+SCHEMA = 2  # of state.json and MANIFEST.json; a reader refuses any other
 MANIFEST = "MANIFEST.json"
 STATE = "state.json"
 MAX_RECORD_BYTES = 100_000_000  # a state.json is small; the same cap as safetensors' own header
@@ -154,63 +154,23 @@ def newest_checkpoint(folder: Path, say: Callable[[str], None] = warnings.warn) 
     return None
 
 
-def flatten_optimizer(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], Any]:
-    """Split a torch optimizer's state into named tensors and JSON that says where each belongs.
-
-    Tuples and integer keys, which JSON has not, are written as {"tuple": [...]} and {"dict": [[key, value],
-    ...]}. Raises ValueError for a value that is neither a tensor, a container nor a JSON scalar.
-    """
-    import torch
-
-    tensors: dict[str, Tensor] = {}
-
-    def flatten(value: Any, name: str) -> Any:
-        if isinstance(value, torch.Tensor):
-            assert name not in tensors, f"two optimizer tensors are called {name}"
-            tensors[name] = value
-            return {"tensor": name}
-        if isinstance(value, Mapping):
-            return {"dict": [[key, flatten(child, f"{name}.{key}")] for key, child in value.items()]}
-        if isinstance(value, (list, tuple)):
-            children = [flatten(child, f"{name}.{i}") for i, child in enumerate(value)]
-            return {"tuple": children} if isinstance(value, tuple) else children
-        if value is None or isinstance(value, (bool, int, float, str)):
-            return value
-        raise ValueError(f"{name} cannot be stored: a {type(value).__name__} is neither tensor nor JSON")
-
-    return tensors, flatten(state_dict, "optimizer")
+def flatten_optimizer(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """A torch optimizer's state as tensors named "<parameter's number>.<name>", and its parameter groups as JSON."""
+    tensors = {f"{i}.{name}": x for i, state in state_dict["state"].items() for name, x in state.items()}
+    groups = [
+        {key: list(value) if isinstance(value, tuple) else value for key, value in group.items()}
+        for group in state_dict["param_groups"]
+    ]
+    return tensors, groups
 
 
-def unflatten_optimizer(tensors: Mapping[str, Tensor], layout: Any) -> dict[str, Any]:
-    """Undo `flatten_optimizer`; the result is ready for `load_state_dict`.
-
-    Raises CheckpointError when the layout and the tensors do not name the same set.
-    """
-    used = set()
-
-    def unflatten(value: Any) -> Any:
-        if isinstance(value, list):
-            return [unflatten(child) for child in value]
-        if not isinstance(value, dict):
-            return value
-        if "tensor" in value:
-            if value["tensor"] not in tensors:
-                raise CheckpointError(f"the optimizer's tensor {value['tensor']} is missing")
-            used.add(value["tensor"])
-            return tensors[value["tensor"]]
-        if "tuple" in value:
-            return tuple(unflatten(child) for child in value["tuple"])
-        return {key: unflatten(child) for key, child in value["dict"]}
-
-    try:
-        state_dict = unflatten(layout)
-    except (LookupError, TypeError, RecursionError) as error:
-        raise CheckpointError(
-            f"the optimizer's layout is damaged ({type(error).__name__}: {error})"
-        ) from error
-    if unused := sorted(set(tensors) - used):
-        raise CheckpointError(f"the optimizer's layout does not know the tensors {', '.join(unused[:3])}")
-    return state_dict
+def unflatten_optimizer(tensors: Mapping[str, Tensor], groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """Undo `flatten_optimizer`; the result is ready for `load_state_dict`."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for path, tensor in tensors.items():
+        number, _, name = path.partition(".")
+        state.setdefault(int(number), {})[name] = tensor
+    return {"state": state, "param_groups": groups}
 
 
 def _write_files(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], record: bytes) -> None:

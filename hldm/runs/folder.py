@@ -32,6 +32,7 @@ from hldm.config import is_retired
 from hldm.runs.checkpoints import checkpoints_in
 from hldm.runs.files import atomic_write, naming
 from hldm.runs.machine import physical_memory
+from hldm.settings import dotted
 
 NAME = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,64}")
 LIBRARIES = ("torch", "numpy", "safetensors", "diffusers", "accelerate", "transformers", "datasets")
@@ -48,6 +49,7 @@ class Totals:
     seconds: float = 0.0
     characters: int = 0
     prepared: float = 0.0  # of the seconds, those before the first step
+    corpus: str = ""  # fingerprint of the training text; "": a run of before it was kept
 
 
 class Run:
@@ -145,7 +147,7 @@ def open_run(
 ) -> Run:
     """Make or reopen the folder of one stage, `runs/<name>/<stage>`, and lock it for this process.
 
-    config:     the resolved settings, plain; config.yaml holds those last used
+    config:     the resolved settings, as JSON could hold them; config.yaml holds those last used
     resume:     reopen a folder that is not empty; one that is empty starts from the beginning, and says so
     is_main:    rank 0; the other ranks get a Run that writes nothing, and check nothing
     may_change: prefixes of dotted keys that may differ on resume, e.g. ("training.", "logging.")
@@ -172,7 +174,7 @@ def open_run(
         if is_empty and resume:
             say(f"{folder} has nothing to resume; starting from the beginning")
         check_settings(folder, config, may_change)
-        text = yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
+        text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
         atomic_write(folder / "config.yaml", text)
         _write_environment(folder, say)
     except BaseException:
@@ -259,10 +261,13 @@ def describe_environment() -> dict[str, Any]:
     }
 
 
-def check_settings(folder: Path, config: dict[str, Any], may_change: tuple[str, ...]) -> None:
+def check_settings(
+    folder: Path, config: dict[str, Any], may_change: tuple[str, ...] = (), only: tuple[str, ...] = ("",)
+) -> None:
     """Refuse settings other than those that a stage was started with; nothing to compare with is no fault.
 
-    may_change: prefixes of dotted keys that may differ. Raises ValueError that names the others.
+    may_change, only: prefixes of dotted keys that may differ, and of those that are compared at all
+    Raises ValueError that names the keys that differ, with both values.
     """
     path = folder / "config.yaml"
     if not path.exists():
@@ -272,11 +277,12 @@ def check_settings(folder: Path, config: dict[str, Any], may_change: tuple[str, 
     except (yaml.YAMLError, ValueError, RecursionError, AttributeError) as error:
         raise ValueError(f"{path} is damaged; restore it or choose another --name") from error
     started = {key: value for key, value in started.items() if not is_retired(key, value)}
-    now = dotted(_plain(config))
+    now = dotted(config)
     changes = [
-        f"{key} {started.get(key, 'absent')} -> {now.get(key, 'absent')}"
+        f"{key} {_shown(started, key)} -> {_shown(now, key)}"
         for key in sorted(started.keys() | now.keys())
-        if started.get(key, ...) != now.get(key, ...) and not key.startswith(may_change)
+        if key.startswith(only) and not key.startswith(may_change)
+        if started.get(key, ...) != now.get(key, ...)
     ]
     if changes:
         raise ValueError(
@@ -285,17 +291,9 @@ def check_settings(folder: Path, config: dict[str, Any], may_change: tuple[str, 
         )
 
 
-def _plain(config: dict[str, Any]) -> dict[str, Any]:
-    """Tuples as lists, nothing shared: as YAML will give it back."""
-    return dict(json.loads(json.dumps(config)))
-
-
-def dotted(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"data": {"lanes": 16}} as {"data.lanes": 16}."""
-    leaves: dict[str, Any] = {}
-    for key, value in config.items():
-        leaves |= dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return leaves
+def _shown(settings: dict[str, Any], key: str) -> str:
+    value = settings.get(key, "absent")
+    return "''" if value == "" else str(value)
 
 
 def _write_environment(folder: Path, say: Callable[[str], None]) -> None:

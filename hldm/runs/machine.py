@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from hldm.config import ConfigError
-
 
 def physical_memory() -> int:
     """Bytes of memory that this machine has."""
@@ -103,15 +101,6 @@ def free_disk(folder: Path) -> tuple[int, Path]:
     """Bytes free where a folder is or would be made, and the folder that stands there already."""
     standing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())
     return shutil.disk_usage(standing).free, standing
-
-
-def require_disk(path: Path, needed: int, way_out: str) -> None:
-    """Raise ConfigError unless a file of so many bytes can be written to path."""
-    free, where = free_disk(path.parent)
-    if needed > free:
-        raise ConfigError(
-            f"{path} needs {human(needed)} of disk, {human(free)} available in {where}: {way_out}, or free some"
-        )
 
 
 def human(count: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,48 +19,39 @@ def check_report_path(path: Path, key: str) -> None:
 
     key: stands at the top of every report of this kind; a file that has it may be replaced
     """
-    place = f"--json {path}"
-    _check_place(path, place)
-    if path.exists():
+
+    def is_report(data: bytes) -> bool:
         try:
-            with path.open("rb") as file:
-                is_ours = key in json.loads(file.read(MAX_REPORT_BYTES))
+            return key in json.loads(data)
         except (ValueError, RecursionError, TypeError):
-            is_ours = False
-        _require_ours(is_ours, f"{place} is there and is no report of this kind")
+            return False
+
+    _check(path, "--json", "report of this kind", is_report)
 
 
 def check_picture_path(path: Path) -> None:
     """The same for a picture, which may replace another PNG."""
-    place = f"--png {path}"
-    _check_place(path, place)
-    if path.exists():
-        with path.open("rb") as file:
-            _require_ours(file.read(8) == PNG, f"{place} is there and is no picture")
+    _check(path, "--png", "picture", lambda data: data.startswith(PNG))
 
 
 def check_page_path(path: Path, mark: bytes) -> None:
     """The same for a page, which may replace another that begins with this mark."""
-    place = f"--html {path}"
-    _check_place(path, place)
-    if path.exists():
-        with path.open("rb") as file:
-            _require_ours(file.read(len(mark)) == mark, f"{place} is there and is no page of this kind")
+    _check(path, "--html", "page of this kind", lambda data: data.startswith(mark))
 
 
-def _check_place(path: Path, place: str) -> None:
-    folder = path.absolute().parent
+def _check(path: Path, option: str, kind: str, is_ours: Callable[[bytes], bool]) -> None:
+    place, folder = f"{option} {path}", path.absolute().parent
     if not folder.is_dir():
         raise FileNotFoundError(f"{place}: no folder {folder} to write it to")
     if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
         raise ValueError(f"{place} is not a regular file: choose another name")
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"{place}: {folder} cannot be written to")
-
-
-def _require_ours(is_ours: bool, message: str) -> None:
-    if not is_ours:
-        raise ValueError(f"{message}: delete it or choose another name")
+    if path.exists():
+        with path.open("rb") as file:
+            data = file.read(MAX_REPORT_BYTES)
+        if not is_ours(data):
+            raise ValueError(f"{place} is there and is no {kind}: delete it or choose another name")
 
 
 def save_report(path: Path, report: Mapping[str, Any]) -> None:

@@ -12,8 +12,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from hldm.chunking.strategies import attach_segmenter
 from hldm.config import Config, ConfigError
 from hldm.evaluation.tables import Table
+from hldm.runs.folder import describe_environment
+from hldm.sources.corpora import load_corpus
+from hldm.studies import bench_processes, bench_training, bench_writing
 
 
 def measure(
@@ -31,12 +37,6 @@ def measure(
         )
     # else the profiler tells standard error whenever it starts and stops
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    import torch
-
-    from hldm.chunking.strategies import attach_segmenter
-    from hldm.studies import bench_training, bench_writing
-    from hldm.text.corpus import load_corpus
-
     corpora = {data: load_corpus(data, "train") for data in {config.data, twin.data}}
     corpus = corpora[config.data]
     torch.manual_seed(config.seed)
@@ -47,15 +47,16 @@ def measure(
     twin_windows = bench_training.windows_of(twin, corpora[twin.data], segmenters[twin.chunking])
     one, two = bench_training.stage_one(config), bench_training.stage_two(config, windows)
     plain = bench_training.stage_one(twin)
-    for objective in (one, two, plain):
-        segmenter = segmenters[objective.autoencoder.chunking]
+    stages = {}
+    for name, part, stage, objective, text in (
+        ("stage one", config, "autoencoder", one, windows),
+        ("stage two", config, "prior", two, windows),
+        ("twin", twin, "autoencoder", plain, twin_windows),
+    ):
+        segmenter = segmenters[part.chunking]
         if segmenter is not None:
             attach_segmenter(objective.autoencoder, segmenter)
-    stages = {
-        "stage one": bench_training.trainer_of(config, "autoencoder", one, windows),
-        "stage two": bench_training.trainer_of(config, "prior", two, windows),
-        "twin": bench_training.trainer_of(twin, "autoencoder", plain, twin_windows),
-    }
+        stages[name] = bench_training.trainer_of(part, stage, objective, text)
     device = stages["twin"].accelerator.device
     found = _head(config, steps, str(device))
     if only != "writing":
@@ -77,16 +78,12 @@ def measure(
 
 def measure_processes(config: Config, *, steps: int = 10, launch: Path | None = None) -> dict[str, Any]:
     """Stage one on one process beside several, started by accelerate with the file `launch`."""
-    from hldm.studies import bench_processes
-
     found = bench_processes.measure(config, steps, launch or bench_processes.TWO_PROCESSES)
     return {**_head(config, steps, found["one process"]["device"]), "processes": found}
 
 
 def _head(config: Config, steps: int, device: str) -> dict[str, Any]:
     """What was measured, and on what."""
-    from hldm.runs.folder import describe_environment
-
     environment = describe_environment()
     machine = {name: environment[name] for name in ("cpu", "cores", "threads", "torch", "platform", "commit")}
     return {
@@ -99,14 +96,10 @@ def _head(config: Config, steps: int, device: str) -> dict[str, Any]:
 
 def report(found: Mapping[str, Any]) -> list[str | Table]:
     """What `measure` found: a head, and the tables."""
-    from hldm.studies import bench_training, bench_writing
-
     machine = found["machine"]
     head = f"{machine['cpu']}, {machine['device']}, {machine['threads']} thread(s), torch {machine['torch']}"
     tables = []
     if "processes" in found:
-        from hldm.studies import bench_processes
-
         head += (
             f"\n{found['config']}: {found['bytes_per_step']:,} bytes a step, {found['steps']} steps a turn"
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hldm.config import GriffinConfig
+from hldm.config import GriffinConfig, changed
 from hldm.evaluation.tables import Table, cell
 from hldm.kernels.library import kernels, library, without_kernels
 from hldm.kernels.scan import BACKENDS, can_run, linear_scan_by
@@ -34,14 +34,16 @@ SCANS = (
 LAYERS = ((1, 1024, 128), (16, 256, 128))
 ATTENTION = ((1, 1024, 128), (16, 256, 128))
 STEPS = (1, 8, 64)  # rows of the batch
+WAYS = ("forward", "forward and backward")
 HEADS, CHUNK = 4, 6  # as configs/small.yaml; positions of a chunk, about those of its text
 
-Times = dict[str, list[float]]  # seconds, by name, a turn each
+# by name: what computes, and the tensors that backward finds gradients of
+Works = Mapping[str, tuple[Callable[[], Tensor], Sequence[Tensor]]]
 
 
-def in_turns(works: Mapping[str, Callable[[], Any]], repeats: int) -> Times:
+def in_turns(works: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
     """Seconds of each piece of work, one after another, again and again."""
-    seconds: Times = {name: [] for name in works}
+    seconds: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(-WARM_UP, repeats):
         for name, work in works.items():
             began = time.perf_counter()
@@ -51,16 +53,30 @@ def in_turns(works: Mapping[str, Callable[[], Any]], repeats: int) -> Times:
     return seconds
 
 
-def _figures(times: Times, against: str) -> dict[str, Any]:
-    """By name: least and median milliseconds, and how many times faster than `against`."""
-    return {
-        name: {
-            "ms_least": 1e3 * min(seconds),
-            "ms_median": 1e3 * statistics.median(seconds),
-            "times_faster": min(times[against]) / min(seconds),
+def _figures(
+    works: Works, against: str, repeats: int, ways: Sequence[str] = WAYS
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Forward, then forward and backward: least and median milliseconds of each, how many times faster than `against`.
+
+    A piece of work without tensors to find gradients of is the same both ways.
+    """
+    found = {}
+    for way in ways:
+        turns: dict[str, Callable[[], Any]] = {
+            name: partial(_both_ways, work, wanted) if wanted and way != "forward" else work
+            for name, (work, wanted) in works.items()
         }
-        for name, seconds in times.items()
-    }
+        with torch.set_grad_enabled(way != "forward"):
+            times = in_turns(turns, repeats)
+        found[way] = {
+            name: {
+                "ms_least": 1e3 * min(seconds),
+                "ms_median": 1e3 * statistics.median(seconds),
+                "times_faster": min(times[against]) / min(seconds),
+            }
+            for name, seconds in times.items()
+        }
+    return found
 
 
 def _in_torch(work: Callable[[], Any]) -> Any:
@@ -68,7 +84,13 @@ def _in_torch(work: Callable[[], Any]) -> Any:
         return work()
 
 
-def _both_ways(work: Callable[[], Any], wanted: list[Tensor]) -> tuple[Tensor, ...]:
+def _with_and_without_kernels(work: Callable[[], Tensor], wanted: Sequence[Tensor]) -> Works:
+    """The same in torch alone and, where they are there, with C++ kernels."""
+    turns: Works = {"torch": (partial(_in_torch, work), wanted)}
+    return {**turns, "cpp": (work, wanted)} if library() else turns
+
+
+def _both_ways(work: Callable[[], Tensor], wanted: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Forward, and backward with the output as its own gradient."""
     y = work()
     return torch.autograd.grad(y, wanted, y.detach())
@@ -78,26 +100,17 @@ def time_scan(shape: tuple[int, int, int], repeats: int) -> dict[str, Any]:
     """Forward, and forward and backward, of every backend but the loop, beside sums of arrays of the same size."""
     a, b = (torch.rand(shape, requires_grad=True) for _ in range(2))
     x, y, z = (torch.rand(shape) for _ in range(3))
-    names = [name for name in BACKENDS if name != "loop" and can_run(name, a)]
-    scans = {name: partial(lambda backend: linear_scan_by(backend, a, b)[0], name) for name in names}
-
-    def forward(scan: Callable[[], Tensor]) -> None:
-        with torch.no_grad():
-            scan()
-
-    found = {}
-    for way, size in (("forward", BYTES_FORWARD), ("forward and backward", BYTES_BOTH)):
-        works: dict[str, Callable[[], Any]] = {"stream": lambda: torch.add(x, y, out=z)}
-        for name, scan in scans.items():
-            works[name] = (
-                partial(forward, scan) if size == BYTES_FORWARD else partial(_both_ways, scan, [a, b])
-            )
-        times = in_turns(works, repeats)
-        found[way] = _figures(times, "chunked")
-        moved = {name: x.numel() * (BYTES_FORWARD if name == "stream" else size) for name in works}
+    scans: Works = {
+        name: (partial(lambda backend: linear_scan_by(backend, a, b)[0], name), [a, b])
+        for name in BACKENDS
+        if name != "loop" and can_run(name, a)
+    }
+    works = {"stream": (lambda: torch.add(x, y, out=z), ()), **scans}
+    found = _figures(works, "chunked", repeats)
+    for way, size in zip(WAYS, (BYTES_FORWARD, BYTES_BOTH), strict=True):
         for name, figures in found[way].items():
-            figures["gb_per_second"] = moved[name] / min(times[name]) / 1e9
-        for figures in found[way].values():
+            moved = x.numel() * (BYTES_FORWARD if name == "stream" else size)
+            figures["gb_per_second"] = moved / figures["ms_least"] / 1e6
             figures["share_of_stream"] = figures["gb_per_second"] / found[way]["stream"]["gb_per_second"]
     return found
 
@@ -132,29 +145,10 @@ def time_layer(shape: tuple[int, int, int], repeats: int) -> dict[str, Any]:
         return ours(x, hidden, reset)[0]
 
     torch.testing.assert_close(run_ours(), run_theirs(), rtol=1e-4, atol=1e-5)
-    works: dict[str, tuple[Callable[[], Any], list[Tensor]]] = {
-        "transformers": (run_theirs, [x, *theirs.parameters()]),
-        "hldm": (run_ours, [x, *ours.parameters()]),
-    }
-    return _with_and_without_kernels(works, repeats)
-
-
-def _with_and_without_kernels(
-    works: Mapping[str, tuple[Callable[[], Any], list[Tensor]]], repeats: int
-) -> dict[str, Any]:
-    """Figures of "hldm" and of what it is compared with, which comes first; both ways, torch alone and C++."""
-    (against, (other, theirs)), (_, (ours, wanted)) = works.items()
-    found = {}
-    for way in ("forward", "forward and backward"):
-        run_other, run_ours = other, ours
-        if way != "forward":
-            run_other, run_ours = partial(_both_ways, other, theirs), partial(_both_ways, ours, wanted)
-        turns: dict[str, Callable[[], Any]] = {against: run_other, "torch": partial(_in_torch, run_ours)}
-        if library():
-            turns["cpp"] = run_ours
-        with torch.set_grad_enabled(way != "forward"):
-            found[way] = _figures(in_turns(turns, repeats), against)
-    return found
+    works = _with_and_without_kernels(run_ours, [x, *ours.parameters()])
+    return _figures(
+        {"transformers": (run_theirs, [x, *theirs.parameters()]), **works}, "transformers", repeats
+    )
 
 
 def time_attention(shape: tuple[int, int, int], repeats: int) -> dict[str, Any]:
@@ -175,29 +169,20 @@ def time_attention(shape: tuple[int, int, int], repeats: int) -> dict[str, Any]:
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return block.linear_out(y.transpose(1, 2).flatten(2))
 
-    works: dict[str, Callable[[], Any]] = {"dense": dense, "by chunk": lambda: block(x, state, layout)[0]}
     wanted = [x, *block.parameters()]
-    both = {name: partial(_both_ways, work, wanted) for name, work in works.items()}
-    with torch.no_grad():
-        forward = _figures(in_turns(works, repeats), "dense")
-    return {"forward": forward, "forward and backward": _figures(in_turns(both, repeats), "dense")}
+    works = {"dense": (dense, wanted), "by chunk": (lambda: block(x, state, layout)[0], wanted)}
+    return _figures(works, "dense", repeats)
 
 
 def time_step(batch: int, repeats: int) -> dict[str, Any]:
     """A byte's step through a stack as configs/small.yaml's encoder, in torch and in C++."""
-    blocks = ("recurrent", "attention", "recurrent") * 2
-    model = Griffin(GriffinConfig(width=128, heads=HEADS, blocks=blocks), 10).eval()
+    config = GriffinConfig(width=128, heads=HEADS)
+    model = Griffin(changed(config, blocks=2 * config.blocks), 10).eval()
     x, start = torch.randn(batch, 1, 128), torch.zeros(batch, 1, dtype=torch.bool)
     state = model.initial_state(batch)
 
-    def run() -> Any:
-        return model(x, state, start, start)
-
-    turns: dict[str, Callable[[], Any]] = {"torch": partial(_in_torch, run)}
-    if library():
-        turns["cpp"] = run
-    with torch.no_grad():
-        return {"forward": _figures(in_turns(turns, 10 * repeats), "torch")}
+    works = _with_and_without_kernels(lambda: model(x, state, start, start)[0], [])
+    return _figures(works, "torch", 10 * repeats, WAYS[:1])
 
 
 def measure(*, repeats: int = 10) -> dict[str, Any]:
@@ -227,16 +212,13 @@ def report(found: Mapping[str, Any]) -> list[str | Table]:
         for way, names in ways.items()
         for name, figures in names.items()
     ]
-    head = ["", "form", "ms, least", "median", "faster", "GB/s", "of stream"]
     told = f"torch {machine['torch']}, {machine['threads']} thread(s); C++ kernels: {machine['kernels']}"
-    return [told, Table(head, rows)]
+    return [told, Table(["", "form", "ms, least", "median", "faster", "GB/s", "of stream"], rows)]
 
 
-def _cells(figures: Mapping[str, float]) -> list[str]:
-    return [
-        cell(figures["ms_least"], ".3f"),
-        cell(figures["ms_median"], ".3f"),
-        f"{figures['times_faster']:.1f}x",
-        cell(figures.get("gb_per_second"), ".1f"),
-        cell(figures.get("share_of_stream"), ".0%"),
-    ]
+def _cells(figures: Mapping[str, float]) -> Iterator[str]:
+    yield cell(figures["ms_least"], ".3f")
+    yield cell(figures["ms_median"], ".3f")
+    yield f"{figures['times_faster']:.1f}x"
+    yield cell(figures.get("gb_per_second"), ".1f")
+    yield cell(figures.get("share_of_stream"), ".0%")

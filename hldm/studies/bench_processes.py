@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -21,8 +20,8 @@ import torch
 
 from hldm.config import Config, ConfigError, load_config, to_yaml
 from hldm.evaluation.tables import Table, row
+from hldm.sources.corpora import load_corpus
 from hldm.studies.bench_training import stage_one, time_steps, trainer_of, windows_of
-from hldm.text.corpus import load_corpus
 
 TWO_PROCESSES = Path("configs/accelerate/two_processes.yaml")
 TURNS = 3
@@ -36,23 +35,28 @@ def measure(config: Config, steps: int, launch: Path = TWO_PROCESSES) -> dict[st
     """
     if not launch.is_file():
         raise FileNotFoundError(f"{launch}: no such file, start hldm in its repository or pass --launch FILE")
-    alone = [sys.executable, "-m"]
-    many = [*alone, "accelerate.commands.launch", "--config_file", str(launch)]
+    python = [sys.executable, "-m"]
+    # port 0: any that is free
+    accelerate = [
+        *python,
+        "accelerate.commands.launch",
+        "--config_file",
+        str(launch),
+        "--main_process_port",
+        "0",
+        "-m",
+    ]
     turns: dict[str, list[dict[str, Any]]] = {"one process": [], "launched": []}
     with TemporaryDirectory() as folder:
         path = Path(folder) / f"{config.name}.yaml"
         path.write_text(to_yaml(config), encoding="utf-8")
         for _ in range(TURNS):
-            turns["one process"].append(_run(alone, path, steps))
-            turns["launched"].append(
-                _run([*many, "--main_process_port", str(_free_port()), "-m"], path, steps)
-            )
+            for launcher, turn in zip((python, accelerate), turns.values(), strict=True):
+                turn.append(_run(launcher, path, steps))
     rates = {name: [found["characters_per_second"] for found in turn] for name, turn in turns.items()}
     return {
         name: {
-            "processes": turn[0]["processes"],
-            "threads": turn[0]["threads"],
-            "device": turn[0]["device"],
+            **{key: turn[0][key] for key in ("processes", "threads", "device")},
             "characters_per_second": statistics.median(rates[name]),
             "characters_per_second_best": max(found["characters_per_second_best"] for found in turn),
             "seconds_per_step": statistics.median(found["seconds_per_step"] for found in turn),
@@ -83,12 +87,6 @@ def _run(launcher: Sequence[str], config: Path, steps: int) -> dict[str, Any]:
         reason = next((line for line in said if line.startswith("hldm: ")), said[-1])
         raise ConfigError(f"{' '.join(launcher)} hldm.studies.bench_processes failed: {reason}")
     return json.loads(found.read_text(encoding="utf-8"))
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def main(arguments: Sequence[str]) -> None:

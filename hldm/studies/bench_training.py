@@ -10,30 +10,27 @@ import math
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils._pytree import tree_leaves
 
 from hldm.chunking.chunker import make_chunker
 from hldm.chunking.segmenter import Segmenter
-from hldm.config import Config, LoggingConfig
+from hldm.config import Config, LoggingConfig, changed
 from hldm.evaluation.tables import Table, row
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.prior import Prior
-from hldm.model.state import named_tensors
 from hldm.runs.clock import seconds_of
 from hldm.runs.folder import Run
 from hldm.runs.machine import peak_memory
 from hldm.text.corpus import Corpus
 from hldm.text.windows import Windows
-from hldm.training.latent_cache import CachedLatents
 from hldm.training.objectives import AutoencoderObjective, PriorObjective
 from hldm.training.segmenters import train_segmenter
 from hldm.training.stage import make_accelerator
@@ -58,8 +55,8 @@ def quick_segmenter(config: Config, corpus: Corpus) -> Segmenter | None:
     chunking = config.chunking
     if not chunking.needs_segmenter:
         return None
-    few = replace(chunking.segmenter, steps=SEGMENTER_STEPS, minutes=0.0)
-    return train_segmenter(replace(chunking, segmenter=few), corpus, seed=config.seed)
+    few = changed(chunking.segmenter, steps=SEGMENTER_STEPS, minutes=0.0)
+    return train_segmenter(changed(chunking, segmenter=few), corpus, seed=config.seed)
 
 
 def windows_of(config: Config, corpus: Corpus, segmenter: Segmenter | None = None) -> Windows:
@@ -67,10 +64,6 @@ def windows_of(config: Config, corpus: Corpus, segmenter: Segmenter | None = Non
     data = config.data
     chunker = make_chunker(config.chunking, segmenter)
     return Windows(corpus, chunker, lanes=data.lanes, window_bytes=data.window_bytes, seed=config.seed)
-
-
-def _prior(config: Config) -> Prior:
-    return Prior.from_settings(config.autoencoder, config.prior, config.hierarchy, config.diffusion)
 
 
 def stage_one(config: Config) -> AutoencoderObjective:
@@ -84,11 +77,8 @@ def stage_one(config: Config) -> AutoencoderObjective:
 def stage_two(config: Config, windows: Windows) -> PriorObjective:
     """An untrained prior and what it minimises, on latents that are noise."""
     autoencoder = Autoencoder.from_settings(config.autoencoder, config.chunking)
-    latents = None
-    if config.data.cache_latents:
-        shape = (windows.chunks, config.autoencoder.latent_dim)
-        latents = CachedLatents(np.random.default_rng(config.seed).standard_normal(shape, np.float32))
-    return PriorObjective(_prior(config), autoencoder, config.training.prior.joint, latents)
+    prior = Prior.from_settings(config.autoencoder, config.prior, config.hierarchy, config.diffusion)
+    return PriorObjective(prior, autoencoder, config.training.prior.joint)
 
 
 def trainer_of(config: Config, stage: str, objective: Any, windows: Windows) -> Trainer:
@@ -177,15 +167,9 @@ def memory_of(trainer: Trainer) -> dict[str, int] | None:
     if step is None or trainer.accelerator.device.type != "cpu":
         return None
     models = [trainer.objective, *([] if trainer.average is None else [trainer.average])]
-    held = [tensor for model in models for tensor in model.state_dict().values()]
-    held += [
-        value
-        for optimizer in trainer.optimizers
-        for state in optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, Tensor)
-    ]
-    held += [tensor for carry in trainer.carries for _, tensor in named_tensors(carry)]
+    states = [list(optimizer.state.values()) for optimizer in trainer.optimizers]
+    leaves = tree_leaves([[dict(model.state_dict()) for model in models], states, trainer.carries])
+    held = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     size = sum(tensor.nbytes for tensor in held)
     return {"held_bytes": size, "step_bytes": step, "peak_bytes": size + step}
 
@@ -299,14 +283,13 @@ def measure(stages: Mapping[str, Trainer], steps: int) -> dict[str, Any]:
     peak = gemm_peak(device)
     training = time_steps(stages, steps)
     for name, trainer in stages.items():
-        training[name] |= time_saving(trainer, training[name]["seconds_per_step"])
-    for name, trainer in stages.items():
-        training[name]["memory"] = memory_of(trainer)
-    profiles = {name: profile_steps(trainer) for name, trainer in stages.items()}
+        figures = training[name]
+        figures |= time_saving(trainer, figures["seconds_per_step"])
+        figures |= {"memory": memory_of(trainer), "profile": profile_steps(trainer)}
     peak = max(peak, gemm_peak(device))  # before or after: whichever was disturbed less
-    for name, found in training.items():
-        seen = profiles[name]
-        found["profile"] = seen and rate_products(seen, found["seconds_per_step"], peak)
+    for figures in training.values():
+        if figures["profile"] is not None:
+            figures["profile"] = rate_products(figures["profile"], figures["seconds_per_step"], peak)
     return {"gemm_gflops": peak, "training": training}
 
 

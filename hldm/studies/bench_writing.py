@@ -11,14 +11,13 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hldm.config import Config
+from hldm.config import Config, changed
 from hldm.evaluation.tables import Table, row
 from hldm.generation.chunk import Piece
 from hldm.generation.writer import Writer, make_writer, row_generators
@@ -87,9 +86,9 @@ def contestant(autoencoder: Autoencoder, prior: Prior | None, config: Config, co
 
     def start(case: Case) -> Writer:
         # 1: `write_like` means its frequencies
-        settings = replace(config.generation, decoder_temperature=1.0)
+        settings = changed(config.generation, decoder_temperature=1.0)
         if case.steps is not None:
-            settings = replace(settings, steps=case.steps)
+            settings = changed(settings, steps=case.steps)
         generators = row_generators(config.seed, case.rows)
         return make_writer(autoencoder, prior, prompts(corpus, case), settings, generators)
 
@@ -103,15 +102,8 @@ def gpt2_contestant(parameters: int, corpus: Corpus, device: torch.device) -> Co
     from transformers import GPT2Config, GPT2LMHeadModel
 
     width, layers = gpt2_shape(parameters)
-    shape = GPT2Config(
-        vocab_size=OUTPUTS,
-        n_positions=GPT2_POSITIONS,
-        n_embd=width,
-        n_layer=layers,
-        n_head=layers,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
+    sizes = {"vocab_size": OUTPUTS, "n_embd": width, "n_layer": layers, "n_head": layers}
+    shape = GPT2Config(n_positions=GPT2_POSITIONS, bos_token_id=None, eos_token_id=None, **sizes)
     model = GPT2LMHeadModel(shape).eval().to(device)
     count = sum(p.numel() for p in model.parameters())
     return Contestant(count, lambda case: GPT2Writer(model, prompts(corpus, case)))
@@ -180,7 +172,6 @@ class Continuing:
             self.writer = contestant.start(case)
             wait_for_device()
             self.reading_seconds = time.perf_counter() - began
-            self.calls_before = self.writer.calls
             self._write()  # warm-up
 
         self.peak, self.growth = peak_memory(begin)
@@ -220,56 +211,45 @@ class Continuing:
 
 def measure(contestants: Mapping[str, Contestant], *, long: bool = False) -> dict[str, dict[str, Any]]:
     """Figures of every contestant in every case, in turns; the ratios to twin and GPT-2 are medians over turns."""
-    cases = CASES | (LONG_CASES if long else {})
     shortest = next(iter(CASES.values()))
-    asked = {(name, label): case for name in contestants for label, case in cases.items()}
+    labels = {case: label for label, case in (CASES | (LONG_CASES if long else {})).items()}
+    asked = [(name, case) for name in contestants for case in labels]
     for name, someone in contestants.items():
         for steps in someone.steps:
-            asked[name, f"1 with {steps} denoising steps"] = shortest._replace(steps=steps)
+            asked.append((name, shortest._replace(steps=steps)))
+            labels[asked[-1][1]] = f"1 with {steps} denoising steps"
     with torch.no_grad():
-        running = {key: Continuing(contestants[key[0]], case) for key, case in asked.items()}
+        running = {(name, case): Continuing(contestants[name], case) for name, case in asked}
         for _ in range(TURNS):
             for continuing in running.values():
                 continuing.write()
     found: dict[str, dict[str, Any]] = {
         name: {"parameters": someone.parameters} for name, someone in contestants.items()
     }
-    for (name, label), continuing in running.items():
-        figures = found[name][label] = continuing.found()
-        case = asked[name, label]._replace(steps=None)
-        for other in contestants.keys() - {name}:
-            if (rates := _rates(running, asked, other, case)) is not None:
-                pairs = zip(continuing.rates, rates, strict=True)
-                figures[f"over_{other}"] = statistics.median(ours / theirs for ours, theirs in pairs)
-        short = _rates(running, asked, name, case._replace(prompt_bytes=shortest.prompt_bytes))
+    for (name, case), continuing in running.items():
+        same = case._replace(steps=None)  # that everyone was asked
+        against = {f"over_{other}": running[other, same] for other in contestants if other != name}
+        short = running.get((name, same._replace(prompt_bytes=shortest.prompt_bytes)))
         if short is not None and case.prompt_bytes != shortest.prompt_bytes:
-            pairs = zip(continuing.rates, short, strict=True)
-            figures["over_short_prompt"] = statistics.median(long / short for long, short in pairs)
+            against["over_short_prompt"] = short
+        ratios = {
+            key: statistics.median(
+                ours / theirs for ours, theirs in zip(continuing.rates, other.rates, strict=True)
+            )
+            for key, other in against.items()
+        }
+        found[name][labels[case]] = continuing.found() | ratios
     return found
-
-
-def _rates(
-    running: Mapping[tuple[str, str], Continuing],
-    asked: Mapping[tuple[str, str], Case],
-    name: str,
-    case: Case,
-) -> list[float] | None:
-    """Someone's rates in this very case, a turn each; None where that was not asked."""
-    for key, other in asked.items():
-        if key[0] == name and other == case:
-            return running[key].rates
-    return None
 
 
 def report(found: Mapping[str, Mapping[str, Any]]) -> Table:
     """What `measure` found."""
     rows = [row("parameters", ",.0f", found, "parameters")]
-    labels = [label for label in next(iter(found.values())) if label != "parameters"]
-    for label in labels:
+    for label in list(next(iter(found.values())))[1:]:
         rows.append(row(f"{label}, characters per second", ",.1f", found, label, "characters_per_second"))
-        details = [("the best turn", ",.1f", "characters_per_second_best", 1.0)]
-        details += [(f"times the {name}'s", ",.2f", f"over_{name}", 1.0) for name in list(found)[1:]]
-        details += [
+        details = [
+            ("the best turn", ",.1f", "characters_per_second_best", 1.0),
+            *((f"times the {name}'s", ",.2f", f"over_{name}", 1.0) for name in list(found)[1:]),
             ("times as fast as after the short prompt", ",.2f", "over_short_prompt", 1.0),
             ("denoiser calls", ",.0f", "denoiser_calls", 1.0),
             ("seconds to read the prompt", ".3f", "reading_seconds", 1.0),

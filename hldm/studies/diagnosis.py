@@ -21,15 +21,17 @@ from torch import Tensor
 from hldm.config import load_config
 from hldm.evaluation.bound import held_out_windows
 from hldm.evaluation.context_length import by_distance
+from hldm.evaluation.reconstruction import read_windows
 from hldm.evaluation.tables import Table
 from hldm.generation.pipeline import read_pipeline
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.contextualiser import Context
-from hldm.model.decoder import Reading, noisy_latents, read_chunks
-from hldm.model.diffusion import BINS, alpha_sigma, diffuse, sample
+from hldm.model.decoder import noisy_latents, read_chunks
+from hldm.model.diffusion import alpha_sigma, sample, sampler_steps
 from hldm.model.prior import Prior, price_latents
-from hldm.model.state import DecoderState, Encoding
-from hldm.text.corpus import Split, load_corpora
+from hldm.model.state import Encoding
+from hldm.sources.corpora import load_corpora
+from hldm.text.corpus import Split
 from hldm.text.windows import Batch, Windows, draw_normal
 
 NOISE_LEVELS = 9  # points of the curve of accuracy against noise
@@ -37,26 +39,19 @@ ENOUGH_CHUNKS = 4000  # where a figure needs a pass of its own: a standard error
 NEIGHBOURS, PROBES = 5, 12
 SHOWN_BINS = 16  # of log SNR
 
-# tables of the summary, head: key and format
-Columns = Mapping[str, tuple[str, str]]
-BITS: Columns = {"bits": ("bits", ".4f"), "symbols right": ("accuracy", ".2%")}
-WITH_LATENTS: Columns = {"decoder with latents": ("name", ""), **BITS}
-AGAINST_NOISE: Columns = {"decoder against noise, log SNR": ("log_snr", ".2f"), **BITS}
-BY_LEVEL: Columns = {
-    "log SNR": ("log_snr", ".2f"),
-    "latent bits": ("bits", ".4f"),
-    "mean square error": ("error", ".4f"),
-}
-BY_PLACE: Columns = {
-    "place in the chunk": ("place", ""),
-    "symbols": ("symbols", ",.0f"),
-    "bits a symbol": ("bits", ".4f"),
-}
-BY_DISTANCE: Columns = {
+# tables of the summary: key and format by head
+BITS = {"bits": ("bits", ".4f"), "symbols right": ("accuracy", ".2%")}
+WITH_LATENTS = {"decoder with latents": ("name", ""), **BITS}
+AGAINST_NOISE = {"decoder against noise, log SNR": ("log_snr", ".2f"), **BITS}
+LATENT_BITS = {"latent bits": ("bits", ".4f"), "mean square error": ("error", ".4f")}
+BY_LEVEL = {"log SNR": ("log_snr", ".2f"), **LATENT_BITS}
+SYMBOL_BITS = {"symbols": ("symbols", ",.0f"), "bits a symbol": ("bits", ".4f")}
+BY_PLACE = {"place in the chunk": ("place", ""), **SYMBOL_BITS}
+BOTH_BITS = {"latent bits": ("latent", ".4f"), "decoder bits": ("decoder", ".4f")}
+BY_DISTANCE = {
     "bytes from the document's start": ("name", ""),
     "characters": ("characters", ",.0f"),
-    "latent bits": ("latent", ".4f"),
-    "decoder bits": ("decoder", ".4f"),
+    **BOTH_BITS,
 }
 
 
@@ -87,19 +82,18 @@ def diagnose(
     draws: noise levels a chunk.
     """
     device = next(autoencoder.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
+    generator, variant_generator = (torch.Generator().manual_seed(seed + k) for k in range(2))
     rows = windows.lanes
-    encoder, memory = autoencoder.encoder_state(rows, device), prior.initial_state(rows, device)
-    decoder = autoencoder.decoder_state(rows, device)
+    memory, decoder = prior.initial_state(rows, device), autoencoder.decoder_state(rows, device)
     latents: list[Tensor] = []
     nats = np.zeros((2, windows.chunks))  # latent (diffusion and end terms), decoder; of every chunk
-    terms = _Terms(prior)
-    places = _Places(autoencoder.chunking.max_bytes + 1)
-    readers = _Readers(autoencoder, prior, seed, rows)
+    places = np.zeros(
+        (2, autoencoder.chunking.max_bytes + 1)
+    )  # nats and number of symbols by place in the chunk
+    levels: list[tuple[Tensor, Tensor]] = []  # gamma and squared errors of a window
+    reads: dict[str | float, np.ndarray] = {}  # nats, symbols right, symbols, characters, by kind of latent
     seen = 0
-    for step in range(windows.windows_per_epoch):
-        batch = windows.batch(step).to(device)
-        encoding, encoder = autoencoder.encode(batch, encoder)
+    for batch, encoding in read_windows(autoencoder, windows):
         context, memory = prior.contextualiser(
             encoding.latents, encoding.mask, encoding.doc_start, memory, encoding.after
         )
@@ -110,28 +104,34 @@ def diagnose(
         chunk = batch.chunk_index[encoding.mask].cpu().numpy()
         for total, term in zip(nats, (paid.latent + paid.end, reading.nats), strict=True):
             total[chunk] = term[encoding.mask].double().cpu().numpy()
-        places.add(reading)
+        is_symbol = reading.events.mask
+        place = reading.events.place[is_symbol].cpu().numpy()
+        symbol_nats = reading.symbol_nats[is_symbol].double().cpu().numpy()
+        places += [np.bincount(place, weights, places.shape[1]) for weights in (symbol_nats, None)]
         latents.append(encoding.latents[encoding.mask])
         if seen < ENOUGH_CHUNKS:
-            terms.add(encoding, context, batch, generator, draws)
-            readers.add(encoding, context, batch, before)
+            levels.append(_errors_by_level(prior, encoding, context, batch, generator, draws))
+            for name, latent in _variants(prior, encoding, context, batch, variant_generator).items():
+                read, _ = read_chunks(autoencoder, batch, latent, before, encoding)
+                sums = (read.nats.sum(), read.correct.sum(), read.events.mask.sum(), batch.characters)
+                reads[name] = reads.get(name, np.zeros(4)) + [float(x) for x in sums]
         seen += len(chunk)
-    latent, decoder_nats = nats
-    characters = windows.characters
-    mu = torch.cat(latents)
+    characters, mu = windows.characters, torch.cat(latents)
+    bits = nats.sum(axis=1) / math.log(2) / characters
     return {
         "characters": characters,
         "chunks": seen,
         "characters_per_chunk": characters / seen,
-        "bits_per_character": {
-            "latent": float(latent.sum() / math.log(2) / characters),
-            "decoder": float(decoder_nats.sum() / math.log(2) / characters),
-        },
+        "bits_per_character": {"latent": float(bits[0]), "decoder": float(bits[1])},
         "latents": _statistics(mu, prior),
-        **terms.result(characters / seen),
-        "decoder": readers.result(),
-        "by_place": places.result(),
-        "by_distance": bits_by_distance(latent, decoder_nats, windows),
+        **_bits_by_level(levels, prior, characters / seen),
+        "decoder": _bits_by_variant(reads),
+        "by_place": [
+            {"place": k, "symbols": float(count), "bits": float(total / count / math.log(2))}
+            for k, (total, count) in enumerate(places.T)
+            if count
+        ],
+        "by_distance": bits_by_distance(nats[0], nats[1], windows),
         "neighbours": _neighbours(mu[:ENOUGH_CHUNKS], windows),
     }
 
@@ -173,152 +173,105 @@ def _statistics(mu: Tensor, prior: Prior) -> dict[str, Any]:
     }
 
 
-class _Terms:
-    """The diffusion term, by dimension and by noise level."""
+def _errors_by_level(
+    prior: Prior, encoding: Encoding, context: Context, batch: Batch, generator: torch.Generator, draws: int
+) -> tuple[Tensor, Tensor]:
+    """gamma (k m) and (x0 - x0_hat)^2 (k m z) of a window's k chunks, m draws each.
 
-    def __init__(self, prior: Prior):
-        self.prior = prior
-        self.by_dimension = torch.zeros(prior.latent_dim, dtype=torch.float64)
-        self.by_level = torch.zeros(BINS, dtype=torch.float64)
-        self.error = torch.zeros(BINS, dtype=torch.float64)  # ||x0 - x0_hat||^2 / z
-        self.draws = torch.zeros(BINS, dtype=torch.float64)
-        self.chunks = 0
-
-    def add(
-        self, encoding: Encoding, context: Context, batch: Batch, generator: torch.Generator, draws: int
-    ) -> None:
-        """gamma is drawn uniformly here: every level is to be seen, not only those that matter."""
-        b, n, z = encoding.latents.shape
-        low, high = self.prior.diffusion.gamma_0, self.prior.diffusion.gamma_1
-        offset = torch.rand(b, n, 1, generator=generator)
-        u = ((torch.arange(draws) + offset) / draws).to(encoding.latents.device)
-        gamma = low + (high - low) * u
-        noise = draw_normal(batch, (n, draws, z), generator)
-        x0 = encoding.latents[:, :, None].expand_as(noise)
-        self_condition = self.prior.settings.self_conditioning > 0
-        x0_hat = self.prior.estimate(x0, gamma, noise, context.first(n), self_condition)
-        error = (x0 - x0_hat).square()[encoding.mask].double().cpu()  # (k m z)
-        gamma = gamma[encoding.mask].cpu()
-        cost = 0.5 * torch.exp(-gamma)[..., None] * error * (high - low) / draws
-        self.by_dimension += cost.sum(dim=(0, 1))
-        level = ((gamma - low) / (high - low) * BINS).long().clamp(0, BINS - 1).flatten()
-        self.by_level.index_add_(0, level, cost.sum(dim=-1).flatten())
-        self.error.index_add_(0, level, error.mean(dim=-1).flatten())
-        self.draws.index_add_(0, level, torch.ones_like(level, dtype=torch.float64))
-        self.chunks += len(gamma)
-
-    def result(self, characters_per_chunk: float) -> dict[str, Any]:
-        """Bits per character by dimension; by log-SNR bin with the mean square error a dimension."""
-        unit = self.chunks * characters_per_chunk * math.log(2)
-        low, high = self.prior.diffusion.gamma_0, self.prior.diffusion.gamma_1
-        wide = BINS // SHOWN_BINS
-        level = self.by_level.view(-1, wide).sum(dim=1)
-        error = self.error.view(-1, wide).sum(dim=1) / self.draws.view(-1, wide).sum(dim=1)
-        width = (high - low) / SHOWN_BINS
-        return {
-            "latent_by_dimension": (self.by_dimension / unit).tolist(),
-            "latent_by_level": [
-                {"log_snr": -(low + (k + 0.5) * width), "bits": float(bits), "error": float(e)}
-                for k, (bits, e) in enumerate(zip(level / unit, error, strict=True))
-            ],
-        }
-
-
-class _Places:
-    """Decoder bits by how far into the chunk a symbol stands."""
-
-    def __init__(self, places: int):
-        self.nats = torch.zeros(places, dtype=torch.float64)
-        self.count = torch.zeros(places, dtype=torch.float64)
-
-    def add(self, reading: Reading) -> None:
-        mask = reading.events.mask
-        place = reading.events.place[mask].cpu()
-        self.nats.index_add_(0, place, reading.symbol_nats[mask].double().cpu())
-        self.count.index_add_(0, place, torch.ones_like(place, dtype=torch.float64))
-
-    def result(self) -> list[dict[str, float]]:
-        """Bits a symbol (bytes and ends) at each place that occurs."""
-        return [
-            {"place": k, "symbols": float(count), "bits": float(nats / count / math.log(2))}
-            for k, (nats, count) in enumerate(zip(self.nats, self.count, strict=True))
-            if count
-        ]
-
-
-class _Readers:
-    """The same text read with several latents: what the decoder owes to the right one.
-
-    Each variant starts a window with the state of a decoder that has read the right latents.
+    gamma is drawn uniformly here: every level is to be seen, not only those that matter.
     """
+    b, n, z = encoding.latents.shape
+    low, high = prior.diffusion.gamma_0, prior.diffusion.gamma_1
+    offset = torch.rand(b, n, 1, generator=generator)
+    gamma = low + (high - low) * ((torch.arange(draws) + offset) / draws).to(encoding.latents.device)
+    noise = draw_normal(batch, (n, draws, z), generator)
+    x0 = encoding.latents[:, :, None].expand_as(noise)
+    x0_hat = prior.estimate(x0, gamma, noise, context.first(n))
+    return gamma[encoding.mask].cpu(), (x0 - x0_hat).square()[encoding.mask].double().cpu()
 
-    def __init__(self, autoencoder: Autoencoder, prior: Prior, seed: int, rows: int):
-        self.autoencoder, self.prior = autoencoder, prior
-        self.generator = torch.Generator().manual_seed(seed + 1)
-        self.sums: dict[str, np.ndarray] = {}  # nats, right symbols, symbols, characters
-        gammas = torch.linspace(prior.diffusion.gamma_0 - 4, prior.diffusion.gamma_1, NOISE_LEVELS)
-        self.gammas = [float(gamma) for gamma in gammas]
 
-    def add(self, encoding: Encoding, context: Context, batch: Batch, state: DecoderState) -> None:
-        """Read a window with every variant."""
-        mu, mask = encoding.latents, encoding.mask
-        gamma_0 = self.prior.diffusion.gamma_0
-        noise = draw_normal(batch, mu.shape[1:], self.generator)
-        order = torch.randperm(int(mask.sum()), generator=self.generator).to(mu.device)
-        shuffled = mu.clone()
-        shuffled[mask] = mu[mask][order]
-        variants = {
-            "own": self._noisy(mu, gamma_0, noise),
-            "clean": mu * alpha_sigma(torch.tensor(gamma_0))[0].to(mu),
-            "zero": self._noisy(torch.zeros_like(mu), gamma_0, noise),
-            "shuffled": self._noisy(shuffled, gamma_0, noise),
-            "other document": self._noisy(mu.roll(1, dims=0), gamma_0, noise),
-            "sampled": self._sampled(mu, context),
-        }
-        for gamma in self.gammas:
-            # the decoder expects the signal at alpha_0 whatever the noise: only the noise changes
-            alpha, sigma = alpha_sigma(torch.tensor(gamma))
-            scale = alpha_sigma(torch.tensor(gamma_0))[0] / alpha
-            variants[f"gamma {gamma:.2f}"] = (scale * (alpha * mu + sigma * noise)).to(mu)
-        characters = int(batch.characters)
-        for name, z_0 in variants.items():
-            reading, _ = read_chunks(self.autoencoder, batch, z_0, state, encoding)
-            sums = (reading.nats.sum(), reading.correct.sum(), reading.events.mask.sum())
-            found = np.array([*(float(x) for x in sums), characters])
-            self.sums[name] = self.sums.get(name, np.zeros(4)) + found
+def _bits_by_level(
+    levels: list[tuple[Tensor, Tensor]], prior: Prior, characters_per_chunk: float
+) -> dict[str, Any]:
+    """The diffusion term by dimension, and by log-SNR bin with the mean square error a dimension.
 
-    def _noisy(self, mu: Tensor, gamma: float, noise: Tensor) -> Tensor:
-        return diffuse(mu, torch.full(mu.shape[:-1], gamma, device=mu.device), noise)
+    Bits per character. levels: of each window, see `_errors_by_level`
+    """
+    gamma, error = (torch.cat(parts) for parts in zip(*levels, strict=True))  # (k m), (k m z)
+    low, high = prior.diffusion.gamma_0, prior.diffusion.gamma_1
+    cost = 0.5 * torch.exp(-gamma)[..., None] * error * (high - low) / gamma.shape[1]
+    cost = cost / (len(gamma) * characters_per_chunk * math.log(2))
+    level = ((gamma - low) / (high - low) * SHOWN_BINS).long().clamp(0, SHOWN_BINS - 1).flatten().numpy()
+    bits, errors, draws = (
+        np.bincount(level, weights, SHOWN_BINS)
+        for weights in (cost.sum(dim=-1).flatten(), error.mean(dim=-1).flatten(), None)
+    )
+    width = (high - low) / SHOWN_BINS
+    return {
+        "latent_by_dimension": cost.sum(dim=(0, 1)).tolist(),
+        "latent_by_level": [
+            {
+                "log_snr": -(low + (k + 0.5) * width),
+                "bits": float(bits[k]),
+                "error": float(errors[k] / draws[k]),
+            }
+            for k in range(SHOWN_BINS)
+        ],
+    }
 
-    def _sampled(self, mu: Tensor, context: Context) -> Tensor:
-        """Latents drawn from the prior, given the true text before."""
-        b, n, z = mu.shape
-        told = self.prior.tell(context.first(n))
 
-        def denoise(state: Tensor, gamma: Tensor) -> Tensor:
-            return self.prior.denoise(state.view(b, n, 1, z), gamma.view(b, n, 1), told).view(b * n, z)
+def _variants(
+    prior: Prior, encoding: Encoding, context: Context, batch: Batch, generator: torch.Generator
+) -> dict[str | float, Tensor]:
+    """Latents (b n z) to read the same text with, by name or gamma: what does the decoder owe to the right ones?"""
+    mu, mask = encoding.latents, encoding.mask
+    gamma_0, gamma_1 = prior.diffusion.gamma_0, prior.diffusion.gamma_1
+    noise = draw_normal(batch, mu.shape[1:], generator)
+    shuffled = mu.clone()
+    shuffled[mask] = mu[mask][torch.randperm(int(mask.sum()), generator=generator).to(mu.device)]
+    alpha_0, sigma_0 = (part.to(mu) for part in alpha_sigma(torch.tensor(gamma_0)))
+    latents = {
+        "own": mu,
+        "zero": torch.zeros_like(mu),
+        "shuffled": shuffled,
+        "other document": mu.roll(1, dims=0),
+    }
+    variants: dict[str | float, Tensor] = {"own": mu, "clean": alpha_0 * mu}
+    variants |= {name: alpha_0 * latent + sigma_0 * noise for name, latent in latents.items()}
+    variants["sampled"] = _sampled(prior, mu, context, generator)
+    for gamma in torch.linspace(gamma_0 - 4, gamma_1, NOISE_LEVELS):
+        # the decoder expects the signal at alpha_0 whatever the noise: only the noise changes
+        alpha, sigma = (part.to(mu) for part in alpha_sigma(gamma))
+        variants[float(gamma)] = alpha_0 / alpha * (alpha * mu + sigma * noise)
+    return variants
 
-        seeds = torch.randint(2**62, (b * n,), generator=self.generator).tolist()
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        drawn = sample(
-            denoise,
-            (b * n, z),
-            self.prior.schedule,
-            steps=16,
-            scheduler="ancestral",
-            generators=generators,
-            device=mu.device,
-        )
-        return drawn.view(b, n, z)
 
-    def result(self) -> dict[str, Any]:
-        """Bits per character and share of likeliest symbols right, with each kind of latent."""
-        table = {
-            name: {"bits": nats / characters / math.log(2), "accuracy": right / symbols}
-            for name, (nats, right, symbols, characters) in self.sums.items()
-        }
-        curve = [{"log_snr": -gamma, **table.pop(f"gamma {gamma:.2f}")} for gamma in self.gammas]
-        return {"with_latents": table, "against_noise": curve}
+def _sampled(prior: Prior, mu: Tensor, context: Context, generator: torch.Generator) -> Tensor:
+    """Latents (b n z) drawn from the prior, given the true text before."""
+    b, n, z = mu.shape
+    told = prior.tell(context.first(n))
+
+    def denoise(state: Tensor, gamma: Tensor) -> Tensor:
+        return prior.denoise(state.view(b, n, 1, z), gamma.view(b, n, 1), told).view(b * n, z)
+
+    seeds = torch.randint(2**62, (b * n,), generator=generator).tolist()
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    plan = sampler_steps("ancestral", prior.schedule, 16)
+    return sample(denoise, (b * n, z), plan, generators, device=mu.device).view(b, n, z)
+
+
+def _bits_by_variant(reads: Mapping[str | float, np.ndarray]) -> dict[str, Any]:
+    """Bits per character and share of likeliest symbols right, with each kind of latent and at each gamma."""
+    figures = {
+        name: {"bits": nats / characters / math.log(2), "accuracy": right / symbols}
+        for name, (nats, right, symbols, characters) in reads.items()
+    }
+    return {
+        "with_latents": {name: row for name, row in figures.items() if isinstance(name, str)},
+        "against_noise": [
+            {"log_snr": -gamma, **row} for gamma, row in figures.items() if isinstance(gamma, float)
+        ],
+    }
 
 
 def _neighbours(mu: Tensor, windows: Windows) -> list[dict[str, Any]]:

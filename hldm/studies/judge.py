@@ -12,21 +12,21 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from hldm.config import GenerationConfig, load_config
+from hldm.config import GenerationConfig, changed, load_config
 from hldm.evaluation.bound import evaluate_bound, held_out_windows
 from hldm.evaluation.continuations import write_batch
 from hldm.evaluation.metrics import TrainingText, diversity
 from hldm.evaluation.prompts import choose_prompts, prompt_chunker
 from hldm.evaluation.tables import Table
 from hldm.generation.pipeline import HLDMPipeline, read_pipeline
+from hldm.sources.corpora import load_corpora
 from hldm.text.bytes import count_characters
-from hldm.text.corpus import load_corpora, make_corpus
+from hldm.text.corpus import make_corpus
 
 ORDER = 6  # bytes of an n-gram: on 64,000 characters, longer ones are too rare to change the figures
 SPAN = 50  # characters: nobody writes so many like another by chance
@@ -117,7 +117,7 @@ def judge_run(
     chunker = prompt_chunker(pipeline.autoencoder)
     chosen = choose_prompts(corpora["test"], chunker, prompts, max_characters=max_characters)
     starts = [prompt.text for prompt in chosen]
-    bench = _Bench(
+    judges = _Judges(
         NGram(corpora["validation"].text.tobytes()),
         None if judge is None else read_pipeline(judge / "pipeline"),
         TrainingText(corpora["train"].text.tobytes(), SPAN),
@@ -125,25 +125,26 @@ def judge_run(
     )
 
     def write(model: HLDMPipeline, settings: GenerationConfig) -> dict[str, Any]:
-        written = write_batch(
-            model.autoencoder, model.prior, starts, settings, max_characters=max_characters, seed=seed
-        )
-        judged = bench.judge([row.text for row in written.rows])
+        written = write_batch(model, settings, starts, max_characters=max_characters, seed=seed)
+        judged = judges.judge([row.text for row in written.rows])
         return {**judged, "characters_per_second": written.characters_per_second}
 
     true = [prompt.continuation.encode() for prompt in chosen]
-    found: dict[str, Any] = {"true text": bench.judge(true)}
+    found: dict[str, Any] = {"true text": judges.judge(true)}
     if twin is not None:
         say(f"judging {twin}")
         other = read_pipeline(twin / "pipeline")
         found["twin"] = write(other, other.settings)
     say(f"judging {folder}")
-    found["model"] = write(pipeline, pipeline.settings)
+    settings = pipeline.settings
+    found["model"] = write(pipeline, settings)
     for name in vary:
         for value in VARIATIONS[name]:
-            if _makes_sense(pipeline, name, value):
+            needs_mixture = (name, value) == ("steps", 0)
+            has_mixture = pipeline.prior is not None and pipeline.prior.mixture is not None
+            if value != getattr(settings, name) and (has_mixture or not needs_mixture):
                 say(f"{name} {value}")
-                found[f"{name} {value}"] = write(pipeline, replace(pipeline.settings, **{name: value}))
+                found[f"{name} {value}"] = write(pipeline, changed(settings, **{name: value}))
     return {
         "run": folder.resolve().name,
         "prompts": len(chosen),
@@ -153,41 +154,31 @@ def judge_run(
     }
 
 
-def _makes_sense(pipeline: HLDMPipeline, name: str, value: Any) -> bool:
-    """Whether a setting is another than the run's, and one that its prior can do."""
-    settings, prior = pipeline.settings, pipeline.prior
-    assert prior is not None
-    if (name, value) == ("steps", 0) and prior.mixture is None:
-        return False
-    return getattr(settings, name) != value
+class _Judges(NamedTuple):
+    """Who judges, and the texts that are compared with."""
 
-
-class _Bench:
-    """The judges, and the texts that they compare with."""
-
-    def __init__(
-        self, ngram: NGram, judge: HLDMPipeline | None, training: TrainingText, prompts: Sequence[bytes]
-    ):
-        self.ngram, self.judge_model, self.training, self.prompts = ngram, judge, training, prompts
+    ngram: NGram
+    model: HLDMPipeline | None
+    training: TrainingText
+    prompts: Sequence[bytes]
 
     def judge(self, texts: Sequence[bytes]) -> dict[str, Any]:
         """Everything about texts that continue the prompts."""
         characters = sum(map(count_characters, texts))
         pairs = list(zip(self.prompts, texts, strict=True))
         decoded = [text.decode("utf-8", "replace") for text in texts]
-        words = diversity(decoded)
         return {
             "ngram_bits": sum(self.ngram.bits(a + b, begin=len(a)) for a, b in pairs) / characters,
-            "judge_bits": None if self.judge_model is None else self._model_bits(pairs) / characters,
-            **words,
+            "judge_bits": None if self.model is None else self._model_bits(pairs) / characters,
+            **diversity(decoded),
             "known_words": self.training.known_words(decoded),
             "copied": self.training.copied_share(texts),
         }
 
     def _model_bits(self, pairs: Sequence[tuple[bytes, bytes]]) -> float:
         """-log2 p of the continuations under the judging run: of prompt and text less that of the prompt."""
-        assert self.judge_model is not None
-        model = self.judge_model.autoencoder.eval()
+        assert self.model is not None
+        model = self.model.autoencoder.eval()
         totals = []
         for documents in ([a + b for a, b in pairs], [a for a, _ in pairs]):
             windows = held_out_windows(model, make_corpus("judged", documents))

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
-from hldm.config import ChunkingConfig, Config, ConfigError, StagesConfig, Strategy, load_config
+from hldm.config import ChunkingConfig, Config, ConfigError, StagesConfig, Strategy, changed, load_config
 from hldm.evaluation.tables import Table, cell
 from hldm.runs.files import atomic_write
 from hldm.runs.reports import save_report
-from hldm.studies.rate_curve import timed
+from hldm.studies.rate_curve import BITS, measure_once, read_base, timed, twin_of
 
 # the last is fixed chunks again, their latents by autoencoder.pooling=strided
 STRATEGIES = (*get_args(Strategy), "strided")
@@ -29,11 +28,25 @@ GATE_MINUTES = (
     0.25  # of teaching gates; kinds of chunks: 15.1 % then, 15.0 % after 0.5 minutes, 20.0 % after 0.12
 )
 PROMPTS = 16  # written on from, for speed and for the agreement of what is written
-HEAD = (
-    *("chunker", "bound", "±", "latents", "decoder", "of it ends", "bytes right", "characters a latent"),
-    *("variation", "kinds", "at words", "at sentences", "at verses", "written alike", "latents/s"),
-    *("trained, characters/s", "typos", "case", "spaces"),
-)
+COLUMNS: Mapping[str, tuple[str, str]] = {  # of the table: key and format
+    "chunker": ("name", ""),
+    "bound": ("bound", ".3f"),
+    "±": ("standard_error", ".3f"),
+    "latents": ("latent", ".3f"),
+    "decoder": ("decoder", ".3f"),
+    "of it ends": ("ends", ".3f"),
+    "bytes right": ("reconstruction", ".1%"),
+    "characters a latent": ("characters_per_chunk", ".2f"),
+    "variation": ("variation", ".2f"),
+    "kinds": ("kinds", ".1%"),
+    "at words": ("word", ""),  # precision/recall
+    "at sentences": ("sentence", ""),
+    "at verses": ("verse", ""),
+    "written alike": ("written_agreement", ".0%"),
+    "latents/s": ("latents_per_second", ".0f"),
+    "trained, characters/s": ("training_characters_per_second", ",.0f"),
+    **{kind: (kind, "+.2f") for kind in ("typos", "case", "spaces")},  # bits more than of the clean text
+}
 
 
 class Entry(NamedTuple):
@@ -41,7 +54,7 @@ class Entry(NamedTuple):
 
     name: str  # of its run, below the league's folder
     strategy: str
-    target: float
+    target: int | None  # None: the twin
     config: Config
 
 
@@ -53,20 +66,15 @@ def entries(
     clock: str = "wall",
 ) -> list[Entry]:
     """A run a strategy and target, all of the same minutes. Raises ConfigError."""
-    base = load_config([path])
-    if base.is_twin:
-        raise ConfigError(f"{path} is a twin: it has no chunks to speak of")
-    for name in only:
-        if name not in STRATEGIES:
-            raise ConfigError(f"--only takes {', '.join(STRATEGIES)}, got {name!r:.80}")
+    base = read_base(path, only, STRATEGIES)
     if not all(2 <= target <= 4096 for target in targets):
         raise ConfigError(f"--targets must lie in 2..4096, got {', '.join(map(str, targets))}")
     found = []
     for target in targets:
         for strategy in only or STRATEGIES:
             chunking = chunking_for(base, strategy, target)
-            autoencoder = replace(base.autoencoder, pooling="strided" if strategy == "strided" else "mean")
-            config = replace(timed(base, minutes, clock), chunking=chunking, autoencoder=autoencoder)
+            autoencoder = changed(base.autoencoder, pooling="strided" if strategy == "strided" else "mean")
+            config = changed(timed(base, minutes, clock), chunking=chunking, autoencoder=autoencoder)
             found.append(Entry(f"{strategy}-{target}", strategy, target, config))
     return found
 
@@ -81,24 +89,24 @@ def chunking_for(base: Config, strategy: str, target: int) -> ChunkingConfig:
     settings: dict[str, Any] = {"strategy": strategy, "target_bytes": target, "max_bytes": 2 * target}
     if strategy in ("fixed", "strided"):
         limits = {"strategy": "fixed", "min_bytes": target, "max_bytes": target}
-        return replace(base.chunking, **{**settings, **limits})
-    chunking = replace(base.chunking, **settings, min_bytes=max(1, 2 * target // 3))
+        return changed(base.chunking, **{**settings, **limits})
+    chunking = changed(base.chunking, **settings, min_bytes=max(1, 2 * target // 3))
     if strategy == "gate":
-        segmenter = replace(chunking.segmenter, minutes=GATE_MINUTES)
-        chunking = replace(chunking, segmenter=segmenter)
+        segmenter = changed(chunking.segmenter, minutes=GATE_MINUTES)
+        chunking = changed(chunking, segmenter=segmenter)
     if chunking.needs_segmenter:
         return chunking
     from hldm.chunking.chunker import make_chunker
     from hldm.chunking.strategies import sample_of
-    from hldm.text.corpus import load_corpus
+    from hldm.sources.corpora import load_corpus
 
     sample = sample_of(load_corpus(base.data, "train"), FITTED_BYTES)
 
     def miss(tried: ChunkingConfig) -> float:
         return abs(sum(map(len, sample)) / int(make_chunker(tried).chunk_starts(sample).sum()) - target)
 
-    least = [replace(chunking, min_bytes=length) for length in range(1, 2 * target + 1)]
-    most = [replace(chunking, min_bytes=1, max_bytes=length) for length in range(target, 2 * target + 1)]
+    least = [changed(chunking, min_bytes=length) for length in range(1, 2 * target + 1)]
+    most = [changed(chunking, min_bytes=1, max_bytes=length) for length in range(target, 2 * target + 1)]
     return min(least + most, key=miss)
 
 
@@ -118,13 +126,17 @@ def run_league(
     earlier calls, of the same minutes, stay in them. Raises ValueError or OSError.
     """
     todo = entries(path, minutes, only, targets, clock)
-    twin = timed(load_config([path.with_name(f"{path.stem}-twin.yaml")]), minutes, clock)
+    twin = twin_of(path, minutes, clock)
     folder = root / f"{path.stem}-league"
     league: dict[str, Any] = {"config": str(path), "minutes": minutes, "clock": clock, "split": "test"}
-    trainings = (twin.training, timed(load_config([path]), minutes, clock).training)
-    for entry in [Entry("twin", "twin", math.nan, twin), *todo]:
+    trainings = (twin.training, todo[0].config.training)
+    for entry in [Entry("twin", "twin", None, twin), *todo]:
         say(f"{entry.name}: {minutes:g} minutes")
-        _measure_entry(entry, folder)
+
+        def found(run: Path, entry: Entry = entry) -> dict[str, Any]:
+            return {"name": entry.name, "strategy": entry.strategy, "target": entry.target, **measure(run)}
+
+        measure_once(entry.name, entry.config, folder, "league.json", found)
         league["chunkers"] = _rows(folder, trainings)
         save_report(folder / "league.json", league)
         atomic_write(folder / "league.md", f"{table(league)}\n")
@@ -140,33 +152,19 @@ def _rows(folder: Path, trainings: Sequence[StagesConfig]) -> list[dict[str, Any
     ]
 
 
-def _measure_entry(entry: Entry, folder: Path) -> None:
-    """Train and measure one entry, unless that was done before."""
-    from hldm.training.stages import train_run
-
-    run = train_run(replace(entry.config, name=entry.name), root=folder)
-    if (run / "league.json").is_file():
-        return
-    found = {
-        "name": entry.name,
-        "strategy": entry.strategy,
-        "target": None if math.isnan(entry.target) else entry.target,
-        **measure(run),
-    }
-    save_report(run / "league.json", found)
-
-
 def measure(run: Path) -> dict[str, Any]:
     """All figures of a trained run on its test text."""
     import torch
 
-    from hldm.chunking.attached import chunker_of
-    from hldm.evaluation.bound import bits_of_ends, evaluate_bound, held_out_windows
+    from hldm.chunking.strategies import chunker_of
+    from hldm.evaluation.bound import evaluate_bound, held_out_windows
     from hldm.evaluation.evaluate import evaluate_run
+    from hldm.evaluation.reconstruction import bits_of_ends
     from hldm.generation.pipeline import read_pipeline
+    from hldm.sources.corpora import bible_verse_starts, load_corpus
     from hldm.studies.borders import describe_chunks
-    from hldm.text.corpus import bible_verse_starts, load_corpus, make_corpus
-    from hldm.text.transforms import CORRUPTIONS, corrupt
+    from hldm.studies.corruptions import CORRUPTIONS, corrupt
+    from hldm.text.corpus import make_corpus
 
     evaluation = evaluate_run(run, prompts=PROMPTS)
     pipeline = read_pipeline(run / "pipeline")
@@ -184,7 +182,7 @@ def measure(run: Path) -> dict[str, Any]:
     part = make_corpus("part", (corpus.document(index).tobytes() for index in range(min(share, len(corpus)))))
     bits, cost, speed = evaluation["bits_per_character"], evaluation["cost"], evaluation["speed"]
     found: dict[str, Any] = {
-        **{key: bits[key] for key in ("bound", "standard_error", "standard_error_text", "latent", "decoder")},
+        **{key: bits[key] for key in BITS},
         "reconstruction": evaluation["reconstruction"]
         and evaluation["reconstruction"]["noisy"]["byte_accuracy"],
         "training_characters_per_second": cost["train_characters"] / max(cost["train_seconds"], 1e-9),
@@ -209,24 +207,14 @@ def measure(run: Path) -> dict[str, Any]:
 def table(league: Mapping[str, Any]) -> Table:
     """The league, least bits first within a length."""
     ordered = sorted(league["chunkers"], key=lambda row: (row["target"] or 0, row["bound"]))
-    return Table(HEAD, [list(_cells(row)) for row in ordered])
+    return Table.of_records(map(_record, ordered), COLUMNS)
 
 
-def _cells(row: Mapping[str, Any]) -> Iterator[str]:
-    yield row["name"]
-    for key in ("bound", "standard_error", "latent", "decoder"):
-        yield cell(row[key], ".3f")
-    yield cell(row.get("ends"), ".3f")
-    yield cell(row["reconstruction"], ".1%")
-    yield cell(row.get("characters_per_chunk"), ".2f")
-    yield cell(row.get("variation"), ".2f")
-    yield cell(row.get("kinds"), ".1%")
-    for name in ("word", "sentence", "verse"):  # precision / recall
-        found = row.get("borders", {}).get(name, {})
-        yield "/".join(cell(found.get(key), ".0%") for key in ("precision", "recall")) if found else "-"
-    yield cell(row.get("written_agreement"), ".0%")
-    yield cell(row.get("latents_per_second"), ".0f")
-    yield cell(row["training_characters_per_second"], ",.0f")
+def _record(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row with its values for COLUMNS at the top: borders as precision/recall, robustness as a difference."""
+    borders = {
+        name: "/".join(cell(found[key], ".0%") for key in ("precision", "recall"))
+        for name, found in row.get("borders", {}).items()
+    }
     robustness = row["robustness"]
-    for kind in ("typos", "case", "spaces"):
-        yield f"{robustness[kind] - robustness['clean']:+.2f}"
+    return {**row, **borders, **{kind: bits - robustness["clean"] for kind, bits in robustness.items()}}

@@ -12,13 +12,13 @@ from __future__ import annotations
 import json
 import lzma
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hldm.config import Config, ConfigError, load_config, stage_training
-from hldm.evaluation.tables import Table, cell
+from hldm.config import Config, ConfigError, changed, load_config, stage_training
+from hldm.evaluation.tables import Table
 from hldm.runs.reports import save_report
 
 # dial: key of the config, values beside the config's own
@@ -28,10 +28,24 @@ DIALS: Mapping[str, tuple[str, tuple[float, ...]]] = {
     "rate_weight": ("autoencoder.rate_weight", (0.1, 0.3, 0.6, 1.0)),
     "max_bytes": ("chunking.max_bytes", (6, 10, 16)),
 }
-HEAD = (
-    *("point", "bound", "±", "of it latents", "share", "x twin", "clean bytes right", "characters a chunk"),
-    "parameters",
-)
+COLUMNS: Mapping[str, tuple[str, str]] = {  # of the table: key and format
+    "point": ("name", ""),
+    "bound": ("bound", ".3f"),
+    "±": ("standard_error", ".3f"),
+    "of it latents": ("latent", ".3f"),
+    "share": ("share", ".0%"),
+    "x twin": ("times_twin", ".2f"),
+    "clean bytes right": ("clean_accuracy", ".1%"),
+    "characters a chunk": ("characters_per_chunk", ".1f"),
+    "parameters": ("parameters", ",.0f"),
+}
+BITS = (
+    "bound",
+    "standard_error",
+    "standard_error_text",
+    "latent",
+    "decoder",
+)  # of an evaluation, that are kept
 # Spent outside this repository on the built-in test books by programs that were given its training text.
 COMPRESSORS = {"zpaq -m5": 1.306, "PPMd, order 8": 1.375}
 
@@ -45,14 +59,25 @@ class Point(NamedTuple):
     config: Config
 
 
-def points(path: Path, minutes: float, only: Sequence[str] = (), clock: str = "wall") -> list[Point]:
-    """The config as it is, then with one dial turned at a time, each for `minutes` over both stages."""
+def read_base(path: Path, only: Sequence[str], known: Collection[str]) -> Config:
+    """The config that is varied. Raises ConfigError for a twin, and for names beside the known ones."""
     base = load_config([path])
     if base.is_twin:
-        raise ConfigError(f"{path} is a twin: it has no latents whose rate could be turned")
-    for dial in only:
-        if dial not in DIALS:
-            raise ConfigError(f"--only takes {', '.join(DIALS)}, got {dial!r}")
+        raise ConfigError(f"{path} is a twin: it has no latents to vary")
+    for name in only:
+        if name not in known:
+            raise ConfigError(f"--only takes {', '.join(known)}, got {name!r:.80}")
+    return base
+
+
+def twin_of(path: Path, minutes: float, clock: str) -> Config:
+    """The twin of a config, trained for as long."""
+    return timed(load_config([path.with_name(f"{path.stem}-twin.yaml")]), minutes, clock)
+
+
+def points(path: Path, minutes: float, only: Sequence[str] = (), clock: str = "wall") -> list[Point]:
+    """The config as it is, then with one dial turned at a time, each for `minutes` over both stages."""
+    base = read_base(path, only, DIALS)
     found = [Point("base", "base", math.nan, timed(base, minutes, clock))]
     for dial, (key, values) in DIALS.items():
         if only and dial not in only:
@@ -91,9 +116,9 @@ def run_curve(
     Leaves root/<config>-curve/<point>/ and rate-curve.json beside them, rewritten after every point.
     Raises ValueError or OSError.
     """
-    twin = timed(load_config([path.with_name(f"{path.stem}-twin.yaml")]), minutes, clock)
+    varied = points(path, minutes, only, clock)
+    todo = [Point("twin", "twin", math.nan, twin_of(path, minutes, clock)), *varied]
     folder = root / f"{path.stem}-curve"
-    todo = [Point("twin", "twin", math.nan, twin), *points(path, minutes, only, clock)]
     curve: dict[str, Any] = {
         "config": str(path),
         "minutes": minutes,
@@ -109,26 +134,30 @@ def run_curve(
     return curve
 
 
+def measure_once(
+    name: str, config: Config, folder: Path, file: str, measure: Callable[[Path], Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Train folder/<name> and measure it, or read from its `file` what was measured before."""
+    from hldm.training.stages import train_run
+
+    target = train_run(changed(config, name=name), root=folder) / file
+    if not target.is_file():
+        save_report(target, measure(target.parent))
+    return json.loads(target.read_text(encoding="utf-8"))
+
+
 def _measured(point: Point, folder: Path) -> dict[str, Any]:
     """Train and evaluate one point, or read what was measured before."""
     from hldm.evaluation.evaluate import evaluate_run
-    from hldm.training.stages import train_run
 
-    run = folder / point.name
-    train_run(replace(point.config, name=point.name), root=folder)
-    target = run / "evaluation.json"
-    if target.is_file():
-        evaluation = json.loads(target.read_text(encoding="utf-8"))
-    else:
-        evaluation = evaluate_run(run, prompts=0)
-        save_report(target, evaluation)
-    bits = evaluation["bits_per_character"]
-    reconstruction = evaluation["reconstruction"]
+    evaluate = partial(evaluate_run, prompts=0)
+    evaluation = measure_once(point.name, point.config, folder, "evaluation.json", evaluate)
+    bits, reconstruction = evaluation["bits_per_character"], evaluation["reconstruction"]
     return {
         "name": point.name,
         "dial": point.dial,
         "value": None if math.isnan(point.value) else point.value,
-        **{key: bits[key] for key in ("bound", "standard_error", "standard_error_text", "latent", "decoder")},
+        **{key: bits[key] for key in BITS},
         "share": bits["latent"] / bits["bound"],
         "clean_accuracy": reconstruction and reconstruction["clean"]["byte_accuracy"],
         "characters_per_chunk": evaluation["characters_per_chunk"],
@@ -138,8 +167,8 @@ def _measured(point: Point, folder: Path) -> dict[str, Any]:
 
 def _compressors(config: Config) -> dict[str, float]:
     """Bits per character that general compressors spend on the test text after the training text."""
+    from hldm.sources.corpora import load_corpora
     from hldm.text.bytes import count_characters
-    from hldm.text.corpus import load_corpora
 
     corpora = load_corpora(config.data)
     train, test = corpora["train"].text.tobytes(), corpora["test"].text.tobytes()
@@ -151,17 +180,5 @@ def _compressors(config: Config) -> dict[str, float]:
 
 def table(curve: Mapping[str, Any]) -> Table:
     """The curve, a row a point, the dials in turn."""
-    twin = next(p for p in curve["points"] if p["name"] == "twin")
-    return Table(HEAD, [list(_cells(p, twin["bound"])) for p in curve["points"]])
-
-
-def _cells(p: Mapping[str, Any], twin: float) -> Iterator[str]:
-    yield p["name"]
-    yield f"{p['bound']:.3f}"
-    yield f"{p['standard_error']:.3f}"
-    yield f"{p['latent']:.3f}"
-    yield f"{p['share']:.0%}"
-    yield f"{p['bound'] / twin:.2f}"
-    yield cell(p["clean_accuracy"], ".1%")
-    yield cell(p["characters_per_chunk"], ".1f")
-    yield f"{p['parameters']:,}"
+    twin = next(p["bound"] for p in curve["points"] if p["name"] == "twin")
+    return Table.of_records(({**p, "times_twin": p["bound"] / twin} for p in curve["points"]), COLUMNS)

@@ -21,9 +21,8 @@ from hldm.model.contextualiser import ContextState
 from hldm.model.decoder import noisy_latents, read_chunks
 from hldm.model.mixture import MixturePredictor
 from hldm.model.prior import Prior, price_latents
-from hldm.model.state import DecoderState, EncoderState, Encoding, map_carry
+from hldm.model.state import DecoderState, EncoderState, map_carry
 from hldm.text.windows import Batch, draw_normal
-from hldm.training.latent_cache import CachedLatents
 
 
 class Carry(NamedTuple):
@@ -109,16 +108,12 @@ class AutoencoderObjective(nn.Module):
 class PriorObjective(nn.Module):
     """Stage two: the latent terms of the bound; in the joint last phase, all of them.
 
-    The autoencoder is frozen until then. `latents`: cached mu of every chunk of the corpus, or None.
+    The autoencoder is frozen until then.
     """
 
-    def __init__(
-        self, prior: Prior, autoencoder: Autoencoder, joint: float, latents: CachedLatents | None = None
-    ):
+    def __init__(self, prior: Prior, autoencoder: Autoencoder, joint: float):
         super().__init__()
-        self.prior, self.autoencoder, self.joint, self.latents = prior, autoencoder, joint, latents
-        if joint and latents is not None:
-            raise ValueError("a joint phase changes the latents: it cannot read them from a cache")
+        self.prior, self.autoencoder, self.joint = prior, autoencoder, joint
         if not joint:
             autoencoder.requires_grad_(False)
 
@@ -131,7 +126,7 @@ class PriorObjective(nn.Module):
     def initial_carry(self, rows: int, device: torch.device) -> Carry:
         """State before the first window."""
         return Carry(
-            self.autoencoder.encoder_state(rows, device) if self.latents is None else None,
+            self.autoencoder.encoder_state(rows, device),
             self.autoencoder.decoder_state(rows, device) if self.joint else None,
             self.prior.initial_state(rows, device),
         )
@@ -140,23 +135,12 @@ class PriorObjective(nn.Module):
         """Fold the step's statistics into the schedule; forget them when it was not finite."""
         self.prior.schedule.update(skipped)
 
-    def _latents(
-        self, batch: Batch, encoder: EncoderState | None, learn: bool
-    ) -> tuple[Encoding, EncoderState | None]:
-        if encoder is None:
-            assert self.latents is not None
-            mask = batch.is_chunk
-            latents, after = self.latents.of(batch.chunk_index.clamp(min=0), self.prior.latent_dim)
-            # no decoder reads along with a cache, so nobody asks for what comes before the chunks
-            none = after[..., :0]
-            return Encoding(latents * mask[..., None], mask, batch.opens_document, after, none, none), None
-        with torch.set_grad_enabled(learn):
-            return self.autoencoder.encode(batch, encoder)
-
     def forward(self, batch: Batch, carry: Carry, generator: torch.Generator, progress: float) -> Step:
         """Loss of one window."""
         jointly = self.joint > 0 and progress >= 1 - self.joint
-        encoding, encoder = self._latents(batch, carry.encoder, jointly)
+        assert carry.encoder is not None
+        with torch.set_grad_enabled(jointly):
+            encoding, encoder = self.autoencoder.encode(batch, carry.encoder)
         context, context_state = self.prior.contextualiser(
             encoding.latents, encoding.mask, encoding.doc_start, carry.context, encoding.after
         )

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import torch
 
 from hldm.chunking.segmenter import Segmenter
 from hldm.chunking.strategies import SEGMENTERS, sample_of
-from hldm.config import ChunkingConfig, ConfigError
+from hldm.config import ChunkingConfig, ConfigError, changed
 from hldm.model.state import map_carry
 from hldm.runs.clock import clock_named
 from hldm.text.corpus import Corpus
@@ -89,5 +88,5 @@ def train_segmenter(
 
 def train_for_minutes(minutes: float, chunking: ChunkingConfig, corpus: Corpus) -> Segmenter:
     """A segmenter trained by the clock alone, whatever number of steps the settings name."""
-    settings = replace(chunking.segmenter, minutes=minutes, steps=10**9)
-    return train_segmenter(replace(chunking, segmenter=settings), corpus)
+    settings = changed(chunking.segmenter, minutes=minutes, steps=10**9)
+    return train_segmenter(changed(chunking, segmenter=settings), corpus)

@@ -13,7 +13,6 @@ from glob import glob
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -25,7 +24,6 @@ from hldm.model.autoencoder import Autoencoder
 from hldm.model.prior import Prior
 from hldm.runs.machine import available_memory, free_disk, gpu_memory, human
 from hldm.text.bytes import OUTPUTS
-from hldm.training.latent_cache import CachedLatents
 from hldm.training.objectives import AutoencoderObjective, PriorObjective
 from hldm.training.optimizers import make_optimizers
 
@@ -79,7 +77,6 @@ WAY_OUT = {
     "activations": "lower data.lanes, data.window_bytes or the widths, or raise training.{stage}.accumulation",
     "carried states": "lower data.lanes",
     "segmenter": "lower chunking.segmenter's width, layers, lanes or window_bytes",
-    "cached latents": "set data.cache_latents=false",
     "checkpoints": "lower checkpoint.keep or the widths, or free some",
 }
 
@@ -117,8 +114,7 @@ def shapes_of(config: Config, stage: str) -> tuple[AutoencoderObjective | PriorO
         if stage == "autoencoder":
             return AutoencoderObjective(autoencoder, config.autoencoder, config.diffusion.gamma_0), segmenter
         prior = Prior.from_settings(config.autoencoder, config.prior, config.hierarchy, config.diffusion)
-        latents = CachedLatents(np.empty((0, 0))) if config.data.cache_latents else None
-        return PriorObjective(prior, autoencoder, config.training.prior.joint, latents), segmenter
+        return PriorObjective(prior, autoencoder, config.training.prior.joint), segmenter
 
 
 def count(module: nn.Module | None) -> int:
@@ -167,9 +163,6 @@ def stage_sizes(config: Config, stage: str, processes: int = 1) -> Sizes:
         disk={
             "checkpoints": checkpoint * (config.checkpoint.keep + 1),  # one more while it is written
             "exported models": 2 * (model + FLOAT * count(segmenter)),  # the stage's own and the pipeline's
-            "cached latents": FLOAT * config.autoencoder.latent_dim * chunks
-            if stage == "prior" and data.cache_latents
-            else 0,
         },
     )
 

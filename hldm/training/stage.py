@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,17 +18,19 @@ from torch import nn
 from hldm.chunking.chunker import make_chunker
 from hldm.chunking.segmenter import Segmenter
 from hldm.chunking.strategies import cached_starts, read_segmenter
-from hldm.config import Config, ConfigError, LoggingConfig, TrainingConfig, to_dict
+from hldm.config import Config, LoggingConfig, TrainingConfig, to_dict
 from hldm.runs.checkpoints import checkpoints_in
 from hldm.runs.clock import clock_named
 from hldm.runs.exits import Interrupted
 from hldm.runs.files import naming
-from hldm.runs.folder import Run, Totals, check_run_name, dotted, open_run, write_totals
+from hldm.runs.folder import Run, Totals, check_run_name, open_run, write_totals
 from hldm.runs.progress import say_line
 from hldm.runs.ranks import RankLost, is_rank_failure, make_roll_call, missing_ranks
 from hldm.runs.signals import Stopped
+from hldm.settings import dotted
 from hldm.text.corpus import Corpus
 from hldm.text.windows import Windows
+from hldm.training.environment import check_accelerator, check_launch, rounding_variables
 from hldm.training.objectives import AutoencoderObjective, PriorObjective
 from hldm.training.segmenters import train_segmenter
 from hldm.training.trainer import Trainer
@@ -37,13 +38,6 @@ from hldm.training.trainer import Trainer
 MAY_CHANGE_ONCE_TRAINED = ("name", "checkpoint.", "logging.", "generation.")
 MAY_CHANGE = (*MAY_CHANGE_ONCE_TRAINED, "training.")  # on resume
 SEGMENTER_SHARE = 0.2  # of stage one's minutes, at most, for what cuts its text
-# How `accelerate launch` tells its processes that weights or optimizer states are to be split over them.
-SHARDING = {
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "its parallelism config",
-}
 
 
 @dataclass(frozen=True)
@@ -68,7 +62,7 @@ class Stage:
     ) -> Totals:
         """Train an objective from its start or newest checkpoint; `bound_to` must not change in between.
 
-        The minutes count from the opening of the stage, so they include what it prepares, such as cached latents.
+        The minutes count from the opening of the stage, so they include what it prepares, such as a segmenter.
         """
         config = self.config
         trainer = Trainer(
@@ -129,7 +123,7 @@ class Stage:
         self.on_main(make, unless=path.is_dir())
         return read_segmenter(path, chunking)
 
-    def windows(self, corpus: Corpus, segmenter: Segmenter | None, shuffle: bool = True) -> Windows:
+    def windows(self, corpus: Corpus, segmenter: Segmenter | None) -> Windows:
         """A corpus laid out for training; where its chunks start is kept in the run when that took a segmenter."""
         config, starts = self.config, None
         if segmenter is not None:
@@ -142,7 +136,6 @@ class Stage:
             lanes=config.data.lanes,
             window_bytes=config.data.window_bytes,
             seed=config.seed,
-            shuffle=shuffle,
             chunk_start=starts,
         )
 
@@ -166,27 +159,22 @@ class Stage:
         if self.accelerator.is_main_process:
             export(model, path)
 
-    def finish(self, totals: Totals) -> None:
+    def finish(self, totals: Totals, corpus: Corpus) -> None:
         """Mark the stage as done: totals.json comes last."""
         if self.accelerator.is_main_process:
-            write_totals(self.run.folder, totals)
+            write_totals(self.run.folder, replace(totals, corpus=corpus.fingerprint))
             self.say(f"saved {self.run.folder.parent}")
 
 
-def make_accelerator(config: TrainingConfig, logging: LoggingConfig, folder: str) -> Accelerator:
-    """One process or many, CPU or not, from the environment that `accelerate launch` set."""
-    if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
-        raise ConfigError(
-            "accelerate launch --cpu --num_processes N starts one process, not N: "
-            "use `accelerate launch --multi_gpu --num_processes N` (it works on CPU, too)"
-        )
-    for name, what in SHARDING.items():
-        if os.environ.get(name, "").lower() in ("1", "true", "yes"):
-            raise ConfigError(
-                f"accelerate was asked for {what}, but every rank of this trainer keeps all weights: "
-                "use `accelerate launch --multi_gpu` or a file of configs/accelerate"
-            )
-    return Accelerator(
+def make_accelerator(
+    config: TrainingConfig, logging: LoggingConfig, folder: str, section: str = "training"
+) -> Accelerator:
+    """One process or many, CPU or not, from the environment that `accelerate launch` set.
+
+    Raises ConfigError where that environment asks for another training than the config's section.
+    """
+    check_launch()
+    accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),  # other accelerators lack float64 or operators used here
         mixed_precision=config.mixed_precision,
         log_with=list(logging.trackers) or None,
@@ -197,6 +185,8 @@ def make_accelerator(config: TrainingConfig, logging: LoggingConfig, folder: str
             InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_s)),
         ],
     )
+    check_accelerator(accelerator, config, section)
+    return accelerator
 
 
 @contextmanager
@@ -205,12 +195,14 @@ def open_stage(config: Config, name: str, resume: bool, root: Path) -> Iterator[
     check_run_name(config.name)
     training: TrainingConfig = getattr(config.training, name)
     folder = root / config.name / name
-    accelerator = make_accelerator(training, config.logging, str(folder))
+    accelerator = make_accelerator(training, config.logging, str(folder), f"training.{name}")
     is_main = accelerator.is_main_process
     say: Callable[[str], None] = say_line if is_main else (lambda line: None)
     run = open_run(
         folder, config=to_dict(config), resume=resume, is_main=is_main, may_change=MAY_CHANGE, say=say
     )
+    if found := list(rounding_variables()):
+        say(f"{', '.join(found)}: set in the environment, so sums may round otherwise than without")
     roll_call = make_roll_call()
     try:
         torch.manual_seed(config.seed)

@@ -8,16 +8,14 @@ runs/<name>/pipeline/     both, as a diffusers pipeline
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from hldm.chunking.attached import chunker_of
 from hldm.chunking.chunker import Chunker, make_chunker
-from hldm.chunking.strategies import attach_segmenter, read_segmenter
-from hldm.config import Config, ConfigError, to_dict
+from hldm.chunking.strategies import attach_segmenter, chunker_of, read_segmenter
+from hldm.config import Config, ConfigError, changed, to_dict
 from hldm.generation.chunk import write_chunks
 from hldm.generation.pipeline import HLDMPipeline
 from hldm.generation.writer import Continuation, row_generators, write_on
@@ -25,14 +23,17 @@ from hldm.model.autoencoder import Autoencoder
 from hldm.model.mixture import MixturePredictor
 from hldm.model.prior import Prior
 from hldm.runs.files import fingerprint
-from hldm.runs.folder import check_settings, dotted, read_totals
-from hldm.text.corpus import Corpus, load_corpora
-from hldm.text.windows import Batch, Windows, window_of
-from hldm.training.latent_cache import CachedLatents, cache_latents, load_latents
+from hldm.runs.folder import check_settings, read_totals
+from hldm.settings import dotted
+from hldm.sources.corpora import load_corpora
+from hldm.text.corpus import Corpus
+from hldm.text.windows import window_of
 from hldm.training.objectives import AutoencoderObjective, PriorObjective
 from hldm.training.sizes import require_room
-from hldm.training.stage import MAY_CHANGE_ONCE_TRAINED, Stage, open_stage
+from hldm.training.stage import MAY_CHANGE_ONCE_TRAINED, open_stage
 
+# Of the data section, what says which text is read and how it is split; the others lay it out.
+TEXT_SETTINGS = ("path", "dataset", "subset", "split", "field", "separator", "max_bytes", "held_out")
 SAMPLE_BYTES = 160  # of validation text: what samples reconstruct or go on from
 
 
@@ -68,7 +69,7 @@ def train_autoencoder(config: Config, *, resume: bool = False, root: Path = Path
         if config.is_twin:
             pipeline = HLDMPipeline.assemble(autoencoder, None, config.generation)
             stage.export(pipeline.with_segmenter(segmenter), folder / "pipeline")
-        stage.finish(totals)
+        stage.finish(totals, corpora["train"])
     return folder
 
 
@@ -84,15 +85,12 @@ def train_diffusion(config: Config, *, resume: bool = False, root: Path = Path("
     if segmenter is not None:
         attach_segmenter(autoencoder, segmenter)
     corpora = load_corpora(config.data)
+    require_same_text(folder / "autoencoder", corpora["train"])
     sample_text = opening(chunker_of(autoencoder), corpora["validation"])
     with open_stage(config, "prior", resume, root) as stage:
         windows = stage.windows(corpora["train"], segmenter)
         prior = _first_prior(folder, config)
-        latents = None
-        if config.data.cache_latents:
-            whole = stage.windows(corpora["train"], segmenter, shuffle=False)
-            latents = _cached_latents(folder, whole, autoencoder.eval(), binding, stage)
-        objective = PriorObjective(prior, autoencoder, stage.training.joint, latents)
+        objective = PriorObjective(prior, autoencoder, stage.training.joint)
 
         def on_sample(model: nn.Module) -> str:
             assert isinstance(model, PriorObjective)
@@ -104,7 +102,7 @@ def train_diffusion(config: Config, *, resume: bool = False, root: Path = Path("
         stage.export(prior, stage.run.folder / "model")
         pipeline = HLDMPipeline.assemble(autoencoder, prior, config.generation).with_segmenter(segmenter)
         stage.export(pipeline, folder / "pipeline")
-        stage.finish(totals)
+        stage.finish(totals, corpora["train"])
     return folder
 
 
@@ -135,22 +133,33 @@ def read_autoencoder(folder: Path, config: Config) -> Autoencoder:
         raise FileNotFoundError(
             f"{folder} has no trained autoencoder: run train_autoencoder.py with the same --config and --name first"
         )
+    text = tuple(f"data.{key}" for key in TEXT_SETTINGS)
+    check_settings(folder / "autoencoder", to_dict(config), only=text)
     autoencoder = Autoencoder.from_pretrained(path)
-    for section, trained in (("autoencoder", autoencoder.settings), ("chunking", autoencoder.chunking)):
-        found = dotted(asdict(trained), f"{section}.")
-        for key, value in dotted(asdict(getattr(config, section)), f"{section}.").items():
-            if found[key] != value:
-                raise ConfigError(
-                    f"{key} is {value} here, but {path} was trained with {found[key]}: "
-                    "use the config it was trained with, or another --name"
-                )
-    trained_at = autoencoder.config["gamma_0"]
-    if trained_at != config.diffusion.gamma_0:
-        raise ConfigError(
-            f"diffusion.gamma_0 is {config.diffusion.gamma_0} here, but the decoder of {path} was trained at "
-            f"{trained_at}: use the config it was trained with, or another --name"
-        )
+    trained = {
+        "autoencoder": to_dict(autoencoder.settings),
+        "chunking": to_dict(autoencoder.chunking),
+        "diffusion": {"gamma_0": autoencoder.config["gamma_0"]},
+    }
+    here = dotted(to_dict(config))
+    for key, value in dotted(trained).items():
+        if here[key] != value:
+            raise ConfigError(
+                f"{key} is {here[key]} here, but {path} was trained with {value}: "
+                "use the config it was trained with, or another --name"
+            )
     return autoencoder
+
+
+def require_same_text(stage: Path, corpus: Corpus) -> None:
+    """Raise ConfigError unless a stage was trained on this text; a run of before that was kept is believed."""
+    path = stage / "totals.json"
+    trained_on = read_totals(stage).corpus if path.is_file() else ""
+    if trained_on not in ("", corpus.fingerprint):
+        raise ConfigError(
+            f"{stage} was trained on a text of fingerprint {trained_on[:12]}, {corpus.name} is now "
+            f"{corpus.fingerprint[:12]}: restore the text it was trained on, or train both stages anew"
+        )
 
 
 def opening(chunker: Chunker, corpus: Corpus) -> bytes:
@@ -167,42 +176,6 @@ def _first_prior(folder: Path, config: Config) -> Prior:
         mixture = MixturePredictor.from_pretrained(folder / "autoencoder" / "rate")
         prior.mixture.load_state_dict(mixture.state_dict())
     return prior
-
-
-def _cached_latents(
-    folder: Path, windows: Windows, autoencoder: Autoencoder, binding: str, stage: Stage
-) -> CachedLatents:
-    """mu of every chunk of the training text, from runs/<name>/latents.safetensors, made when missing."""
-    path = folder / "latents.safetensors"
-    with_features = stage.config.prior.reads_text or stage.config.autoencoder.components > 0
-    bound: dict[str, object] = {
-        "autoencoder": binding,
-        "corpus": windows.corpus.fingerprint,
-        "chunking": to_dict(stage.config)["chunking"],
-        "features": with_features,
-    }
-    if autoencoder.config["segmenter"]:
-        bound["segmenter"] = autoencoder.config["segmenter"]
-    if stage.main_says(not path.exists()) and not stage.accelerator.is_main_process:
-        for _ in range(windows.windows_per_epoch):
-            stage.main_says(True)
-    elif not path.exists():
-        stage.say(f"caching latents in {path}")
-        device = stage.accelerator.device
-        autoencoder.to(device)
-        state = autoencoder.encoder_state(windows.lanes, device)
-
-        @torch.no_grad()
-        def encode(batch: Batch) -> Tensor:
-            nonlocal state
-            stage.main_says(True)  # that it is at work: the others would take a long silence for a hang
-            encoding, state = autoencoder.encode(batch.to(device), state)
-            parts = [encoding.latents, encoding.after] if with_features else [encoding.latents]
-            return torch.cat(parts, dim=-1).cpu()
-
-        cache_latents(encode, windows, path, bound)
-    stage.accelerator.wait_for_everyone()
-    return CachedLatents(load_latents(path, bound))
 
 
 def _continue(autoencoder: Autoencoder, prior: Prior | None, prompt: bytes, config: Config) -> str:
@@ -230,7 +203,7 @@ def _reconstruct(autoencoder: Autoencoder, text: bytes, config: Config) -> str:
         autoencoder.encoder_state(n, device),
         autoencoder.decoder_state(n, device),
         [True] * n,
-        replace(config.generation, decoder_temperature=0.0),
+        changed(config.generation, decoder_temperature=0.0),
         row_generators(config.seed, n),
     ).pieces
     written = b"".join(piece.text for piece in pieces)

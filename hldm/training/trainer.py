@@ -105,7 +105,7 @@ class Trainer:
         """
         models = [self.objective] if self.average is None else [self.objective, self.average.module]
         bad = [name for model in models for name in nonfinite_names(model.state_dict().items())]
-        if self._agreed(len(bad)):
+        if largest_of_ranks(len(bad), self.accelerator.device):
             raise self._diverged(f"weights are not finite after step {self.totals.steps}", bad)
         parts = [dict(named_tensors(carry)) for carry in self.carries]
         carry = {}
@@ -116,17 +116,17 @@ class Trainer:
         path = ""
         if self.accelerator.is_main_process:
             tensors = {"model": self.objective.state_dict(), "carry": carry}
-            states = []
+            groups = []
             for index, optimizer in enumerate(self.optimizers):
-                tensors[f"optimizer-{index}"], state = flatten_optimizer(optimizer.state_dict())
-                states.append(state)
+                tensors[f"optimizer-{index}"], own_groups = flatten_optimizer(optimizer.state_dict())
+                groups.append(own_groups)
             if self.average is not None:
                 tensors["average"] = self.average.state_dict()
             state = {
                 "seconds": self.totals.seconds,
                 "characters": self.totals.characters,
                 "prepared": self.totals.prepared,
-                "optimizers": states,
+                "optimizers": groups,
                 "threads": torch.get_num_threads(),
                 "processes": self.accelerator.num_processes,
                 "seed": self.seed,
@@ -144,8 +144,8 @@ class Trainer:
         if saved is None:
             return False
         states = [
-            unflatten_optimizer(saved.tensors.get(f"optimizer-{index}", {}), layout)
-            for index, layout in enumerate(saved.state["optimizers"])
+            unflatten_optimizer(saved.tensors[f"optimizer-{index}"], groups)
+            for index, groups in enumerate(saved.state["optimizers"])
         ]
         self._check(saved, states, say)
         self.objective.load_state_dict(saved.tensors["model"])
@@ -156,14 +156,9 @@ class Trainer:
         rank, parts = self.accelerator.process_index, self.config.accumulation
         for part in range(parts):
             first = (rank * parts + part) * self.rows
-            names = iter(list(named_tensors(self.carries[part])))
-
-            def own(tensor: Tensor, first: int = first, names: Any = names) -> Tensor:
-                name, _ = next(names)
-                stored = saved.tensors["carry"][name][first : first + self.rows]
-                return stored.to(device=tensor.device, dtype=tensor.dtype)
-
-            self.carries[part] = map_carry(own, self.carries[part])
+            self.carries[part] = map_carry(torch.clone, self.carries[part])  # no two share memory
+            for name, tensor in named_tensors(self.carries[part]):
+                tensor.copy_(saved.tensors["carry"][name][first : first + self.rows])
         self.spikes.norms.extend(saved.state.get("gradient_norms", []))  # only what is said depends on it
         self.totals = Totals(
             saved.step, saved.state["seconds"], saved.state["characters"], saved.state.get("prepared", 0.0)
@@ -324,15 +319,18 @@ class Trainer:
                     self.save(say)
                 if on_sample and self.logging.sample_every and step % self.logging.sample_every == 0:
                     self._sample(on_sample, interrupt)
-                if signum := self._agreed(interrupt.requested or 0):
-                    raise Interrupted(signum, self.save(say))
+                self._stop_if_asked(interrupt, lambda: self.save(say))
+            if not self.totals.steps:
+                raise ConfigError(
+                    f"{self.run.folder}: no step was taken, for what came before took {self.totals.prepared:.0f} s of "
+                    f"{self.config.minutes:g} minutes: give it more, or a segmenter less (chunking.segmenter.minutes)"
+                )
             path = self.save(say)
             if self.average is not None:
                 self.objective.load_state_dict(self.average.module.state_dict())
             if on_sample:
                 self._sample(on_sample, interrupt, averaged=False)
-            if signum := self._agreed(interrupt.requested or 0):
-                raise Interrupted(signum, path)
+            self._stop_if_asked(interrupt, lambda: path)
         return self.totals
 
     def _sample(
@@ -375,6 +373,7 @@ class Trainer:
             f"{reason}: lower training's learning_rate; see {path}; the last checkpoint is {last or 'none'}"
         )
 
-    def _agreed(self, value: int) -> int:
-        """The largest of the ranks' values."""
-        return largest_of_ranks(value, self.accelerator.device)
+    def _stop_if_asked(self, interrupt: Interrupt, saved: Callable[[], str]) -> None:
+        """Raise Interrupted on all ranks if a signal came to any. saved: the checkpoint to go on from."""
+        if signum := largest_of_ranks(interrupt.requested or 0, self.accelerator.device):
+            raise Interrupted(signum, saved())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from functools import lru_cache
 from typing import get_args
 
@@ -18,7 +17,7 @@ from hldm.chunking.policy import PolicySegmenter, sentence_starts
 from hldm.chunking.scorer import ChunkWriter
 from hldm.chunking.segmenter import ChunkStream, Segmenter
 from hldm.chunking.strategies import SEGMENTERS, cached_starts, read_segmenter
-from hldm.config import ChunkingConfig, ConfigError, ModelStrategy, SegmenterConfig, TextStrategy
+from hldm.config import ChunkingConfig, ConfigError, ModelStrategy, SegmenterConfig, TextStrategy, changed
 from hldm.text.bytes import to_ids
 from hldm.text.corpus import make_corpus
 from hldm.training.segmenters import train_segmenter
@@ -128,7 +127,7 @@ def test_a_saved_segmenter_cuts_as_before_and_for_its_settings_only(strategy, tm
     expected = segmenter.chunker(1, 12).chunk_start(TEXT)
     assert again.chunker(1, 12).chunk_start(TEXT).tolist() == expected.tolist()
     with pytest.raises(ConfigError, match="other settings of chunking"):
-        read_segmenter(tmp_path, replace(segmenter.chunking, target_bytes=7))
+        read_segmenter(tmp_path, changed(segmenter.chunking, target_bytes=7))
 
 
 @every_strategy
@@ -218,7 +217,7 @@ def test_boundaries_of_a_corpus_are_read_from_disk_unless_damaged(tmp_path, monk
 def test_training_a_segmenter_repeats_itself():
     language = unsegmented(size=3000)
     chunking = untrained("entropy").chunking
-    chunking = replace(chunking, segmenter=SegmenterConfig(width=16, layers=1, lanes=2, steps=3, minutes=0))
+    chunking = changed(chunking, segmenter=SegmenterConfig(width=16, layers=1, lanes=2, steps=3, minutes=0))
     one, two = (train_segmenter(chunking, language.corpus, seed=1).state_dict() for _ in range(2))
     torch.testing.assert_close(one, two, rtol=0, atol=0)
 

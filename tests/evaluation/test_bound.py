@@ -17,7 +17,7 @@ from hldm.config import (
     HierarchyConfig,
     PriorConfig,
 )
-from hldm.evaluation.bound import bits_of_ends, evaluate_bound, held_out_windows
+from hldm.evaluation.bound import evaluate_bound
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.diffusion import end_term
 from hldm.model.prior import Prior
@@ -206,21 +206,3 @@ def test_what_is_no_bound_is_refused():
         evaluate_bound(autoencoder, prior, windows, samples=4, generator=generator)
     with pytest.raises(ValueError, match="eval"):
         evaluate_bound(autoencoder.train(), prior, windows, generator=generator)
-
-
-def test_ends_cost_what_ending_and_going_on_are_not_expected():
-    torch.manual_seed(0)
-    griffin = GriffinConfig(width=16, blocks=("recurrent",), heads=2)
-    chunking = ChunkingConfig(strategy="fixed", min_bytes=3, max_bytes=3)
-    settings = AutoencoderConfig(
-        latent_dim=2, encoder=griffin, decoder=griffin, reads_text=False, trunk_layers=0
-    )
-    autoencoder = Autoencoder.from_settings(settings, chunking).eval()
-    torch.nn.init.zeros_(autoencoder.outputs.weight)
-    autoencoder.outputs.bias.data[:] = 0.0
-    windows = held_out_windows(autoencoder, make_corpus("x", ["abcdé".encode(), b"abc"]))
-    # 258 symbols alike: 9 bytes go on, a chunk and two documents end; of 8 characters
-    expected = (9 * math.log2(258 / 256) + 3 * math.log2(258 / 2)) / 8
-    assert bits_of_ends(autoencoder, windows, torch.Generator().manual_seed(0)) == pytest.approx(
-        expected, rel=1e-5
-    )

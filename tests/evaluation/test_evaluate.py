@@ -11,9 +11,9 @@ import torch
 
 from hldm.cli import evaluate
 from hldm.config import config_from_dict, to_yaml
+from hldm.evaluation import evaluate as evaluation
 from hldm.evaluation.evaluate import evaluate_run
 from hldm.evaluation.tables import compare
-from hldm.generation import pipeline
 from hldm.generation.pipeline import HLDMPipeline
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.prior import Prior
@@ -181,13 +181,13 @@ def test_what_cannot_be_measured_is_told_in_one_line(runs, tmp_path, capsys, arg
 
 
 def test_weights_that_are_not_finite_are_told_from_a_result(runs, monkeypatch, capsys):
-    read = pipeline.read_pipeline
+    read = evaluation.read_pipeline
 
     def broken(folder):
         model = read(folder)
         model.autoencoder.outputs.bias.data[0] = float("nan")
         return model
 
-    monkeypatch.setattr(pipeline, "read_pipeline", broken)
+    monkeypatch.setattr(evaluation, "read_pipeline", broken)
     assert evaluate(["--run", str(runs / "twin"), *FEW]) == 2
     assert "not finite" in capsys.readouterr().err

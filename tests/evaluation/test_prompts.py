@@ -7,7 +7,8 @@ import pytest
 
 from hldm.chunking.chunker import make_chunker
 from hldm.config import ChunkingConfig, config_from_dict
-from hldm.evaluation.prompts import Prompt, choose_prompts, held_out_prompts
+from hldm.evaluation.prompts import Prompt, choose_prompts
+from hldm.sources.corpora import load_corpus
 from hldm.text.corpus import make_corpus
 
 WORDS = ChunkingConfig()
@@ -69,6 +70,7 @@ def test_prompts_come_from_the_split_of_a_config(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text(make_document(1, 3000))
     config = config_from_dict({"data": {"path": str(path), "held_out": 0.1}})
-    prompts = held_out_prompts(config, make_chunker(WORDS), "test", 3, prompt_characters=40)
+    corpus = load_corpus(config.data, "test")
+    prompts = choose_prompts(corpus, make_chunker(WORDS), 3, prompt_characters=40)
     at = [path.read_bytes().index(prompt.text) for prompt in prompts]
     assert len(at) == 3 and min(at) >= 0.9 * path.stat().st_size - 1000

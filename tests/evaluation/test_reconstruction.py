@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch
 from hldm.chunking.chunker import make_chunker
 from hldm.config import AutoencoderConfig, ChunkingConfig, GriffinConfig
 from hldm.evaluation import reconstruction
+from hldm.evaluation.bound import held_out_windows
 from hldm.model.autoencoder import Autoencoder
 from hldm.text.bytes import END_OF_CHUNK
 from hldm.text.corpus import make_corpus
@@ -99,3 +102,14 @@ def test_reconstruction_is_the_same_however_the_text_is_laid_out(carry_state):
 def test_a_long_text_is_not_read_to_its_end(monkeypatch):
     monkeypatch.setattr(reconstruction, "ENOUGH_CHUNKS", 6)
     assert reconstruct(make_autoencoder(), lay_out(b"word" * 50))["chunks"] == 8  # two windows of two lanes
+
+
+def test_ends_cost_what_ending_and_going_on_are_not_expected():
+    autoencoder = make_autoencoder(chunking=ChunkingConfig(strategy="fixed", min_bytes=3, max_bytes=3))
+    torch.nn.init.zeros_(autoencoder.outputs.weight)
+    autoencoder.outputs.bias.data[:] = 0.0
+    windows = held_out_windows(autoencoder, make_corpus("x", ["abcdé".encode(), b"abc"]))
+    # 258 symbols alike: 9 bytes go on, a chunk and two documents end; of 8 characters
+    expected = (9 * math.log2(258 / 256) + 3 * math.log2(258 / 2)) / 8
+    generator = torch.Generator().manual_seed(0)
+    assert reconstruction.bits_of_ends(autoencoder, windows, generator) == pytest.approx(expected, rel=1e-5)

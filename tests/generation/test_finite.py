@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import replace
 
 import pytest
 import torch
 from fuzz import tiny_pipeline
 
-from hldm.config import GenerationConfig
+from hldm.config import GenerationConfig, changed
 from hldm.generation.chunk import pick
 from hldm.generation.finite import LARGEST, require_finite
 from hldm.generation.writer import write_on
@@ -17,14 +16,14 @@ from hldm.generation.writer import write_on
 
 def settings(**unchecked) -> GenerationConfig:
     """Settings as they may come from elsewhere: not within the limits of GenerationConfig."""
-    found = replace(GenerationConfig(steps=2))
+    found = changed(GenerationConfig(steps=2))
     for name, value in unchecked.items():
         object.__setattr__(found, name, value)
     return found
 
 
 @pytest.mark.parametrize("kernels", [True, False])
-@pytest.mark.parametrize("scheduler", ["ancestral", "ddim", "dpm", "flow"])
+@pytest.mark.parametrize("scheduler", ["ancestral", "ddim", "dpm"])
 @pytest.mark.parametrize(
     "extreme", [{"guidance": 1e20}, {"temperature": 1e30}, {"temperature": float("inf")}]
 )

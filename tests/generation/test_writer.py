@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -17,6 +15,7 @@ from hldm.config import (
     GriffinConfig,
     HierarchyConfig,
     PriorConfig,
+    changed,
 )
 from hldm.generation.pipeline import ByteTokenizer, HLDMPipeline, read_pipeline
 from hldm.generation.writer import (
@@ -107,7 +106,7 @@ MODELS = [*LATENT, dict(latent_dim=0, carry_state=True)]
 @pytest.mark.parametrize("scheduler", ["ancestral", "dpm"])
 def test_a_batch_of_prompts_writes_what_each_writes_alone(kind, scheduler):
     model = make_model(**kind)
-    settings = replace(SETTINGS, scheduler=scheduler)
+    settings = changed(SETTINGS, scheduler=scheduler)
     together = write(model, PROMPTS, settings, seed=7, through_ends=True)
     alone = [
         write(model, [prompt], settings, seed=7 + i, through_ends=True)[0] for i, prompt in enumerate(PROMPTS)
@@ -143,7 +142,7 @@ def test_going_on_from_carried_state_equals_reading_everything_again(kind):
 def test_kernels_write_what_torch_writes_through_the_ends_of_documents(plain_torch, kind, guidance):
     autoencoder, prior = make_model(**kind)
     autoencoder.outputs.bias.data[END_OF_DOCUMENT] = 4.0
-    settings, options = replace(SETTINGS, guidance=guidance), dict(seed=5, characters=40, through_ends=True)
+    settings, options = changed(SETTINGS, guidance=guidance), dict(seed=5, characters=40, through_ends=True)
     rows = write((autoencoder, prior), PROMPTS, settings, **options)
     with plain_torch():
         assert rows == write((autoencoder, prior), PROMPTS, settings, **options)
@@ -262,7 +261,7 @@ def test_the_byte_tokenizer_gives_any_text_back():
 
 def test_without_denoising_steps_latents_are_drawn_from_the_mixture():
     model = make_model(components=4, reads_text=True)
-    settings = replace(SETTINGS, steps=0)
+    settings = changed(SETTINGS, steps=0)
     together = write(model, PROMPTS, settings, seed=7, through_ends=True)
     assert together == [
         write(model, [prompt], settings, seed=7 + i, through_ends=True)[0] for i, prompt in enumerate(PROMPTS)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +12,7 @@ from hldm.config import (
     GriffinConfig,
     HierarchyConfig,
     PriorConfig,
+    changed,
 )
 from hldm.generation.footprint import kept_bytes
 from hldm.kernels.context import KeptContext, can_keep
@@ -40,7 +39,7 @@ def make_prior(levels: int = 2, reads_text: bool = True, components: int = 20, *
     )
     prior = Prior.from_settings(
         autoencoder,
-        replace(config, **settings),
+        changed(config, **settings),
         HierarchyConfig(levels=levels, ratio=2, window=2),
         DiffusionConfig(gamma_0=-2.0, gamma_1=5.0),
     )

@@ -21,17 +21,17 @@ ROOT = Path(__file__).resolve().parents[2]
 # Two steps of both stages of a small model, its bound, and what it and the shipped model write.
 WORK = """
 import json, sys
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 import hldm
+from hldm.config import changed
 
 tiny, root, overrides = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
 torch.set_num_threads(1)
-config = replace(hldm.load_config([tiny], overrides), name="small")
+config = changed(hldm.load_config([tiny], overrides), name="small")
 hldm.train_autoencoder(config, root=root)
 folder = hldm.train_diffusion(config, root=root)
 found = hldm.evaluate(folder, split="validation", draws=2, prompts=0)

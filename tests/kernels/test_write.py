@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
+from hldm.config import changed
 from hldm.generation import chunk
 from hldm.kernels import write as fused
 from hldm.kernels.write import can_write
@@ -49,7 +48,7 @@ def test_one_call_writes_what_torch_writes(plain_torch, kind, rows):
 @pytest.mark.parametrize("latent_dim", [0, 3])
 def test_temperature_and_nucleus_are_the_same_in_one_call(plain_torch, latent_dim, settings):
     autoencoder = make_autoencoder(latent_dim, carry_state=True, width=32)
-    settings = replace(SETTINGS, **settings)
+    settings = changed(SETTINGS, **settings)
     found = write(autoencoder, 9, settings, form=fused)
     with plain_torch():
         assert_same(found, write(autoencoder, 9, settings, form=chunk))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hldm.chunking.chunker import make_chunker
-from hldm.config import AutoencoderConfig, ChunkingConfig, GriffinConfig
+from hldm.config import AutoencoderConfig, ChunkingConfig, GriffinConfig, changed
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.decoder import sum_by_chunk, symbol_nats
 from hldm.text.bytes import END_OF_CHUNK, END_OF_DOCUMENT, START
@@ -27,7 +27,7 @@ def make_autoencoder(carry_state: bool = False, latent_dim: int = 4, pooling: st
         reads_text=False,
         pooling=pooling,
     )
-    chunking = CHUNKING if latent_dim else replace(CHUNKING, strategy="fixed")
+    chunking = CHUNKING if latent_dim else changed(CHUNKING, strategy="fixed")
     chunking = CONSTANT if pooling == "strided" else chunking
     return Autoencoder.from_settings(settings, chunking).double().eval()
 
@@ -60,9 +60,9 @@ def logits_of(model: Autoencoder, window: Window, latent, state=None):
 
 def with_byte(window: Window, at: int, byte: int) -> Window:
     """The window with one byte of its first row replaced."""
-    changed = window.bytes.clone()
-    changed[0, at] = byte
-    return replace(window, bytes=changed)
+    text = window.bytes.clone()
+    text[0, at] = byte
+    return replace(window, bytes=text)
 
 
 def test_events_spell_the_chunks_each_with_its_end():

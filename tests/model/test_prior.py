@@ -1,9 +1,7 @@
-from dataclasses import asdict
-
 import pytest
 import torch
 
-from hldm.config import DiffusionConfig, HierarchyConfig, PriorConfig
+from hldm.config import DiffusionConfig, HierarchyConfig, PriorConfig, to_dict
 from hldm.model.prior import Prior
 from hldm.model.state import named_tensors
 
@@ -15,7 +13,9 @@ HIERARCHY = HierarchyConfig(levels=2, ratio=2, window=3)
 
 def make_prior(latent_dim: int = 3) -> Prior:
     torch.manual_seed(0)
-    prior = Prior(latent_dim, asdict(SETTINGS), asdict(HIERARCHY), asdict(DiffusionConfig())).double().eval()
+    prior = (
+        Prior(latent_dim, to_dict(SETTINGS), to_dict(HIERARCHY), to_dict(DiffusionConfig())).double().eval()
+    )
     for parameter in prior.parameters():  # nothing may hide behind a zero initialisation
         parameter.data.add_(0.1 * torch.randn_like(parameter))
     return prior
@@ -107,7 +107,7 @@ def test_an_untrained_prior_of_zero_latents_pays_what_the_formula_says():
     # F starts at 0 and v = alpha eps - sigma x0: x0_hat = alpha z, so with x0 = 0 the error is alpha sigma eps
     torch.manual_seed(0)
     diffusion = DiffusionConfig(gamma_0=-2.0)
-    prior = Prior(3, asdict(SETTINGS), asdict(HIERARCHY), asdict(diffusion)).double().eval()
+    prior = Prior(3, to_dict(SETTINGS), to_dict(HIERARCHY), to_dict(diffusion)).double().eval()
     chunks, draws = 4, 2_000
     latents = torch.zeros(1, chunks, 3, dtype=torch.float64)
     mask = torch.ones(1, chunks, dtype=torch.bool)

@@ -19,7 +19,7 @@ from hldm.runs.folder import Run, check_run_name, open_run
 
 CONFIG: dict[str, Any] = {
     "seed": 0,
-    "autoencoder": {"latent_dim": 16, "blocks": ("recurrent", "attention")},
+    "autoencoder": {"latent_dim": 16, "blocks": ["recurrent", "attention"]},
     "training": {"learning_rate": 1e-5, "name": "1e-3"},
 }
 

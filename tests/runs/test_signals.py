@@ -294,16 +294,6 @@ def test_a_signal_before_training_leaves_in_one_line(owner, name, train, monkeyp
     assert not list(Path().rglob("checkpoints"))
 
 
-def test_a_signal_while_latents_are_cached_leaves_nothing_half_done(train, monkeypatch):
-    assert train() == (0, "")
-    with monkeypatch.context() as patch:
-        signal_at(2, patch, Autoencoder, "encode")
-        code, error = train("data.cache_latents=true", command=cli.train_diffusion)
-    assert (code, error) == (143, "hldm: stopped by SIGTERM\n")
-    assert not list(Path("runs").rglob("latents*"))
-    assert train("data.cache_latents=true", "--resume", command=cli.train_diffusion)[0] == 0
-
-
 # --- what only reads
 
 

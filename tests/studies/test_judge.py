@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from hldm import cli
+from hldm.config import changed
 from hldm.studies.judge import NGram, judge_run, table
 from hldm.training.stages import train_run
 
@@ -38,7 +38,7 @@ def twin(tmp_path_factory, corpus_path) -> Path:
 
     overrides = [*(o for o in SMALL if "latent_dim" not in o), f"data.path={corpus_path}"]
     config = load_config([ROOT / "configs/tiny-twin.yaml"], [*overrides, 'data.separator="\\n\\n"'])
-    return train_run(replace(config, name="twin"), root=tmp_path_factory.mktemp("twin"))
+    return train_run(changed(config, name="twin"), root=tmp_path_factory.mktemp("twin"))
 
 
 def test_true_text_stands_beside_the_model_the_twin_and_every_variation(trained_run, twin):

@@ -25,7 +25,7 @@ import numpy as np
 
 from hldm.chunking.chunker import make_chunker
 from hldm.config import load_config
-from hldm.text.corpus import load_corpus
+from hldm.sources.corpora import load_corpus
 from hldm.text.windows import Windows
 from tests.conftest import SMALL
 from tests.torture import children, small

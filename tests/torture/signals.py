@@ -35,12 +35,6 @@ PHASES: dict[str, tuple[tuple[str, ...], str, int, tuple[str, ...]]] = {
         2,
         (*UNSAVED, "logging.sample_every=3"),
     ),
-    "latent caching": (
-        ("prior",),
-        "hldm.model.autoencoder.Autoencoder.encode",
-        2,
-        ("data.cache_latents=true",),
-    ),
 }
 
 
@@ -58,8 +52,7 @@ def torture(trial: Trial) -> None:
                 end = terminate_in(folder, target, call, work, delay(trial, number))
                 slowest = max(slowest, end.seconds)
                 wrong = end.wrong()
-                if phase != "latent caching":
-                    wrong += check_saved(folder, stage, end.steps)
+                wrong += check_saved(folder, stage, end.steps)
                 trial.record(f"{phase} of {stage} {number}", wrong)
                 shutil.rmtree(folder)
     prompt = ["--run", str(straight / "runs" / "small"), "--prompt", "And the", "--max-chars", "1000000"]

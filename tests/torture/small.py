@@ -12,7 +12,7 @@ from hldm import cli
 from hldm.config import DataConfig
 from hldm.runs.checkpoints import CheckpointError, newest_checkpoint
 from hldm.runs.files import fingerprint, sha256_of
-from hldm.text.corpus import load_corpus
+from hldm.sources.corpora import load_corpus
 from tests.conftest import ROOT, SMALL
 from tests.torture import children
 

@@ -10,7 +10,7 @@ from hldm.chunking.chunker import make_chunker
 from hldm.config import Config, DataConfig, load_config
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.prior import Prior
-from hldm.text.corpus import load_corpus
+from hldm.sources.corpora import load_corpus
 from hldm.text.windows import Windows
 from hldm.training.objectives import AutoencoderObjective, PriorObjective, Step
 
@@ -58,7 +58,7 @@ CHOICES = [
     ["autoencoder.components=0"],
     ["autoencoder.carry_state=true"],
     ["prior.reads_text=false", "autoencoder.reads_text=false"],
-    ["autoencoder.components=0", "prior.self_conditioning=0.99", "prior.context_dropout=0.0"],
+    ["autoencoder.components=0", "prior.context_dropout=0.0"],
     ["autoencoder.components=0", "diffusion.target=x0"],
     ["hierarchy.levels=0"],
     ["chunking.strategy=sentence", "chunking.max_bytes=30"],

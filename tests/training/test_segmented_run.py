@@ -7,16 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
 import pytest
 from conftest import ROOT
 
-from hldm.chunking.attached import chunker_of
-from hldm.chunking.strategies import read_segmenter
-from hldm.config import Config, SegmenterConfig, Strategy, stage_training
+from hldm.chunking.strategies import chunker_of, read_segmenter
+from hldm.config import Config, SegmenterConfig, Strategy, changed, stage_training
 from hldm.evaluation.evaluate import evaluate_run
 from hldm.generation.pipeline import read_pipeline
 from hldm.runs.folder import export_run
@@ -27,7 +25,7 @@ TELLING = """
 import os, sys
 from pathlib import Path
 from hldm import cli
-from hldm.chunking.attached import chunker_of
+from hldm.chunking.strategies import chunker_of
 from hldm.training import stages
 
 attach = stages.attach_segmenter
@@ -51,17 +49,16 @@ def kept(tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture
 def config(small_config: Config) -> Config:
     segmenter = SegmenterConfig(width=16, layers=1, lanes=2, window_bytes=64, steps=5, minutes=0)
-    chunking = replace(small_config.chunking, strategy="state_change", min_bytes=2, segmenter=segmenter)
-    return replace(small_config, chunking=chunking, data=replace(small_config.data, cache_latents=True))
+    chunking = changed(small_config.chunking, strategy="state_change", min_bytes=2, segmenter=segmenter)
+    return changed(small_config, chunking=chunking)
 
 
 @pytest.mark.parametrize("strategy", get_args(Strategy))
-def test_every_strategy_trains_caches_evaluates_and_writes(strategy, config, tmp_path):
-    config = replace(config, chunking=replace(config.chunking, strategy=strategy))
+def test_every_strategy_trains_evaluates_and_writes(strategy, config, tmp_path):
+    config = changed(config, chunking=changed(config.chunking, strategy=strategy))
     for stage in ("autoencoder", "prior"):
         config = stage_training(config, stage, steps=2)
     run = train_run(config, root=tmp_path)
-    assert (run / "latents.safetensors").is_file()
     evaluation = evaluate_run(run, prompts=2, draws=2)
     assert 0 < evaluation["bits_per_character"]["bound"] < 100 and 0 <= evaluation["rechunked"] <= 1
     pipeline = read_pipeline(run / "pipeline")
@@ -97,14 +94,14 @@ def test_stage_one_resumes_with_the_segmenter_it_has(run, config, tmp_path):
     weights = tmp_path / name / "segmenter/model/diffusion_pytorch_model.safetensors"
     before = weights.read_bytes()
     shutil.copytree(run / "autoencoder", tmp_path / name / "autoencoder")
-    train_autoencoder(replace(config, name=name), resume=True, root=tmp_path)
+    train_autoencoder(changed(config, name=name), resume=True, root=tmp_path)
     assert weights.read_bytes() == before
 
 
 def test_minutes_that_a_segmenter_took_do_not_skip_the_warm_up(config, tmp_path):
-    segmenter = replace(config.chunking.segmenter, steps=10**6, minutes=1.0)
-    config = replace(config, chunking=replace(config.chunking, segmenter=segmenter))
-    config = replace(config, logging=replace(config.logging, every=1))
+    segmenter = changed(config.chunking.segmenter, steps=10**6, minutes=1.0)
+    config = changed(config, chunking=changed(config.chunking, segmenter=segmenter))
+    config = changed(config, logging=changed(config.logging, every=1))
     run = train_autoencoder(stage_training(config, "autoencoder", minutes=0.1, steps=10**6), root=tmp_path)
     logged = [json.loads(line) for line in (run / "autoencoder" / "metrics.jsonl").read_text().splitlines()]
     rates = [line["learning_rate"] for line in logged if "learning_rate" in line]
@@ -130,7 +127,7 @@ def test_a_segmenter_of_another_run_is_refused(run, config, tmp_path):
 
 def train_other(config: Config, root: Path) -> Path:
     """The same run from another seed, its first stage."""
-    return train_autoencoder(replace(config, seed=7), root=root)
+    return train_autoencoder(changed(config, seed=7), root=root)
 
 
 def test_a_segmenter_cut_short_is_made_anew(config, tmp_path):

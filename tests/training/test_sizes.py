@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,14 +17,14 @@ from conftest import ROOT
 
 from hldm import cli
 from hldm.chunking.strategies import SEGMENTERS
-from hldm.config import Config, ConfigError, load_config, to_yaml
+from hldm.config import Config, ConfigError, changed, load_config, to_yaml
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.prior import Prior
 from hldm.model.state import named_tensors
 from hldm.runs.folder import Run
 from hldm.runs.machine import peak_memory
+from hldm.sources.corpora import load_corpus
 from hldm.studies import bench_training
-from hldm.text.corpus import load_corpus
 from hldm.training import sizes
 from hldm.training.objectives import AutoencoderObjective, PriorObjective
 from hldm.training.optimizers import make_optimizers
@@ -76,9 +75,9 @@ def test_the_weights_of_a_segmenter_are_counted_exactly(strategy):
     segmenter = SEGMENTERS[strategy].from_settings(config.chunking)
     found = sizes.survey(config)["stages"]["autoencoder"]
     assert found["parameters"]["segmenter"] == sum(p.numel() for p in segmenter.parameters())
-    wide = replace(config.chunking, segmenter=replace(config.chunking.segmenter, width=4096, layers=64))
+    wide = changed(config.chunking, segmenter=changed(config.chunking.segmenter, width=4096, layers=64))
     with pytest.raises(ConfigError, match=r"are segmenter: lower chunking.segmenter's width"):
-        sizes.require_room(replace(config, chunking=wide), "autoencoder")
+        sizes.require_room(changed(config, chunking=wide), "autoencoder")
     assert "segmenter" not in sizes.survey(load_config([TINY]))["stages"]["autoencoder"]["parameters"]
 
 
@@ -116,10 +115,10 @@ def test_a_config_says_its_text(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"x" * 1000)
     (tmp_path / "b.jsonl").write_bytes(b"x" * 500)
     data = load_config([TINY]).data
-    assert sizes.text_bytes(replace(data, path=str(tmp_path))) == 1500
-    assert sizes.text_bytes(replace(data, path=str(tmp_path / "*.txt"))) == 1000
-    assert sizes.text_bytes(replace(data, path=str(tmp_path), max_bytes=70)) == 70
-    assert sizes.text_bytes(replace(data, path="", max_bytes=10**9)) == pytest.approx(4.2e6, rel=0.05)
+    assert sizes.text_bytes(changed(data, path=str(tmp_path))) == 1500
+    assert sizes.text_bytes(changed(data, path=str(tmp_path / "*.txt"))) == 1000
+    assert sizes.text_bytes(changed(data, path=str(tmp_path), max_bytes=70)) == 70
+    assert sizes.text_bytes(changed(data, path="", max_bytes=10**9)) == pytest.approx(4.2e6, rel=0.05)
 
 
 def trainer_of(config: Config, stage: str, folder: Path) -> Trainer:
@@ -223,7 +222,7 @@ def run_limited(*command: str, address_space: int = 4_096_000_000, cwd: Path) ->
         ("autoencoder.encoder.width=1000000000", "must be at most 65536, got 1000000000"),
         ("autoencoder.encoder.width=65536", "lower the widths"),
         ("autoencoder.decoder.mlp_ratio=1e12", "must be at most 64, got 1000000000000"),
-        ("prior.layers=1000000", "prior.layers: at most 512, got 1000000"),
+        ("prior.layers=1000000", "prior.layers must be at most 512, got 1000000"),
         ("checkpoint.keep=1000000000000", "lower checkpoint.keep"),
     ],
 )

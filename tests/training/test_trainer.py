@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,15 +16,16 @@ import torch
 from conftest import ROOT, SMALL
 
 from hldm.chunking.chunker import make_chunker
-from hldm.config import Config, ConfigError, stage_training
+from hldm.config import Config, ConfigError, changed, stage_training
 from hldm.model.autoencoder import Autoencoder
 from hldm.runs.checkpoints import newest_checkpoint
 from hldm.runs.exits import Interrupted
-from hldm.text.corpus import load_corpora
+from hldm.sources.corpora import load_corpora
 from hldm.text.windows import Batch, Windows
+from hldm.training.environment import SHARDING
 from hldm.training.objectives import AutoencoderObjective
 from hldm.training.optimizers import learning_rate
-from hldm.training.stage import SHARDING, make_accelerator
+from hldm.training.stage import make_accelerator
 from hldm.training.stages import train_autoencoder, train_diffusion
 from hldm.training.trainer import Trainer, TrainingDiverged, step_seed
 
@@ -85,15 +85,12 @@ def test_an_autoencoder_killed_and_resumed_is_bit_equal_to_an_uninterrupted_one(
 
 
 def test_a_prior_killed_and_resumed_is_bit_equal_to_an_uninterrupted_one(tmp_path, small_config):
-    config = replace(small_config, prior=replace(small_config.prior, self_conditioning=0.5))
-    config = stage_training(config, "prior", steps=40)
+    config = stage_training(small_config, "prior", steps=40)
     runs = tmp_path / "runs"
     train_autoencoder(config, root=runs)
     straight = weights(train_diffusion(config, root=runs) / "prior")
     (runs / config.name / "prior").rename(runs / config.name / "straight")
-    run_killed(
-        tmp_path, config, "train_diffusion.py", "prior.self_conditioning=0.5", "training.prior.steps=40"
-    )
+    run_killed(tmp_path, config, "train_diffusion.py", "training.prior.steps=40")
     assert_same(straight, weights(train_diffusion(config, resume=True, root=runs) / "prior"))
 
 
@@ -283,12 +280,12 @@ def test_a_gradient_a_million_times_too_large_is_clipped_and_said(
 
 def test_micro_batches_add_up_to_the_whole_batch(tmp_path, small_config):
     # without dropout, whose masks are drawn for each forward pass
-    plain = replace(
+    plain = changed(
         small_config,
-        autoencoder=replace(
-            small_config.autoencoder, encoder=replace(small_config.autoencoder.encoder, dropout=0.0)
+        autoencoder=changed(
+            small_config.autoencoder, encoder=changed(small_config.autoencoder.encoder, dropout=0.0)
         ),
-        prior=replace(small_config.prior, dropout=0.0),
+        prior=changed(small_config.prior, dropout=0.0),
     )
     whole = train_autoencoder(plain, root=tmp_path / "whole") / "autoencoder"
     halves = (
@@ -309,24 +306,16 @@ def test_a_run_is_never_overwritten_and_a_prior_never_gets_another_autoencoder(t
         train_autoencoder(small_config, root=tmp_path)
     train_diffusion(small_config, root=tmp_path)
     (tmp_path / "small" / "autoencoder").rename(tmp_path / "small" / "old")
-    train_autoencoder(replace(small_config, seed=1), root=tmp_path)
+    train_autoencoder(changed(small_config, seed=1), root=tmp_path)
     with pytest.raises(ConfigError, match="autoencoder"):
         train_diffusion(small_config, resume=True, root=tmp_path)
 
 
 @pytest.mark.parametrize("reads_text", [False, True])
-def test_joint_training_and_cached_latents_run(tmp_path, small_config, reads_text):
-    small_config = replace(small_config, prior=replace(small_config.prior, reads_text=reads_text))
+def test_joint_training_runs(tmp_path, small_config, reads_text):
+    small_config = changed(small_config, prior=changed(small_config.prior, reads_text=reads_text))
     train_autoencoder(small_config, root=tmp_path)
     before = (tmp_path / "small/autoencoder/model/diffusion_pytorch_model.safetensors").read_bytes()
-    cached = replace(small_config, data=replace(small_config.data, cache_latents=True))
-    train_diffusion(cached, root=tmp_path)
-    (tmp_path / "small" / "prior").rename(tmp_path / "small" / "cached")
-    # cached or not, the same latents: the same first loss
-    train_diffusion(small_config, root=tmp_path)
-    first = [losses(tmp_path / "small" / name, "latent")[0] for name in ("prior", "cached")]
-    assert first[0] == pytest.approx(first[1], rel=0.05)
-    (tmp_path / "small" / "prior").rename(tmp_path / "small" / "plain")
     joint = stage_training(small_config, "prior", joint=0.5)
     folder = train_diffusion(joint, root=tmp_path)
     after = (folder / "pipeline/autoencoder/diffusion_pytorch_model.safetensors").read_bytes()

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from hldm.config import ConfigError, DataConfig
-from hldm.text.notes import first_line, one_line
-from hldm.text.rows import text_of
+from hldm.sources.notes import first_line, one_line
+from hldm.sources.rows import text_of
 
 HUB_TIMEOUT_S = 4.0
 _OTHER_WAYS = "set data.path to files you have, or leave both empty for the built-in corpus"

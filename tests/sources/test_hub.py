@@ -10,14 +10,13 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from hldm.config import ConfigError, DataConfig
-from hldm.text.corpus import load_corpora, load_corpus
-from hldm.text.hub import HUB_TIMEOUT_S
+from hldm.config import ConfigError, DataConfig, changed
+from hldm.sources.corpora import load_corpora, load_corpus
+from hldm.sources.hub import HUB_TIMEOUT_S
 
 DOCUMENTS = [f"document {i}: é and \ufeffmore" for i in range(300)]
 
@@ -56,14 +55,14 @@ def test_a_local_dataset_folder_is_read_like_a_file(tmp_path, monkeypatch, strea
     expected = load_corpus(plain, "test").fingerprint
     assert load_corpus(config, "test").fingerprint == expected
     datasets.Dataset.from_dict({"body": DOCUMENTS}).save_to_disk(tmp_path / "saved")
-    assert load_corpus(replace(config, dataset=str(tmp_path / "saved")), "test").fingerprint == expected
+    assert load_corpus(changed(config, dataset=str(tmp_path / "saved")), "test").fingerprint == expected
     for key, value, fault in [
         ("split", "nope", "cannot be read"),
         ("subset", "nope", "cannot be read"),
         ("field", "nope", "row 1: no field 'nope'"),
     ]:
         with pytest.raises(ValueError, match=fault) as error:
-            load_corpus(replace(config, **{key: value}), "train")
+            load_corpus(changed(config, **{key: value}), "train")
         one_line(error)
 
 
@@ -71,7 +70,7 @@ def test_a_hub_that_does_not_answer_is_given_up_within_five_seconds(monkeypatch)
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
     assert HUB_TIMEOUT_S < 5
-    monkeypatch.setattr("hldm.text.hub.HUB_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("hldm.sources.hub.HUB_TIMEOUT_S", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and never says a word
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
         monkeypatch.setenv("no_proxy", "127.0.0.1")
@@ -85,7 +84,7 @@ def test_a_hub_that_does_not_answer_is_given_up_within_five_seconds(monkeypatch)
 def test_offline_a_dataset_that_is_not_cached_is_refused(tmp_path):
     code = """
 from hldm.config import DataConfig
-from hldm.text.corpus import load_corpus
+from hldm.sources.corpora import load_corpus
 try:
     load_corpus(DataConfig(dataset="roneneldan/TinyStories"), "train")
 except ValueError as error:
@@ -137,7 +136,7 @@ def test_a_saved_dictionary_of_datasets_is_read_by_its_split(cache, tmp_path):
     config = DataConfig(dataset=str(tmp_path / "saved"))
     assert sum(map(len, load_corpora(config).values())) == 300
     with pytest.raises(ConfigError, match="cannot be read.*nope"):
-        load_corpora(replace(config, split="nope"))
+        load_corpora(changed(config, split="nope"))
 
 
 ANSWERS = {
@@ -152,7 +151,7 @@ ANSWERS = {
 ASK = """
 import sys, warnings
 from hldm.config import DataConfig
-from hldm.text.corpus import load_corpora
+from hldm.sources.corpora import load_corpora
 try:
     load_corpora(DataConfig(dataset="some/thing", stream=True))
 except ValueError as error:

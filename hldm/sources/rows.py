@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from hldm.text.notes import first_line, note, some
+from hldm.sources.notes import first_line, note, some
 
 MAX_ROW_BYTES = 16 * 2**20  # a longer line is no row of a .jsonl file; parsed it may take 40 times as much
 MAX_BAD_ROWS = 1e-3  # share of the rows that may be left out

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from hldm.config import ConfigError, DataConfig
-from hldm.text.corpus import SPLITS, load_corpora
-from hldm.text.files import matching_files
-from hldm.text.notes import TextNote
+from hldm.sources.corpora import load_corpora
+from hldm.sources.files import matching_files
+from hldm.sources.notes import TextNote
+from hldm.text.corpus import SPLITS
 
 
 def names_and_notes(path: str, root: Path) -> tuple[list[str], list[str]]:

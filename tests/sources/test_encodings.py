@@ -19,9 +19,9 @@ from pyarrow import parquet
 from hldm import cli
 from hldm.config import DataConfig
 from hldm.evaluation.evaluate import main as evaluate
+from hldm.sources.corpora import load_corpora
+from hldm.sources.encodings import read_text, require_utf8
 from hldm.text.bytes import MAX_PROMPT_BYTES
-from hldm.text.corpus import load_corpora
-from hldm.text.encodings import read_text, require_utf8
 
 TEXT = "Grüße, 世界! Ça va? \ufeff In the middle it stays.\n" * 300
 UTF8 = TEXT.encode()

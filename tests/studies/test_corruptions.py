@@ -7,8 +7,8 @@ import re
 import numpy as np
 import pytest
 
+from hldm.studies.corruptions import CORRUPTIONS, corrupt
 from hldm.text.corpus import make_corpus
-from hldm.text.transforms import CORRUPTIONS, corrupt
 
 
 def test_corrupted_text_differs_a_little_and_always_alike():

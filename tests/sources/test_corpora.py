@@ -12,14 +12,8 @@ import pytest
 from pyarrow import parquet
 
 from hldm.config import DataConfig
-from hldm.text.corpus import (
-    SPLITS,
-    Corpus,
-    bible_verses,
-    load_corpora,
-    load_corpus,
-    make_corpus,
-)
+from hldm.sources.corpora import bible_verses, load_corpora, load_corpus
+from hldm.text.corpus import SPLITS, Corpus, make_corpus
 
 DOCUMENTS = [f"document {i}: é and \ufeffmore\n" for i in range(300)]
 
@@ -235,6 +229,6 @@ def test_one_long_word_is_split_between_characters(tmp_path):
 
 
 def test_reading_a_corpus_needs_no_torch_and_no_datasets():
-    code = "import sys; from hldm.text.corpus import *; load_corpus(DataConfig(), 'test')\n"
+    code = "import sys; from hldm.sources.corpora import *; load_corpus(DataConfig(), 'test')\n"
     code += "assert not {'torch', 'datasets', 'pyarrow'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

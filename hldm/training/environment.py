@@ -1,0 +1,90 @@
+"""What the environment asks of accelerate and torch, held against the config: it may not change results unsaid.
+
+`accelerate launch` and a user's shell set variables that `Accelerator` and torch read by themselves. Those that the
+config answers, too, are compared with it and refused by name where they differ. Those that only change how numbers
+are rounded are said in one line; environment.json keeps them with the run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+
+from accelerate import Accelerator
+
+from hldm.config import ConfigError, TrainingConfig
+
+# How `accelerate launch` tells its processes that weights or optimizer states are to be split over them.
+SHARDING = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "its parallelism config",
+}
+# What torch and its libraries read themselves: faster or slower products, or products rounded otherwise.
+ROUNDING = (
+    "ATEN_CPU_CAPABILITY",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "DNNL_DEFAULT_FPMATH_MODE",
+    "DNNL_MAX_CPU_ISA",
+    "MKL_CBWR",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "NVIDIA_TF32_OVERRIDE",
+    "ONEDNN_DEFAULT_FPMATH_MODE",
+    "ONEDNN_MAX_CPU_ISA",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+    "TORCH_CUDNN_V8_API_DISABLED",
+)
+YES = ("1", "true", "yes", "y", "t", "on")  # as accelerate reads a flag
+
+
+def check_launch(environment: Mapping[str, str] = os.environ) -> None:
+    """Raise ConfigError for a launch that this trainer cannot follow, before accelerate acts on it."""
+    # plain training knows nothing of a MASTER_ADDR that a cluster's shell exports; the launcher sets both
+    launched = "ACCELERATE_MIXED_PRECISION" in environment
+    if launched and "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment:
+        raise ConfigError(
+            "accelerate launch --cpu --num_processes N starts one process, not N: "
+            "use `accelerate launch --multi_gpu --num_processes N` (it works on CPU, too)"
+        )
+    for name, what in SHARDING.items():
+        if environment.get(name, "").lower() in YES:
+            raise ConfigError(
+                f"accelerate was asked for {what} ({name}={environment[name]}), but every rank of this trainer "
+                "keeps all weights: use `accelerate launch --multi_gpu` or a file of configs/accelerate"
+            )
+
+
+def check_accelerator(accelerator: Accelerator, config: TrainingConfig, section: str) -> None:
+    """Raise ConfigError where accelerate would train otherwise than the config says.
+
+    section: of the config, e.g. training.prior;  the values compared are those in effect, whoever set them
+    """
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", config.mixed_precision)
+    compiles = getattr(accelerator.state.dynamo_plugin, "backend", "NO")
+    found = [
+        ("ACCELERATE_MIXED_PRECISION", precision, config.mixed_precision, f"set {section}.mixed_precision"),
+        (
+            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
+            accelerator.gradient_accumulation_steps,
+            1,
+            f"set {section}.accumulation, which keeps the gradient whole",
+        ),
+        (
+            "ACCELERATE_DYNAMO_BACKEND",
+            str(getattr(compiles, "value", compiles)).upper(),
+            "NO",
+            "this trainer compiles nothing",
+        ),
+    ]
+    for name, asked, wanted, way_out in found:
+        if asked != wanted:
+            raise ConfigError(
+                f"accelerate was asked for {name}={asked}, but this run has {wanted}: "
+                f"{way_out}, and unset {name} or pass `accelerate launch` what the config says"
+            )
+
+
+def rounding_variables(environment: Mapping[str, str] = os.environ) -> Iterator[str]:
+    """NAME=value of every variable set here that makes torch round otherwise."""
+    return (f"{name}={environment[name]}" for name in ROUNDING if name in environment)
