@@ -57,6 +57,12 @@ def close_chunk(
     assert length.shape == (rows,) and opens.shape == (rows, 1) and is_plain(y)
     parameters = _parameters(autoencoder)
     feature, latents = y.new_empty(rows, d), y.new_empty(rows, autoencoder.latent_dim)
+    known, trunk, step = feature, state.trunk, {}
+    if autoencoder.settings.trunk_layers:
+        to_trunk = autoencoder.to_trunk
+        known = y.new_empty(rows, to_trunk.out_features)
+        step["trunk"], trunk = stack_call(autoencoder.trunk, trunk, rows)
+        step |= {"to_trunk": [to_trunk.weight, to_trunk.bias], "known": known}
     call = struct("close.cpp", "Closing")(
         rows=rows,
         bytes=bytes_,
@@ -68,13 +74,8 @@ def close_chunk(
         opens=opens.contiguous(),
         feature=feature,
         latents=latents,
+        **step,
         **parameters,
     )
-    known, trunk = feature, state.trunk
-    if autoencoder.settings.trunk_layers:
-        to_trunk = autoencoder.to_trunk
-        known = y.new_empty(rows, to_trunk.out_features)
-        step, trunk = stack_call(autoencoder.trunk, trunk, rows)
-        call.fill(trunk=step, to_trunk=[to_trunk.weight, to_trunk.bias], known=known)
     run("hldm_close", call)
     return latents[:, None], EncoderState(griffin, feature, trunk, known)

@@ -22,29 +22,34 @@ class Struct(ctypes.Structure):
     All of it is kept alive as long as the struct is.
     """
 
-    def __init__(self, *numbers: float, **values: Any):
-        self.kept, self.arrays = values, dict[str, Any]()
+    def __init__(self, *numbers: int, **values: Any):
+        self.kept = values
+        self.arrays: dict[str, Any] = {}
         # all at once: field by field took a tenth of the time to write a chunk
-        super().__init__(*numbers, **{name: self._in_c(name, value) for name, value in values.items()})
+        super().__init__(*numbers, **self._in_c(values))
 
     def fill(self, **values: Any) -> None:
         self.kept |= values
-        for name, value in values.items():
-            setattr(self, name, self._in_c(name, value))
+        for name, value in self._in_c(values).items():
+            setattr(self, name, value)
 
-    def _in_c(self, name: str, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            assert value.is_cpu and value.is_contiguous()
-            return value.data_ptr()
-        if isinstance(value, list):
-            self.arrays[name] = array = pointers_to(value)
-            return ctypes.addressof(array)
-        return value
+    def _in_c(self, values: dict[str, Any]) -> dict[str, Any]:
+        found = {}
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                assert value.is_contiguous()
+                found[name] = value.data_ptr()
+            elif isinstance(value, list):
+                self.arrays[name] = array = pointers_to(value)
+                found[name] = ctypes.addressof(array)
+            else:
+                found[name] = value
+        return found
 
 
 def pointers_to(tensors: Sequence[Tensor | None]) -> Any:
     """An array of the addresses of tensors, which must outlive it; null for None."""
-    assert all(x is None or (x.is_cpu and x.is_contiguous()) for x in tensors)
+    assert all([x is None or x.is_contiguous() for x in tensors])
     return (ctypes.c_void_p * len(tensors))(*[None if x is None else x.data_ptr() for x in tensors])
 
 
