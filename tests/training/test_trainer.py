@@ -22,9 +22,10 @@ from hldm.runs.checkpoints import newest_checkpoint
 from hldm.runs.exits import Interrupted
 from hldm.sources.corpora import load_corpora
 from hldm.text.windows import Batch, Windows
+from hldm.training.environment import SHARDING
 from hldm.training.objectives import AutoencoderObjective
 from hldm.training.optimizers import learning_rate
-from hldm.training.stage import SHARDING, make_accelerator
+from hldm.training.stage import make_accelerator
 from hldm.training.stages import train_autoencoder, train_diffusion
 from hldm.training.trainer import Trainer, TrainingDiverged, step_seed
 
