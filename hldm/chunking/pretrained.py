@@ -18,7 +18,7 @@ from hldm.chunking.segmenter import Rule, SegmenterState, Signaller
 from hldm.chunking.strategies import SEGMENTERS
 from hldm.config import ChunkingConfig, changed
 from hldm.model.autoencoder import Autoencoder
-from hldm.model.griffin import GriffinState
+from hldm.model.state import GriffinState
 from hldm.runs.folder import shipped, shipped_run
 from hldm.text.bytes import START
 

@@ -23,7 +23,8 @@ from torch import Generator, Tensor, nn
 
 from hldm.chunking.chunker import Chunker, Cutter
 from hldm.config import ChunkingConfig, section_from_dict, to_dict
-from hldm.model.griffin import Griffin, GriffinState
+from hldm.model.griffin import Griffin
+from hldm.model.state import GriffinState
 from hldm.runs.saved_model import SavedModel
 from hldm.text.bytes import to_ids
 

@@ -16,9 +16,9 @@ import numpy as np
 
 from hldm.chunking.chunker import Chunker, make_chunker
 from hldm.chunking.entropy import EntropySegmenter
-from hldm.chunking.policy import PolicySegmenter
+from hldm.chunking.learned import LearnedSegmenter
 from hldm.chunking.recurrence import GateSegmenter, StateSegmenter
-from hldm.chunking.router import LearnedSegmenter
+from hldm.chunking.reinforce import PolicySegmenter
 from hldm.chunking.segmenter import Segmenter
 from hldm.chunking.select import SelectSegmenter
 from hldm.config import ChunkingConfig, ConfigError

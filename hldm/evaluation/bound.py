@@ -20,12 +20,11 @@ from torch import Tensor
 from hldm.evaluation.metrics import ratio_error
 from hldm.evaluation.prompts import prompt_chunker
 from hldm.model.autoencoder import Autoencoder
-from hldm.model.contextualiser import ContextState
-from hldm.model.decoder import noisy_latents, read_chunks
 from hldm.model.diffusion import alpha_sigma
+from hldm.model.likelihood import noisy_latents, read_chunks
 from hldm.model.mixture import MixturePredictor
 from hldm.model.prior import Prior, price_latents
-from hldm.model.state import DecoderState, EncoderState, Encoding
+from hldm.model.state import ContextState, DecoderState, EncoderState, Encoding
 from hldm.text.bytes import count_characters
 from hldm.text.corpus import Corpus
 from hldm.text.windows import Batch, Windows, draw_normal

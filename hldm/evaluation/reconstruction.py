@@ -14,8 +14,8 @@ from hldm.config import GenerationConfig
 from hldm.generation.chunk import write_chunks
 from hldm.generation.writer import row_generators
 from hldm.model.autoencoder import Autoencoder
-from hldm.model.decoder import noisy_latents, read_chunks, sum_by_chunk
 from hldm.model.diffusion import alpha_sigma
+from hldm.model.likelihood import noisy_latents, read_chunks, sum_by_chunk
 from hldm.model.state import DecoderState, Encoding
 from hldm.text.bytes import END_OF_CHUNK, END_OF_DOCUMENT, count_characters
 from hldm.text.windows import Batch, Windows

@@ -15,8 +15,7 @@ from torch import Tensor
 from hldm.config import GenerationConfig
 from hldm.generation.finite import require_finite
 from hldm.model.autoencoder import Autoencoder
-from hldm.model.griffin import GriffinState
-from hldm.model.state import DecoderState, EncoderState, pick_rows, put_rows
+from hldm.model.state import DecoderState, EncoderState, GriffinState, pick_rows, put_rows
 from hldm.text.bytes import END_OF_CHUNK, END_OF_DOCUMENT, START
 
 

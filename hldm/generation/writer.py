@@ -22,12 +22,12 @@ from hldm.config import GenerationConfig
 from hldm.generation.chunk import Piece, Written, write_bytes, write_chunks
 from hldm.generation.finite import require_finite
 from hldm.model.autoencoder import Autoencoder
-from hldm.model.contextualiser import Context, ContextState
+from hldm.model.contextualiser import Context
 from hldm.model.denoiser import Told
 from hldm.model.diffusion import sample, sampler_steps
 from hldm.model.prior import Prior
 from hldm.model.speed import has_faster_form
-from hldm.model.state import DecoderState, EncoderState, select_rows
+from hldm.model.state import ContextState, DecoderState, EncoderState, select_rows
 from hldm.text.bytes import PROMPT_WINDOW, count_characters, split_incomplete
 from hldm.text.windows import Window, window_of
 

@@ -13,8 +13,7 @@ from torch import Tensor
 from hldm.kernels.stack import stack_call, stack_of
 from hldm.kernels.structs import is_plain, kernels_can_compute, run, struct
 from hldm.model.autoencoder import Autoencoder
-from hldm.model.griffin import GriffinState
-from hldm.model.state import EncoderState
+from hldm.model.state import EncoderState, GriffinState
 
 
 def _parameters(autoencoder: Autoencoder) -> dict[str, Tensor]:

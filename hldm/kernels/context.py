@@ -13,9 +13,9 @@ from einops import rearrange
 from torch import Tensor
 
 from hldm.kernels.structs import is_plain, kernels_can_compute, run, struct
-from hldm.model.contextualiser import ContextState
 from hldm.model.denoiser import BlockContext, Told
 from hldm.model.prior import Prior
+from hldm.model.state import ContextState
 
 MOST_CHUNKS = 2**40  # that a summary may stand for
 

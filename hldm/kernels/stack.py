@@ -15,7 +15,8 @@ from torch import Tensor
 
 from hldm.kernels.library import library
 from hldm.kernels.structs import is_plain, kernels_can_compute, pointers_to, struct
-from hldm.model.griffin import AttentionState, Griffin, GriffinState, RecurrentState, ResidualBlock
+from hldm.model.griffin import Griffin, ResidualBlock
+from hldm.model.state import AttentionState, GriffinState, RecurrentState
 
 
 class Stack:

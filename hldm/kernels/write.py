@@ -16,8 +16,7 @@ from hldm.generation.chunk import Piece, Written, draw_uniform_rows, known_of_te
 from hldm.kernels.stack import stack_call, stack_of
 from hldm.kernels.structs import is_plain, kernels_can_compute, run, struct
 from hldm.model.autoencoder import Autoencoder
-from hldm.model.griffin import GriffinState
-from hldm.model.state import DecoderState, EncoderState
+from hldm.model.state import DecoderState, EncoderState, GriffinState
 from hldm.text.bytes import END_OF_CHUNK, START
 
 

@@ -17,7 +17,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from hldm.config import AutoencoderConfig, ChunkingConfig, section_from_dict, to_dict
-from hldm.model.griffin import Griffin, GriffinState
+from hldm.model.griffin import Griffin
 from hldm.model.ops import take_rows
 from hldm.model.readouts import (
     LatentNormaliser,
@@ -27,7 +27,7 @@ from hldm.model.readouts import (
     pool_by_chunk,
     shares,
 )
-from hldm.model.state import DecoderState, EncoderState, Encoding
+from hldm.model.state import DecoderState, EncoderState, Encoding, GriffinState
 from hldm.runs.saved_model import SavedModel
 from hldm.text.bytes import OUTPUTS, START, VOCABULARY
 from hldm.text.events import Events, decoder_events

@@ -24,17 +24,7 @@ from hldm.model.hierarchy import (
     visible,
     walk,
 )
-
-
-class ContextState(NamedTuple):
-    """What generation remembers of the chunks written so far: O(log n) entries."""
-
-    hidden: Tensor  # (b c layers+1 d) input of each layer, and the output, of every kept entry
-    entries: Entries  # where the kept entries stand
-    written: Tensor  # (b) chunks of the open document
-    partial: Tensor  # (b levels z) sums of the blocks still open
-    latest: Tensor  # (b d) output at the newest chunk
-    feature: Tensor  # (b f) of the text so far, if it is read
+from hldm.model.state import ContextState
 
 
 class Context(NamedTuple):

@@ -28,27 +28,10 @@ from hldm.model.ops import (
     rms_norm,
 )
 from hldm.model.speed import has_faster_form
+from hldm.model.state import AttentionState, GriffinState, RecurrentState
 
 DECAY_POWER = 8.0  # c of Griffin, equation 4: a = radius^(c r)
 ATTENTION_BLOCK = 32  # queries that share their keys, at least; measured for windows below it
-
-
-class RecurrentState(NamedTuple):
-    """What a recurrent block carries on."""
-
-    hidden: Tensor  # (b d) float32, last state of the recurrence
-    taps: Tensor  # (b k-1 d) float32, last inputs of the convolution; zeros before the document's start
-
-
-class AttentionState(NamedTuple):
-    """What an attention block carries on: the last s = window positions."""
-
-    keys: Tensor  # (b s h e), not yet rotated: positions are relative to the call
-    values: Tensor  # (b s h e)
-    live: Tensor  # (b s) bool, whether the position belongs to the still open chunk
-
-
-GriffinState = tuple[RecurrentState | AttentionState, ...]
 
 
 class Layout(NamedTuple):

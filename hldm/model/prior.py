@@ -21,7 +21,7 @@ from hldm.config import (
     section_from_dict,
     to_dict,
 )
-from hldm.model.contextualiser import Context, ContextState, Contextualiser
+from hldm.model.contextualiser import Context, Contextualiser
 from hldm.model.denoiser import Denoiser, Told
 from hldm.model.diffusion import (
     Schedule,
@@ -33,7 +33,7 @@ from hldm.model.diffusion import (
     x0_from,
 )
 from hldm.model.mixture import MixturePredictor
-from hldm.model.state import Encoding
+from hldm.model.state import ContextState, Encoding
 from hldm.runs.saved_model import SavedModel
 from hldm.text.windows import Batch, draw_normal, draw_uniform
 

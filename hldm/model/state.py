@@ -1,7 +1,7 @@
 """Recurrent state is a value: nested tuples of tensors, rows first.
 
-What encoder and decoder carry from one stretch of text to the next, what the encoder makes of a window, and what can
-be done to any such value.
+What every part carries from chunk to chunk: stacks, encoder, decoder, the context's pyramid; what the encoder makes of
+a window; and what can be done to any such value.
 """
 
 from __future__ import annotations
@@ -11,7 +11,25 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from hldm.model.griffin import GriffinState
+from hldm.model.hierarchy import Entries
+
+
+class RecurrentState(NamedTuple):
+    """What a recurrent block carries on."""
+
+    hidden: Tensor  # (b d) float32, last state of the recurrence
+    taps: Tensor  # (b k-1 d) float32, last inputs of the convolution; zeros before the document's start
+
+
+class AttentionState(NamedTuple):
+    """What an attention block carries on: the last s = window positions."""
+
+    keys: Tensor  # (b s h e), not yet rotated: positions are relative to the call
+    values: Tensor  # (b s h e)
+    live: Tensor  # (b s) bool, whether the position belongs to the still open chunk
+
+
+GriffinState = tuple[RecurrentState | AttentionState, ...]
 
 
 class EncoderState(NamedTuple):
@@ -28,6 +46,17 @@ class DecoderState(NamedTuple):
 
     griffin: GriffinState
     symbol: Tensor  # (b) last symbol written, the next step's input unless a unit starts
+
+
+class ContextState(NamedTuple):
+    """What generation remembers of the chunks written so far: O(log n) entries."""
+
+    hidden: Tensor  # (b c layers+1 d) input of each layer, and the output, of every kept entry
+    entries: Entries  # where the kept entries stand
+    written: Tensor  # (b) chunks of the open document
+    partial: Tensor  # (b levels z) sums of the blocks still open
+    latest: Tensor  # (b d) output at the newest chunk
+    feature: Tensor  # (b f) of the text so far, if it is read
 
 
 class Encoding(NamedTuple):

@@ -26,8 +26,8 @@ from hldm.evaluation.tables import Table
 from hldm.generation.pipeline import read_pipeline
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.contextualiser import Context
-from hldm.model.decoder import noisy_latents, read_chunks
 from hldm.model.diffusion import alpha_sigma, sample, sampler_steps
+from hldm.model.likelihood import noisy_latents, read_chunks
 from hldm.model.prior import Prior, price_latents
 from hldm.model.state import Encoding
 from hldm.sources.corpora import load_corpora

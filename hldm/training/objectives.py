@@ -17,11 +17,10 @@ from torch import Tensor, nn
 
 from hldm.config import AutoencoderConfig
 from hldm.model.autoencoder import Autoencoder
-from hldm.model.contextualiser import ContextState
-from hldm.model.decoder import noisy_latents, read_chunks
+from hldm.model.likelihood import noisy_latents, read_chunks
 from hldm.model.mixture import MixturePredictor
 from hldm.model.prior import Prior, price_latents
-from hldm.model.state import DecoderState, EncoderState, map_carry
+from hldm.model.state import ContextState, DecoderState, EncoderState, map_carry
 from hldm.text.windows import Batch, draw_normal
 
 

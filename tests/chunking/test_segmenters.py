@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from languages import boundary_f1, unsegmented
 
 from hldm.chunking.chunker import TEXT_STRATEGIES
-from hldm.chunking.policy import PolicySegmenter, sentence_starts
+from hldm.chunking.reinforce import PolicySegmenter, sentence_starts
 from hldm.chunking.scorer import ChunkWriter
 from hldm.chunking.segmenter import ChunkStream, Segmenter
 from hldm.chunking.strategies import SEGMENTERS, cached_starts, read_segmenter

@@ -6,7 +6,7 @@ import torch
 from hldm.chunking.chunker import make_chunker
 from hldm.config import AutoencoderConfig, ChunkingConfig, GriffinConfig, changed
 from hldm.model.autoencoder import Autoencoder
-from hldm.model.decoder import sum_by_chunk, symbol_nats
+from hldm.model.likelihood import sum_by_chunk, symbol_nats
 from hldm.text.bytes import END_OF_CHUNK, END_OF_DOCUMENT, START
 from hldm.text.windows import Window, window_of
 

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from hldm.config import GriffinConfig
-from hldm.model.griffin import AttentionBlock, Griffin, GriffinState, Layout, RecurrentBlock, RMSNorm
+from hldm.model.griffin import AttentionBlock, Griffin, Layout, RecurrentBlock, RMSNorm
+from hldm.model.state import GriffinState
 
 WINDOW = 5
 CONFIG = GriffinConfig(width=16, heads=2, blocks=("recurrent", "attention", "recurrent"), mlp_ratio=1.5)

@@ -7,6 +7,7 @@ import json
 import pytest
 from conftest import ROOT
 
+from hldm.cli import main
 from hldm.config import ConfigError
 from hldm.evaluation import evaluate as evaluation
 from hldm.studies.plots import plot_rate_curve
@@ -33,8 +34,13 @@ def test_some_dials_can_be_picked_and_unknown_ones_are_refused():
         points(TINY, 6, ["gamma"])
     with pytest.raises(ConfigError, match="is a twin"):
         points(ROOT / "configs/tiny-twin.yaml", 6)
-    with pytest.raises(ConfigError, match="must be positive"):
-        run_curve(TINY, 0)
+
+
+@pytest.mark.parametrize("command", ["rate-curve", "chunkers"])
+def test_minutes_that_are_none_are_refused(command, capsys):
+    assert main([command, "--config", str(TINY), "--minutes", "0"]) == 2
+    error = capsys.readouterr().err
+    assert "--minutes" in error and error.count("\n") == 1
 
 
 @pytest.fixture

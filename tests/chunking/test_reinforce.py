@@ -9,7 +9,7 @@ import torch
 from languages import unsegmented
 from torch import Tensor
 
-from hldm.chunking.policy import (
+from hldm.chunking.reinforce import (
     DISCOUNT,
     ENTROPY_BONUS,
     PRETRAINING,

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hldm.chunking import router as learned_segmenter
-from hldm.chunking.router import CURRICULUM, RATIO_WEIGHT, SHARPNESS, LearnedSegmenter
+from hldm.chunking import learned as learned_segmenter
+from hldm.chunking.learned import CURRICULUM, RATIO_WEIGHT, SHARPNESS, LearnedSegmenter
 from tests.chunking.test_segmenter import random_text, small_segmenter
 
 LEAST = 1e-4  # to which p is held
