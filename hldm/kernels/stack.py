@@ -44,18 +44,10 @@ class Stack:
         return self.pointers is not None
 
     def shape(self, model: Griffin, batch: int) -> Any:
-        """`Shape` of hldm/kernels/cpp/stack.h."""
+        """Sizes in the order of `Shape` in hldm/kernels/cpp/stack.h."""
         config = model.config
-        return struct("stack.h", "Shape")(
-            batch=batch,
-            d=config.width,
-            heads=config.heads,
-            hidden=self.hidden,
-            taps=config.conv_width,
-            window=model.window,
-            blocks=len(self.is_recurrent),
-            threads=torch.get_num_threads(),
-        )
+        sizes = [batch, config.width, config.heads, self.hidden, config.conv_width, model.window]
+        return struct("stack.h", "Shape")(*sizes, len(config.blocks), torch.get_num_threads())
 
 
 _STACKS: WeakKeyDictionary[Griffin, Stack] = WeakKeyDictionary()
@@ -150,5 +142,5 @@ def stack_call(model: Griffin, state: GriffinState, rows: int) -> tuple[Any, Gri
         rotation=model.rotation(),
         state=copies,
     )
-    call.kept["weights"] = stack.pointers
+    call.arrays["weights"] = stack.pointers
     return call, _refilled(state, copies)

@@ -109,18 +109,18 @@ def _call(
     emitted = torch.full((rows, events), END_OF_CHUNK)
     found = {**_parameters(autoencoder), **given, "u": u, "emitted": emitted}
     tensors = {name: tensor.contiguous() for name, tensor in found.items() if tensor is not None}
+    stacks = {}
+    stacks["decoder"], decoder = stack_call(autoencoder.decoder, decoder, rows)
+    if "inner" in tensors:
+        stacks["encoder"], encoder = stack_call(autoencoder.encoder, encoder, rows)
     call = struct("write.cpp", "Writing")(
         rows=rows,
         events=events,
         places=tensors["inner"].shape[1] if "inner" in tensors else 0,
         temperature=settings.decoder_temperature,
         top_p=settings.top_p,
+        **stacks,
         **tensors,
     )
-    writing, decoder = stack_call(autoencoder.decoder, decoder, rows)
-    call.fill(decoder=writing)
-    if "inner" in tensors:
-        reading, encoder = stack_call(autoencoder.encoder, encoder, rows)
-        call.fill(encoder=reading)
     run("hldm_write", call)
     return emitted, encoder, decoder

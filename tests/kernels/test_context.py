@@ -115,7 +115,7 @@ def test_what_was_passed_in_is_left_alone(plain_torch):
 def test_what_is_kept_takes_the_memory_that_the_footprint_says(plain_torch):
     prior = make_prior(levels=3, layers=2)
     kept = KeptContext(prior, prior.initial_state(5))._call
-    tensors = [kept.kept["level"], kept.kept["end"], *kept.kept["pairs"][0]]
+    tensors = [kept.kept["level"], kept.kept["end"], *kept.kept["pairs"]]
     assert sum(tensor.numel() * tensor.element_size() for tensor in tensors) == 5 * kept_bytes(prior)
 
 

@@ -81,35 +81,32 @@ template <typename T>
 void gated_scan(const T* x, T* gates, const T* bias, const T* log_radius, const T* reset, const T* h0, T* h,
                 int64_t rows, int64_t t, int64_t heads, int64_t w, int64_t threads) {
     const int64_t d = heads * w;
-    const Split split(threads, rows, t, d, w);
-#pragma omp parallel for collapse(2) num_threads(split.threads)
-    for (int64_t row = 0; row < rows; row++)
-        for (int64_t s = 0; s < split.stretches; s++)
-            for (int64_t step = 0; step < t; step++) {
-                const int64_t n = row * t + step;
-                const T keep = reset[n] < 0 ? T(0) : T(1);
-                const int64_t last = std::min((s + 1) * split.width, d);
-                for (int64_t first = s * split.width; first < last; first += w) {
-                    const T* __restrict x_t = x + n * d + first;
-                    const T* __restrict before = step ? h + (n - 1) * d + first : h0 + row * d + first;
-                    const T* __restrict input_bias = bias + first;
-                    const T* __restrict decay_bias = bias + d + first;
-                    const T* __restrict radius = log_radius + first;
-                    T* __restrict input = gates + (first / w * rows * t + n) * 2 * w;
-                    T* __restrict decay = gates + (first / w * rows * t + n) * 2 * w + w;
-                    T* __restrict h_t = h + n * d + first;
+    over_stretches(Split(threads, rows, t, d, w), rows, d, [=](int64_t row, int64_t begin, int64_t width) {
+        for (int64_t step = 0; step < t; step++) {
+            const int64_t n = row * t + step;
+            const T keep = reset[n] < 0 ? T(0) : T(1);
+            for (int64_t first = begin; first < begin + width; first += w) {
+                const T* __restrict x_t = x + n * d + first;
+                const T* __restrict before = step ? h + (n - 1) * d + first : h0 + row * d + first;
+                const T* __restrict input_bias = bias + first;
+                const T* __restrict decay_bias = bias + d + first;
+                const T* __restrict radius = log_radius + first;
+                T* __restrict input = gates + (first / w * rows * t + n) * 2 * w;
+                T* __restrict decay = gates + (first / w * rows * t + n) * 2 * w + w;
+                T* __restrict h_t = h + n * d + first;
 #pragma omp simd
-                    for (int64_t j = 0; j < w; j++) {
-                        const T i = sigmoid(input[j] + input_bias[j]);
-                        const T r = sigmoid(decay[j] + decay_bias[j]);
-                        const T e = exp_minus_one(radius[j] * r);  // a - 1: no digits are lost as a nears 1
-                        const T multiplier = std::sqrt(keep * (-e * (2 + e)) + (1 - keep));
-                        h_t[j] = keep * (1 + e) * before[j] + multiplier * i * x_t[j];
-                        input[j] = i;
-                        decay[j] = r;
-                    }
+                for (int64_t j = 0; j < w; j++) {
+                    const T i = sigmoid(input[j] + input_bias[j]);
+                    const T r = sigmoid(decay[j] + decay_bias[j]);
+                    const T e = exp_minus_one(radius[j] * r);  // a - 1: no digits are lost as a nears 1
+                    const T multiplier = std::sqrt(keep * (-e * (2 + e)) + (1 - keep));
+                    h_t[j] = keep * (1 + e) * before[j] + multiplier * i * x_t[j];
+                    input[j] = i;
+                    decay[j] = r;
                 }
             }
+        }
+    });
 }
 
 // Backward of gated_scan. gates as it left them; dgates (h b t 2w) towards the logits; dx (b t d) without what goes
@@ -123,51 +120,48 @@ void gated_scan_back(const T* x, const T* gates, const T* log_radius, const T* r
     std::copy(dh_last, dh_last + rows * d, dh0);
     std::fill(dbias, dbias + rows * 2 * d, T(0));
     std::fill(dlog_radius, dlog_radius + rows * d, T(0));
-    const Split split(threads, rows, t, d, w);
-#pragma omp parallel for collapse(2) num_threads(split.threads)
-    for (int64_t row = 0; row < rows; row++)
-        for (int64_t s = 0; s < split.stretches; s++)
-            for (int64_t step = t - 1; step >= 0; step--) {
-                const int64_t n = row * t + step;
-                const T keep = reset[n] < 0 ? T(0) : T(1);
-                const int64_t last = std::min((s + 1) * split.width, d);
-                for (int64_t first = s * split.width; first < last; first += w) {
-                    const int64_t at = n * d + first, gate = (first / w * rows * t + n) * 2 * w;
-                    const T* __restrict x_t = x + at;
-                    const T* __restrict before = step ? h + at - d : h0 + row * d + first;
-                    const T* __restrict dh_t = dh + at;
-                    const T* __restrict input = gates + gate;
-                    const T* __restrict decay = gates + gate + w;
-                    const T* __restrict radius = log_radius + first;
-                    T* __restrict dinput = dgates + gate;
-                    T* __restrict ddecay = dgates + gate + w;
-                    T* __restrict dx_t = dx + at;
-                    T* __restrict flow = dh0 + row * d + first;  // as in scan_back
-                    T* __restrict dinput_bias = dbias + row * 2 * d + first;
-                    T* __restrict ddecay_bias = dbias + row * 2 * d + d + first;
-                    T* __restrict dradius = dlog_radius + row * d + first;
+    over_stretches(Split(threads, rows, t, d, w), rows, d, [=](int64_t row, int64_t begin, int64_t width) {
+        for (int64_t step = t - 1; step >= 0; step--) {
+            const int64_t n = row * t + step;
+            const T keep = reset[n] < 0 ? T(0) : T(1);
+            for (int64_t first = begin; first < begin + width; first += w) {
+                const int64_t at = n * d + first, gate = (first / w * rows * t + n) * 2 * w;
+                const T* __restrict x_t = x + at;
+                const T* __restrict before = step ? h + at - d : h0 + row * d + first;
+                const T* __restrict dh_t = dh + at;
+                const T* __restrict input = gates + gate;
+                const T* __restrict decay = gates + gate + w;
+                const T* __restrict radius = log_radius + first;
+                T* __restrict dinput = dgates + gate;
+                T* __restrict ddecay = dgates + gate + w;
+                T* __restrict dx_t = dx + at;
+                T* __restrict flow = dh0 + row * d + first;  // as in scan_back
+                T* __restrict dinput_bias = dbias + row * 2 * d + first;
+                T* __restrict ddecay_bias = dbias + row * 2 * d + d + first;
+                T* __restrict dradius = dlog_radius + row * d + first;
 #pragma omp simd
-                    for (int64_t j = 0; j < w; j++) {
-                        const T i = input[j], r = decay[j], e = exp_minus_one(radius[j] * r);
-                        const T a = keep * (1 + e);
-                        const T multiplier = std::sqrt(keep * (-e * (2 + e)) + (1 - keep));
-                        const T total = dh_t[j] + flow[j];
-                        const T through_input = total * multiplier, through_gate = total * x_t[j];
-                        dx_t[j] = through_input * i;
-                        const T di = multiplier * through_gate * (i * (1 - i));
-                        // d multiplier / d log a = -a^2 / multiplier
-                        const T bounded = multiplier < least ? least : multiplier;
-                        const T dlog_a = a * (total * before[j] - through_gate * i * a / bounded);
-                        const T dr = dlog_a * radius[j] * (r * (1 - r));
-                        dradius[j] += dlog_a * r;
-                        dinput[j] = di;
-                        ddecay[j] = dr;
-                        dinput_bias[j] += di;
-                        ddecay_bias[j] += dr;
-                        flow[j] = a * total;
-                    }
+                for (int64_t j = 0; j < w; j++) {
+                    const T i = input[j], r = decay[j], e = exp_minus_one(radius[j] * r);
+                    const T a = keep * (1 + e);
+                    const T multiplier = std::sqrt(keep * (-e * (2 + e)) + (1 - keep));
+                    const T total = dh_t[j] + flow[j];
+                    const T through_input = total * multiplier, through_gate = total * x_t[j];
+                    dx_t[j] = through_input * i;
+                    const T di = multiplier * through_gate * (i * (1 - i));
+                    // d multiplier / d log a = -a^2 / multiplier
+                    const T bounded = multiplier < least ? least : multiplier;
+                    const T dlog_a = a * (total * before[j] - through_gate * i * a / bounded);
+                    const T dr = dlog_a * radius[j] * (r * (1 - r));
+                    dradius[j] += dlog_a * r;
+                    dinput[j] = di;
+                    ddecay[j] = dr;
+                    dinput_bias[j] += di;
+                    ddecay_bias[j] += dr;
+                    flow[j] = a * total;
                 }
             }
+        }
+    });
 }
 
 // ---- the causal convolution
