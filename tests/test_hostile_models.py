@@ -111,7 +111,10 @@ def test_an_index_cannot_name_other_classes_or_settings(key, value, folder, tmp_
         (lambda config: config["chunking"].update(max_bytes="six"), "chunking|max_bytes"),
         (lambda config: config["autoencoder"].update(latent_dim=3), "must be F32"),
         (lambda config: config["autoencoder"]["encoder"].update(mlp_ratio=1e30), "mlp_ratio"),
-        (lambda config: config["autoencoder"]["encoder"].update(blocks=["recurrent"] * 10_000), "5000"),
+        (
+            lambda config: config["autoencoder"]["encoder"].update(blocks=["recurrent"] * 10_000),
+            "at most 512",
+        ),
         (lambda config: config.update(quantization_config={}), "unknown key 'quantization_config'"),
         (lambda config: config.update(gamma_0=True), "gamma_0 must be of type float"),
         (lambda config: config.update(_class_name="Prior"), "expected the config of a Autoencoder"),

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from hldm.config import load_config
 from hldm.evaluation.bound import evaluate_bound, held_out_windows
 from hldm.evaluation.context_length import by_distance, compare_contexts, cut_documents
 from hldm.evaluation.continuations import continue_prompts
@@ -25,8 +24,7 @@ from hldm.evaluation.prompts import choose_prompts, prompt_chunker
 from hldm.evaluation.reconstruction import reconstruct
 from hldm.evaluation.words import count_words
 from hldm.generation.pipeline import HLDMPipeline, read_pipeline
-from hldm.runs.folder import read_totals
-from hldm.sources.corpora import load_corpora
+from hldm.runs.folder import corpora_of_run, read_totals
 from hldm.sources.encodings import is_blank, read_text
 from hldm.text.corpus import Split, make_corpus
 from hldm.text.windows import Windows
@@ -64,7 +62,7 @@ def evaluate_run(
     if torch.cuda.is_available():
         pipeline.to("cuda")
     autoencoder, prior = pipeline.autoencoder, pipeline.prior
-    corpora = load_corpora(load_config(folder / "autoencoder" / "config.yaml").data)
+    corpora = corpora_of_run(folder)
     corpus = corpora[split] if given is None else make_corpus(str(text), [given])
     if is_blank(corpus.text.tobytes()):
         raise ValueError(f"{corpus.name} holds nothing but white space: there is nothing to measure")

@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor
 
 from hldm.kernels.structs import is_plain, kernels_can_compute, run, struct
-from hldm.model.denoiser import BlockContext, Told
+from hldm.model.denoiser import BlockContext, Denoiser, Told
 from hldm.model.prior import Prior
 from hldm.model.state import ContextState
 
@@ -46,7 +46,7 @@ def _parameters(prior: Any) -> dict[str, list[Tensor | None]]:
 def can_keep(prior: Prior, rows: int) -> bool:
     """Whether `KeptContext` does what contextualiser and `Prior.tell` would, for so many rows."""
     hierarchy, dropout = prior.hierarchy, prior.training and prior.settings.dropout
-    if not kernels_can_compute() or dropout:
+    if not kernels_can_compute() or dropout or type(prior.denoiser) is not Denoiser:
         return False
     if hierarchy.ratio**hierarchy.levels > MOST_CHUNKS:
         return False

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hldm.kernels.structs import is_plain, kernels_can_compute, run, struct
-from hldm.model.denoiser import Told
+from hldm.model.denoiser import Denoiser, Told
 from hldm.model.diffusion import Steps, alpha_sigma
 from hldm.model.prior import Prior
 
@@ -34,6 +34,8 @@ def _parameters(prior: Any) -> dict[str, list[Tensor]]:
 def can_denoise(prior: Prior, steps: int) -> bool:
     """Whether `PlannedSteps` does what so many steps of `sample` would with `Prior.denoise`."""
     if not kernels_can_compute() or prior.mixture is None or steps > MOST_STEPS:
+        return False
+    if type(prior.denoiser) is not Denoiser:  # another one's layers are not where the kernel reads them
         return False
     if prior.training and prior.settings.dropout:
         return False

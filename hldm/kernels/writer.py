@@ -24,6 +24,7 @@ from hldm.kernels.library import library
 from hldm.kernels.structs import is_plain
 from hldm.kernels.write import can_write, write_bytes, write_chunks
 from hldm.model.autoencoder import Autoencoder
+from hldm.model.denoiser import Denoiser
 from hldm.model.diffusion import draw_noise
 from hldm.model.prior import Prior
 from hldm.model.state import EncoderState
@@ -76,6 +77,7 @@ def plain_steps(
 ) -> dict[Step, str]:
     """The steps from chunk to chunk that stay in plain torch: why, in words, and what that costs."""
     found: dict[Step, str] = {}
+    other = "" if type(prior.denoiser) is Denoiser else f"the denoiser is a {type(prior.denoiser).__name__}"
     if not can_close(autoencoder, rows):
         found["close"] = (
             f"autoencoder.pooling={autoencoder.settings.pooling}: chunks are closed in plain torch, "
@@ -90,9 +92,10 @@ def plain_steps(
         reason = f"generation.steps={settings.steps} is above {MOST_STEPS}"
         if prior.mixture is None:
             reason = "the prior corrects no mixture (autoencoder.components=0)"
+        reason = other or reason
         found["denoise"] = f"{reason}: latents are denoised in plain torch, text takes about twice as long"
     if settings.steps and not can_keep(prior, rows):
-        reason = f"hierarchy.ratio^levels is above {MOST_CHUNKS}"
+        reason = other or f"hierarchy.ratio^levels is above {MOST_CHUNKS}"
         found["context"] = f"{reason}: contexts are made in plain torch, text takes about 4 times as long"
     return found
 

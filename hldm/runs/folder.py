@@ -24,15 +24,18 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from hldm.config import is_retired
+from hldm.config import ConfigError, is_retired, load_config
 from hldm.runs.checkpoints import checkpoints_in
 from hldm.runs.files import atomic_write, naming
 from hldm.runs.machine import physical_memory
 from hldm.settings import dotted
+
+if TYPE_CHECKING:
+    from hldm.text.corpus import Corpus, Split
 
 NAME = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,64}")
 LIBRARIES = ("torch", "numpy", "safetensors", "diffusers", "accelerate", "transformers", "datasets")
@@ -193,6 +196,27 @@ def read_totals(folder: Path) -> Totals:
 def write_totals(folder: Path, totals: Totals) -> None:
     """Mark a stage as done: totals.json is the last file that it writes."""
     atomic_write(folder / "totals.json", json.dumps(asdict(totals)) + "\n")
+
+
+def require_same_text(stage: Path, corpus: Corpus) -> None:
+    """Raise ConfigError unless a stage was trained on this text; a run of before that was kept is believed."""
+    path = stage / "totals.json"
+    trained_on = read_totals(stage).corpus if path.is_file() else ""
+    if trained_on not in ("", corpus.fingerprint):
+        raise ConfigError(
+            f"{stage} was trained on a text of fingerprint {trained_on[:12]}, {corpus.name} is now "
+            f"{corpus.fingerprint[:12]}: restore the text it was trained on, or train anew"
+        )
+
+
+def corpora_of_run(folder: Path) -> dict[Split, Corpus]:
+    """The splits of the text that a run was trained on. Raises ConfigError where that text is another by now."""
+    from hldm.sources.corpora import load_corpora
+
+    stage = folder / "autoencoder"
+    corpora = load_corpora(load_config(stage / "config.yaml").data)
+    require_same_text(stage, corpora["train"])
+    return corpora
 
 
 def shipped(name: str) -> Path:

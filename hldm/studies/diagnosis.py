@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hldm.config import load_config
 from hldm.evaluation.bound import held_out_windows
 from hldm.evaluation.context_length import by_distance
 from hldm.evaluation.reconstruction import read_windows
@@ -30,7 +29,7 @@ from hldm.model.diffusion import alpha_sigma, sample, sampler_steps
 from hldm.model.likelihood import noisy_latents, read_chunks
 from hldm.model.prior import Prior, price_latents
 from hldm.model.state import Encoding
-from hldm.sources.corpora import load_corpora
+from hldm.runs.folder import corpora_of_run
 from hldm.text.corpus import Split
 from hldm.text.windows import Batch, Windows, draw_normal
 
@@ -65,7 +64,7 @@ def diagnose_run(
     if draws < 1:
         raise ValueError(f"draws must be at least 1, got {draws}")
     autoencoder, prior = pipeline.autoencoder.eval(), pipeline.prior.eval()
-    corpora = load_corpora(load_config(folder / "autoencoder" / "config.yaml").data)
+    corpora = corpora_of_run(folder)
     return {
         "run": folder.resolve().name,
         "split": split,

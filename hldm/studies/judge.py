@@ -17,14 +17,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hldm.config import GenerationConfig, changed, load_config
+from hldm.config import GenerationConfig, changed
 from hldm.evaluation.bound import evaluate_bound, held_out_windows
 from hldm.evaluation.continuations import write_batch
 from hldm.evaluation.metrics import TrainingText, diversity
 from hldm.evaluation.prompts import choose_prompts, prompt_chunker
 from hldm.evaluation.tables import Table
 from hldm.generation.pipeline import HLDMPipeline, read_pipeline
-from hldm.sources.corpora import load_corpora
+from hldm.runs.folder import corpora_of_run
 from hldm.text.bytes import count_characters
 from hldm.text.corpus import make_corpus
 
@@ -113,7 +113,7 @@ def judge_run(
     pipeline = read_pipeline(folder / "pipeline")
     if vary and pipeline.prior is None:
         raise ValueError(f"{folder} is a twin: it has no sampler to vary")
-    corpora = load_corpora(load_config(folder / "autoencoder" / "config.yaml").data)
+    corpora = corpora_of_run(folder)
     chunker = prompt_chunker(pipeline.autoencoder)
     chosen = choose_prompts(corpora["test"], chunker, prompts, max_characters=max_characters)
     starts = [prompt.text for prompt in chosen]

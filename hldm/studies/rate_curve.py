@@ -94,6 +94,8 @@ def timed(config: Config, minutes: float, clock: str = "wall") -> Config:
 
     clock: what minutes count (hldm.config.TrainingConfig)
     """
+    if not 0 < minutes < math.inf:
+        raise ConfigError(f"--minutes must be positive and finite, got {minutes:g}")
     first, second = config.training.autoencoder.minutes, config.training.prior.minutes
     share = 1.0 if config.is_twin else first / (first + second) if first and second else 0.5
     for stage, part in (("autoencoder", share), ("prior", 1 - share)):

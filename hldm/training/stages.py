@@ -23,7 +23,7 @@ from hldm.model.autoencoder import Autoencoder
 from hldm.model.mixture import MixturePredictor
 from hldm.model.prior import Prior
 from hldm.runs.files import fingerprint
-from hldm.runs.folder import check_settings, read_totals
+from hldm.runs.folder import check_settings, read_totals, require_same_text
 from hldm.settings import dotted
 from hldm.sources.corpora import load_corpora
 from hldm.text.corpus import Corpus
@@ -149,17 +149,6 @@ def read_autoencoder(folder: Path, config: Config) -> Autoencoder:
                 "use the config it was trained with, or another --name"
             )
     return autoencoder
-
-
-def require_same_text(stage: Path, corpus: Corpus) -> None:
-    """Raise ConfigError unless a stage was trained on this text; a run of before that was kept is believed."""
-    path = stage / "totals.json"
-    trained_on = read_totals(stage).corpus if path.is_file() else ""
-    if trained_on not in ("", corpus.fingerprint):
-        raise ConfigError(
-            f"{stage} was trained on a text of fingerprint {trained_on[:12]}, {corpus.name} is now "
-            f"{corpus.fingerprint[:12]}: restore the text it was trained on, or train both stages anew"
-        )
 
 
 def opening(chunker: Chunker, corpus: Corpus) -> bytes:

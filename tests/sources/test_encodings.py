@@ -17,8 +17,8 @@ import pytest
 from pyarrow import parquet
 
 from hldm import cli
+from hldm.cli import evaluate
 from hldm.config import DataConfig
-from hldm.evaluation.evaluate import main as evaluate
 from hldm.sources.corpora import load_corpora
 from hldm.sources.encodings import read_text, require_utf8
 from hldm.text.bytes import MAX_PROMPT_BYTES

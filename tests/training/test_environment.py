@@ -11,6 +11,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import ROOT, SMALL
 
 from hldm.config import ConfigError, LoggingConfig, TrainingConfig, changed
+from hldm.evaluation.evaluate import evaluate_run
 from hldm.runs.files import fingerprint
 from hldm.training.environment import SHARDING, check_launch, rounding_variables
 from hldm.training.stage import make_accelerator
@@ -145,7 +146,7 @@ def test_stage_two_refuses_another_text_by_name(small_config, tmp_path):
     assert not (tmp_path / "small" / "prior").exists()
 
 
-def test_stage_two_refuses_a_text_that_changed_since(small_config, tmp_path, corpus_path):
+def test_stage_two_and_evaluation_refuse_a_text_that_changed_since(small_config, tmp_path, corpus_path):
     text = tmp_path / "own.txt"
     text.write_bytes(corpus_path.read_bytes())
     config = changed(small_config, data=changed(small_config.data, path=str(text)))
@@ -154,7 +155,10 @@ def test_stage_two_refuses_a_text_that_changed_since(small_config, tmp_path, cor
     with pytest.raises(ConfigError, match="fingerprint"):
         train_diffusion(config, root=tmp_path)
     text.write_bytes(corpus_path.read_bytes())
-    train_diffusion(config, root=tmp_path)
+    run = train_diffusion(config, root=tmp_path)
+    text.write_bytes(corpus_path.read_bytes().replace(b"and", b"dna"))
+    with pytest.raises(ConfigError, match="fingerprint"):
+        evaluate_run(run, prompts=0)
 
 
 def test_other_lanes_are_the_same_text(small_config, tmp_path):

@@ -22,10 +22,8 @@ from hldm.runs.checkpoints import newest_checkpoint
 from hldm.runs.exits import Interrupted
 from hldm.sources.corpora import load_corpora
 from hldm.text.windows import Batch, Windows
-from hldm.training.environment import SHARDING
 from hldm.training.objectives import AutoencoderObjective
 from hldm.training.optimizers import learning_rate
-from hldm.training.stage import make_accelerator
 from hldm.training.stages import train_autoencoder, train_diffusion
 from hldm.training.trainer import Trainer, TrainingDiverged, step_seed
 
@@ -355,11 +353,3 @@ def test_the_launch_that_silently_starts_one_process_is_refused(tmp_path, small_
         [*launch, *arguments, *small_overrides], cwd=tmp_path, capture_output=True, text=True, timeout=120
     )
     assert done.returncode != 0 and "--multi_gpu" in done.stderr
-
-
-@pytest.mark.parametrize(("variable", "what"), list(SHARDING.items()))
-def test_sharding_is_refused_in_one_line(monkeypatch, small_config, variable, what):
-    monkeypatch.setenv(variable, "true")
-    with pytest.raises(ConfigError, match=f"asked for {what}, but every rank") as refused:
-        make_accelerator(small_config.training.autoencoder, small_config.logging, ".")
-    assert "\n" not in str(refused.value)

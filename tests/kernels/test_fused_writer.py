@@ -13,6 +13,7 @@ from hldm.generation.writer import ByteWriter, LatentWriter, make_writer, row_ge
 from hldm.kernels import writer as kernels
 from hldm.kernels.writer import FusedByteWriter, FusedLatentWriter, why_plain
 from hldm.model.autoencoder import Autoencoder
+from hldm.model.denoiser import Denoiser
 from hldm.model.prior import Prior
 from tests.conftest import ROOT
 
@@ -89,6 +90,21 @@ def test_a_step_that_stays_in_torch_is_said_once_with_its_reason(overrides, step
     start(config)
     assert len(caplog.messages) == len(steps)
     assert all(said.startswith(line) for said in caplog.messages)
+
+
+def test_a_denoiser_of_another_class_is_asked_in_torch_and_that_is_said(caplog):
+    class OwnDenoiser(Denoiser):
+        """Somebody's idea."""
+
+        def forward(self, z, gamma, told, estimate):
+            return super().forward(z, gamma, told, estimate) + 1
+
+    config = load_config(ROOT / "configs/tiny.yaml", SMALLER)
+    autoencoder, prior = models(config)
+    prior.denoiser = OwnDenoiser(config.prior, config.hierarchy, config.autoencoder.latent_dim)
+    writer = start(config, (autoencoder, prior))
+    assert set(writer.plain) == {"denoise", "context"} and len(writer.write()) == 2
+    assert caplog.messages[0].startswith("the denoiser is a OwnDenoiser: latents are denoised in plain torch")
 
 
 def test_a_model_that_the_kernels_cannot_write_is_said_once_with_the_reason(caplog):
