@@ -138,7 +138,17 @@ struct ExactNormal {
 };
 
 // gelu itself
-inline float exact_gelu(float x) { return x * Normal(x).below; }
+inline float exact_gelu(float x) {
+    const float y = std::fabs(x) * 0.70710678f;
+    const float t = 1.0f / (1.0f + 0.3275911f * y);
+    float sum = 1.061405429f;
+    sum = sum * t - 1.453152027f;
+    sum = sum * t + 1.421413741f;
+    sum = sum * t - 0.284496736f;
+    sum = sum * t + 0.254829592f;
+    const float half = 0.5f * x * sum * t * exponential(-y * y);
+    return x < 0 ? half : x - half;
+}
 
 inline Normal normal_at(float x) { return Normal(x); }
 inline ExactNormal normal_at(double x) { return ExactNormal(x); }
