@@ -61,9 +61,9 @@ READ = {
     "Windows": TEXT.replace("\n", "\r\n").encode(),
     "Windows, UTF-16": TEXT.replace("\n", "\r\n").encode("utf-16"),
     "an old Mac": TEXT.replace("\n", "\r").encode(),
-    "gzip": gzip.compress(UTF8),
-    "two gzip members": gzip.compress(UTF8[:999]) + gzip.compress(UTF8[999:]),
-    "gzip of UTF-16": gzip.compress(TEXT.encode("utf-16")),
+    "gzip": gzip.compress(UTF8, mtime=0),
+    "two gzip members": gzip.compress(UTF8[:999], mtime=0) + gzip.compress(UTF8[999:]),
+    "gzip of UTF-16": gzip.compress(TEXT.encode("utf-16"), mtime=0),
 }
 REFUSED = {
     "Latin-1": ("Grüße aus Köln. " * 40).encode("latin-1"),
@@ -74,8 +74,8 @@ REFUSED = {
     "half a UTF-16 character": "é".encode("utf-16") + b"\x00",
     "NUL bytes": b"text and\0nothing" * 99,
     "a NUL far in": b"plain text\n" * 9999 + b"\0",
-    "gzip within gzip": gzip.compress(gzip.compress(UTF8)),
-    "gzip cut short": gzip.compress(UTF8)[:-20],
+    "gzip within gzip": gzip.compress(gzip.compress(UTF8), mtime=0),
+    "gzip cut short": gzip.compress(UTF8, mtime=0)[:-20],
     "zip": made_by(zipped),
     "tar": made_by(tarred),
     "bzip2": bz2.compress(UTF8),
@@ -120,7 +120,10 @@ def test_rows_are_the_same_however_they_are_stored(tmp_path, kind):
         return
     rows = READ["plain"].decode()
     lines = "".join(f'{{"text": "{line} "}}\n' for line in rows.splitlines())
-    stored = {"gzip": gzip.compress(lines.encode()), "gzip of UTF-16": gzip.compress(lines.encode("utf-16"))}
+    stored = {
+        "gzip": gzip.compress(lines.encode(), mtime=0),
+        "gzip of UTF-16": gzip.compress(lines.encode("utf-16")),
+    }
     data = stored.get(
         kind, lines.encode("utf-16" if "16" in kind else "utf-32" if "32" in kind else "utf-8-sig")
     )
@@ -205,7 +208,7 @@ class Pipe(io.RawIOBase):
 
 
 def test_more_than_the_limit_is_refused_however_it_is_packed(tmp_path):
-    for data in (b"a" * 1001, gzip.compress(b"a" * 1001), ("a" * 1001).encode("utf-16")):
+    for data in (b"a" * 1001, gzip.compress(b"a" * 1001, mtime=0), ("a" * 1001).encode("utf-16")):
         (tmp_path / "a.txt").write_bytes(data)
         with pytest.raises(ValueError, match="longer than 1,000 bytes"):
             read_text(tmp_path / "a.txt", 1000)
@@ -220,7 +223,7 @@ def test_a_character_may_be_cut_only_where_text_was():
             require_utf8(text[:-1], "a")
 
 
-@pytest.mark.parametrize("data", [b"", b" \n\t\r\n", b"\xef\xbb\xbf \n", gzip.compress(b"\n\n")])
+@pytest.mark.parametrize("data", [b"", b" \n\t\r\n", b"\xef\xbb\xbf \n", gzip.compress(b"\n\n", mtime=0)])
 def test_nothing_but_white_space_is_refused_before_the_model_is_read(tmp_path, data, refused, monkeypatch):
     monkeypatch.setattr("hldm.generation.pipeline.read_pipeline", None)
     (tmp_path / "a.txt").write_bytes(data)
@@ -234,7 +237,7 @@ def test_a_prompt_file_writes_what_the_prompt_writes(tmp_path, capfdbinary):
         "a line": prompt.encode() + b"\n",
         "Windows": b"\xef\xbb\xbf" + prompt.replace("\n", "\r\n").encode() + b"\r\n",
         "UTF-16": (prompt + "\n").encode("utf-16"),
-        "gzip": gzip.compress(prompt.encode() + b"\n"),
+        "gzip": gzip.compress(prompt.encode() + b"\n", mtime=0),
     }.items():
         Path(tmp_path / kind).write_bytes(data)
         assert cli.generate(["--max-chars", "5", "--prompt-file", str(tmp_path / kind)]) == 0
