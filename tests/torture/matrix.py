@@ -195,9 +195,7 @@ def two_one_two(trial: Trial, text: Path, trained: Path, epoch: int) -> list[str
     train_ranks(mixed, text, one, *NO_DROPOUT, resume=True, kill_at=(epoch + 5, 0))
     wrong += finish(mixed, text, two, *NO_DROPOUT, resume=True)
     losses = [
-        np.array(
-            [[line["decoder"], line["latent"], line["end"]] for line in small.metrics(folder, "autoencoder")]
-        )
+        np.array([[line["decoder"], line["latent"]] for line in small.metrics(folder, "autoencoder")])
         for folder in (straight, mixed)
     ]
     if losses[0].shape != losses[1].shape:
