@@ -13,7 +13,6 @@ FILES = {
     for folder in ("hldm", "tests")
     for path in sorted((ROOT / folder).rglob("*.py"))
 }
-TOO_LONG: set[str] = set()  # still to be split; what fits must leave this list
 
 
 def too_long(source: str) -> list[str]:
@@ -31,15 +30,10 @@ def too_long(source: str) -> list[str]:
 
 @pytest.mark.parametrize("name", FILES)
 def test_functions_and_files_fit_a_screen(name):
-    found = too_long(FILES[name])
-    if name in TOO_LONG:
-        assert found, f"{name} fits by now: take it off the list"
-    elif name != "tests/fuzz.py":
-        assert not found
+    assert name == "tests/fuzz.py" or not too_long(FILES[name])
 
 
 def test_what_is_too_long_is_found():
-    assert set(FILES) >= TOO_LONG
     body = "    x = 1\n"
     assert too_long("def short():\n" + 79 * body) == []
     assert too_long("def long():\n" + 80 * body) == ["long: 81 lines"]
