@@ -278,11 +278,6 @@ class GenerationConfig(Section):
                 f"decoder_temperature must be 0 or at least 1e-6, got {self.decoder_temperature}"
             )
 
-    @property
-    def reads_latents(self) -> bool:
-        """Whether the latents of the text so far say anything about the next: a mixture alone asks the text."""
-        return self.steps > 0
-
 
 class Config(Section):
     """One file for both stages, so they cannot disagree about the latent."""

@@ -58,7 +58,7 @@ def check_launch(environment: Mapping[str, str] = os.environ) -> None:
 def check_accelerator(accelerator: Accelerator, config: TrainingConfig, section: str) -> None:
     """Raise ConfigError where accelerate would train otherwise than the config says.
 
-    section: of the config, e.g. training.prior;  the values compared are those in effect, whoever set them
+    section: of the config, e.g. training.prior, for the message
     """
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", config.mixed_precision)
     compiles = getattr(accelerator.state.dynamo_plugin, "backend", "NO")
