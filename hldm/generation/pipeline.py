@@ -24,7 +24,8 @@ from hldm.model.autoencoder import Autoencoder
 from hldm.model.diffusion import make_scheduler, scheduler_name
 from hldm.model.prior import Prior
 from hldm.runs.files import fingerprint
-from hldm.runs.saved_model import SAVED_BY_DIFFUSERS, SavedModel, first_line, read_json
+from hldm.runs.saved_model import SAVED_BY_DIFFUSERS, SavedModel, read_json
+from hldm.sources.notes import first_line
 from hldm.text.bytes import StreamDecoder, to_bytes
 
 
