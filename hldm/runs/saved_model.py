@@ -20,6 +20,8 @@ from diffusers import ConfigMixin, ModelMixin
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hldm.sources.notes import first_line
+
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 MAX_JSON_BYTES = 1_000_000  # a config is a page
 MAX_HEADER_BYTES = 10_000_000  # of safetensors; 100 bytes a tensor, and the deepest model has 10,000
@@ -162,8 +164,3 @@ def parse_json(data: bytes, source: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{source}: expected a JSON object, got a {type(value).__name__}: restore it")
     return value
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line that is not too long."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

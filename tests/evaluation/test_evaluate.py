@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hldm.cli import evaluate
-from hldm.config import config_from_dict, to_yaml
+from hldm.config import Config, section_from_dict, to_yaml
 from hldm.evaluation import evaluate as evaluation
 from hldm.evaluation.evaluate import evaluate_run
 from hldm.evaluation.tables import compare
@@ -56,14 +56,15 @@ def runs(tmp_path_factory):
     text.write_text(" ".join(words))
     for name, latent_dim in (("model", 4), ("twin", 0)):
         torch.manual_seed(0)
-        config = config_from_dict(
+        config = section_from_dict(
+            Config,
             {
                 "name": name,
                 "data": {"path": str(text), "held_out": 0.1},
                 "autoencoder": {"latent_dim": latent_dim, "encoder": GRIFFIN, "decoder": GRIFFIN},
                 "prior": PRIOR,
                 "generation": {"steps": 2},
-            }
+            },
         )
         autoencoder = Autoencoder.from_settings(config.autoencoder, config.chunking)
         torch.nn.init.zeros_(autoencoder.outputs.weight)
