@@ -52,54 +52,10 @@ class Features(NamedTuple):
     before: Tensor  # (b t d) having read those before it; zeros where a document starts
 
 
-class Signaller:
-    """What gives every byte a signal, and has a threshold for it: a segmenter, or a trained run asked instead."""
-
-    rule: Rule = "level"
-    chunking: ChunkingConfig
-    threshold: Tensor  # ()
-
-    def initial_state(self, batch: int) -> SegmenterState:
-        """The state before any text."""
-        raise NotImplementedError
-
-    def signal(self, text: Tensor, doc_start: Tensor, state: SegmenterState) -> tuple[Tensor, SegmenterState]:
-        """(b t k) whose level, or movement, makes a border of a byte; a function of the bytes up to it."""
-        raise NotImplementedError
-
-    def chunker(self, min_bytes: int, max_bytes: int) -> SegmenterChunker:
-        """The strategy within limits, as the weights are now."""
-        return SegmenterChunker(self, min_bytes, max_bytes)
-
-    @torch.no_grad()
-    def calibrate(self, documents: Sequence[np.ndarray]) -> float:
-        """Set the threshold so that chunks of these documents have the wanted mean length; returns theirs."""
-        chunker = self.chunker(self.chunking.min_bytes, self.chunking.max_bytes)
-        signals = [chunker.signals(document) for document in documents]
-        total = sum(map(len, documents))
-
-        def mean_bytes(threshold: float) -> float:
-            cut = (
-                chunker.cut(document.tobytes(), signal, threshold)
-                for document, signal in zip(documents, signals, strict=True)
-            )
-            return total / sum(int(is_start.sum()) for is_start in cut)
-
-        joined = np.concatenate(signals)
-        if self.rule == "movement":
-            low, high = -1.0, float(np.ptp(joined, axis=0).sum())
-        else:
-            low, high = float(joined.min()) - 1, float(joined.max()) + 1
-        for _ in range(BISECTIONS):
-            middle = (low + high) / 2
-            low, high = (low, middle) if mean_bytes(middle) > self.chunking.target_bytes else (middle, high)
-        self.threshold.fill_(low)
-        return mean_bytes(float(self.threshold))
-
-
-class Segmenter(SavedModel, Signaller):
+class Segmenter(SavedModel):
     """Bytes -> Griffin -> next byte, and the signal of a strategy."""
 
+    rule: Rule = "level"
     carried = 1  # k of SegmenterState.carry
 
     @register_to_config
@@ -132,13 +88,14 @@ class Segmenter(SavedModel, Signaller):
             self.trunk.initial_state(batch), feature, feature.new_zeros(batch, self.carried)
         )
 
+    def signal(self, text: Tensor, doc_start: Tensor, state: SegmenterState) -> tuple[Tensor, SegmenterState]:
+        """(b t k) whose level, or movement, makes a border of a byte; a function of the bytes up to it."""
+        features, state = self.read(text, doc_start, state)
+        return self.level(features.before), state
+
     def level(self, before: Tensor) -> Tensor:
         """(b t 1) the signal of a byte by the features before it (b t d), where that is all it takes."""
         raise NotImplementedError
-
-    def signal(self, text: Tensor, doc_start: Tensor, state: SegmenterState) -> tuple[Tensor, SegmenterState]:
-        features, state = self.read(text, doc_start, state)
-        return self.level(features.before), state
 
     def read(self, text: Tensor, doc_start: Tensor, state: SegmenterState) -> tuple[Features, SegmenterState]:
         """Features of text (b t), documents of which start where doc_start (b t) says."""
@@ -161,6 +118,35 @@ class Segmenter(SavedModel, Signaller):
         """-ln p(byte | bytes before it). (b t)."""
         return F.cross_entropy(self.outputs(features.before).mT, text, reduction="none")
 
+    def chunker(self, min_bytes: int, max_bytes: int) -> SegmenterChunker:
+        """The strategy within limits, as the weights are now."""
+        return SegmenterChunker(self, min_bytes, max_bytes)
+
+    @torch.no_grad()
+    def calibrate(self, documents: Sequence[np.ndarray]) -> float:
+        """Set the threshold so that chunks of these documents have the wanted mean length; returns theirs."""
+        chunker = self.chunker(self.chunking.min_bytes, self.chunking.max_bytes)
+        signals = [chunker.signals(document) for document in documents]
+        total = sum(map(len, documents))
+
+        def mean_bytes(threshold: float) -> float:
+            cut = (
+                chunker.cut(document.tobytes(), signal, threshold)
+                for document, signal in zip(documents, signals, strict=True)
+            )
+            return total / sum(int(is_start.sum()) for is_start in cut)
+
+        joined = np.concatenate(signals)
+        if self.rule == "movement":
+            low, high = -1.0, float(np.ptp(joined, axis=0).sum())
+        else:
+            low, high = float(joined.min()) - 1, float(joined.max()) + 1
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            low, high = (low, middle) if mean_bytes(middle) > self.chunking.target_bytes else (middle, high)
+        self.threshold.fill_(low)
+        return mean_bytes(float(self.threshold))
+
 
 class SegmenterChunker(Chunker):
     """Chunks by a segmenter's signal, whole documents or a stretch at a time.
@@ -169,11 +155,9 @@ class SegmenterChunker(Chunker):
     than the same page read a byte at a time.
     """
 
-    def __init__(self, segmenter: Signaller, min_bytes: int, max_bytes: int) -> None:
+    def __init__(self, segmenter: Segmenter, min_bytes: int, max_bytes: int) -> None:
         super().__init__(min_bytes, max_bytes)
-        self.segmenter = copy.deepcopy(segmenter)
-        assert isinstance(self.segmenter, nn.Module)  # as each is
-        self.segmenter.double().eval()
+        self.segmenter = copy.deepcopy(segmenter).double().eval()
         self.threshold = float(segmenter.threshold)
 
     def chunk_start(self, text: bytes | np.ndarray) -> np.ndarray:
