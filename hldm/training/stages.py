@@ -24,7 +24,6 @@ from hldm.model.mixture import MixturePredictor
 from hldm.model.prior import Prior
 from hldm.runs.files import fingerprint
 from hldm.runs.folder import check_settings, read_totals, require_same_text
-from hldm.settings import dotted
 from hldm.sources.corpora import load_corpora
 from hldm.text.corpus import Corpus
 from hldm.text.windows import window_of
@@ -32,8 +31,11 @@ from hldm.training.objectives import AutoencoderObjective, PriorObjective
 from hldm.training.sizes import require_room
 from hldm.training.stage import MAY_CHANGE_ONCE_TRAINED, open_stage
 
-# Of the data section, what says which text is read and how it is split; the others lay it out.
-TEXT_SETTINGS = ("path", "dataset", "subset", "split", "field", "separator", "max_bytes", "held_out")
+# What both stages must agree on: the model and, of the data section, which text is read and how it is split.
+SHARED_SETTINGS = (
+    *("autoencoder.", "chunking.", "diffusion.gamma_0", "data.path", "data.dataset", "data.subset"),
+    *("data.split", "data.field", "data.separator", "data.max_bytes", "data.held_out"),
+)
 SAMPLE_BYTES = 160  # of validation text: what samples reconstruct or go on from
 
 
@@ -90,15 +92,14 @@ def train_diffusion(config: Config, *, resume: bool = False, root: Path = Path("
     with open_stage(config, "prior", resume, root) as stage:
         windows = stage.windows(corpora["train"], segmenter)
         prior = _first_prior(folder, config)
-        objective = PriorObjective(prior, autoencoder, stage.training.joint)
+        objective = PriorObjective(prior, autoencoder)
 
         def on_sample(model: nn.Module) -> str:
             assert isinstance(model, PriorObjective)
             return _continue(model.autoencoder, model.prior, sample_text, config)
 
         totals = stage.fit(objective, windows, {"prior": prior}, on_sample, {"autoencoder": binding})
-        # A joint phase has changed the autoencoder: what is exported belongs together.
-        prior.register_to_config(autoencoder=fingerprint(autoencoder.state_dict()))
+        prior.register_to_config(autoencoder=binding)
         stage.export(prior, stage.run.folder / "model")
         pipeline = HLDMPipeline.assemble(autoencoder, prior, config.generation).with_segmenter(segmenter)
         stage.export(pipeline, folder / "pipeline")
@@ -128,27 +129,13 @@ def train_run(config: Config, *, root: Path = Path("runs")) -> Path:
 
 def read_autoencoder(folder: Path, config: Config) -> Autoencoder:
     """The trained stage one of a run. Raises with the command that makes it, or what disagrees."""
-    path = folder / "autoencoder" / "model"
-    if not path.is_dir():
+    stage = folder / "autoencoder"
+    if not (stage / "model").is_dir() or not (stage / "config.yaml").is_file():
         raise FileNotFoundError(
             f"{folder} has no trained autoencoder: run train_autoencoder.py with the same --config and --name first"
         )
-    text = tuple(f"data.{key}" for key in TEXT_SETTINGS)
-    check_settings(folder / "autoencoder", to_dict(config), only=text)
-    autoencoder = Autoencoder.from_pretrained(path)
-    trained = {
-        "autoencoder": to_dict(autoencoder.settings),
-        "chunking": to_dict(autoencoder.chunking),
-        "diffusion": {"gamma_0": autoencoder.config["gamma_0"]},
-    }
-    here = dotted(to_dict(config))
-    for key, value in dotted(trained).items():
-        if here[key] != value:
-            raise ConfigError(
-                f"{key} is {here[key]} here, but {path} was trained with {value}: "
-                "use the config it was trained with, or another --name"
-            )
-    return autoencoder
+    check_settings(stage, to_dict(config), only=SHARED_SETTINGS)
+    return Autoencoder.from_pretrained(stage / "model")
 
 
 def opening(chunker: Chunker, corpus: Corpus) -> bytes:
