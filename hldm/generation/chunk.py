@@ -116,14 +116,10 @@ def write_chunks(
             live, symbol, latent, doc_start, opening, start, states, known = pick_rows(
                 (live, symbol, latent, doc_start, opening, start, states, known), ~done
             )
-        if reads_text:
-            reading, writing = states
-            feature, reading = autoencoder.read_byte(symbol, opening, start, reading)
-            features[live, event] = feature[:, 0]
-            states = (reading, writing)
-    if not reads_text:  # the decoder needs no features: all bytes in one go
-        features, reading = _read_chunks(autoencoder, symbols, first_opens, encoder)
-        ends = (reading, ends[1])
+        reading, writing = states
+        feature, reading = autoencoder.read_byte(symbol, opening, start, reading)
+        features[live, event] = feature[:, 0]
+        states = (reading, writing)
     return Written(pieces_of(symbols), features, *ends)
 
 
@@ -144,23 +140,6 @@ def _allowed(logits: Tensor, event: int, most: int) -> Tensor:
     if event == most:
         logits[:, :END_OF_CHUNK] = float("-inf")
     return logits
-
-
-def _read_chunks(
-    autoencoder: Autoencoder, symbols: Tensor, opens: Tensor, encoder: EncoderState
-) -> tuple[Tensor, GriffinState]:
-    """The encoder's features at the bytes of one chunk a row (b l w), and its state after them.
-
-    symbols: (b l+1) bytes, then ends;  opens: (b 1) first chunk of a document
-    """
-    is_byte = symbols[:, :-1] < END_OF_CHUNK  # (b l)
-    text = symbols[:, :-1] * is_byte
-    start = torch.zeros_like(is_byte)
-    start[:, 0] = True
-    features, griffin = autoencoder.encoder(
-        autoencoder.read(text), encoder.griffin, start & opens, start, is_byte.sum(dim=1)
-    )
-    return features * is_byte[..., None], griffin
 
 
 def write_bytes(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -163,17 +164,8 @@ class HLDMPipeline(DiffusionPipeline):
         texts = [row.text.decode("utf-8", errors="replace") for row in written]
         if not return_dict:
             return (texts,)
-        return HLDMPipelineOutput(
-            texts, [row.text for row in written], [_spans(row) for row in written], calls
-        )
-
-
-def _spans(row: Continuation) -> list[tuple[int, int]]:
-    spans, at = [], 0
-    for chunk in row.chunks:
-        spans.append((at, at + len(chunk)))
-        at += len(chunk)
-    return spans
+        spans = [list(pairwise(accumulate(map(len, row.chunks), initial=0))) for row in written]
+        return HLDMPipelineOutput(texts, [row.text for row in written], spans, calls)
 
 
 def read_pipeline(folder: str | Path) -> HLDMPipeline:

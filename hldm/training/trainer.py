@@ -181,7 +181,7 @@ class Trainer:
         ]
         if groups[0] != groups[1] or ("average" in saved.tensors) != (self.average is not None):
             raise ConfigError(
-                f"{saved.path} was trained with another optimizer, ema_decay (0 or not) or joint phase: "
+                f"{saved.path} was trained with another optimizer or ema_decay (0 or not): "
                 "resume with what it was trained with, or choose another --name"
             )
         expected, found = self.objective.state_dict(), saved.tensors["model"]
