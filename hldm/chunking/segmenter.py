@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
@@ -80,7 +81,7 @@ class Signaller:
 
         def mean_bytes(threshold: float) -> float:
             cut = (
-                chunker.cut(document.tobytes(), signal, threshold)
+                SignalCutter(chunker, threshold).cut(document.tobytes(), signal)
                 for document, signal in zip(documents, signals, strict=True)
             )
             return total / sum(int(is_start.sum()) for is_start in cut)
@@ -187,18 +188,17 @@ class SegmenterChunker(Chunker):
 
         at_block: called before each
         """
-        found, stream, block, size = [], ChunkStream(self), [], 0
+        found, stream, block, opening = [], ChunkStream(self), b"", list[int]()
         for document in documents:
             for begin in range(0, len(document), BLOCK_BYTES):
-                stretch = document[begin : begin + BLOCK_BYTES]
-                block.append((stretch.tobytes(), begin == 0))
-                size += len(stretch)
-                if size >= BLOCK_BYTES:
+                if begin == 0:
+                    opening.append(len(block))
+                block += document[begin : begin + BLOCK_BYTES].tobytes()
+                if len(block) >= BLOCK_BYTES:
                     at_block()
-                    found.append(stream.push(block))
-                    block, size = [], 0
-        found.append(stream.push(block))
-        return np.concatenate(found)
+                    found.append(stream.push(block, opening))
+                    block, opening = b"", []
+        return np.concatenate([*found, stream.push(block, opening)])
 
     @torch.no_grad()
     def read(
@@ -220,10 +220,6 @@ class SegmenterChunker(Chunker):
             found.append(signal)
         return np.concatenate(found)
 
-    def cut(self, text: bytes, signal: np.ndarray, threshold: float) -> np.ndarray:
-        """(t,) bool: chunks of a whole document under another threshold."""
-        return _SignalCutter(self, threshold).cut(text, signal)
-
 
 class ChunkStream:
     """Where chunks start in a text that comes in stretches; what is carried between them has a fixed size."""
@@ -231,25 +227,22 @@ class ChunkStream:
     def __init__(self, chunker: SegmenterChunker) -> None:
         self.chunker = chunker
         self.state = chunker.segmenter.initial_state(1)
-        self.cutter = _SignalCutter(chunker, chunker.threshold)
+        self.cutter = SignalCutter(chunker, chunker.threshold)
 
-    def push(self, stretches: Sequence[tuple[bytes, bool]]) -> np.ndarray:
-        """(t,) bool for (bytes, whether a document starts with them) in a row."""
-        text = b"".join(stretch for stretch, _ in stretches)
+    def push(self, text: bytes, opening: Sequence[int]) -> np.ndarray:
+        """(t,) bool: chunk starts of more text, in which documents start at these places."""
         if not text:
             return np.zeros(0, bool)
-        borders = np.cumsum([0, *(len(stretch) for stretch, _ in stretches)])
-        opening = [at for at, (stretch, opens) in zip(borders, stretches, strict=False) if opens and stretch]
         signal, self.state = self.chunker.read(text, opening, self.state)
-        found = []
-        for begin, (stretch, opens) in zip(borders, stretches, strict=False):
-            if opens:
-                self.cutter = _SignalCutter(self.chunker, self.chunker.threshold)
-            found.append(self.cutter.cut(stretch, signal[begin : begin + len(stretch)]))
+        first = opening[0] if opening else len(text)
+        found = [self.cutter.cut(text[:first], signal[:first])]  # of the document that is open
+        for begin, end in pairwise([*opening, len(text)]):
+            self.cutter = SignalCutter(self.chunker, self.chunker.threshold)
+            found.append(self.cutter.cut(text[begin:end], signal[begin:end]))
         return np.concatenate(found)
 
 
-class _SignalCutter(Cutter):
+class SignalCutter(Cutter):
     """Cuts one document by its signal, a stretch at a time."""
 
     def __init__(self, chunker: SegmenterChunker, threshold: float) -> None:

@@ -9,26 +9,26 @@ import numpy as np
 import pytest
 import torch
 
-from hldm.chunking.pretrained import MODEL_SEGMENTERS, EncoderSegmenter, ModelSegmenter, TwinEntropy
+from hldm.chunking.pretrained import ASKED, AskedModel
 from hldm.chunking.segmenter import ChunkStream
 from hldm.cli import main
 from hldm.config import AutoencoderConfig, ChunkingConfig, GriffinConfig
 from hldm.model.autoencoder import Autoencoder
 from hldm.text.bytes import START
 
-every_strategy = pytest.mark.parametrize("strategy", list(MODEL_SEGMENTERS))
+every_strategy = pytest.mark.parametrize("strategy", ASKED)
 TEXT = ("It was. Was it? 世界和平 😀😀\n\ndef f(x):\n    return x\n" * 4).encode()
 
 
 @lru_cache
-def asked(strategy: str) -> ModelSegmenter:
+def asked(strategy: str) -> AskedModel:
     """An untrained model, and a threshold in the middle of what it gives."""
     torch.manual_seed(0)
     stack = GriffinConfig(width=24, heads=2, blocks=("recurrent", "attention", "recurrent"))
     settings = AutoencoderConfig(latent_dim=0 if strategy == "entropy" else 4, encoder=stack, decoder=stack)
     chunking = ChunkingConfig(strategy=strategy, min_bytes=1, max_bytes=12, target_bytes=5)
     model = Autoencoder.from_settings(settings, ChunkingConfig()).eval()
-    segmenter = MODEL_SEGMENTERS[strategy](chunking, model)
+    segmenter = AskedModel(chunking, model)
     segmenter.calibrate([np.frombuffer(TEXT, np.uint8)])
     return segmenter
 
@@ -42,7 +42,7 @@ def test_a_model_cuts_within_limits_to_the_wanted_length_and_causally(strategy):
     for part in np.split(np.frombuffer(TEXT, np.uint8), np.flatnonzero(is_start)[1:]):
         part.tobytes().decode()  # no character is split
     stream = ChunkStream(chunker)
-    piecewise = [stream.push([(TEXT[t : t + 7], t == 0)]) for t in range(0, 70, 7)]
+    piecewise = [stream.push(TEXT[t : t + 7], [] if t else [0]) for t in range(0, 70, 7)]
     assert np.concatenate(piecewise).tolist() == is_start[:70].tolist()
     assert chunker.chunk_start(TEXT[:50]).tolist() == is_start[:50].tolist()
 
@@ -60,7 +60,6 @@ def test_the_signals_are_the_models_own():
     doc_start = torch.zeros_like(symbols, dtype=torch.bool)
     doc_start[0, [0, 25]] = True
     twin = asked("entropy")
-    assert isinstance(twin, TwinEntropy)
     with torch.no_grad():
         entropy, _ = twin.signal(symbols, doc_start, twin.initial_state(1))
         # a document's first byte from nothing but START, its third from two bytes
@@ -73,7 +72,6 @@ def test_the_signals_are_the_models_own():
             torch.testing.assert_close(entropy[0, at, 0], -(p * p.log2()).sum())
 
         states, gates = asked("state_change"), asked("gate")
-        assert isinstance(states, EncoderSegmenter)
         moved, _ = states.signal(symbols, doc_start, states.initial_state(1))
         _, griffin = states.model.encoder(
             states.model.read(symbols), states.initial_state(1).griffin, doc_start, doc_start
@@ -84,7 +82,7 @@ def test_the_signals_are_the_models_own():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", list(MODEL_SEGMENTERS))
+@pytest.mark.parametrize("strategy", ASKED)
 def test_the_shipped_run_is_asked_by_default(strategy, tmp_path, capsys):
     path = tmp_path / "text.txt"
     path.write_bytes(b"And the king said to his servants, Let them go in peace. " * 5)
