@@ -68,7 +68,7 @@ def evaluate(
         max_characters=max_characters,
         seed=seed,
     )
-    show(compare({evaluation["run"]: evaluation}))
+    show(compare({evaluation["run"]: evaluation}), *(evaluation["alive"] or {}).get("complaints", []))
     _save(json, lambda path: save_report(path, evaluation))
 
 

@@ -126,21 +126,20 @@ sys.exit(leave_in_one_line(work))
 
 
 def test_no_exception_reaches_an_import(tmp_path: Path) -> None:
-    """There it may meet C++ that is being initialised, whose answer to an exception is to abort."""
+    """There it may meet C++ that is being initialised, and abort it."""
     (tmp_path / "half_made.py").write_text(
         "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGTERM)\nexcept BaseException:\n    os.abort()\n"
     )
     program = (
-        "import sys; sys.path.insert(0, sys.argv[1])\nfrom hldm.runs.signals import leave_in_one_line\n"
-        "def work():\n    print('so far')\n    import half_made\nsys.exit(leave_in_one_line(work))"
+        "import sys; sys.path.insert(0, sys.argv[1])\nfrom hldm.runs.signals import leave_in_one_line\ndef work():\n"
+        "    print('so far')\n    import half_made\nsys.exit(leave_in_one_line(work))"
     )
     done, _ = run_program(program, str(tmp_path))
-    said = (done.returncode, done.stdout, done.stderr)
-    assert said == (143, "so far\n", "hldm: stopped by SIGTERM\n")
+    assert (done.returncode, done.stdout, done.stderr) == (143, "so far\n", "hldm: stopped by SIGTERM\n")
 
 
 def test_what_is_half_made_is_not_destroyed() -> None:
-    """A command that a signal ended leaves without the destructors of libraries; what Python registered is run."""
+    """A command that a signal ended runs what Python has registered, and no destructors of libraries."""
     program = (
         "import atexit, os, signal, sys\nfrom hldm import cli\n"
         "class Library:\n    def __del__(self, abort=os.abort):\n        abort()\n"
@@ -374,13 +373,11 @@ def test_a_signal_finds_a_reader_that_does_not_read(trained_run):
 
 def catches(process: int, number: signal.Signals) -> bool:
     """Whether a process has a handler of its own for a signal, as Linux tells."""
-    status = Path(f"/proc/{process}/status").read_text()
-    mask = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt"))
+    mask = Path(f"/proc/{process}/status").read_text().split("SigCgt:")[1].split()[0]
     return bool(int(mask, 16) >> (number - 1) & 1)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux' /proc")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("seconds", [0.0, 0.5, 1.0, 2.0, 3.0])
 def test_a_signal_during_start_up_leaves_in_one_line(number, seconds, small_overrides, tmp_path):
@@ -398,7 +395,6 @@ def test_a_signal_during_start_up_leaves_in_one_line(number, seconds, small_over
         time.sleep(0.01)
     time.sleep(seconds)
     process.send_signal(number)
-    began = time.monotonic()
-    _, error = process.communicate(timeout=30)
-    assert process.returncode == 128 + number and time.monotonic() - began < 10
+    _, error = process.communicate(timeout=10)
+    assert process.returncode == 128 + number
     assert error.startswith(f"hldm: stopped by {number.name}") and error.count("\n") == 1
