@@ -29,12 +29,8 @@ class PlacedReadout(nn.Module):
         self.place = nn.Embedding(places, hidden)
         self.outer = nn.Linear(hidden, outputs)
 
-    def features(self, inner: Tensor, place: Tensor) -> Tensor:
-        """gelu(W_1 x + p_k), from W_1 x (b t d) and k (b t)."""
-        return F.gelu(inner + self.place(place.clamp(max=self.place.num_embeddings - 1)))
-
     def features_at(self, inner: Tensor, index: Tensor, place: Tensor) -> Tensor:
-        """The same of W_1 x (b n d) at index (b t), in one pass where there is a kernel for it."""
+        """gelu(W_1 x + p_k), from W_1 x (b n d) at index (b t) and k (b t), in one pass where there is a kernel."""
         place = place.clamp(max=self.place.num_embeddings - 1)
         return placed_gelu(inner, index, self.place.weight, place)
 
@@ -49,8 +45,8 @@ class MeanReadout(PlacedReadout):
 
     def of_chunk(self, y: Tensor, length: Tensor) -> Tensor:
         """The same of one chunk a row (b 1 z), from y (b l d) and length (b)."""
-        place = torch.arange(y.shape[1], device=y.device)
-        return self.outer(shares(y, length) @ self.features(self.inner(y), place))
+        every = torch.arange(y.shape[1], device=y.device).expand(y.shape[:2])
+        return self.outer(shares(y, length) @ self.features_at(self.inner(y), every, every))
 
 
 class StridedReadout(nn.Module):

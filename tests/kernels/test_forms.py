@@ -9,6 +9,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from conftest import plain_only
 from torch import Tensor
 
 from hldm.kernels.forms import FORMS
@@ -26,7 +27,6 @@ from hldm.model.ops import (
     softmax_nats,
     take_rows,
 )
-from hldm.model.speed import plain_only
 
 N, T, D, K, H = 5, 41, 24, 6, 3  # rows to take, positions, width, places or taps, heads
 Operation = Callable[..., Tensor | tuple[Tensor, ...]]
