@@ -61,18 +61,15 @@ def check_packages() -> Iterator[Finding]:
         return
     yield Finding(f"hldm {importlib.metadata.version('hldm')}")
     for requirement in requirements:
-        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-            yield _package(requirement)
-
-
-def _package(requirement: Requirement) -> Finding:
-    try:
-        version = importlib.metadata.version(requirement.name)
-    except importlib.metadata.PackageNotFoundError:
-        return Finding(f"{requirement.name} is missing: pip install '{requirement}'", is_fault=True)
-    if not requirement.specifier.contains(version, prereleases=True):
-        return Finding(f"{requirement.name} {version}: pip install '{requirement}'", is_fault=True)
-    return Finding(f"{requirement.name} {version}")
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            found = f" {importlib.metadata.version(requirement.name)}"
+            is_good = requirement.specifier.contains(found.strip(), prereleases=True)
+        except importlib.metadata.PackageNotFoundError:
+            found, is_good = " is missing", False
+        way_out = "" if is_good else f": pip install '{requirement}'"
+        yield Finding(f"{requirement.name}{found}{way_out}", is_fault=not is_good)
 
 
 def check_machine() -> Iterator[Finding]:
@@ -86,18 +83,15 @@ def check_machine() -> Iterator[Finding]:
         yield Finding("device cpu, no accelerator")
     threads = os.environ.get("OMP_NUM_THREADS", "not set")
     yield Finding(f"{torch.get_num_threads()} threads of {os.cpu_count()} cores (OMP_NUM_THREADS {threads})")
-    yield Finding(f"C++ kernels: {_kernels()}")
+    if find_spec("hldm.kernels") is None:
+        yield Finding("C++ kernels: none, plain torch does the same (hldm/kernels is not there)")
+    else:
+        from hldm.kernels.library import kernels
+
+        yield Finding(f"C++ kernels: {kernels().told}")
     yield Finding(f"memory {psutil.virtual_memory().total / GIB:.1f} GiB")
     free, folder = free_disk(Path.cwd())
     yield Finding(f"disk {free / GIB:.1f} GiB free in {folder}")
-
-
-def _kernels() -> str:
-    if find_spec("hldm.kernels") is None:
-        return "none, plain torch does the same (hldm/kernels is not there)"
-    from hldm.kernels.library import kernels
-
-    return kernels().told
 
 
 def check_corpus() -> Iterator[Finding]:

@@ -254,18 +254,12 @@ class SignalCutter(Cutter):
         """(t,) bool: chunk starts of a stretch with this signal (t k). No character is split."""
         is_first_byte = np.frombuffer(text, np.uint8) & 0xC0 != 0x80
         if self.rule == "level":
-            find = _level(signal, is_first_byte, self.threshold)
+            is_start = self.push_borders(text, (signal[:, 0] > self.threshold) & is_first_byte)
         else:
-            find = _movement(signal, is_first_byte, self.threshold, self.origin)
-        is_start = self.push(text, find)
+            is_start = self.push(text, _movement(signal, is_first_byte, self.threshold, self.origin))
         if is_start.any():
             self.origin = signal[np.flatnonzero(is_start)[-1]].copy()
         return is_start
-
-
-def _level(signal: np.ndarray, allowed: np.ndarray, threshold: float) -> Callable[[int, int, int], int]:
-    border = ((signal[:, 0] > threshold) & allowed).tobytes()
-    return lambda start, first, stop: border.find(1, first, stop)
 
 
 def _movement(

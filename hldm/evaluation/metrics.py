@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import cycle, islice
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,13 +24,6 @@ ROUGE_TYPES: tuple[str, ...] = ("rouge1", "rouge2", "rougeL")
 
 
 SPACE_WITHIN = 200  # bytes; longer words are none
-
-
-class _Words:
-    """A tokenizer for rouge_score, whose own one keeps nothing but a to z and digits."""
-
-    def tokenize(self, text: str) -> list[str]:
-        return normal_words(text)
 
 
 def rouge_scores(
@@ -48,7 +42,8 @@ def rouge_scores(
             f"ROUGE needs one reference for each prediction, got {len(predictions)} predictions "
             f"and {len(references)} references"
         )
-    scorer = RougeScorer(ROUGE_TYPES, tokenizer=_Words())
+    # its own tokenizer keeps nothing but a to z and digits
+    scorer = RougeScorer(ROUGE_TYPES, tokenizer=SimpleNamespace(tokenize=normal_words))
     found = []
     for prediction, reference in zip(predictions, references, strict=True):
         targets = [reference] if isinstance(reference, str) else list(reference)

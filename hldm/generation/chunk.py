@@ -117,7 +117,7 @@ def write_chunks(
                 (live, symbol, latent, doc_start, opening, start, states, known), ~done
             )
         reading, writing = states
-        feature, reading = autoencoder.read_byte(symbol, opening, start, reading)
+        feature, reading = autoencoder.encoder(autoencoder.read(symbol), reading, opening, start)
         features[live, event] = feature[:, 0]
         states = (reading, writing)
     return Written(pieces_of(symbols), features, *ends)

@@ -61,7 +61,7 @@ def load_corpora(config: DataConfig) -> dict[Split, Corpus]:
         source, name = _read_path(config), config.path
     else:
         source, name = good_rows(read_dataset(config), config.dataset), config.dataset
-    documents = make_corpus(name, _limited(_with_unix_lines(source), config.max_bytes, name))
+    documents = make_corpus(name, _limited(source, config.max_bytes, name))
     if not len(documents):
         raise ConfigError(f"{name} holds no text: every document is empty; choose another source")
     if all(is_blank(documents.document(index).tobytes()) for index in range(len(documents))):
@@ -72,20 +72,14 @@ def load_corpora(config: DataConfig) -> dict[Split, Corpus]:
     return corpora
 
 
-def _with_unix_lines(documents: Generator[bytes, None, None]) -> Generator[bytes, None, None]:
-    """The same documents with LF at the end of every line."""
-    with closing(documents):
-        yield from map(unix_lines, documents)
-
-
 def _limited(documents: Generator[bytes, None, None], max_bytes: int, name: str = "") -> Iterator[bytes]:
-    """Documents up to max_bytes in all; the last one is cut there, at a character's border.
+    """Documents, LF at the end of every line, up to max_bytes in all; the last is cut there, at a character's border.
 
     name: what is said to have more text than that; "": nothing is said
     """
     left = max_bytes
     with closing(documents):
-        for document in documents:
+        for document in map(unix_lines, documents):
             if len(document) > left and name:
                 note(f"{name}: holds more than data.max_bytes={max_bytes:,}; what comes after is not read")
             yield document[: _character_border(document, left)]
