@@ -132,8 +132,6 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
     ("characters per chunk", "characters_per_chunk", ".2f"),
     ("reconstruction, bytes right", "reconstruction.noisy.byte_accuracy", ".2%"),
     ("  from latents without noise", "reconstruction.clean.byte_accuracy", ".2%"),
-    ("reconstruction, bytes written right", "reconstruction.noisy.written_accuracy", ".2%"),
-    ("  from latents without noise", "reconstruction.clean.written_accuracy", ".2%"),
     ("reconstruction, chunks right", "reconstruction.noisy.chunk_accuracy", ".2%"),
     ("  from latents without noise", "reconstruction.clean.chunk_accuracy", ".2%"),
     ("latents, effective rank", "alive.rank", ".2f"),
