@@ -143,11 +143,6 @@ class AutoencoderConfig(Section):
             _check_heads("trunk_width", self.trunk_width, self.encoder.heads)
 
     @property
-    def decoder_is_fresh(self) -> bool:
-        """Whether the decoder knows nothing but the latent, so that a chunk can be written on its own."""
-        return not self.carry_state and not self.reads_text and not self.trunk_layers
-
-    @property
     def trunk(self) -> GriffinConfig:
         """The stack over chunks: recurrent blocks, built as the encoder's are."""
         return changed(self.encoder, width=self.trunk_width, blocks=("recurrent",) * self.trunk_layers)

@@ -14,6 +14,7 @@ import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce, wraps
 from itertools import takewhile
+from operator import getitem
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -149,10 +150,12 @@ def build_section(cls: type[S], settings: Mapping[str, Setting], section: str = 
     section: what stands before its keys in a message, such as `prior.`; nothing for the whole config
     Raises ConfigError for an unknown key and for whatever the section refuses.
     """
-    values = dotted(cls().model_dump())
+    tree = cls().model_dump()
+    values = dotted(tree)
     for key, setting in settings.items():
         if key in values:
-            values[key] = _typed(setting.value, type(values[key]))
+            *sections, name = key.split(".")
+            reduce(getitem, sections, tree)[name] = _typed(setting.value, type(values[key]))
             continue
         inner = [known for known in values if known.startswith(f"{key}.")]
         if not inner:
@@ -163,7 +166,7 @@ def build_section(cls: type[S], settings: Mapping[str, Setting], section: str = 
             below = f"set the keys below it, such as {section}{inner[0]}"
             raise ConfigError(f"{setting.where}: {section}{key} is a section; {below}")
     try:
-        return cls.model_validate(_nest(values))
+        return cls.model_validate(tree)
     except ValidationError as error:
         named, message = _refusal(error, section)
         where = next((f"{settings[key].where}: " for key in named if key in settings), "")
@@ -265,15 +268,6 @@ def _scalar(event: yaml.Event) -> str:
 
 def _where(mark: Any) -> str:
     return mark.name if mark.name == COMMAND_LINE else f"{mark.name}:{mark.line + 1}:{mark.column + 1}"
-
-
-def _nest(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The nested dict of a flat one, the inverse of `dotted`."""
-    tree: dict[str, Any] = {}
-    for key, value in values.items():
-        *sections, name = key.split(".")
-        reduce(lambda node, section: node.setdefault(section, {}), sections, tree)[name] = value
-    return tree
 
 
 def _nearest_key(key: str, known_keys: Mapping[str, Any]) -> str:

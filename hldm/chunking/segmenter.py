@@ -132,7 +132,7 @@ class Segmenter(SavedModel):
 
         def mean_bytes(threshold: float) -> float:
             cut = (
-                chunker.cut(document.tobytes(), signal, threshold)
+                SignalCutter(chunker, threshold).cut(document.tobytes(), signal)
                 for document, signal in zip(documents, signals, strict=True)
             )
             return total / sum(int(is_start.sum()) for is_start in cut)
@@ -183,10 +183,6 @@ class SegmenterChunker(Chunker):
         stream = ChunkStream(self)
         return np.concatenate([stream.read(block) for block in _blocks([document])])
 
-    def cut(self, text: bytes, signal: np.ndarray, threshold: float) -> np.ndarray:
-        """(t,) bool: chunks of a whole document under another threshold."""
-        return _SignalCutter(self, threshold).cut(text, signal)
-
 
 def _blocks(documents: Sequence[np.ndarray]) -> Iterator[list[Stretch]]:
     """Documents in a row, in blocks of BLOCK_BYTES or a little more, that may hold the end of one and the next."""
@@ -207,7 +203,7 @@ class ChunkStream:
     def __init__(self, chunker: SegmenterChunker) -> None:
         self.chunker = chunker
         self.state = chunker.segmenter.initial_state(1)
-        self.cutter = _SignalCutter(chunker, chunker.threshold)
+        self.cutter = SignalCutter(chunker, chunker.threshold)
 
     @torch.no_grad()
     def read(self, stretches: Sequence[Stretch]) -> np.ndarray:
@@ -225,13 +221,13 @@ class ChunkStream:
         signal, found = self.read(stretches), []
         for stretch, opens in stretches:
             if opens:
-                self.cutter = _SignalCutter(self.chunker, self.chunker.threshold)
+                self.cutter = SignalCutter(self.chunker, self.chunker.threshold)
             found.append(self.cutter.cut(stretch, signal[: len(stretch)]))
             signal = signal[len(stretch) :]
         return np.concatenate(found)
 
 
-class _SignalCutter(Cutter):
+class SignalCutter(Cutter):
     """Cuts one document by its signal, a stretch at a time."""
 
     def __init__(self, chunker: SegmenterChunker, threshold: float) -> None:
@@ -243,18 +239,12 @@ class _SignalCutter(Cutter):
         """(t,) bool: chunk starts of a stretch with this signal (t k). No character is split."""
         is_first_byte = np.frombuffer(text, np.uint8) & 0xC0 != 0x80
         if self.rule == "level":
-            find = _level(signal, is_first_byte, self.threshold)
+            is_start = self.push_borders(text, (signal[:, 0] > self.threshold) & is_first_byte)
         else:
-            find = _movement(signal, is_first_byte, self.threshold, self.origin)
-        is_start = self.push(text, find)
+            is_start = self.push(text, _movement(signal, is_first_byte, self.threshold, self.origin))
         if is_start.any():
             self.origin = signal[np.flatnonzero(is_start)[-1]].copy()
         return is_start
-
-
-def _level(signal: np.ndarray, allowed: np.ndarray, threshold: float) -> Callable[[int, int, int], int]:
-    border = ((signal[:, 0] > threshold) & allowed).tobytes()
-    return lambda start, first, stop: border.find(1, first, stop)
 
 
 def _movement(

@@ -183,7 +183,10 @@ def read_pipeline(folder: str | Path) -> HLDMPipeline:
     try:
         found = read_json(index)
         scheduler = _check_index(found)
-        settings = _defaults(found)
+        defaults = found.get("defaults")
+        if not isinstance(defaults, dict):
+            raise ValueError(f"model_index.json: defaults must be an object, got {defaults!r:.80}")
+        settings = section_from_dict(GenerationConfig, defaults)
         if scheduler is not None:
             saved = read_json(folder / "scheduler" / "scheduler_config.json")
             settings = changed(settings, scheduler=scheduler_name(scheduler, saved.get("solver_order")))
@@ -195,14 +198,6 @@ def read_pipeline(folder: str | Path) -> HLDMPipeline:
         raise ValueError(
             f"{folder} cannot be loaded ({first_line(error)}): train the run again or restore it"
         ) from error
-
-
-def _defaults(index: dict[str, Any]) -> GenerationConfig:
-    """The generation settings that were saved with a pipeline."""
-    defaults = index.get("defaults")
-    if not isinstance(defaults, dict):
-        raise ValueError(f"model_index.json: defaults must be an object, got {defaults!r:.80}")
-    return section_from_dict(GenerationConfig, defaults)
 
 
 # The module and class of each part as diffusers saves them; where the same classes once lived.

@@ -140,12 +140,6 @@ class Autoencoder(SavedModel):
             known, trunk = self.trunk(summary, state.trunk, opens, opens)
         return latents, EncoderState(griffin, feature[:, 0], trunk, known[:, 0])
 
-    def read_byte(
-        self, symbol: Tensor, doc_start: Tensor, chunk_start: Tensor, griffin: GriffinState
-    ) -> tuple[Tensor, GriffinState]:
-        """The encoder's feature at one more byte a row (b 1 d). symbol, doc_start, chunk_start: (b 1)."""
-        return self.encoder(self.read(symbol), griffin, doc_start, chunk_start)
-
     def events(self, window: Window, state: DecoderState) -> Events:
         """What the decoder reads and writes for a window (see `decoder_events`).
 

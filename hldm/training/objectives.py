@@ -154,7 +154,7 @@ class PriorObjective(nn.Module):
         assert carry.encoder is not None and carry.context is not None
         with torch.no_grad():
             encoding, encoder = self.autoencoder.encode(batch, carry.encoder)
-        self._seen = (encoding.mask, encoding.latents.detach())
+        self._seen = (encoding.mask, encoding.latents)
         context, context_state = self.prior.contextualiser(
             encoding.latents, encoding.mask, encoding.doc_start, carry.context, encoding.after
         )

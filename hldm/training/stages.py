@@ -18,7 +18,7 @@ from hldm.chunking.strategies import attach_segmenter, chunker_of, read_segmente
 from hldm.config import Config, ConfigError, changed, to_dict
 from hldm.generation.chunk import write_chunks
 from hldm.generation.pipeline import HLDMPipeline
-from hldm.generation.writer import Continuation, row_generators, write_on
+from hldm.generation.writer import row_generators, write_on
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.mixture import MixturePredictor
 from hldm.model.prior import Prior
@@ -159,11 +159,8 @@ def _first_prior(folder: Path, config: Config) -> Prior:
 
 def _continue(autoencoder: Autoencoder, prior: Prior | None, prompt: bytes, config: Config) -> str:
     """A sample: the prompt and what the model makes of it."""
-    rows: list[Continuation] = []
-    for rows, _, _ in write_on(  # noqa: B007 - the last yield is the finished text
-        autoencoder, prior, [prompt], config.generation, max_characters=200, seed=config.seed
-    ):
-        pass
+    parts = autoencoder, prior, [prompt], config.generation
+    *_, (rows, _, _) = write_on(*parts, max_characters=200, seed=config.seed)
     return f"{prompt.decode(errors='replace')} | {rows[0].text.decode(errors='replace')}"
 
 
