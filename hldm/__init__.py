@@ -16,14 +16,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hldm.config import Config, load_config
-    from hldm.evaluation.evaluate import evaluate_run as evaluate
-    from hldm.generation.pipeline import HLDMPipeline, HLDMPipelineOutput
-    from hldm.model.autoencoder import Autoencoder
-    from hldm.model.griffin import Griffin
-    from hldm.model.ops import linear_scan
-    from hldm.model.prior import Prior
-    from hldm.training.stages import train_autoencoder, train_diffusion
+    from hldm.config import Config as Config
+    from hldm.config import load_config as load_config
+    from hldm.evaluation.evaluate import evaluate_run as evaluate  # noqa: F401
+    from hldm.generation.pipeline import HLDMPipeline as HLDMPipeline
+    from hldm.generation.pipeline import HLDMPipelineOutput as HLDMPipelineOutput
+    from hldm.model.autoencoder import Autoencoder as Autoencoder
+    from hldm.model.griffin import Griffin as Griffin
+    from hldm.model.ops import linear_scan as linear_scan
+    from hldm.model.prior import Prior as Prior
+    from hldm.training.stages import train_autoencoder as train_autoencoder
+    from hldm.training.stages import train_diffusion as train_diffusion
 
 __version__ = "0.1.0"
 
@@ -42,19 +45,7 @@ _HOMES = {
     "train_autoencoder": "training.stages",
     "train_diffusion": "training.stages",
 }
-__all__ = [
-    "Autoencoder",
-    "Config",
-    "Griffin",
-    "HLDMPipeline",
-    "HLDMPipelineOutput",
-    "Prior",
-    "evaluate",
-    "linear_scan",
-    "load_config",
-    "train_autoencoder",
-    "train_diffusion",
-]
+__all__ = [*_HOMES]
 
 
 def __getattr__(name: str) -> Any:

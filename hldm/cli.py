@@ -5,6 +5,7 @@ Bad input ends in one line on standard error and exit code 2, never in a traceba
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -56,15 +57,14 @@ def _options(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`hldm COMMAND ...`; without a command, its help. Returns the exit code, see `hldm.runs.exits.guarded`."""
-    arguments = sys.argv[1:] if argv is None else argv
-    return _run(app, "hldm", arguments or ["--help"])
+    return _run(app, "hldm", argv)
 
 
 def _run_script(command: Callable[..., int | None], name: str, argv: Sequence[str] | None = None) -> int:
     """One command, which calls itself by the script's name."""
     script = typer.Typer(add_completion=False, rich_markup_mode=None)
     script.command()(command)
-    return _run(script, name, sys.argv[1:] if argv is None else argv)
+    return _run(script, name, argv)
 
 
 train_autoencoder = partial(_run_script, training.train_autoencoder, "train_autoencoder.py")
@@ -73,19 +73,25 @@ generate = partial(_run_script, writing.generate, "generate.py")
 evaluate = partial(_run_script, measuring.evaluate, "python -m hldm.evaluation")
 
 
-def _run(commands: typer.Typer, name: str, arguments: Sequence[str]) -> int:
+def _run(commands: typer.Typer, name: str, argv: Sequence[str] | None) -> int:
     """Parse and run. Not by typer's own main: errors, signals and exit codes are those of `guarded`."""
+    arguments = (sys.argv[1:] if argv is None else [*argv]) or (["--help"] if commands is app else [])
     parser = typer.main.get_command(commands)
     if "_HLDM_COMPLETE" in os.environ:  # a shell asks what the word under its cursor may become
         parser.main(prog_name=name)
 
     def work() -> int:
         try:
-            with parser.make_context(name, [*arguments], help_option_names=["-h", "--help"]) as context:
+            with parser.make_context(name, arguments, help_option_names=["-h", "--help"]) as context:
                 return parser.invoke(context) or 0
         except typer.Exit as end:  # after --help or --version
             return end.exit_code
         except typer.TyperException as error:
             raise ConfigError(error.format_message()) from None
 
-    return guarded(work)
+    code = guarded(work)
+    if code > 128 and argv is None:
+        # A signal came anywhere, perhaps to a library that was half made: its destructors are not run.
+        atexit._run_exitfuncs()
+        os._exit(code)
+    return code

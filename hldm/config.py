@@ -374,11 +374,6 @@ def load_config(paths: Sequence[str | Path] | str | Path, overrides: Sequence[st
     return changed(config, name=Path(files[-1]).stem) if files and not config.name else config
 
 
-def config_from_dict(settings: Mapping[str, Any]) -> Config:
-    """The config of a nested dict, as strict as a file; the inverse of `to_dict`."""
-    return section_from_dict(Config, settings)
-
-
 def section_from_dict(cls: type[S], settings: Mapping[str, Any]) -> S:
     """One section of a nested dict, as strict as a file: what a saved model's config.json holds."""
     names = (f"{name}." for name, field in Config.model_fields.items() if field.annotation is cls)

@@ -15,11 +15,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
+import psutil
 from packaging.requirements import Requirement
 from typer import Option
 
 from hldm.config import ConfigError
-from hldm.runs.machine import free_disk, physical_memory
+from hldm.runs.machine import free_disk
 
 GIB = 2**30
 PEER_TIMEOUT = timedelta(seconds=60)  # two imports of torch on a busy laptop take half of it
@@ -94,7 +95,7 @@ def check_machine() -> Iterator[Finding]:
     threads = os.environ.get("OMP_NUM_THREADS", "not set")
     yield Finding(f"{torch.get_num_threads()} threads of {os.cpu_count()} cores (OMP_NUM_THREADS {threads})")
     yield Finding(f"C++ kernels: {_kernels()}")
-    yield Finding(f"memory {physical_memory() / GIB:.1f} GiB")
+    yield Finding(f"memory {psutil.virtual_memory().total / GIB:.1f} GiB")
     free, folder = free_disk(Path.cwd())
     yield Finding(f"disk {free / GIB:.1f} GiB free in {folder}")
 

@@ -31,20 +31,21 @@ from safetensors.torch import save
 from hldm.config import (
     AutoencoderConfig,
     ChunkingConfig,
+    Config,
     DataConfig,
     DiffusionConfig,
     GenerationConfig,
     GriffinConfig,
     HierarchyConfig,
     PriorConfig,
-    config_from_dict,
     load_config,
+    section_from_dict,
     to_yaml,
 )
 from hldm.evaluation.metrics import rouge_scores
 from hldm.evaluation.tables import CELL_WIDTH, short, width
 from hldm.evaluation.words import split_words
-from hldm.generation.pipeline import ByteTokenizer, HLDMPipeline, read_pipeline
+from hldm.generation.pipeline import HLDMPipeline, read_pipeline
 from hldm.kernels import library as kernels
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.prior import Prior
@@ -122,7 +123,6 @@ class Targets:
         self.configs = [path.read_bytes() for path in sorted((ROOT / "configs").glob("*.yaml"))]
         self.configs.append(to_yaml(load_config(ROOT / "configs/tiny.yaml")).encode())
         self.corpora = _corpora()
-        self.tokenizer = ByteTokenizer()
 
     def text(self, rng: random.Random) -> None:
         """Bytes -> ids -> bytes; a stream however it is cut; what a terminal is shown."""
@@ -139,11 +139,6 @@ class Targets:
         assert not [
             letter for letter in safe if not letter.isprintable() and letter in "\x1b\x07\x9b\x7f\r\u202e"
         ]
-
-    def tokenizer_of_the_pipeline(self, rng: random.Random) -> None:
-        """Text -> token ids -> text."""
-        text = self.last = some_bytes(rng).decode("utf-8", "replace")
-        assert bytes(self.tokenizer(text)["input_ids"]) == text.encode()
 
     def yaml_config(self, rng: random.Random) -> None:
         """A config file, near a real one or far from any."""
@@ -167,7 +162,7 @@ class Targets:
         except (ValueError, RecursionError):
             return
         if isinstance(settings, dict):
-            config_from_dict(settings)
+            section_from_dict(Config, settings)
 
     def corpus(self, rng: random.Random) -> None:
         """Files of every format, damaged."""
@@ -327,8 +322,7 @@ class _Damaged:
 
 # of a hundred inputs, how many go where: what is quick gets more
 SHARES: dict[str, int] = {
-    "text": 18,
-    "tokenizer_of_the_pipeline": 6,
+    "text": 24,
     "yaml_config": 10,
     "override": 8,
     "config_of_a_dict": 8,

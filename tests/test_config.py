@@ -16,7 +16,6 @@ from hldm.config import (
     ConfigError,
     PriorConfig,
     changed,
-    config_from_dict,
     load_config,
     section_from_dict,
     to_dict,
@@ -238,14 +237,14 @@ def test_a_file_that_cannot_be_read_is_named(path):
 )
 def test_a_dict_is_as_strict_as_a_file(tree):
     with pytest.raises(ConfigError, match=r"^settings: "):
-        config_from_dict(tree)
+        section_from_dict(Config, tree)
 
 
 def test_a_dict_nested_without_end_is_refused():
     tree: dict = {}
     tree["seed"] = tree
     with pytest.raises(ConfigError, match="nested deeper"):
-        config_from_dict(tree)
+        section_from_dict(Config, tree)
 
 
 @settings(max_examples=25, deadline=None)
@@ -262,7 +261,7 @@ def test_a_config_written_and_read_again_is_the_same(tmp_path_factory, text, num
         diffusion=changed(config.diffusion, gamma_0=-min(number, 20.0)),
         logging=changed(config.logging, trackers=(text, "null")),
     )
-    assert config_from_dict(to_dict(config)) == config
+    assert section_from_dict(Config, to_dict(config)) == config
     path = tmp_path_factory.mktemp("config") / "x.yaml"
     path.write_text(to_yaml(config), encoding="utf-8")
     assert load_config(path) == config

@@ -210,13 +210,12 @@ def test_a_start_that_fails_does_not_use_up_the_name(
 # ---- memory
 
 LIMITED = """
-import resource, sys
+import psutil, resource, sys
 from hldm import cli
-from hldm.runs import machine
 from hldm.training import stages
 
 def limit(*_):  # comes once the check is over: other programs take what was free
-    most = machine.kibibytes("/proc/self/status")["VmSize"] + 80 * 2**20
+    most = psutil.Process().memory_info().vms + 80 * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 stages.require_room = limit

@@ -17,7 +17,7 @@ from conftest import ROOT
 from fuzz import fuzz
 
 from hldm import cli
-from hldm.config import ConfigError, config_from_dict, load_config
+from hldm.config import Config, ConfigError, load_config, section_from_dict
 from hldm.generation.writer import Continuation
 from hldm.runs.reports import check_report_path
 
@@ -81,7 +81,7 @@ def test_a_long_chain_of_bases_and_long_lists_of_a_dict_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="chain of more than 50 bases"):
         load_config(tmp_path / "0.yaml")
     with pytest.raises(ConfigError, match="at most 64 items"):
-        config_from_dict({"logging": {"trackers": ["a"] * 5001}})
+        section_from_dict(Config, {"logging": {"trackers": ["a"] * 5001}})
 
 
 # --- texts

@@ -58,9 +58,6 @@ def test_a_pickle_under_any_name_that_is_read_is_refused_and_never_run(saved_pip
     ):
         folder = Path(shutil.copytree(saved_pipeline, tmp_path / str(number)))
         (folder / file).write_bytes(evil(tmp_path))
-        if file.parts[0] == "tokenizer":  # holds nothing that is needed, and is not read
-            read_pipeline(folder)
-            continue
         with pytest.raises(ValueError, match="cannot be loaded"):
             read_pipeline(folder)
     weight = {"w": torch.ones(2)}

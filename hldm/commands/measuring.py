@@ -13,6 +13,7 @@ from hldm.config import ConfigError, load_config
 from hldm.evaluation.tables import compare, show
 from hldm.runs.folder import shipped_run
 from hldm.runs.reports import check_picture_path, check_report_path, save_report
+from hldm.runs.signals import is_first_rank
 
 Draws = Annotated[int, Option(help="noise levels a chunk, even")]
 Context = Option(
@@ -20,7 +21,7 @@ Context = Option(
     help="also with documents cut every N bytes, to see what context from farther away saves: each takes as long as "
     "the bound itself; may repeat",
 )
-Halves = Literal["training", "writing", "processes"]
+Halves = Literal["training", "writing"]
 
 
 def _save(path: Path | None, write: Callable[[Path], Any]) -> None:
@@ -67,7 +68,7 @@ def evaluate(
         max_characters=max_characters,
         seed=seed,
     )
-    show(compare({evaluation["run"]: evaluation}))
+    show(compare({evaluation["run"]: evaluation}), *(evaluation["alive"] or {}).get("complaints", []))
     _save(json, lambda path: save_report(path, evaluation))
 
 
@@ -172,27 +173,26 @@ def bench(
     config: Annotated[Path | None, Option(metavar="FILE", help="e.g. configs/tiny.yaml")] = None,
     layers: Annotated[bool, Option("--layers", help="scan, layers and a byte's step instead")] = False,
     twin: Annotated[Path | None, Option(metavar="FILE", help="default: CONFIG-twin.yaml beside it")] = None,
-    only: Annotated[Halves | None, Option(help="one half; or stage one on several processes")] = None,
-    launch: Annotated[Path | None, Option(help="of configs/accelerate, for --only processes")] = None,
+    only: Annotated[Halves | None, Option(help="one half")] = None,
     long: Annotated[bool, Option("--long", help="write after 10^5 and 10^6 bytes, too: minutes")] = False,
     steps: Annotated[int, Option(min=1, help="timed, of each")] = 10,
     json: options.Report = None,
 ) -> None:
-    """Speed of training and generation, beside the twin's."""
+    """Speed of training and generation, beside the twin's.
+
+    Several processes: accelerate launch ... -m hldm bench --only training ...
+    """
     if layers == (config is not None):
         raise ConfigError("pass --config FILE, or --layers without it")
-    if launch is not None and only != "processes":
-        raise ConfigError("--launch says how --only processes starts them: pass both")
     if json is not None:
         check_report_path(json, "RG-LRU" if layers else "bytes_per_step")
     from hldm.studies import bench, bench_layers
 
     if config is None:
         found = bench_layers.measure(repeats=steps)
-    elif only == "processes":
-        found = bench.measure_processes(load_config(config), steps=steps, launch=launch)
     else:
         other = twin or config.with_name(f"{config.stem}-twin{config.suffix}")
         found = bench.measure(load_config(config), load_config(other), steps=steps, only=only, long=long)
-    show(*(bench_layers if layers else bench).report(found))
-    _save(json, lambda path: save_report(path, found))
+    if is_first_rank():
+        show(*(bench_layers if layers else bench).report(found))
+        _save(json, lambda path: save_report(path, found))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -24,66 +25,44 @@ Resume = Annotated[bool, Option("--resume", help="go on from the newest good che
 PrintConfig = Annotated[bool, Option("--print-config", help="print the resolved config and stop")]
 
 
-def train_autoencoder(
-    *,
-    config: Configs,
-    overrides: Overrides = None,
-    name: Name = None,
-    steps: Steps = None,
-    minutes: Limit = None,
-    resume: Resume = False,
-    print_config: PrintConfig = False,
-) -> None:
-    """Stage one: train the autoencoder, or a twin.
+def _train(stage: str, name: str, summary: str) -> Callable[..., None]:
+    """The command that trains a stage."""
 
-    Several processes: accelerate launch --multi_gpu --num_processes 2 train_autoencoder.py ... (on CPU, too)
-    """
-    _train("autoencoder", config, overrides, name, steps, minutes, resume, print_config)
+    def train(
+        *,
+        config: Configs,
+        overrides: Overrides = None,
+        name: Name = None,
+        steps: Steps = None,
+        minutes: Limit = None,
+        resume: Resume = False,
+        print_config: PrintConfig = False,
+    ) -> None:
+        resolved = load_config(config, overrides or [])
+        changes: dict[str, float] = {}
+        if steps is not None:
+            # the one that is given alone lifts the config's other limit
+            changes |= {"steps": steps, "minutes": 0.0}
+        if minutes is not None:
+            changes |= {"minutes": minutes, "steps": changes.get("steps", 10**9)}
+        resolved = changed(resolved, name=name or resolved.name or config[-1].stem)
+        resolved = stage_training(resolved, stage, **changes)
+        if print_config:
+            print(to_yaml(resolved), end="")
+            return
+        from hldm.training import stages
+
+        (stages.train_autoencoder if stage == "autoencoder" else stages.train_diffusion)(
+            resolved, resume=resume
+        )
+
+    launch = f"accelerate launch --multi_gpu --num_processes 2 {name}.py ... (on CPU, too)"
+    train.__name__, train.__doc__ = name, f"{summary}\n\nSeveral processes: {launch}"
+    return train
 
 
-def train_diffusion(
-    *,
-    config: Configs,
-    overrides: Overrides = None,
-    name: Name = None,
-    steps: Steps = None,
-    minutes: Limit = None,
-    resume: Resume = False,
-    print_config: PrintConfig = False,
-) -> None:
-    """Stage two: train the diffusion prior on its latents.
-
-    Several processes: accelerate launch --multi_gpu --num_processes 2 train_diffusion.py ... (on CPU, too)
-    """
-    _train("prior", config, overrides, name, steps, minutes, resume, print_config)
-
-
-def _train(
-    stage: str,
-    files: list[Path],
-    overrides: list[str] | None,
-    name: str | None,
-    steps: int | None,
-    minutes: float | None,
-    resume: bool,
-    print_config: bool,
-) -> None:
-    """Files, then overrides, then the flags of the stage."""
-    config = load_config(files, overrides or [])
-    changes: dict[str, float] = {}
-    if steps is not None:
-        # the one that is given alone lifts the config's other limit
-        changes |= {"steps": steps, "minutes": 0.0}
-    if minutes is not None:
-        changes |= {"minutes": minutes, "steps": changes.get("steps", 10**9)}
-    config = stage_training(changed(config, name=name or config.name or files[-1].stem), stage, **changes)
-    if print_config:
-        print(to_yaml(config), end="")
-        return
-    from hldm.training import stages
-
-    train = stages.train_autoencoder if stage == "autoencoder" else stages.train_diffusion
-    train(config, resume=resume)
+train_autoencoder = _train("autoencoder", "train_autoencoder", "Stage one: train the autoencoder, or a twin.")
+train_diffusion = _train("prior", "train_diffusion", "Stage two: train the diffusion prior on its latents.")
 
 
 def sizes(

@@ -15,15 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hldm.evaluation.bound import evaluate_bound, held_out_windows
 from hldm.evaluation.context_length import by_distance, compare_contexts, cut_documents
 from hldm.evaluation.continuations import continue_prompts
 from hldm.evaluation.metrics import compute
 from hldm.evaluation.prompts import choose_prompts, prompt_chunker
-from hldm.evaluation.reconstruction import reconstruct
+from hldm.evaluation.reconstruction import ENOUGH_CHUNKS, read_windows, reconstruct
 from hldm.evaluation.words import count_words
 from hldm.generation.pipeline import HLDMPipeline, read_pipeline
+from hldm.model.autoencoder import Autoencoder
+from hldm.model.prior import Prior
+from hldm.model.vitals import complaints, signs_of_latents, signs_of_schedule, signs_of_weights
 from hldm.runs.folder import corpora_of_run, read_totals
 from hldm.sources.encodings import is_blank, read_text
 from hldm.text.corpus import Split, make_corpus
@@ -91,6 +95,7 @@ def evaluate_run(
         "reconstruction": (
             None if prior is None else reconstruct(autoencoder, windows, prior.diffusion.gamma_0, generator)
         ),
+        "alive": None if prior is None else signs_of_life(autoencoder, prior, windows),
         **continue_prompts(
             pipeline,
             choose_prompts(corpus, prompt_chunker(autoencoder), prompts, max_characters=max_characters),
@@ -102,6 +107,23 @@ def evaluate_run(
         "context": {str(every): cut(every) for every in contexts} or None,
         "cost": _cost(folder, pipeline),
     }
+
+
+@torch.no_grad()
+def signs_of_life(autoencoder: Autoencoder, prior: Prior, windows: Windows) -> dict[str, Any]:
+    """The signs of `hldm.model.vitals` on the first ENOUGH_CHUNKS chunks, and what they say is dead (`complaints`)."""
+    latents: list[Tensor] = []
+    weights: list[Tensor] = []
+    for _, encoding in read_windows(autoencoder, windows):
+        latents.append(encoding.latents[encoding.mask])
+        if prior.mixture is not None:
+            weights.append(prior.mixture.log_weights(encoding.before[encoding.mask]))
+        if sum(map(len, latents)) >= ENOUGH_CHUNKS:
+            break
+    signs = signs_of_latents(torch.cat(latents)) | signs_of_schedule(prior.schedule)
+    if weights:
+        signs |= signs_of_weights(torch.cat(weights))
+    return {**signs, "complaints": [*complaints(signs).values()]}
 
 
 def _perplexity(nats: float, windows: Windows) -> dict[str, float | None]:

@@ -138,6 +138,11 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
     ("  from latents without noise", "reconstruction.clean.written_accuracy", ".2%"),
     ("reconstruction, chunks right", "reconstruction.noisy.chunk_accuracy", ".2%"),
     ("  from latents without noise", "reconstruction.clean.chunk_accuracy", ".2%"),
+    ("latents, effective rank", "alive.rank", ".2f"),
+    ("  dimensions that do not vary", "alive.dead_dimensions", ".0f"),
+    ("mixture, prototypes in use", "alive.prototypes", ",.0f"),
+    ("  entropy of its weights, bits", "alive.weights_bits", ".2f"),
+    ("noise levels, largest share of a bin", "alive.largest_bin", ".2f"),
     *(
         row
         for kind in ("1", "2", "L")

@@ -8,37 +8,24 @@ syllables by a mark of its own. For text in ASCII all of it is what `str.split` 
 from __future__ import annotations
 
 import re
-import unicodedata
-from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
-# blocks of Unicode 15 whose scripts have no spaces between words; letters alone count
+# scripts without spaces between words
 _UNSPACED = (
-    (0x0E00, 0x0EFF),  # Thai, Lao
-    (0x1000, 0x109F),  # Myanmar
-    (0x1780, 0x17FF),  # Khmer
-    (0x1950, 0x19FF),  # Tai Le, New Tai Lue, Khmer symbols
-    (0x1A20, 0x1AAF),  # Tai Tham
-    (0x1B00, 0x1B7F),  # Balinese
-    (0x2E80, 0x2FDF),  # CJK radicals
-    (0x3005, 0x3007),
-    (0x3021, 0x3029),
-    (0x3031, 0x3035),
-    (0x3038, 0x303C),
-    (0x3040, 0x30FF),  # Hiragana, Katakana
-    (0x3105, 0x312F),  # Bopomofo
-    (0x31A0, 0x31BF),
-    (0x31F0, 0x31FF),
-    (0x3400, 0x4DBF),  # ideographs
-    (0x4E00, 0x9FFF),
-    (0xA000, 0xA4CF),  # Yi
-    (0xA980, 0xA9DF),  # Javanese
-    (0xA9E0, 0xA9FF),  # Myanmar
-    (0xAA60, 0xAADF),  # Myanmar, Tai Viet
-    (0xF900, 0xFAFF),
-    (0xFF66, 0xFF9F),  # half-width Katakana
-    (0x1AFF0, 0x1B2FF),  # Kana, Nushu
-    (0x20000, 0x3FFFD),
+    *(
+        "Thai",
+        "Lao",
+        "Myanmar",
+        "Khmer",
+        "Tai_Le",
+        "New_Tai_Lue",
+        "Tai_Tham",
+        "Tai_Viet",
+        "Balinese",
+        "Javanese",
+    ),
+    *("Han", "Hiragana", "Katakana", "Bopomofo", "Yi", "Nushu"),
 )
 
 
@@ -73,28 +60,25 @@ def ends_unspaced(text: str) -> bool:
     return bool(words) and _patterns()[3].fullmatch(words[-1][0]) is not None
 
 
-_LAST_MARK = 0x1F000  # beyond it there are variation selectors alone
 _SPACED = re.compile(r"\S+")
 _ASCII_WORD = re.compile(r"[a-z0-9]+")
 _ASCII_LETTERS = re.compile(r"[A-Za-z]+")
 
 
 @cache
-def _patterns() -> tuple[re.Pattern[str], ...]:
-    """(split, normal, letters, one unspaced word); re has no class of marks, without which words fall to pieces."""
-    marks = [code for code in range(_LAST_MARK) if unicodedata.category(chr(code))[0] == "M"]
-    mark = f"[{_ranges([(code, code) for code in marks])}\ufe00-\ufe0f\U000e0100-\U000e01ef\u200c\u200d]"  # and joiners
-    blocks = f"[{_ranges(_UNSPACED)}]"
-    one = f"(?:(?={blocks})[^\\W\\d_]{mark}*)"
-    other = f"(?!(?={blocks})[^\\W\\d_])"
-    return (
-        re.compile(f"{one}|(?:{other}\\S)+"),
-        re.compile(f"{one}|{other}[^\\W_](?:{other}[^\\W_]|{mark})*"),
-        re.compile(f"{one}|{other}[^\\W\\d_](?:{other}[^\\W\\d_]|{mark})*"),
-        re.compile(one),
+def _patterns() -> tuple[Any, ...]:
+    """(split, normal, letters, one unspaced word), of the package regex: re knows neither marks nor scripts."""
+    import regex
+
+    scripts = "".join(map(r"\p{{{}}}".format, _UNSPACED))
+    unspaced = (
+        rf"(?=[{scripts}\p{{scx=Hiragana}}])\p{{L}}"  # scx: marks of length and repetition, which kana share
     )
-
-
-def _ranges(ranges: Sequence[tuple[int, int]]) -> str:
-    """The inside of a character class."""
-    return "".join(f"\\U{first:08x}-\\U{last:08x}" for first, last in ranges)
+    mark = r"[\p{M}\u200c\u200d]"  # and joiners
+    one, other = f"(?:{unspaced}{mark}*)", f"(?!{unspaced})"
+    return (
+        regex.compile(rf"{one}|(?:{other}[^\s\x1c-\x1f])+"),  # as str.split, which parts at those four, too
+        regex.compile(rf"{one}|{other}[\p{{L}}\p{{N}}](?:{other}[\p{{L}}\p{{N}}]|{mark})*"),
+        regex.compile(rf"{one}|{other}\p{{L}}(?:{other}\p{{L}}|{mark})*"),
+        regex.compile(one),
+    )

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
-from transformers import PreTrainedTokenizer
 
 from hldm.chunking.segmenter import Segmenter
 from hldm.chunking.strategies import attach_segmenter, read_segmenter
@@ -25,41 +24,9 @@ from hldm.model.autoencoder import Autoencoder
 from hldm.model.diffusion import make_scheduler, scheduler_name
 from hldm.model.prior import Prior
 from hldm.runs.files import fingerprint
-from hldm.runs.saved_model import SAVED_BY_DIFFUSERS, SavedModel, first_line, read_json
+from hldm.runs.saved_model import SAVED_BY_DIFFUSERS, SavedModel, read_json
+from hldm.sources.notes import first_line
 from hldm.text.bytes import StreamDecoder, to_bytes
-
-
-class ByteTokenizer(PreTrainedTokenizer):
-    """Text is its UTF-8 bytes: token i is byte i, and there are no special tokens to be spoofed."""
-
-    vocab_files_names: dict[str, str] = {}
-    model_input_names = ["input_ids", "attention_mask"]
-
-    @property
-    def vocab_size(self) -> int:
-        """256."""
-        return 256
-
-    def get_vocab(self) -> dict[str, int]:
-        """A byte's token is the character of the same number."""
-        return {chr(byte): byte for byte in range(256)}
-
-    def _tokenize(self, text: str, **_: Any) -> list[str]:
-        return [chr(byte) for byte in to_bytes(text)]
-
-    def _convert_token_to_id(self, token: str) -> int:
-        return ord(token)
-
-    def _convert_id_to_token(self, index: int) -> str:
-        return chr(index)
-
-    def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """Joined bytes, decoded; what is not UTF-8 becomes U+FFFD."""
-        return bytes(map(ord, tokens)).decode("utf-8", errors="replace")
-
-    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
-        """Nothing to save."""
-        return ()
 
 
 @dataclass
@@ -82,7 +49,6 @@ class HLDMPipeline(DiffusionPipeline):
     def __init__(
         self,
         autoencoder: Autoencoder,
-        tokenizer: ByteTokenizer,
         prior: Prior | None = None,
         scheduler: Any = None,
         defaults: dict[str, Any] | None = None,
@@ -97,7 +63,7 @@ class HLDMPipeline(DiffusionPipeline):
                 "this prior was trained on another autoencoder's latents: "
                 "train it again with train_diffusion.py, or load the autoencoder it belongs to"
             )
-        self.register_modules(autoencoder=autoencoder, prior=prior, tokenizer=tokenizer, scheduler=scheduler)
+        self.register_modules(autoencoder=autoencoder, prior=prior, scheduler=scheduler)
         self.register_to_config(defaults=defaults or {})
 
     @classmethod
@@ -115,7 +81,6 @@ class HLDMPipeline(DiffusionPipeline):
             scheduler = make_scheduler(defaults.scheduler, prior.schedule, max(1, defaults.steps))
         return cls(
             autoencoder.eval(),
-            ByteTokenizer(),
             prior.eval() if prior is not None else None,
             scheduler,
             defaults=to_dict(defaults),
@@ -249,16 +214,12 @@ def _defaults(index: dict[str, Any]) -> GenerationConfig:
     return section_from_dict(GenerationConfig, defaults)
 
 
-# The module and class of each part as diffusers saves them, and where the same classes once lived.
-PARTS = {
-    "autoencoder": ["hldm.model.autoencoder", "Autoencoder"],
-    "prior": ["hldm.model.prior", "Prior"],
-    "tokenizer": ["hldm.generation.pipeline", "ByteTokenizer"],
-}
-EARLIER_PARTS = {
-    "autoencoder": ["hldm.autoencoder", "Autoencoder"],
-    "prior": ["hldm.prior", "Prior"],
-    "tokenizer": ["hldm.pipeline", "ByteTokenizer"],
+# The module and class of each part as diffusers saves them; where the same classes once lived.
+PARTS: dict[str, tuple[list[str] | None, ...]] = {
+    "autoencoder": (["hldm.model.autoencoder", "Autoencoder"], ["hldm.autoencoder", "Autoencoder"]),
+    "prior": (["hldm.model.prior", "Prior"], ["hldm.prior", "Prior"]),
+    # none any more: text is its bytes. Earlier pipelines name one, which is not read.
+    "tokenizer": (None, ["hldm.generation.pipeline", "ByteTokenizer"], ["hldm.pipeline", "ByteTokenizer"]),
 }
 
 
@@ -266,13 +227,13 @@ def _check_index(index: dict[str, Any]) -> str | None:
     """The class of the pipeline's scheduler, None for a twin. Raises ValueError for any other pipeline."""
     pair = index.get("scheduler")
     scheduler = pair[1] if isinstance(pair, list) and len(pair) == 2 and isinstance(pair[1], str) else None
-    expected: dict[str, Any] = {**PARTS, "scheduler": ["diffusers", scheduler]}
+    expected: dict[str, Any] = {**PARTS, "scheduler": (["diffusers", scheduler],)}
     if scheduler is None:
-        expected |= {"prior": [None, None], "scheduler": [None, None]}
-    expected["_class_name"] = "HLDMPipeline"
-    for key, value in expected.items():
-        if index.get(key) not in (value, EARLIER_PARTS.get(key, value)):
-            raise ValueError(f"model_index.json: {key} must be {value}, got {index.get(key)!r:.80}")
+        expected |= {"prior": ([None, None],), "scheduler": ([None, None],)}
+    expected["_class_name"] = ("HLDMPipeline",)
+    for key, values in expected.items():
+        if index.get(key) not in values:
+            raise ValueError(f"model_index.json: {key} must be {values[0]}, got {index.get(key)!r:.80}")
     if unknown := sorted(index.keys() - expected.keys() - SAVED_BY_DIFFUSERS - {"defaults"}):
         raise ValueError(f"model_index.json: unknown key {unknown[0]!r:.80}")
     return scheduler

@@ -112,6 +112,7 @@ class KeptContext:
             blocks=blocks,
             denoiser_width=width,
             components=tensors["log_weights"].shape[1],
+            logit_cap=0.0 if prior.mixture is None else prior.mixture.logit_cap,
             pairs=[half for pair in parts for half in pair],
             told=[part for block in told for part in block],
             **tensors,

@@ -14,6 +14,7 @@ from torch import Tensor
 from hldm.kernels.structs import is_plain, kernels_can_compute, run, struct
 from hldm.model.denoiser import Denoiser, Told
 from hldm.model.diffusion import Steps, alpha_sigma
+from hldm.model.mixture import MixturePredictor
 from hldm.model.prior import Prior
 
 MOST_STEPS = 1000  # whose noise is drawn beforehand
@@ -43,6 +44,26 @@ def can_denoise(prior: Prior, steps: int) -> bool:
     return all(map(is_plain, [*parameters, prior.mixture.prototypes]))
 
 
+def _mixture_tables(mixture: MixturePredictor, gammas: Tensor) -> dict[str, Tensor]:
+    """The mixture at each noise level, by the names in `Denoising`; deviations may be shared or each prototype's own.
+
+    What all components have in common is left out of their shares: log N(z; alpha m, v) = z alpha m / v
+    - z^2 / 2 v - (alpha^2 m^2 / v + log v) / 2, summed over the dimensions.
+    """
+    alpha, sigma = (x.double()[:, None, None] for x in alpha_sigma(gammas))  # (steps 1 1)
+    prototypes = mixture.prototypes.double()
+    square = (2 * mixture.log_deviation.double()).exp().expand_as(prototypes)  # (k z)
+    variance = alpha.square() * square + sigma.square()  # (steps k z)
+    precision, gain = 1 / variance, alpha * square / variance
+    same = precision[:, :1]
+    tables = {
+        "to_share": torch.cat([alpha * precision * prototypes, -0.5 * (precision - same)], dim=-1),
+        "share": -0.5 * (alpha.square() * prototypes.square() * precision + variance.log()).sum(dim=-1),
+        "from_share": torch.cat([(1 - alpha * gain) * prototypes, gain], dim=-1),
+    }
+    return {name: table.float().contiguous() for name, table in tables.items()}
+
+
 class PlannedSteps:
     """A plan's steps, with all worked out that is the same for every latent; make one only where `can_denoise`."""
 
@@ -61,10 +82,9 @@ class PlannedSteps:
             components=len(mixture.prototypes),
             hidden=denoiser.blocks[0].mlp[0].out_features,
             blocks=len(denoiser.blocks),
-            levels=torch.stack(alpha_sigma(gammas), dim=1).contiguous(),
+            sigma=alpha_sigma(gammas)[1].contiguous(),
             solver=plan.weights.contiguous(),
-            prototypes=mixture.prototypes,
-            square=(2 * mixture.log_deviation).exp(),
+            **_mixture_tables(mixture, gammas),
             by_level=[block.from_gamma(time) for block in denoiser.blocks],
             **_parameters(prior),
         )

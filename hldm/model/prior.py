@@ -32,7 +32,7 @@ from hldm.model.diffusion import (
     stratified,
     x0_from,
 )
-from hldm.model.mixture import MixturePredictor
+from hldm.model.mixture import LOGIT_CAP, MixturePredictor
 from hldm.model.state import ContextState, Encoding
 from hldm.runs.saved_model import SavedModel
 from hldm.text.windows import Batch, draw_normal, draw_uniform
@@ -51,10 +51,11 @@ class Prior(SavedModel):
         feature_dim: int = 0,
         components: int = 0,
         autoencoder: str = "",
+        logit_cap: float = 0.0,
     ):
         """feature_dim: width of what is known before a chunk, if anything here reads text;
 
-        components: of the mixture that the denoiser corrects, 0 for none;
+        components, logit_cap: of the mixture that the denoiser corrects, 0 components for none;
         autoencoder: fingerprint of the weights whose latents these are; '' while both train.
         """
         super().__init__()
@@ -64,7 +65,9 @@ class Prior(SavedModel):
         self.latent_dim = latent_dim
         self.contextualiser = Contextualiser(self.settings, self.hierarchy, latent_dim, feature_dim)
         self.denoiser = Denoiser(self.settings, self.hierarchy, latent_dim)
-        self.mixture = MixturePredictor(feature_dim, latent_dim, components) if components else None
+        self.mixture = (
+            MixturePredictor(feature_dim, latent_dim, components, logit_cap) if components else None
+        )
         self.schedule = Schedule(self.diffusion)
         self.nothing = nn.Parameter(torch.zeros(self.settings.width))  # the context, when it is hidden
 
@@ -75,12 +78,13 @@ class Prior(SavedModel):
         prior: PriorConfig,
         hierarchy: HierarchyConfig,
         diffusion: DiffusionConfig,
+        logit_cap: float = LOGIT_CAP,
     ) -> Prior:
         """Build from config sections."""
         components = autoencoder.components
         feature_dim = autoencoder.known_width if prior.reads_text or components else 0
         sections = (to_dict(prior), to_dict(hierarchy), to_dict(diffusion))
-        return cls(autoencoder.latent_dim, *sections, feature_dim, components)
+        return cls(autoencoder.latent_dim, *sections, feature_dim, components, logit_cap=logit_cap)
 
     def initial_state(self, batch: int, device: torch.device | None = None) -> ContextState:
         """State at the start of a document."""

@@ -25,7 +25,7 @@ from hldm.runs.machine import free_disk
 if TYPE_CHECKING:
     from torch import Tensor
 
-SCHEMA = 2  # of state.json and MANIFEST.json; a reader refuses any other
+SCHEMA = 3  # of state.json and MANIFEST.json; a reader refuses any other
 MANIFEST = "MANIFEST.json"
 STATE = "state.json"
 MAX_RECORD_BYTES = 100_000_000  # a state.json is small; the same cap as safetensors' own header

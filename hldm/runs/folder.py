@@ -28,12 +28,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import yaml
 
 from hldm.config import ConfigError, is_retired, load_config
 from hldm.runs.checkpoints import checkpoints_in
 from hldm.runs.files import atomic_write, naming, sha256_of
-from hldm.runs.machine import physical_memory
 from hldm.settings import dotted
 
 if TYPE_CHECKING:
@@ -294,7 +294,7 @@ def describe_environment() -> dict[str, Any]:
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "memory_bytes": physical_memory(),
+        "memory_bytes": psutil.virtual_memory().total,
         "accelerators": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import re
 import resource
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-
-def physical_memory() -> int:
-    """Bytes of memory that this machine has."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+import psutil
 
 
 def available_memory(
@@ -24,17 +22,12 @@ def available_memory(
 
     The least of the machine's, the cgroup's (a container's, a job's) and ulimit -v's.
     """
-    status = kibibytes("/proc/self/status")
-    own = status.get("VmRSS", 0)
-    free = kibibytes("/proc/meminfo").get("MemAvailable")
-    if free is None:  # no Linux
-        limits = [(physical_memory(), "on this machine")]
-    else:
-        limits = [(free + own, "on this machine")]
-    limits += [(free + own, "in this cgroup") for free in _cgroup_memory(groups, root)]
+    own, free = psutil.Process().memory_info(), psutil.virtual_memory().available
+    limits = [(free + own.rss, "on this machine")]
+    limits += [(free + own.rss, "in this cgroup") for free in _cgroup_memory(groups, root)]
     virtual, _ = resource.getrlimit(resource.RLIMIT_AS)
     if virtual != resource.RLIM_INFINITY:
-        limits.append((virtual - status.get("VmSize", 0) + own, "under ulimit -v"))
+        limits.append((virtual - own.vms + own.rss, "under ulimit -v"))
     least, where = min(limits)
     return max(least, 0), where
 
@@ -62,15 +55,6 @@ def _cgroup_memory(groups: Path, root: Path) -> Iterator[int]:
             yield most - used + int(stat.get(cache, 0))  # files read once are dropped when memory is short
 
 
-def kibibytes(path: str) -> dict[str, int]:
-    """The lines `name: number kB` of a file of /proc, in bytes; empty where there is none."""
-    try:
-        lines = [line.split() for line in Path(path).read_text().splitlines()]
-    except OSError:
-        return {}
-    return {line[0].rstrip(":"): 1024 * int(line[1]) for line in lines if line[2:] == ["kB"]}
-
-
 def peak_memory(work: Callable[[], Any]) -> tuple[int | None, int | None]:
     """The largest resident set of this process during some work, and how far above the one before; None off Linux."""
     gc.collect()
@@ -82,10 +66,10 @@ def peak_memory(work: Callable[[], Any]) -> tuple[int | None, int | None]:
     except OSError:
         work()
         return None, None
-    before = kibibytes("/proc/self/status")["VmRSS"]
+    before = psutil.Process().memory_info().rss
     work()
-    peak = kibibytes("/proc/self/status")["VmHWM"]
-    return peak, max(peak - before, 0)
+    (peak,) = re.findall(r"VmHWM:\s*([0-9]+) kB", Path("/proc/self/status").read_text())
+    return 1024 * int(peak), max(1024 * int(peak) - before, 0)
 
 
 def gpu_memory() -> int | None:

@@ -14,14 +14,26 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
 
+# of what trains (hldm.model.vitals), by name: as a line of progress shows it, if it does
+SIGNS = {
+    "prototypes": "{:.0f} prototypes",
+    "rank": "rank {:.1f}",
+    "weights_bits": "",
+    "dimensions": "",
+    "dead_dimensions": "",
+    "largest_bin": "",
+}
+
+
 def describe(metrics: dict[str, float]) -> str:
-    """Bits per character by name, their sum first when there are several, and the speed."""
-    skip = {"learning_rate", "gradient_norm", "characters_per_second", "seconds"}
+    """Bits per character by name, their sum first when there are several, the speed, and signs of life."""
+    skip = {"learning_rate", "gradient_norm", "characters_per_second", "seconds", *SIGNS}
     bits = {name: value for name, value in metrics.items() if name not in skip}
     parts = [f"{sum(bits.values()):.3f} bits/char"]
     if len(bits) > 1:
         parts.append("(" + " + ".join(f"{name} {value:.3f}" for name, value in bits.items()) + ")")
     parts.append(f"{metrics['characters_per_second']:,.0f} chars/s")
+    parts += [form.format(metrics[name]) for name, form in SIGNS.items() if form and name in metrics]
     return " ".join(parts)
 
 

@@ -20,6 +20,8 @@ from diffusers import ConfigMixin, ModelMixin
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hldm.sources.notes import first_line
+
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 MAX_JSON_BYTES = 1_000_000  # a config is a page
 MAX_HEADER_BYTES = 10_000_000  # of safetensors; 100 bytes a tensor, and the deepest model has 10,000
@@ -30,6 +32,7 @@ JSON_TYPES: dict[str, tuple[type, ...]] = {
     "int": (int,),
     "float": (int, float),
     "str": (str,),
+    "bool": (bool,),
 }
 
 M = TypeVar("M", bound="SavedModel")
@@ -78,7 +81,7 @@ def _describe(cls: type[SavedModel], path: Path) -> dict[str, Tensor]:
     for parameter in parameters:
         if parameter.name in arguments:
             value, types = arguments[parameter.name], JSON_TYPES[str(parameter.annotation)]
-            if not isinstance(value, types) or isinstance(value, bool):
+            if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
                 raise ValueError(
                     f"{path}: {parameter.name} must be of type {parameter.annotation}, got {value!r:.80}"
                 )
@@ -161,8 +164,3 @@ def parse_json(data: bytes, source: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{source}: expected a JSON object, got a {type(value).__name__}: restore it")
     return value
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line that is not too long."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -15,9 +15,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # SIGUSR1: what a cluster sends before time is up
 # Ctrl-C in a terminal reaches launcher and worker, and then the launcher sends its own: one key press.
@@ -136,6 +137,10 @@ class _Process:
         if self.requested is None:
             self.requested = number
             if self._contexts and self._contexts[-1].raises:
+                if is_importing(frame):
+                    with suppress(Exception):  # it may be in the middle of a flush, or closed
+                        sys.stdout.flush()
+                    leave_at_once(number)
                 raise Stopped(number)
 
     def _watch(self, reader: int) -> None:
@@ -168,12 +173,26 @@ class _Process:
         contexts = self._contexts[-1:]  # a copy: the main thread may leave a context any time
         late = time.monotonic() - max(since, self._raises_since) > LEAVE_SECONDS
         if contexts and contexts[0].raises and late:
-            if is_first_rank():
-                os.write(2, f"hldm: {Stopped(number)}\n".encode())  # sys.stderr's lock may be held
-            os._exit(128 + number)
+            leave_at_once(number)
 
 
 _process = _Process()
+
+
+def is_importing(frame: FrameType | None) -> bool:
+    """Whether a module is being loaded. An exception there may reach C++ that is being initialised, and abort it."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def leave_at_once(number: int) -> NoReturn:
+    """One line, and the end of the process without cleaning up."""
+    if is_first_rank():
+        os.write(2, f"hldm: {Stopped(number)}\n".encode())  # sys.stderr's lock may be held
+    os._exit(128 + number)
 
 
 def launcher_of_this_process() -> int | None:

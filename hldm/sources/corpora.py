@@ -54,7 +54,7 @@ def load_corpora(config: DataConfig) -> dict[Split, Corpus]:
     """
     if not (config.path or config.dataset):
         return {
-            split: make_corpus(f"bible-bbe/{split}", _limited(_bible_chapters(split), config.max_bytes))
+            split: make_corpus(f"bible-bbe/{split}", _limited(_bible_documents(split), config.max_bytes))
             for split in SPLITS
         }
     if config.path:
@@ -216,24 +216,23 @@ def bible_verses() -> dict[int, str]:
     return verses
 
 
-def _bible_chapters(split: Split) -> Generator[bytes, None, None]:
-    """One document a chapter, its verses joined by a space."""
-    held_out = _BOOKS["validation"] | _BOOKS["test"]
+def _bible_chapters(split: Split) -> Generator[list[bytes], None, None]:
+    """The verses of each chapter in the books of a split."""
     for chapter, verses in groupby(sorted(bible_verses().items()), key=lambda item: item[0] // 1000):
-        book = chapter // 1000
-        if book in _BOOKS[split] if split != "train" else book not in held_out:
-            yield " ".join(verse for _, verse in verses).encode()
+        held_out = (name for name, books in _BOOKS.items() if chapter // 1000 in books)
+        if next(held_out, "train") == split:
+            yield [verse.encode() for _, verse in verses]
+
+
+def _bible_documents(split: Split) -> Generator[bytes, None, None]:
+    """One document a chapter, its verses joined by a space."""
+    return (b" ".join(verses) for verses in _bible_chapters(split))
 
 
 def bible_verse_starts(split: Split) -> list[np.ndarray]:
     """Of each document of a split of the built-in text, the places (n,) where its verses start."""
-    held_out, found = _BOOKS["validation"] | _BOOKS["test"], []
-    for chapter, verses in groupby(sorted(bible_verses().items()), key=lambda item: item[0] // 1000):
-        book = chapter // 1000
-        if book in _BOOKS[split] if split != "train" else book not in held_out:
-            length = [len(verse.encode()) + 1 for _, verse in verses]  # and the space after it
-            found.append(np.cumsum([0, *length[:-1]]))
-    return found
+    lengths = ([len(verse) + 1 for verse in verses] for verses in _bible_chapters(split))
+    return [np.cumsum([0, *length[:-1]]) for length in lengths]
 
 
 # ---- files

@@ -14,8 +14,9 @@ import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 MAX_UNPACKED_BYTES, MAX_UNPACKING = 64 * 2**20, 100  # beyond so much, to 100 times its size: a bomb, no text
 HEAD_BYTES = 512  # tar says what it is at byte 257; more is read of the text itself
@@ -70,36 +71,37 @@ _MARKS = (  # how files begin that hold no plain text
 _LETTERS = {b"BZh", b"RIFF", b"ID3", b"ORC", b"GIF8", b"Obj\x01", b"FEA1", b"OggS"}
 
 
-def open_text(file: BinaryIO, name: str) -> BinaryIO:
+def open_text(file: io.BufferedReader, name: str) -> io.BufferedReader:
     """A reader of the same text in UTF-8: unpacked, decoded, without a byte-order mark; line ends as they are.
 
     Raises ValueError, one line, for what its first bytes show to be no text. The bytes themselves are not checked.
     """
-    head, text = _peek(file)
+    head = file.peek(HEAD_BYTES)[:HEAD_BYTES]
     if head.startswith(GZIP):
-        head, text = _peek(_buffered(_Unpacked(text, name)))
+        file = _as_file(_unpacked(file, name))
+        head = file.peek(HEAD_BYTES)[:HEAD_BYTES]
         if head.startswith(GZIP):
             raise ValueError(f"{name}: gzip within gzip: unpack it once")
     if kind := kind_of(head):
         raise ValueError(f"{name}: holds {kind}, not text")
     for mark, encoding in _BOMS:
         if head.startswith(mark):
-            text.read(len(mark))
-            return _buffered(_Blocks(_decoded(text, encoding, name))) if encoding else text
+            file.read(len(mark))
+            return _as_file(_decoded(file, encoding, name)) if encoding else file
     if b"\0" in head:
         raise ValueError(f"{name}: {_why_nul(head)}")
-    return text
+    return file
 
 
-def open_packed(file: BinaryIO, name: str) -> BinaryIO:
+def open_packed(file: io.BufferedReader, name: str) -> BinaryIO:
     """A reader of a parquet file that can be wound back, unpacked if need be. Raises ValueError for other files."""
-    head, _ = _peek(file)
+    head, whole = file.peek(HEAD_BYTES)[:HEAD_BYTES], None
     if head.startswith(GZIP):
-        file = io.BytesIO(_Unpacked(file, name).readall())
-        head, _ = _peek(file)
+        whole = b"".join(_unpacked(file, name))
+        head = whole[:HEAD_BYTES]
     if not head.startswith(PARQUET) and (kind := kind_of(head)):
         raise ValueError(f"{name}: holds {kind}, not rows")
-    return file
+    return file if whole is None else io.BytesIO(whole)
 
 
 def read_text(name: str | Path, limit: int) -> bytes:
@@ -115,7 +117,9 @@ def read_text(name: str | Path, limit: int) -> bytes:
         return _whole_text(file, str(name), limit)
 
 
-def _whole_text(file: BinaryIO, name: str, limit: int) -> bytes:
+def _whole_text(file: Any, name: str, limit: int) -> bytes:
+    if not file.seekable():  # a pipe gives a few bytes at a time; a character of UTF-32 is four of them
+        file = io.BufferedReader(io.BytesIO(read_up_to(file, 4 * limit + HEAD_BYTES)))
     with damage_named(name):
         text = read_up_to(open_text(file, name), limit + 1)
     if len(text) > limit:
@@ -212,30 +216,25 @@ def _guess(text: bytes) -> str:
     return "convert it from its own encoding, such as Shift-JIS, GBK or KOI8-R: iconv -f ENCODING -t UTF-8"
 
 
-def _peek(file: BinaryIO) -> tuple[bytes, BinaryIO]:
-    """(the first bytes, a reader of all of them); a pipe cannot be wound back."""
-    if file.seekable():
-        begin = file.tell()
-        head = read_up_to(file, HEAD_BYTES)
-        file.seek(begin)
-        return head, file
-    head = read_up_to(file, HEAD_BYTES)
-
-    def blocks() -> Iterator[bytes]:
-        yield head
+def _unpacked(packed: BinaryIO, name: str) -> Iterator[bytes]:
+    """What a gzip file holds. Raises ValueError where that is far more than text can be packed to."""
+    begin, size = packed.tell(), 0
+    with gzip.GzipFile(fileobj=packed) as file:
         while block := file.read(BLOCK // 16):
+            size += len(block)
+            if size > max(MAX_UNPACKED_BYTES, MAX_UNPACKING * (packed.tell() - begin)):
+                raise ValueError(
+                    f"{name}: unpacks to more than {MAX_UNPACKING} times its size, which text does not; "
+                    "unpack it yourself if you trust it"
+                )
             yield block
-
-    return head, _buffered(_Blocks(blocks()))
 
 
 def _decoded(file: BinaryIO, encoding: str, name: str) -> Iterator[bytes]:
     """UTF-8 of a file in another encoding, block by block."""
-    decoder = codecs.getincrementaldecoder(encoding)()
     try:
-        while block := file.read(BLOCK // 16):
-            yield decoder.decode(block).encode()
-        yield decoder.decode(b"", final=True).encode()
+        for text in codecs.iterdecode(iter(partial(file.read, BLOCK // 16), b""), encoding):
+            yield text.encode()
     except UnicodeError as error:
         reason = getattr(error, "reason", str(error))
         raise ValueError(
@@ -243,8 +242,8 @@ def _decoded(file: BinaryIO, encoding: str, name: str) -> Iterator[bytes]:
         ) from None
 
 
-def _buffered(file: io.RawIOBase) -> BinaryIO:
-    return io.BufferedReader(file, BLOCK // 16)
+def _as_file(blocks: Iterator[bytes]) -> io.BufferedReader:
+    return io.BufferedReader(_Blocks(blocks), BLOCK // 16)
 
 
 class _Blocks(io.RawIOBase):
@@ -259,49 +258,7 @@ class _Blocks(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Fill a buffer; returns how many bytes, 0 at the end."""
-        while not self._left:
-            block = next(self._blocks, None)
-            if block is None:
-                return 0
-            self._left = block
+        self._left = self._left or next(self._blocks, b"")
         data, self._left = self._left[: len(buffer)], self._left[len(buffer) :]
         buffer[: len(data)] = data
         return len(data)
-
-
-class _Unpacked(io.RawIOBase):
-    """What a gzip file holds; ValueError when that is far more than text can be packed to."""
-
-    def __init__(self, packed: BinaryIO, name: str) -> None:
-        self._packed, self._name = _Counted(packed), name
-        self._file = gzip.GzipFile(fileobj=cast(BinaryIO, self._packed))
-        self._bytes = 0
-
-    def readable(self) -> bool:
-        """True."""
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Unpack into a buffer; returns how many bytes, 0 at the end."""
-        data = self._file.read(len(buffer))
-        buffer[: len(data)] = data
-        self._bytes += len(data)
-        if self._bytes > max(MAX_UNPACKED_BYTES, MAX_UNPACKING * self._packed.bytes):
-            raise ValueError(
-                f"{self._name}: unpacks to more than {MAX_UNPACKING} times its size, which text does not; "
-                "unpack it yourself if you trust it"
-            )
-        return len(data)
-
-
-class _Counted:
-    """A file, and how many bytes were read of it."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self.bytes = file, 0
-
-    def read(self, size: int = -1) -> bytes:
-        """So many bytes."""
-        data = self._file.read(size)
-        self.bytes += len(data)
-        return data

@@ -12,7 +12,6 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -44,26 +43,20 @@ def read_dataset(config: DataConfig) -> Iterator[bytes | ValueError]:
     elif not is_offline:
         require_hub(place)  # datasets itself tries five times, half a minute
 
-    rows: Iterator[Any] = iter(())
+    number = 0  # of the row that is read; 0: none yet
     with _one_voice():
-        # Exception: what the network layer, a decompressor or a format's reader raises has no common base
         try:
-            rows = iter(_open_dataset(config))
+            rows = _open_dataset(config)
+            for number, row in enumerate(rows, start=1):
+                yield text_of(row, config.field, f"{place} ({config.split}) row {number}")
         except MemoryError:
             raise
+        # Exception: what the network layer, a decompressor or a format's reader raises has no common base
         except Exception as error:
-            raise ConfigError(f"{place} cannot be read ({_causes(error)}); {_OTHER_WAYS}") from None
-        for number in count(1):
-            row_place = f"{place} ({config.split}) row {number}"
-            try:
-                row = next(rows, None)
-            except MemoryError:
-                raise
-            except Exception as error:
-                raise ValueError(f"{row_place}: reading stopped ({_causes(error)})") from None
-            if row is None:
-                return
-            yield text_of(row, config.field, row_place)
+            if not number:
+                raise ConfigError(f"{place} cannot be read ({_causes(error)}); {_OTHER_WAYS}") from None
+            row_place = f"{place} ({config.split}) row {number + 1}"
+            raise ValueError(f"{row_place}: reading stopped ({_causes(error)})") from None
 
 
 def _open_dataset(config: DataConfig) -> Any:

@@ -1,25 +1,22 @@
 """`hldm bench`: how fast both stages and the twin train and write on this machine, and where the time goes.
 
-Whatever is compared is measured in one process and in turns, a piece of each again and again, and every figure stands
-beside its twin's. Models are untrained: a step costs the same whatever it has learned. Here are the
-tables' heads; `bench_training`, `bench_writing`, `bench_layers` and `bench_processes` measure.
+Whatever is compared is measured in turns, a piece of each again and again (speeds on a shared machine wander by tens of
+per cent from minute to minute), and every figure stands beside its twin's. Models are untrained: a step costs the same
+whatever it has learned. Under `accelerate launch` training is measured on all processes together.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from hldm.chunking.strategies import attach_segmenter
 from hldm.config import Config, ConfigError
 from hldm.evaluation.tables import Table
 from hldm.runs.folder import describe_environment
-from hldm.sources.corpora import load_corpus
-from hldm.studies import bench_processes, bench_training, bench_writing
+from hldm.studies import bench_training, bench_writing
 
 
 def measure(
@@ -28,8 +25,13 @@ def measure(
     """Everything about a config and its twin, as plain numbers. `report` makes tables of it.
 
     only: "training" or "writing";  long: also after long prompts
-    Raises ConfigError unless the one has latents and the other has none.
+    Raises ConfigError unless the one has latents and the other has none; and for writing on several processes.
     """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1 and only != "training":
+        raise ConfigError(
+            f"{processes} processes can train together, each writes on its own: --only training"
+        )
     if config.is_twin or not twin.is_twin:
         raise ConfigError(
             f"a bench needs a config with latents and a twin without, got autoencoder.latent_dim "
@@ -37,73 +39,48 @@ def measure(
         )
     # else the profiler tells standard error whenever it starts and stops
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    corpora = {data: load_corpus(data, "train") for data in {config.data, twin.data}}
-    corpus = corpora[config.data]
     torch.manual_seed(config.seed)
-    segmenters = {
-        part.chunking: bench_training.quick_segmenter(part, corpora[part.data]) for part in (config, twin)
+    parts = {
+        "stage one": (config, "autoencoder"),
+        "stage two": (config, "prior"),
+        "twin": (twin, "autoencoder"),
     }
-    windows = bench_training.windows_of(config, corpus, segmenters[config.chunking])
-    twin_windows = bench_training.windows_of(twin, corpora[twin.data], segmenters[twin.chunking])
-    one, two = bench_training.stage_one(config), bench_training.stage_two(config, windows)
-    plain = bench_training.stage_one(twin)
-    stages = {}
-    for name, part, stage, objective, text in (
-        ("stage one", config, "autoencoder", one, windows),
-        ("stage two", config, "prior", two, windows),
-        ("twin", twin, "autoencoder", plain, twin_windows),
-    ):
-        segmenter = segmenters[part.chunking]
-        if segmenter is not None:
-            attach_segmenter(objective.autoencoder, segmenter)
-        stages[name] = bench_training.trainer_of(part, stage, objective, text)
-    device = stages["twin"].accelerator.device
-    found = _head(config, steps, str(device))
-    if only != "writing":
-        found |= bench_training.measure(stages, steps)
-    if only != "training":
-        for autoencoder in (two.autoencoder, plain.autoencoder):
-            bench_writing.write_like(autoencoder, corpus, windows.chunks)
-        two.eval()
-        plain.eval()
-        model = bench_writing.contestant(two.autoencoder, two.prior, config, corpus)
-        contestants = {
-            "model": model,
-            "twin": bench_writing.contestant(plain.autoencoder, None, twin, corpus),
-            "GPT-2": bench_writing.gpt2_contestant(model.parameters, corpus, device),
-        }
-        found["generation"] = bench_writing.measure(contestants, long=long)
-    return found
-
-
-def measure_processes(config: Config, *, steps: int = 10, launch: Path | None = None) -> dict[str, Any]:
-    """Stage one on one process beside several, started by accelerate with the file `launch`."""
-    found = bench_processes.measure(config, steps, launch or bench_processes.TWO_PROCESSES)
-    return {**_head(config, steps, found["one process"]["device"]), "processes": found}
-
-
-def _head(config: Config, steps: int, device: str) -> dict[str, Any]:
-    """What was measured, and on what."""
+    stages = {name: bench_training.trainer_of(*part) for name, part in parts.items()}
+    accelerator = stages["twin"].accelerator
     environment = describe_environment()
     machine = {name: environment[name] for name in ("cpu", "cores", "threads", "torch", "platform", "commit")}
-    return {
-        "machine": {**machine, "device": device},
+    found: dict[str, Any] = {
+        "machine": {**machine, "device": str(accelerator.device), "processes": processes},
         "config": config.name,
         "steps": steps,
         "bytes_per_step": config.data.lanes * config.data.window_bytes,
     }
+    if only != "writing":
+        found |= bench_training.measure(stages, steps)
+        accelerator.end_training()
+    if only != "training":
+        two, plain = stages["stage two"].objective, stages["twin"].objective
+        windows = stages["stage two"].windows
+        corpus = windows.corpus
+        for objective in (two, plain):
+            bench_writing.write_like(objective.eval().autoencoder, corpus, windows.chunks)
+        model = bench_writing.contestant(two.autoencoder, two.prior, config, corpus)
+        contestants = {
+            "model": model,
+            "twin": bench_writing.contestant(plain.autoencoder, None, twin, corpus),
+            "GPT-2": bench_writing.gpt2_contestant(model.parameters, corpus, accelerator.device),
+        }
+        found["generation"] = bench_writing.measure(contestants, long=long)
+    return found
 
 
 def report(found: Mapping[str, Any]) -> list[str | Table]:
     """What `measure` found: a head, and the tables."""
     machine = found["machine"]
     head = f"{machine['cpu']}, {machine['device']}, {machine['threads']} thread(s), torch {machine['torch']}"
+    if machine["processes"] > 1:
+        head += f", {machine['processes']} processes"
     tables = []
-    if "processes" in found:
-        head += (
-            f"\n{found['config']}: {found['bytes_per_step']:,} bytes a step, {found['steps']} steps a turn"
-        )
-        tables.append(bench_processes.report(found["processes"]))
     if "training" in found:
         n = bench_training.GEMM_SIZE
         head += (

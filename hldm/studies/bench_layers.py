@@ -8,8 +8,7 @@ must read two numbers and write one, backward read three and write two.
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,6 +21,7 @@ from hldm.evaluation.tables import Table, cell
 from hldm.kernels.library import kernels, library, without_kernels
 from hldm.kernels.scan import BACKENDS, can_run, linear_scan_by
 from hldm.model.griffin import RGLRU, AttentionBlock, Griffin, Layout
+from hldm.runs.clock import in_turns
 
 BYTES_FORWARD, BYTES_BOTH = 12, 32  # that a scan must move, of float32, an element
 WARM_UP = 2
@@ -35,39 +35,29 @@ LAYERS = ((1, 1024, 128), (16, 256, 128))
 ATTENTION = ((1, 1024, 128), (16, 256, 128))
 STEPS = (1, 8, 64)  # rows of the batch
 WAYS = ("forward", "forward and backward")
+COLUMNS: Mapping[str, tuple[str, str]] = {  # of the table: key and format
+    "ms, least": ("ms_least", ".3f"),
+    "median": ("ms_median", ".3f"),
+    "faster": ("times_faster", ".1f"),
+    "GB/s": ("gb_per_second", ".1f"),
+    "of stream": ("share_of_stream", ".0%"),
+}
 HEADS, CHUNK = 4, 6  # as configs/small.yaml; positions of a chunk, about those of its text
 
 # by name: what computes, and the tensors that backward finds gradients of
 Works = Mapping[str, tuple[Callable[[], Tensor], Sequence[Tensor]]]
 
 
-def in_turns(works: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each piece of work, one after another, again and again."""
-    seconds: dict[str, list[float]] = {name: [] for name in works}
-    for turn in range(-WARM_UP, repeats):
-        for name, work in works.items():
-            began = time.perf_counter()
-            work()
-            if turn >= 0:
-                seconds[name].append(time.perf_counter() - began)
-    return seconds
-
-
-def _figures(
-    works: Works, against: str, repeats: int, ways: Sequence[str] = WAYS
-) -> dict[str, dict[str, dict[str, float]]]:
+def _figures(works: Works, against: str, repeats: int, ways: Sequence[str] = WAYS) -> dict[str, Any]:
     """Forward, then forward and backward: least and median milliseconds of each, how many times faster than `against`.
 
     A piece of work without tensors to find gradients of is the same both ways.
     """
     found = {}
     for way in ways:
-        turns: dict[str, Callable[[], Any]] = {
-            name: partial(_both_ways, work, wanted) if wanted and way != "forward" else work
-            for name, (work, wanted) in works.items()
-        }
+        turns = {name: partial(_run, *work, way != "forward") for name, work in works.items()}
         with torch.set_grad_enabled(way != "forward"):
-            times = in_turns(turns, repeats)
+            times = {name: [s for _, s in turn] for name, turn in in_turns(turns, repeats, WARM_UP).items()}
         found[way] = {
             name: {
                 "ms_least": 1e3 * min(seconds),
@@ -79,7 +69,14 @@ def _figures(
     return found
 
 
-def _in_torch(work: Callable[[], Any]) -> Any:
+def _run(work: Callable[[], Tensor], wanted: Sequence[Tensor], both_ways: bool) -> None:
+    """Forward, and backward with the output as its own gradient."""
+    y = work()
+    if both_ways and wanted:
+        torch.autograd.grad(y, wanted, y.detach())
+
+
+def _in_torch(work: Callable[[], Tensor]) -> Tensor:
     with without_kernels():
         return work()
 
@@ -88,12 +85,6 @@ def _with_and_without_kernels(work: Callable[[], Tensor], wanted: Sequence[Tenso
     """The same in torch alone and, where they are there, with C++ kernels."""
     turns: Works = {"torch": (partial(_in_torch, work), wanted)}
     return {**turns, "cpp": (work, wanted)} if library() else turns
-
-
-def _both_ways(work: Callable[[], Tensor], wanted: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Forward, and backward with the output as its own gradient."""
-    y = work()
-    return torch.autograd.grad(y, wanted, y.detach())
 
 
 def time_scan(shape: tuple[int, int, int], repeats: int) -> dict[str, Any]:
@@ -204,21 +195,13 @@ def measure(*, repeats: int = 10) -> dict[str, Any]:
 def report(found: Mapping[str, Any]) -> list[str | Table]:
     """What `measure` found: the machine, and a row a measurement."""
     machine = found["machine"]
+    told = f"torch {machine['torch']}, {machine['threads']} thread(s); C++ kernels: {machine['kernels']}"
     rows = [
-        [f"{part} {size}, {way}", name, *_cells(figures)]
+        [f"{part} {size}, {way}", form, *(cell(figures.get(key), spec) for key, spec in COLUMNS.values())]
         for part, sizes in found.items()
         if part != "machine"
         for size, ways in sizes.items()
-        for way, names in ways.items()
-        for name, figures in names.items()
+        for way, forms in ways.items()
+        for form, figures in forms.items()
     ]
-    told = f"torch {machine['torch']}, {machine['threads']} thread(s); C++ kernels: {machine['kernels']}"
-    return [told, Table(["", "form", "ms, least", "median", "faster", "GB/s", "of stream"], rows)]
-
-
-def _cells(figures: Mapping[str, float]) -> Iterator[str]:
-    yield cell(figures["ms_least"], ".3f")
-    yield cell(figures["ms_median"], ".3f")
-    yield f"{figures['times_faster']:.1f}x"
-    yield cell(figures.get("gb_per_second"), ".1f")
-    yield cell(figures.get("share_of_stream"), ".0%")
+    return [told, Table(["", "form", *COLUMNS], rows)]

@@ -1,8 +1,4 @@
-"""How fast both stages and the twin train, and where the time of a step goes.
-
-Speeds on a shared machine wander by tens of per cent from minute to minute. So the stages take steps in turns, and
-each figure stands beside the twin's. Models are untrained: a step costs the same whatever it has learned.
-"""
+"""How fast both stages and the twin train, and where the time of a step goes."""
 
 from __future__ import annotations
 
@@ -10,7 +6,7 @@ import math
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -22,17 +18,16 @@ from torch.utils._pytree import tree_leaves
 
 from hldm.chunking.chunker import make_chunker
 from hldm.chunking.segmenter import Segmenter
-from hldm.config import Config, LoggingConfig, changed
+from hldm.chunking.strategies import attach_segmenter
+from hldm.config import ChunkingConfig, Config, DataConfig, LoggingConfig, changed
 from hldm.evaluation.tables import Table, row
-from hldm.model.autoencoder import Autoencoder
-from hldm.model.prior import Prior
-from hldm.runs.clock import seconds_of
+from hldm.runs.clock import in_turns, median_ratio, timed
 from hldm.runs.folder import Run
 from hldm.runs.machine import peak_memory
-from hldm.text.corpus import Corpus
+from hldm.sources.corpora import load_corpus
 from hldm.text.windows import Windows
-from hldm.training.objectives import AutoencoderObjective, PriorObjective
 from hldm.training.segmenters import train_segmenter
+from hldm.training.sizes import untrained
 from hldm.training.stage import make_accelerator
 from hldm.training.trainer import Trainer, TrainingDiverged
 
@@ -47,43 +42,24 @@ SEGMENTER_STEPS = 20  # a policy that has never moved starts everywhere or nowhe
 STEP = "hldm.studies.bench: a training step"  # marks a step in the profile; its own time is what no operator took
 
 
-# ---- the parts, as hldm.training.stages puts them together
+@lru_cache(maxsize=2)  # both stages train on the same
+def text_of(data: DataConfig, chunking: ChunkingConfig, seed: int) -> tuple[Windows, Segmenter | None]:
+    """What a config trains on, and what cuts it: a segmenter that is hardly trained, None where it takes none."""
+    corpus, segmenter = load_corpus(data, "train"), None
+    if chunking.needs_segmenter:
+        few = changed(chunking.segmenter, steps=SEGMENTER_STEPS, minutes=0.0)
+        segmenter = train_segmenter(changed(chunking, segmenter=few), corpus, seed=seed)
+    chunker = make_chunker(chunking, segmenter)
+    windows = Windows(corpus, chunker, lanes=data.lanes, window_bytes=data.window_bytes, seed=seed)
+    return windows, segmenter
 
 
-def quick_segmenter(config: Config, corpus: Corpus) -> Segmenter | None:
-    """What the config's strategy asks, hardly trained, its chunks as long as is wanted; None where it asks none."""
-    chunking = config.chunking
-    if not chunking.needs_segmenter:
-        return None
-    few = changed(chunking.segmenter, steps=SEGMENTER_STEPS, minutes=0.0)
-    return train_segmenter(changed(chunking, segmenter=few), corpus, seed=config.seed)
-
-
-def windows_of(config: Config, corpus: Corpus, segmenter: Segmenter | None = None) -> Windows:
-    """What a config trains on. Raises ConfigError where that takes a segmenter and none is given."""
-    data = config.data
-    chunker = make_chunker(config.chunking, segmenter)
-    return Windows(corpus, chunker, lanes=data.lanes, window_bytes=data.window_bytes, seed=config.seed)
-
-
-def stage_one(config: Config) -> AutoencoderObjective:
-    """An untrained autoencoder and what it minimises."""
-    autoencoder = Autoencoder.from_settings(config.autoencoder, config.chunking)
-    if config.training.autoencoder.gradient_checkpointing:
-        autoencoder.enable_gradient_checkpointing()
-    return AutoencoderObjective(autoencoder, config.autoencoder, config.diffusion.gamma_0)
-
-
-def stage_two(config: Config, windows: Windows) -> PriorObjective:
-    """An untrained prior and what it minimises, on latents that are noise."""
-    autoencoder = Autoencoder.from_settings(config.autoencoder, config.chunking)
-    prior = Prior.from_settings(config.autoencoder, config.prior, config.hierarchy, config.diffusion)
-    return PriorObjective(prior, autoencoder, config.training.prior.joint)
-
-
-def trainer_of(config: Config, stage: str, objective: Any, windows: Windows) -> Trainer:
-    """What trains a stage, with a run that writes nothing."""
-    training = getattr(config.training, stage)
+def trainer_of(config: Config, stage: str) -> Trainer:
+    """What trains a stage ("autoencoder" or "prior"), with a run that writes nothing."""
+    windows, segmenter = text_of(config.data, config.chunking, config.seed)
+    training, objective = getattr(config.training, stage), untrained(config, stage)
+    if segmenter is not None:
+        attach_segmenter(objective.autoencoder, segmenter)
     trainer = Trainer(
         objective,
         windows,
@@ -103,39 +79,32 @@ def trainer_of(config: Config, stage: str, objective: Any, windows: Windows) -> 
 
 def gemm_peak(device: torch.device) -> float:
     """The most GFLOP/s that a large float32 matrix product reaches here, on the threads torch has."""
-    a, b = torch.randn(2, GEMM_SIZE, GEMM_SIZE, device=device)
-    seconds = min(seconds_of(lambda: torch.mm(a, b)) for _ in range(GEMM_REPEATS))
+    a, b, c = torch.randn(3, GEMM_SIZE, GEMM_SIZE, device=device)
+    seconds = min(timed(lambda: torch.mm(a, b, out=c))[1] for _ in range(GEMM_REPEATS))
     return 2 * GEMM_SIZE**3 / seconds / 1e9
 
 
-def _step(trainer: Trainer) -> None:
-    """A whole optimizer step as training takes it, at the peak learning rate."""
+def _step(trainer: Trainer) -> int:
+    """A whole optimizer step as training takes it, at the peak learning rate; returns its characters."""
+    before = trainer.totals.characters
     if trainer.step(trainer.config.warmup) is None:
         raise TrainingDiverged("a step was not finite and so was not whole: lower training's learning_rate")
+    return trainer.totals.characters - before
 
 
 def time_steps(stages: Mapping[str, Trainer], steps: int) -> dict[str, dict[str, Any]]:
-    """Characters per second of each stage, their steps taken in turns, and the ratio to the last one's.
-
-    The ratio is the median over turns: what slows a turn slows both halves of it.
-    """
-    rates: dict[str, list[float]] = {name: [] for name in stages}
-    seconds: dict[str, list[float]] = {name: [] for name in stages}
-    for turn in range(-WARM_UP_STEPS, steps):
-        for name, trainer in stages.items():
-            before = trainer.totals.characters
-            took = seconds_of(partial(_step, trainer))
-            if turn >= 0:
-                seconds[name].append(took)
-                rates[name].append((trainer.totals.characters - before) / took)
-    last = rates[list(stages)[-1]]
+    """Characters per second of each stage, and the ratio to the last one's: a median over turns."""
+    turns = in_turns(
+        {name: partial(_step, trainer) for name, trainer in stages.items()}, steps, WARM_UP_STEPS
+    )
+    rates = {name: [characters / seconds for characters, seconds in found] for name, found in turns.items()}
     return {
         name: {
             "parameters": sum(p.numel() for p in trainer.objective.parameters() if p.requires_grad),
             "characters_per_second": statistics.median(rates[name]),
             "characters_per_second_best": max(rates[name]),
-            "ratio_to_twin": statistics.median(a / b for a, b in zip(rates[name], last, strict=True)),
-            "seconds_per_step": statistics.median(seconds[name]),
+            "ratio_to_twin": median_ratio(rates[name], rates[list(stages)[-1]]),
+            "seconds_per_step": statistics.median(seconds for _, seconds in turns[name]),
         }
         for name, trainer in stages.items()
     }
@@ -148,7 +117,7 @@ def time_saving(trainer: Trainer, seconds_per_step: float) -> dict[str, float]:
         # each in a folder of its own: a step that is saved already is not saved again
         with TemporaryDirectory(dir=".", prefix=".bench-") as folder:
             trainer.run = Run(Path(folder), is_main=True, say=print)
-            seconds.append(seconds_of(lambda: trainer.save(print)))
+            seconds.append(timed(lambda: trainer.save(print))[1])
     trainer.run = run
     save = statistics.median(seconds)
     return {
@@ -169,8 +138,7 @@ def memory_of(trainer: Trainer) -> dict[str, int] | None:
     models = [trainer.objective, *([] if trainer.average is None else [trainer.average])]
     states = [list(optimizer.state.values()) for optimizer in trainer.optimizers]
     leaves = tree_leaves([[dict(model.state_dict()) for model in models], states, trainer.carries])
-    held = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    size = sum(tensor.nbytes for tensor in held)
+    size = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
     return {"held_bytes": size, "step_bytes": step, "peak_bytes": size + step}
 
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +22,7 @@ from hldm.generation.chunk import Piece
 from hldm.generation.writer import Writer, make_writer, row_generators
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.prior import Prior
-from hldm.runs.clock import wait_for_device
+from hldm.runs.clock import in_turns, median_ratio, timed
 from hldm.runs.machine import peak_memory
 from hldm.text.bytes import END_OF_CHUNK, OUTPUTS, count_characters
 from hldm.text.corpus import Corpus
@@ -137,7 +136,7 @@ class GPT2Writer:
         """The next symbols (b 1) after more text (b t)."""
         found = self.model(text, past_key_values=past, use_cache=True, logits_to_keep=1)
         self.past = found.past_key_values
-        return found.logits[:, -1, :256].argmax(dim=-1, keepdim=True)
+        return found.logits[:, -1, :128].argmax(dim=-1, keepdim=True)  # ASCII: each byte is a character
 
     def write(self) -> list[Piece]:
         """GPT2_PIECE bytes more a row."""
@@ -162,46 +161,31 @@ def prompts(corpus: Corpus, case: Case) -> list[bytes]:
 
 
 class Continuing:
-    """Prompts being continued, and what that has cost."""
+    """Prompts being continued, and what reading them took."""
 
     def __init__(self, contestant: Contestant, case: Case):
-        self.rows, self.rates, self.characters = case.rows, list[float](), 0
+        self.least = max(CHARACTERS_A_TURN * case.rows, CHARACTERS_AT_LEAST)
 
         def begin() -> None:
-            began = time.perf_counter()
-            self.writer = contestant.start(case)
-            wait_for_device()
-            self.reading_seconds = time.perf_counter() - began
-            self._write()  # warm-up
+            self.writer, self.reading_seconds = timed(lambda: contestant.start(case))
+            self.write()  # warm-up
 
         self.peak, self.growth = peak_memory(begin)
         self.calls_before = self.writer.calls
 
-    def _write(self) -> tuple[int, float]:
-        """Characters of a turn, and its seconds."""
-        characters, began = 0, time.perf_counter()
-        while characters < max(CHARACTERS_A_TURN * self.rows, CHARACTERS_AT_LEAST):
-            pieces = self.writer.write()
-            wait_for_device()
-            # a byte is a character to a GPT-2, which writes no text
-            characters += sum(
-                len(p.text) if isinstance(self.writer, GPT2Writer) else count_characters(p.text)
-                for p in pieces
-            )
-        return characters, time.perf_counter() - began
+    def write(self) -> int:
+        """A turn more; returns its characters."""
+        characters = 0
+        while characters < self.least:
+            characters += sum(count_characters(piece.text) for piece in self.writer.write())
+        return characters
 
-    def write(self) -> None:
-        """A turn more."""
-        characters, seconds = self._write()
-        self.characters += characters
-        self.rates.append(characters / seconds)
-
-    def found(self) -> dict[str, Any]:
-        """The figures of `report`."""
+    def figures(self, characters: int, rates: Sequence[float]) -> dict[str, Any]:
+        """Those of `report`. characters: of all turns;  rates: characters per second of each"""
         return {
-            "characters_per_second": statistics.median(self.rates),
-            "characters_per_second_best": max(self.rates),
-            "characters": self.characters,
+            "characters_per_second": statistics.median(rates),
+            "characters_per_second_best": max(rates),
+            "characters": characters,
             "denoiser_calls": self.writer.calls - self.calls_before,
             "reading_seconds": self.reading_seconds,
             "peak_bytes": self.peak,
@@ -220,25 +204,23 @@ def measure(contestants: Mapping[str, Contestant], *, long: bool = False) -> dic
             labels[asked[-1][1]] = f"1 with {steps} denoising steps"
     with torch.no_grad():
         running = {(name, case): Continuing(contestants[name], case) for name, case in asked}
-        for _ in range(TURNS):
-            for continuing in running.values():
-                continuing.write()
+        turns = in_turns({key: continuing.write for key, continuing in running.items()}, TURNS)
+    rates = {key: [characters / seconds for characters, seconds in found] for key, found in turns.items()}
     found: dict[str, dict[str, Any]] = {
         name: {"parameters": someone.parameters} for name, someone in contestants.items()
     }
     for (name, case), continuing in running.items():
         same = case._replace(steps=None)  # that everyone was asked
-        against = {f"over_{other}": running[other, same] for other in contestants if other != name}
-        short = running.get((name, same._replace(prompt_bytes=shortest.prompt_bytes)))
-        if short is not None and case.prompt_bytes != shortest.prompt_bytes:
-            against["over_short_prompt"] = short
+        against = {f"over_{other}": (other, same) for other in contestants if other != name}
+        if case.prompt_bytes != shortest.prompt_bytes:
+            against["over_short_prompt"] = (name, same._replace(prompt_bytes=shortest.prompt_bytes))
         ratios = {
-            key: statistics.median(
-                ours / theirs for ours, theirs in zip(continuing.rates, other.rates, strict=True)
-            )
+            key: median_ratio(rates[name, case], rates[other])
             for key, other in against.items()
+            if other in rates
         }
-        found[name][labels[case]] = continuing.found() | ratios
+        characters = sum(characters for characters, _ in turns[name, case])
+        found[name][labels[case]] = continuing.figures(characters, rates[name, case]) | ratios
     return found
 
 

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from hldm.config import AutoencoderConfig
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.likelihood import noisy_latents, read_chunks
-from hldm.model.mixture import MixturePredictor
+from hldm.model.mixture import LOGIT_CAP, MixturePredictor
 from hldm.model.prior import Prior, price_latents
 from hldm.model.state import ContextState, DecoderState, EncoderState, map_carry
+from hldm.model.vitals import signs_of_latents, signs_of_schedule, signs_of_weights
 from hldm.text.windows import Batch, draw_normal
 
 
@@ -62,7 +63,10 @@ class AutoencoderObjective(nn.Module):
         self.autoencoder, self.settings, self.gamma_0 = autoencoder, settings, gamma_0
         self.mixture: MixturePredictor | None = None  # what prices the latents; stage two starts from it
         if autoencoder.latent_dim and settings.components:
-            self.mixture = MixturePredictor(settings.known_width, autoencoder.latent_dim, settings.components)
+            self.mixture = MixturePredictor(
+                settings.known_width, autoencoder.latent_dim, settings.components, LOGIT_CAP
+            )
+        self._seen: tuple[Tensor, ...] = ()  # of the last batch: its mask, latents and log weights
 
     def initial_carry(self, rows: int, device: torch.device) -> Carry:
         """State before the first window."""
@@ -77,6 +81,15 @@ class AutoencoderObjective(nn.Module):
         if self.autoencoder.latent_dim:
             self.autoencoder.normaliser.update(skipped)
 
+    def signs(self) -> dict[str, float]:
+        """Whether latents and mixture are alive (`hldm.model.vitals`), by the last batch."""
+        if not self._seen:
+            return {}
+        mask, latents, *log_weights = self._seen
+        return signs_of_latents(latents[mask]) | (
+            signs_of_weights(log_weights[0][mask]) if log_weights else {}
+        )
+
     def forward(self, batch: Batch, carry: Carry, generator: torch.Generator, progress: float) -> Step:
         """Loss of one window."""
         autoencoder, settings = self.autoencoder, self.settings
@@ -85,11 +98,13 @@ class AutoencoderObjective(nn.Module):
         if encoder is not None:
             encoding, encoder = autoencoder.encode(batch, encoder)
             z_0 = noisy_latents(encoding, self.gamma_0, batch, generator)
+            self._seen = (encoding.mask, encoding.latents.detach())
             if self.mixture is not None:
                 noise = draw_normal(batch, encoding.latents.shape[1:], generator)
                 weights = self.mixture.log_weights(encoding.before)
                 nats = self.mixture.rate(encoding.latents, noise, self.gamma_0, weights)
                 rates = {"latent": (nats * encoding.mask).sum()}
+                self._seen += (weights.detach(),)
         assert carry.decoder is not None
         reading, decoder = read_chunks(autoencoder, batch, z_0, carry.decoder, encoding)
         paid_for = {"decoder": reading.nats.sum(), **rates}
@@ -113,6 +128,7 @@ class PriorObjective(nn.Module):
     def __init__(self, prior: Prior, autoencoder: Autoencoder, joint: float):
         super().__init__()
         self.prior, self.autoencoder, self.joint = prior, autoencoder, joint
+        self._seen: tuple[Tensor, ...] = ()  # of the last batch: its mask and latents
         if not joint:
             autoencoder.requires_grad_(False)
 
@@ -134,12 +150,20 @@ class PriorObjective(nn.Module):
         """Fold the step's statistics into the schedule; forget them when it was not finite."""
         self.prior.schedule.update(skipped)
 
+    def signs(self) -> dict[str, float]:
+        """Whether latents and schedule are alive (`hldm.model.vitals`), by the last batch."""
+        if not self._seen:
+            return {}
+        mask, latents = self._seen
+        return signs_of_latents(latents[mask]) | signs_of_schedule(self.prior.schedule)
+
     def forward(self, batch: Batch, carry: Carry, generator: torch.Generator, progress: float) -> Step:
         """Loss of one window."""
         jointly = self.joint > 0 and progress >= 1 - self.joint
         assert carry.encoder is not None
         with torch.set_grad_enabled(jointly):
             encoding, encoder = self.autoencoder.encode(batch, carry.encoder)
+        self._seen = (encoding.mask, encoding.latents.detach())
         context, context_state = self.prior.contextualiser(
             encoding.latents, encoding.mask, encoding.doc_start, carry.context, encoding.after
         )

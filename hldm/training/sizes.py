@@ -103,18 +103,24 @@ def text_bytes(data: DataConfig) -> int:
 # ---- what it consists of
 
 
+def untrained(config: Config, stage: str) -> AutoencoderObjective | PriorObjective:
+    """What a stage ("autoencoder" or "prior") trains, on whatever device is the default."""
+    autoencoder = Autoencoder.from_settings(config.autoencoder, config.chunking)
+    if stage == "autoencoder":
+        if config.training.autoencoder.gradient_checkpointing:
+            autoencoder.enable_gradient_checkpointing()
+        return AutoencoderObjective(autoencoder, config.autoencoder, config.diffusion.gamma_0)
+    prior = Prior.from_settings(config.autoencoder, config.prior, config.hierarchy, config.diffusion)
+    return PriorObjective(prior, autoencoder, config.training.prior.joint)
+
+
 @lru_cache(maxsize=4)  # asked for several times
 def shapes_of(config: Config, stage: str) -> tuple[AutoencoderObjective | PriorObjective, Segmenter | None]:
-    """What a stage ("autoencoder" or "prior") trains, and the segmenter it asks, if any, without memory."""
+    """The same without memory, and the segmenter that the stage asks, if any."""
+    strategy = config.chunking.strategy
     with torch.device("meta"):
-        segmenter = None
-        if config.chunking.needs_segmenter:
-            segmenter = SEGMENTERS[config.chunking.strategy].from_settings(config.chunking)
-        autoencoder = Autoencoder.from_settings(config.autoencoder, config.chunking)
-        if stage == "autoencoder":
-            return AutoencoderObjective(autoencoder, config.autoencoder, config.diffusion.gamma_0), segmenter
-        prior = Prior.from_settings(config.autoencoder, config.prior, config.hierarchy, config.diffusion)
-        return PriorObjective(prior, autoencoder, config.training.prior.joint), segmenter
+        segmenter = SEGMENTERS[strategy].from_settings(config.chunking) if strategy in SEGMENTERS else None
+        return untrained(config, stage), segmenter
 
 
 def count(module: nn.Module | None) -> int:

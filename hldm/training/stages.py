@@ -176,10 +176,13 @@ def opening(chunker: Chunker, corpus: Corpus) -> bytes:
 
 def _first_prior(folder: Path, config: Config) -> Prior:
     """Stage two starts from stage one's mixture."""
-    prior = Prior.from_settings(config.autoencoder, config.prior, config.hierarchy, config.diffusion)
-    if prior.mixture is not None:
-        mixture = MixturePredictor.from_pretrained(folder / "autoencoder" / "rate")
-        prior.mixture.load_state_dict(mixture.state_dict())
+    sections = (config.autoencoder, config.prior, config.hierarchy, config.diffusion)
+    if not config.autoencoder.components:
+        return Prior.from_settings(*sections)
+    mixture = MixturePredictor.from_pretrained(folder / "autoencoder" / "rate")
+    prior = Prior.from_settings(*sections, logit_cap=mixture.logit_cap)  # one trained before had none
+    assert prior.mixture is not None
+    prior.mixture.load_state_dict(mixture.state_dict())
     return prior
 
 

@@ -22,6 +22,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from hldm.config import CheckpointConfig, ConfigError, LoggingConfig, TrainingConfig
 from hldm.model.state import map_carry, named_tensors
+from hldm.model.vitals import complaints
 from hldm.runs.checkpoints import (
     Checkpoint,
     checkpoints_in,
@@ -42,6 +43,7 @@ from hldm.text.windows import Batch, Windows
 from hldm.training.optimizers import Average, learning_rate, make_optimizers
 
 CLIP_EPS = 1e-6  # what torch's clipping adds to the norm
+YOUNG = 0.1  # of the progress: before it a model may yet come alive
 MAX_SKIPPED_STEPS = 3  # non-finite steps in a row before a run gives up
 
 
@@ -94,6 +96,7 @@ class Trainer:
         self.recent = Recent()
         self.spikes = Spikes()
         self.quiet_until = 0  # step before which no more spikes are said
+        self.quiet_signs: set[str] = set()  # of what is dead and has been said to be
         self.failures: list[dict[str, Any]] = []  # what is known of the steps skipped in a row
 
     # --- state on disk -------------------------------------------------------------------------
@@ -310,6 +313,7 @@ class Trainer:
                     rate = self.totals.characters / max(seconds, 1e-9)
                     metrics |= {"characters_per_second": rate, "seconds": seconds}
                     if step % self.logging.every == 0 and self.accelerator.is_main_process:
+                        metrics |= self._signs(step, progress, say)
                         self.run.log(step, characters=self.totals.characters, **metrics)
                         self.accelerator.log(metrics, step=step)
                     bar.advance(step, self.progress(), metrics, every=self.logging.every)
@@ -325,6 +329,9 @@ class Trainer:
                     f"{self.run.folder}: no step was taken, for what came before took {self.totals.prepared:.0f} s of "
                     f"{self.config.minutes:g} minutes: give it more, or a segmenter less (chunking.segmenter.minutes)"
                 )
+            if self.accelerator.is_main_process:
+                self.quiet_signs.clear()  # what is dead at the end is said again
+                self._signs(self.totals.steps, 1.0, say)
             path = self.save(say)
             if self.average is not None:
                 self.objective.load_state_dict(self.average.module.state_dict())
@@ -344,6 +351,17 @@ class Trainer:
                 self.run.sample(self.totals.steps, on_sample(model))
             self.objective.train()
         self.accelerator.wait_for_everyone()
+
+    def _signs(self, step: int, progress: float, say: Callable[[str], None]) -> dict[str, float]:
+        """Signs of life to log (`hldm.model.vitals`); a line when something has died, and another if it dies again."""
+        signs: dict[str, float] = self.objective.signs()
+        dead = complaints(signs) if progress >= YOUNG else {}
+        for sign, line in dead.items():
+            if sign not in self.quiet_signs:
+                self.run.log(step, event=f"dead: {sign}")
+                say(f"step {step}: {line}")
+        self.quiet_signs = set(dead)
+        return signs
 
     def _report_spike(self, step: int, norm: float, say: Callable[[str], None]) -> None:
         """Log a gradient norm far above those before; it was clipped like any other."""

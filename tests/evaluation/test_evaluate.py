@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hldm.cli import evaluate
-from hldm.config import config_from_dict, to_yaml
+from hldm.config import Config, section_from_dict, to_yaml
 from hldm.evaluation import evaluate as evaluation
 from hldm.evaluation.evaluate import evaluate_run
 from hldm.evaluation.tables import compare
@@ -25,7 +25,7 @@ FEW = ["--prompts", "3", "--max-characters", "20", "--draws", "2"]
 
 KEYS = {  # of every evaluation: the latent model's and the twin's
     "": "run split commit seed draws samples characters bits_per_character perplexity characters_per_chunk "
-    "reconstruction prompts rouge diversity rechunked speed cost by_distance context",
+    "reconstruction alive prompts rouge diversity rechunked speed cost by_distance context",
     "bits_per_character": "bound standard_error standard_error_text latent decoder end importance",
     "perplexity": "character word",
     "rouge": "rouge1 rouge2 rougeL baselines",
@@ -43,6 +43,7 @@ KEYS = {  # of every evaluation: the latent model's and the twin's
 RECONSTRUCTION_KEYS = {
     "reconstruction": "byte_accuracy chunk_accuracy written_accuracy noisy clean chunks",
     "reconstruction.clean": "byte_accuracy chunk_accuracy written_accuracy",
+    "alive": "rank dimensions dead_dimensions weights_bits prototypes largest_bin complaints",
 }
 
 
@@ -55,14 +56,15 @@ def runs(tmp_path_factory):
     text.write_text(" ".join(words))
     for name, latent_dim in (("model", 4), ("twin", 0)):
         torch.manual_seed(0)
-        config = config_from_dict(
+        config = section_from_dict(
+            Config,
             {
                 "name": name,
                 "data": {"path": str(text), "held_out": 0.1},
                 "autoencoder": {"latent_dim": latent_dim, "encoder": GRIFFIN, "decoder": GRIFFIN},
                 "prior": PRIOR,
                 "generation": {"steps": 2},
-            }
+            },
         )
         autoencoder = Autoencoder.from_settings(config.autoencoder, config.chunking)
         torch.nn.init.zeros_(autoencoder.outputs.weight)
@@ -97,6 +99,7 @@ def test_a_latent_model_and_its_twin_have_the_same_keys_in_json_and_table(runs, 
         for key, names in (KEYS | (RECONSTRUCTION_KEYS if name == "model" else {})).items():
             assert set(look_up(columns[name], key)) == set(names.split()), key
         table = capsys.readouterr().out
+        assert ("dimensions of the latents do not vary" in table) == (name == "model")  # untrained
         for words in (
             "bits per character",
             "perplexity",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hldm.chunking.chunker import make_chunker
-from hldm.config import ChunkingConfig, config_from_dict
+from hldm.config import ChunkingConfig, Config, section_from_dict
 from hldm.evaluation.prompts import Prompt, choose_prompts
 from hldm.sources.corpora import load_corpus
 from hldm.text.corpus import make_corpus
@@ -69,7 +69,7 @@ def test_short_texts_give_what_they_have(text, found):
 def test_prompts_come_from_the_split_of_a_config(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text(make_document(1, 3000))
-    config = config_from_dict({"data": {"path": str(path), "held_out": 0.1}})
+    config = section_from_dict(Config, {"data": {"path": str(path), "held_out": 0.1}})
     corpus = load_corpus(config.data, "test")
     prompts = choose_prompts(corpus, make_chunker(WORDS), 3, prompt_characters=40)
     at = [path.read_bytes().index(prompt.text) for prompt in prompts]

@@ -17,7 +17,7 @@ from hldm.config import (
     PriorConfig,
     changed,
 )
-from hldm.generation.pipeline import ByteTokenizer, HLDMPipeline, read_pipeline
+from hldm.generation.pipeline import HLDMPipeline, read_pipeline
 from hldm.generation.writer import (
     LatentWriter,
     _cut,
@@ -251,14 +251,6 @@ def test_a_prior_of_another_autoencoder_is_refused():
     prior.register_to_config(autoencoder="0" * 64)
     with pytest.raises(ValueError, match="another autoencoder"):
         HLDMPipeline.assemble(autoencoder, prior, SETTINGS)
-
-
-def test_the_byte_tokenizer_gives_any_text_back():
-    tokenizer = ByteTokenizer()
-    for text in ("And the king said", " </s> <pad> a\n\tb  ", "añ👑"):
-        ids = tokenizer(text)["input_ids"]
-        assert bytes(ids) == text.encode()
-        assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
 
 
 def test_without_denoising_steps_latents_are_drawn_from_the_mixture():

@@ -16,13 +16,16 @@ from hldm.config import (
 )
 from hldm.generation.footprint import kept_bytes
 from hldm.kernels.context import KeptContext, can_keep
+from hldm.model.mixture import MixturePredictor
 from hldm.model.prior import Prior
 from hldm.model.state import select_rows
 
 Z, CHUNKS = 3, 150
 
 
-def make_prior(levels: int = 2, reads_text: bool = True, components: int = 20, **settings) -> Prior:
+def make_prior(
+    levels: int = 2, reads_text: bool = True, components: int = 20, cap: float = 0, **settings
+) -> Prior:
     """Every parameter away from 0; with two levels the coarsest lets go of its first entries after 30 chunks."""
     torch.manual_seed(0)
     griffin = GriffinConfig(width=24, blocks=("recurrent",), heads=2)
@@ -43,6 +46,8 @@ def make_prior(levels: int = 2, reads_text: bool = True, components: int = 20, *
         HierarchyConfig(levels=levels, ratio=2, window=2),
         DiffusionConfig(gamma_0=-2.0, gamma_1=5.0),
     )
+    if cap:
+        prior.mixture = MixturePredictor(griffin.width, Z, components, logit_cap=cap)
     with torch.no_grad():
         for parameter in prior.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -69,6 +74,7 @@ def seen(told) -> list[Tensor]:
         dict(levels=0),
         dict(levels=1, layers=2),
         dict(),
+        dict(cap=0.5),
         dict(levels=3, layers=2, components=0),
         dict(levels=3, reads_text=False),
         dict(levels=1, reads_text=False, components=0, denoiser_layers=1),

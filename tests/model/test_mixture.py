@@ -1,20 +1,40 @@
+import json
 import math
 
+import pytest
 import torch
+import torch.nn.functional as F
 
 from hldm.model.diffusion import alpha_sigma
 from hldm.model.mixture import MixturePredictor
 
 
-def make_mixture(components: int = 5, z: int = 2) -> MixturePredictor:
+def make_mixture(components: int = 5, z: int = 2, **settings) -> MixturePredictor:
     torch.manual_seed(0)
-    mixture = MixturePredictor(8, z, components).double()
+    mixture = MixturePredictor(8, z, components, **settings).double()
     mixture.log_deviation.data = torch.tensor([math.log(0.3), math.log(0.8)], dtype=torch.float64)[:z]
+    if settings.get("own_deviations"):
+        mixture.log_deviation.data = mixture.log_deviation + 0.5 * torch.randn(components, z).double()
     return mixture
 
 
-def test_the_density_is_that_of_the_mixture_written_out():
-    mixture = make_mixture()
+both_deviations = pytest.mark.parametrize("own", [False, True])
+
+
+def test_capped_logits_do_not_go_beyond_their_cap():
+    mixture = make_mixture(logit_cap=2.0)
+    feature = torch.randn(7, 8, dtype=torch.float64)
+    mixture.weigh[3].weight.data *= 100
+    logits = mixture.weigh(feature).float()
+    assert logits.abs().max() > 10
+    found = mixture.log_weights(feature)
+    torch.testing.assert_close(found, F.log_softmax(2 * torch.tanh(logits / 2), dim=-1))
+    assert (found.amax(-1) - found.amin(-1)).max() <= 4
+
+
+@both_deviations
+def test_the_density_is_that_of_the_mixture_written_out(own):
+    mixture = make_mixture(own_deviations=own)
     z, gamma = torch.randn(7, 2, dtype=torch.float64), torch.linspace(-3, 3, 7, dtype=torch.float64)
     log_weights = mixture.log_weights(torch.randn(7, 8, dtype=torch.float64)).double()
     alpha, sigma = alpha_sigma(gamma)
@@ -23,11 +43,14 @@ def test_the_density_is_that_of_the_mixture_written_out():
         normal = torch.distributions.Normal(alpha[i] * mixture.prototypes, variance.sqrt())
         expected = log_weights[i] + normal.log_prob(z[i]).sum(-1)
         torch.testing.assert_close(mixture.joint(z, gamma, log_weights)[i], expected)
+        alone = mixture.joint(z[i], gamma[i], log_weights[i])
+        torch.testing.assert_close(alone, expected)
 
 
-def test_the_denoiser_is_the_slope_of_the_density():
+@both_deviations
+def test_the_denoiser_is_the_slope_of_the_density(own):
     """Tweedie: alpha E[mu | z] = z + sigma^2 d/dz log p(z)."""
-    mixture = make_mixture()
+    mixture = make_mixture(own_deviations=own)
     z = torch.randn(7, 2, dtype=torch.float64, requires_grad=True)
     gamma = torch.linspace(-3, 3, 7, dtype=torch.float64)
     log_weights = mixture.log_weights(torch.randn(7, 8, dtype=torch.float64)).double()
@@ -36,9 +59,10 @@ def test_the_denoiser_is_the_slope_of_the_density():
     torch.testing.assert_close(alpha * mixture.denoise(z, gamma, log_weights), z + sigma.square() * z.grad)
 
 
-def test_its_rate_is_the_diffusion_bound_under_its_denoiser():
+@both_deviations
+def test_its_rate_is_the_diffusion_bound_under_its_denoiser(own):
     """KL(q(z_0 | x) || p(z_0)) = 1/2 E[d gamma e^-gamma ||mu - mu_hat||^2] + the same KL at gamma_1."""
-    mixture = make_mixture(components=3)
+    mixture = make_mixture(components=3, own_deviations=own)
     torch.manual_seed(1)
     low, high, draws = -2.0, 8.0, 200_000
     mu = torch.tensor([0.7, -1.1], dtype=torch.float64).expand(draws, 2)
@@ -53,8 +77,9 @@ def test_its_rate_is_the_diffusion_bound_under_its_denoiser():
     torch.testing.assert_close(rates[0], integral + rates[1], rtol=0.01, atol=0.01)
 
 
-def test_samples_have_the_mean_and_spread_of_the_mixture_and_belong_to_their_generators():
-    mixture = make_mixture(components=3).float()
+@both_deviations
+def test_samples_have_the_mean_and_spread_of_the_mixture_and_belong_to_their_generators(own):
+    mixture = make_mixture(components=3, own_deviations=own).float()
     rows, gamma = 20_000, 0.5
     log_weights = mixture.log_weights(torch.randn(8)).expand(rows, -1)
     generators = [torch.Generator().manual_seed(seed) for seed in range(rows)]
@@ -64,6 +89,7 @@ def test_samples_have_the_mean_and_spread_of_the_mixture_and_belong_to_their_gen
         alpha, sigma = alpha_sigma(torch.tensor(gamma))
         mean = (w * alpha * mixture.prototypes).sum(0)
         within = alpha**2 * (2 * mixture.log_deviation).exp() + sigma**2
+        within = (w * within).sum(0) if own else within
         variance = within + (w * (alpha * mixture.prototypes - mean).square()).sum(0)
         torch.testing.assert_close(drawn.mean(0), mean, atol=0.03, rtol=0)
         torch.testing.assert_close(drawn.var(0), variance, rtol=0.03, atol=0)
@@ -71,3 +97,19 @@ def test_samples_have_the_mean_and_spread_of_the_mixture_and_belong_to_their_gen
         torch.testing.assert_close(alone, drawn[7:8])
         coldest = mixture.sample(gamma, log_weights[:2], generators[:2], temperature=0)
         torch.testing.assert_close(coldest, (alpha * mixture.prototypes[w.argmax()]).expand(2, -1))
+
+
+def test_a_saved_mixture_keeps_its_cap_and_deviations_and_older_ones_have_neither(tmp_path):
+    mixture = make_mixture(logit_cap=3.0, own_deviations=True).float()
+    mixture.save_pretrained(tmp_path / "new")
+    feature = torch.randn(4, 8)
+    found = MixturePredictor.from_pretrained(tmp_path / "new")
+    torch.testing.assert_close(found.log_weights(feature), mixture.log_weights(feature))
+    torch.testing.assert_close(found.log_deviation, mixture.log_deviation)
+    make_mixture().float().save_pretrained(tmp_path / "old")
+    path = tmp_path / "old" / "config.json"
+    config = json.loads(path.read_text())
+    del config["logit_cap"], config["own_deviations"]
+    path.write_text(json.dumps(config))
+    old = MixturePredictor.from_pretrained(tmp_path / "old")
+    assert old.logit_cap == 0 and not old.owns_deviations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import psutil
 import pytest
 
 from hldm.runs import machine
@@ -29,6 +30,6 @@ def test_the_limit_of_a_cgroup_or_of_one_above_it_is_found(line, folder, names, 
     (place / names[0]).write_text("100000000\n")
     (place / names[1]).write_text("90000000\n")
     (place / "memory.stat").write_text(f"anon 3\n{names[2]} 40000000\n")
-    own = machine.kibibytes("/proc/self/status")["VmRSS"]
+    own = psutil.Process().memory_info().rss
     found, where = machine.available_memory(tmp_path / "groups", root)
     assert where == "in this cgroup" and found == pytest.approx(50_000_000 + own, abs=2**22)

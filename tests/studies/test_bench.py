@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import ROOT
 
 from hldm.cli import main
 from hldm.config import SegmenterConfig, changed, to_yaml
-from hldm.sources.corpora import load_corpus
 from hldm.studies import bench_training, bench_writing
 from hldm.studies.bench_writing import Case
 
@@ -37,12 +40,10 @@ def configs(small_config, small_twin, tmp_path, monkeypatch):
 def test_a_strategy_that_asks_a_model_gets_one_whose_chunks_are_as_long_as_wanted(small_config, strategy):
     segmenter = SegmenterConfig(width=16, layers=1, lanes=2, window_bytes=64)
     chunking = changed(small_config.chunking, strategy=strategy, min_bytes=2, segmenter=segmenter)
-    config = changed(small_config, chunking=chunking)
-    corpus = load_corpus(config.data, "train")
-    found = bench_training.quick_segmenter(config, corpus)
-    windows = bench_training.windows_of(config, corpus, found)
-    assert len(corpus.text) / windows.chunks == pytest.approx(chunking.target_bytes, rel=0.2)
-    assert bench_training.quick_segmenter(small_config, corpus) is None
+    windows, found = bench_training.text_of(small_config.data, chunking, 0)
+    assert found is not None and found.chunking.strategy == strategy
+    assert len(windows.corpus.text) / windows.chunks == pytest.approx(chunking.target_bytes, rel=0.2)
+    assert bench_training.text_of(small_config.data, small_config.chunking, 0)[1] is None
 
 
 def finite_numbers(found):
@@ -132,14 +133,10 @@ def test_half_of_it_can_be_measured_alone(configs, half, monkeypatch):
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is measured on Linux alone")
 def test_training_holds_three_numbers_a_weight_and_a_step_adds_a_gradient_each(small_config):
-    from hldm.sources.corpora import load_corpus
-
-    windows = bench_training.windows_of(small_config, load_corpus(small_config.data, "train"))
-    objective = bench_training.stage_one(small_config)
-    trainer = bench_training.trainer_of(small_config, "autoencoder", objective, windows)
+    trainer = bench_training.trainer_of(small_config, "autoencoder")
     trainer.step(0.1)
     memory = bench_training.memory_of(trainer)
-    weights = sum(p.nbytes for p in objective.parameters())
+    weights = sum(p.nbytes for p in trainer.objective.parameters())
     # weights, their average, one or two of each in the optimizers; states and buffers are small
     assert 3 * weights < memory["held_bytes"] < 5 * weights
     assert memory["step_bytes"] > weights
@@ -169,7 +166,7 @@ def test_the_gpt2_with_its_cache_writes_what_it_writes_without(monkeypatch):
         for row, prompt in enumerate(prompts):
             known, text = list(prompt[-8:]), []
             while len(text) < 32:
-                text.append(int(model(torch.tensor([known])).logits[0, -1, :256].argmax()))
+                text.append(int(model(torch.tensor([known])).logits[0, -1, :128].argmax()))
                 known = [*known, text[-1]]
                 known = known if len(known) <= 16 else known[-8:]
             assert b"".join(piece[row].text for piece in pieces) == bytes(text)
@@ -274,3 +271,35 @@ def test_what_cannot_be_measured_is_told_in_one_line(configs, capsys, arguments,
     assert main(["bench", *(argument.format(configs) for argument in arguments)]) == 2
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1
+
+
+def test_several_processes_do_not_write_together(configs, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["bench", "--config", str(configs / "small.yaml")]) == 2
+    assert "--only training" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_train_together_and_one_of_them_says_how_fast(small_config, small_twin, tmp_path):
+    for config in (small_config, small_twin):
+        (tmp_path / f"{config.name}.yaml").write_text(to_yaml(config))
+    launch = [
+        "--config_file",
+        str(ROOT / "configs/accelerate/two_processes.yaml"),
+        "--main_process_port",
+        "0",
+    ]
+    bench = ["bench", "--config", "small.yaml", "--only", "training", "--steps", "2", "--json", "bench.json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *launch, "-m", "hldm", *bench],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("over the twin's") == 1
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert (found["machine"]["processes"], found["machine"]["threads"]) == (2, 1)
+    assert found["training"]["stage one"]["characters_per_second"] > 0

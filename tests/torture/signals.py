@@ -95,7 +95,7 @@ class End:
         if self.status == children.HUNG or self.seconds > SECONDS:
             wrong.append(f"did not leave within {SECONDS:g} s")
         elif self.status != 128 + signal.SIGTERM:
-            wrong.append(f"ended with {self.status} instead of 143")
+            wrong.append(f"ended with {self.status} instead of 143: {self.said[-500:]!r}")
         if "Traceback" in self.said:
             wrong.append("left a traceback")
         if len(errors) not in lines:

@@ -23,7 +23,6 @@ from hldm.model.prior import Prior
 from hldm.model.state import named_tensors
 from hldm.runs.folder import Run
 from hldm.runs.machine import peak_memory
-from hldm.sources.corpora import load_corpus
 from hldm.studies import bench_training
 from hldm.training import sizes
 from hldm.training.objectives import AutoencoderObjective, PriorObjective
@@ -123,11 +122,7 @@ def test_a_config_says_its_text(tmp_path):
 
 def trainer_of(config: Config, stage: str, folder: Path) -> Trainer:
     """A stage ready to train, in a folder of its own."""
-    windows = bench_training.windows_of(config, load_corpus(config.data, "train"))
-    objective: AutoencoderObjective | PriorObjective = bench_training.stage_one(config)
-    if stage == "prior":
-        objective = bench_training.stage_two(config, windows)
-    trainer = bench_training.trainer_of(config, stage, objective, windows)
+    trainer = bench_training.trainer_of(config, stage)
     folder.mkdir()
     trainer.run = Run(folder, is_main=True, say=print)
     return trainer
@@ -151,7 +146,7 @@ def test_a_checkpoint_takes_what_was_said_and_a_share_of_a_percent_of_the_time(s
 
 
 MEASURE = """
-import ctypes, sys
+import sys
 from tests.training.test_sizes import trainer_of
 from pathlib import Path
 from hldm.runs import machine
@@ -162,14 +157,10 @@ path, stage, folder = sys.argv[1:]
 config = load_config([path])
 trainer = trainer_of(config, stage, Path(folder) / stage)
 trainer.step(0.1)
-ctypes.CDLL(None).malloc_trim(0)
-before = machine.kibibytes("/proc/self/status")["VmRSS"]
-Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-trainer.step(0.1)
-status = machine.kibibytes("/proc/self/status")
+peak, growth = machine.peak_memory(lambda: trainer.step(0.1))
 said = sizes.stage_sizes(config, stage)
-print((said.device["gradients"] + said.device["activations"]) / (status["VmHWM"] - before), end=" ")
-print((sum(said.device.values()) + sum(said.host.values())) / status["VmHWM"])
+print((said.device["gradients"] + said.device["activations"]) / growth, end=" ")
+print((sum(said.device.values()) + sum(said.host.values())) / peak)
 """
 
 

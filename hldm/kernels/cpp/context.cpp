@@ -10,6 +10,7 @@ namespace {
 struct Contexting {
     int64_t rows, z, d, heads, features, levels, ratio, window, places;
     int64_t layers, blocks, denoiser_width, components, threads;
+    double logit_cap;             // of the weights' logits; 0 for none
     const float* const* ends;     // embed, its bias, levels (levels+1 d), norm, its bias, embed_feature or none
     const float* const* layer;    // of each: norm, query, key_value, out, norm, both of the MLP, each with bias; bias table
     const float* const* block;    // of each of the denoiser's: key_value, its bias, from_context, its bias, bias table
@@ -202,6 +203,8 @@ struct Pyramid {
         linear<L>(w.mixture + 2, normed, wide, 2 * f, f);
         gelu_all(wide, 2 * f * L);
         linear<L>(w.mixture + 4, wide, logits, k, 2 * f);
+        const float cap = w.logit_cap;  // c tanh(l / c); tanh(x) = 2 sigmoid(2 x) - 1
+        for (int64_t i = 0; cap > 0 && i < k * L; i++) logits[i] = cap * (2 * sigmoid(2 / cap * logits[i]) - 1);
         for (int64_t lane = 0; lane < count; lane++) {
             float largest = -INFINITY, total = 0;
             for (int64_t i = 0; i < k; i++) largest = std::max(largest, logits[i * L + lane]);
