@@ -19,6 +19,7 @@ from hldm.chunking.chunker import make_chunker
 from hldm.chunking.segmenter import Segmenter
 from hldm.chunking.strategies import cached_starts, read_segmenter
 from hldm.config import Config, ConfigError, LoggingConfig, TrainingConfig, to_dict
+from hldm.model.speed import why_plain
 from hldm.runs.checkpoints import checkpoints_in
 from hldm.runs.clock import clock_named
 from hldm.runs.exits import Interrupted
@@ -31,7 +32,7 @@ from hldm.runs.signals import Stopped
 from hldm.settings import dotted
 from hldm.text.corpus import Corpus
 from hldm.text.windows import Windows
-from hldm.training.environment import check_accelerator, check_launch, rounding_variables
+from hldm.training.environment import check_accelerator, check_launch, naming_variables, rounding_variables
 from hldm.training.objectives import AutoencoderObjective, PriorObjective
 from hldm.training.segmenters import train_segmenter
 from hldm.training.trainer import Trainer
@@ -183,17 +184,18 @@ def make_accelerator(
     Raises ConfigError where that environment asks for another training than the config's section.
     """
     check_launch()
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),  # other accelerators lack float64 or operators used here
-        mixed_precision=config.mixed_precision,
-        log_with=list(logging.trackers) or None,
-        project_dir=folder,
-        # Buffers hold sums of each rank's own rows; the objectives add them up in end_step.
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True),
-            InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_s)),
-        ],
-    )
+    with naming_variables():
+        accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(),  # other accelerators lack float64 or operators used here
+            mixed_precision=config.mixed_precision,
+            log_with=list(logging.trackers) or None,
+            project_dir=folder,
+            # Buffers hold sums of each rank's own rows; the objectives add them up in end_step.
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(broadcast_buffers=False),
+                InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_s)),
+            ],
+        )
     check_accelerator(accelerator, config, section)
     return accelerator
 
@@ -212,6 +214,8 @@ def open_stage(config: Config, name: str, resume: bool, root: Path) -> Iterator[
     )
     if found := list(rounding_variables()):
         say(f"{', '.join(found)}: set in the environment, so sums may round otherwise than without")
+    if accelerator.device.type == "cpu" and (reason := why_plain()):
+        say(f"C++ kernels: {reason}; sums round otherwise than with them")
     roll_call = make_roll_call()
     try:
         torch.manual_seed(config.seed)
