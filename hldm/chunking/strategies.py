@@ -21,10 +21,10 @@ from hldm.chunking.recurrence import GateSegmenter, StateSegmenter
 from hldm.chunking.reinforce import PolicySegmenter
 from hldm.chunking.segmenter import Segmenter
 from hldm.chunking.select import SelectSegmenter
-from hldm.config import ChunkingConfig, ConfigError, changed
+from hldm.config import ChunkingConfig, ConfigError, changed, to_dict
 from hldm.model.autoencoder import Autoencoder
 from hldm.runs.files import atomic_write, fingerprint
-from hldm.runs.folder import shipped
+from hldm.runs.folder import code_fingerprint, shipped
 from hldm.text.corpus import Corpus
 
 SEGMENTERS: dict[str, type[Segmenter]] = {
@@ -101,9 +101,8 @@ def cached_starts(
     The file's name says what it depends on, its head what it holds: one that is damaged is made again.
     """
     chunking = segmenter.chunking
-    bound = json.dumps(
-        [corpus.fingerprint, fingerprint(segmenter.state_dict()), chunking.min_bytes, chunking.max_bytes]
-    )
+    weights = fingerprint(segmenter.state_dict())
+    bound = json.dumps([corpus.fingerprint, weights, to_dict(chunking), code_fingerprint()])
     path = folder / f"boundaries-{hashlib.sha256(bound.encode()).hexdigest()[:16]}"
     size = len(corpus.text)
     if path.is_file():

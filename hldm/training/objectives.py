@@ -67,6 +67,7 @@ class AutoencoderObjective(nn.Module):
                 settings.known_width, autoencoder.latent_dim, settings.components, LOGIT_CAP
             )
         self._seen: tuple[Tensor, ...] = ()  # of the last batch: its mask, latents and log weights
+        self.may_leave_out = False  # whether there are steps in which some parameters have no gradient
 
     def initial_carry(self, rows: int, device: torch.device) -> Carry:
         """State before the first window."""
@@ -126,6 +127,8 @@ class PriorObjective(nn.Module):
         super().__init__()
         self.prior, self.autoencoder = prior, autoencoder.requires_grad_(False)
         self._seen: tuple[Tensor, ...] = ()  # of the last batch: its mask and latents
+        # what stands for a hidden context, where none is hidden
+        self.may_leave_out = not prior.settings.context_dropout
 
     def train(self, mode: bool = True) -> PriorObjective:
         """Training mode for the prior; the autoencoder stays as it will be used."""
