@@ -176,14 +176,12 @@ class Trainer:
 
     def _check(self, saved: Checkpoint, states: list[dict[str, Any]], say: Callable[[str], None]) -> None:
         """Refuse what cannot be continued before anything is changed; mention what may differ."""
-        for key, value in self.extras.items():
+        for key, value in {**self.extras, "seed": self.seed}.items():
             if saved.state.get(key) != value:
                 raise ConfigError(
                     f"{saved.path} was trained with {key} {saved.state.get(key)}, this run has {value}: "
                     "resume with what it was trained with, or choose another --name"
                 )
-        if saved.state["seed"] != self.seed:
-            raise ConfigError(f"{saved.path} was trained with seed {saved.state['seed']}, got {self.seed}")
         groups = [
             [[len(group["params"]) for group in state["param_groups"]] for state in some]
             for some in (states, [optimizer.state_dict() for optimizer in self.optimizers])
