@@ -9,6 +9,7 @@ The twin writes byte by byte behind the same interface. `hldm.kernels.writer` ho
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -28,7 +29,7 @@ from hldm.model.diffusion import sample, sampler_steps
 from hldm.model.prior import Prior
 from hldm.model.speed import has_faster_form
 from hldm.model.state import ContextState, DecoderState, EncoderState, select_rows
-from hldm.text.bytes import PROMPT_WINDOW, count_characters, split_incomplete
+from hldm.text.bytes import PROMPT_WINDOW
 from hldm.text.windows import Window, window_of
 
 
@@ -304,10 +305,11 @@ def write_on(
     while True:
         news = []
         for row, budget, piece in zip(rows, left, writer.write(), strict=True):
-            text = b"" if row.ended else budget.take(piece.text)
+            ends = piece.ends_document and not through_ends
+            text = b"" if row.ended else budget.take(piece.text, ends)
             if text:
                 row.chunks.append(text)
-            row.ended |= piece.ends_document and not through_ends and budget.characters > 0
+            row.ended |= ends and budget.characters > 0
             news.append(text)
         yield rows, news, writer.calls
         if all(row.ended or budget.characters == 0 for row, budget in zip(rows, left, strict=True)):
@@ -315,24 +317,14 @@ def write_on(
 
 
 class _Budget:
-    """Counts down UTF-8 characters over pieces that may break inside one."""
+    """Counts down UTF-8 characters over pieces, which may break inside one: its bytes wait for the rest."""
 
     def __init__(self, characters: int):
-        self.characters = characters  # still to write
-        self.broken = b""  # the start of a character whose rest has not come yet
+        self.characters = characters  # still to write; an invalid byte counts as one
+        self.decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
 
-    def take(self, piece: bytes) -> bytes:
+    def take(self, piece: bytes, is_last: bool) -> bytes:
         """As much of the piece as fits."""
-        if self.characters == 0:
-            return b""
-        whole, broken = split_incomplete(self.broken + piece)
-        written = len(self.broken)  # of `whole`: taken before
-        fitting = _cut(whole, self.characters)
-        self.characters -= count_characters(fitting)
-        self.broken = broken if self.characters else b""
-        return (fitting + self.broken)[written:]
-
-
-def _cut(text: bytes, characters: int) -> bytes:
-    """The first so many UTF-8 characters; an invalid byte counts as one."""
-    return text.decode("utf-8", "surrogateescape")[:characters].encode("utf-8", "surrogateescape")
+        text = self.decoder.decode(piece, final=is_last)[: self.characters]
+        self.characters -= len(text)
+        return text.encode("utf-8", "surrogateescape")

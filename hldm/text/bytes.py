@@ -49,14 +49,6 @@ def count_characters(text: bytes) -> int:
     return len(text.decode("utf-8", "surrogateescape"))
 
 
-def split_incomplete(text: bytes) -> tuple[bytes, bytes]:
-    """(text up to the start of a character that may still be completed, that start)."""
-    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-    decoder.decode(text)
-    rest, _ = decoder.getstate()
-    return text[: len(text) - len(rest)], rest
-
-
 class StreamDecoder:
     """Bytes in, text out as soon as its characters are complete; invalid bytes become U+FFFD."""
 

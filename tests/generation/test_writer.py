@@ -20,7 +20,7 @@ from hldm.config import (
 from hldm.generation.pipeline import HLDMPipeline, read_pipeline
 from hldm.generation.writer import (
     LatentWriter,
-    _cut,
+    _Budget,
     _prompt_windows,
     make_writer,
     next_context,
@@ -218,7 +218,12 @@ def test_the_twin_writes_what_it_scores():
 
 def test_cutting_never_splits_a_character():
     text = "añ👑b".encode()
-    assert [_cut(text, n).decode() for n in range(5)] == ["", "a", "añ", "añ👑", "añ👑b"]
+    for most, expected in enumerate(["", "a", "añ", "añ👑", "añ👑b"]):
+        budget = _Budget(most)
+        written = [budget.take(bytes([byte]), False) for byte in text]
+        assert b"".join(written).decode() == expected
+        assert all(part.decode() or not part for part in written)
+    assert _Budget(9).take(text[:-3], True) == text[:-3]  # nothing more comes to make it whole
 
 
 @pytest.mark.parametrize("latent_dim", [0, 4])

@@ -16,7 +16,6 @@ from hldm.text.bytes import (
     count_characters,
     printable,
     shows_colour,
-    split_incomplete,
     to_bytes,
     to_ids,
 )
@@ -78,15 +77,6 @@ def test_printable_shows_escapes_and_leaves_the_rest():
 def test_text_needs_no_torch():
     code = "import sys, hldm.text.bytes; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_the_start_of_a_character_is_held_back():
-    for text in ("añ👑", "plain", ""):
-        data = text.encode()
-        for cut in range(len(data) + 1):
-            whole, rest = split_incomplete(data[:cut])
-            assert whole + rest == data[:cut] and len(rest) < 4
-            assert whole.decode() == text[: len(whole.decode())]
 
 
 @pytest.mark.parametrize(
