@@ -180,7 +180,7 @@ def _continue(autoencoder: Autoencoder, prior: Prior | None, prompt: bytes, conf
 
 @torch.no_grad()
 def _reconstruct(autoencoder: Autoencoder, text: bytes, config: Config) -> str:
-    """A sample of stage one: validation text, and the bytes that the decoder finds likeliest from noise-free latents."""
+    """A sample of stage one: validation text, and what the decoder finds likeliest, from latents without noise."""
     device = next(autoencoder.parameters()).device
     window = window_of([text], [chunker_of(autoencoder).chunk_start(text)], [True], device)
     encoding, _ = autoencoder.encode(window, autoencoder.encoder_state(1, device))
