@@ -305,11 +305,10 @@ def write_on(
     while True:
         news = []
         for row, budget, piece in zip(rows, left, writer.write(), strict=True):
-            ends = piece.ends_document and not through_ends
-            text = b"" if row.ended else budget.take(piece.text, ends)
+            text = b"" if row.ended else budget.take(piece.text)
             if text:
                 row.chunks.append(text)
-            row.ended |= ends and budget.characters > 0
+            row.ended |= piece.ends_document and not through_ends and budget.characters > 0
             news.append(text)
         yield rows, news, writer.calls
         if all(row.ended or budget.characters == 0 for row, budget in zip(rows, left, strict=True)):
@@ -317,14 +316,16 @@ def write_on(
 
 
 class _Budget:
-    """Counts down UTF-8 characters over pieces, which may break inside one: its bytes wait for the rest."""
+    """Counts down UTF-8 characters over pieces that may break inside one."""
 
     def __init__(self, characters: int):
         self.characters = characters  # still to write; an invalid byte counts as one
         self.decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
 
-    def take(self, piece: bytes, is_last: bool) -> bytes:
+    def take(self, piece: bytes) -> bytes:
         """As much of the piece as fits."""
-        text = self.decoder.decode(piece, final=is_last)[: self.characters]
+        written = len(self.decoder.getstate()[0])  # of a character whose rest has not come yet
+        text = self.decoder.decode(piece)[: self.characters]
         self.characters -= len(text)
-        return text.encode("utf-8", "surrogateescape")
+        broken = self.decoder.getstate()[0] if self.characters else b""
+        return (text.encode("utf-8", "surrogateescape") + broken)[written:]

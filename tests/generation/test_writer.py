@@ -219,11 +219,12 @@ def test_the_twin_writes_what_it_scores():
 def test_cutting_never_splits_a_character():
     text = "añ👑b".encode()
     for most, expected in enumerate(["", "a", "añ", "añ👑", "añ👑b"]):
-        budget = _Budget(most)
-        written = [budget.take(bytes([byte]), False) for byte in text]
-        assert b"".join(written).decode() == expected
-        assert all(part.decode() or not part for part in written)
-    assert _Budget(9).take(text[:-3], True) == text[:-3]  # nothing more comes to make it whole
+        for size in (1, 2, 3, 9):
+            budget = _Budget(most)
+            pieces = [text[at : at + size] for at in range(0, len(text), size)]
+            assert b"".join(map(budget.take, pieces)).decode() == expected
+    budget = _Budget(9)  # while more may be written, nothing of a piece is held back
+    assert [budget.take(bytes([byte])) for byte in text] == [bytes([byte]) for byte in text]
 
 
 @pytest.mark.parametrize("latent_dim", [0, 4])
