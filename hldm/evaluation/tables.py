@@ -171,9 +171,13 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
 
 
 def compare(columns: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Evaluations side by side: a column each, named by its key."""
+    """Evaluations side by side: a column each, named by its key. Raises ValueError where their texts differ."""
     from hldm.evaluation.context_length import rows
 
+    texts = {found.get("text", "")[:12] or "unknown": name for name, found in columns.items()}
+    if len(texts) > 1:
+        named = ", ".join(f"{name} on {text}" for text, name in texts.items())
+        raise ValueError(f"evaluations of different texts do not stand in one table: {named}")
     found = (*_ROWS, *rows(columns.values()))
     return Table(
         ["", *map(short, columns)], [row(label, form, columns, *key.split(".")) for label, key, form in found]

@@ -78,8 +78,7 @@ def write_chunks(
     encoder, decoder: states after the text so far, left as they are;  opens: whether a row opens a document.
     A row whose chunk has ended leaves the batch: nobody waits for the longest.
     """
-    most, reads_text = autoencoder.chunking.max_bytes, autoencoder.settings.reads_text
-    device, rows = latent.device, len(latent)
+    most, device, rows = autoencoder.chunking.max_bytes, latent.device, len(latent)
     u = draw_uniform_rows(generators, most + 1, device)  # (b e): events are the bytes and the end
     first_opens = torch.tensor(opens, device=device)[:, None]
     known = known_of_text(autoencoder, encoder, first_opens)
@@ -89,15 +88,14 @@ def write_chunks(
 
     # of the rows still writing
     live = torch.arange(rows, device=device)
-    states, latent, doc_start = ends, latent[:, None], first_opens
+    (reading, writing), latent, doc_start = ends, latent[:, None], first_opens
     feature = encoder.feature[:, None]
     symbol = torch.full((rows, 1), START, device=device)
     for event in range(most + 1):
-        reading, writing = states
         start = torch.full_like(symbol, event == 0, dtype=torch.bool)
         opening = doc_start & start
         told = known
-        if reads_text:
+        if autoencoder.settings.reads_text:
             text = autoencoder.from_text(feature) * ~opening[..., None]
             told = text if known is None else text + known
         place = torch.full_like(symbol, event)
@@ -107,19 +105,16 @@ def write_chunks(
         logits = _allowed(logits[:, 0].float(), event, most)
         symbol = pick(logits, u[live, event], settings.decoder_temperature, settings.top_p)[:, None]
         symbols[live, event] = symbol[:, 0]
-        states = (reading, writing)
         done = symbol[:, 0] >= END_OF_CHUNK
         if bool(done.any()):
-            ends = put_rows(ends, live[done], pick_rows(states, done))
+            ends = put_rows(ends, live[done], pick_rows((reading, writing), done))
             if bool(done.all()):
                 break
-            live, symbol, latent, doc_start, opening, start, states, known = pick_rows(
-                (live, symbol, latent, doc_start, opening, start, states, known), ~done
+            live, symbol, latent, doc_start, opening, start, reading, writing, known = pick_rows(
+                (live, symbol, latent, doc_start, opening, start, reading, writing, known), ~done
             )
-        reading, writing = states
-        feature, reading = autoencoder.encoder(autoencoder.read(symbol), reading, opening, start)
+        feature, reading = autoencoder.read_byte(symbol, opening, start, reading)
         features[live, event] = feature[:, 0]
-        states = (reading, writing)
     return Written(pieces_of(symbols), features, *ends)
 
 

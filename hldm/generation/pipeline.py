@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from hldm.model.prior import Prior
 from hldm.runs.files import fingerprint
 from hldm.runs.saved_model import SAVED_BY_DIFFUSERS, SavedModel, read_json
 from hldm.sources.notes import first_line
-from hldm.text.bytes import StreamDecoder, to_bytes
+from hldm.text.bytes import stream_decoder, to_bytes
 
 
 @dataclass
@@ -147,25 +146,25 @@ class HLDMPipeline(DiffusionPipeline):
         if generator is not None:
             seed = int(torch.randint(2**31, (), generator=generator))
         settings = changed(self.settings, **{k: v for k, v in given.items() if v is not None})
-        decoders = [StreamDecoder() for _ in rows]
+        decoders = [stream_decoder() for _ in rows]
         written: list[Continuation] = []
         calls = 0
         for written, news, calls in write_on(  # noqa: B007 - the last yield is the finished text
             self.autoencoder, self.prior, rows, settings, max_characters=max_characters, seed=seed
         ):
             for row, (decoder, new) in enumerate(zip(decoders, news, strict=True)):
-                text = decoder.push(new)
+                text = decoder.decode(new)
                 if streamer is not None and text:
                     streamer(row, text)
         if streamer is not None:
             for row, decoder in enumerate(decoders):
-                if rest := decoder.finish():
+                if rest := decoder.decode(b"", final=True):
                     streamer(row, rest)
         texts = [row.text.decode("utf-8", errors="replace") for row in written]
         if not return_dict:
             return (texts,)
-        spans = [list(pairwise(accumulate(map(len, row.chunks), initial=0))) for row in written]
-        return HLDMPipelineOutput(texts, [row.text for row in written], spans, calls)
+        sequences, spans = [row.text for row in written], [row.chunk_spans for row in written]
+        return HLDMPipelineOutput(texts, sequences, spans, calls)
 
 
 def read_pipeline(folder: str | Path) -> HLDMPipeline:

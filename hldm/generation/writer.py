@@ -9,9 +9,9 @@ The twin writes byte by byte behind the same interface. `hldm.kernels.writer` ho
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import Protocol
 
 import numpy as np
@@ -29,7 +29,7 @@ from hldm.model.diffusion import sample, sampler_steps
 from hldm.model.prior import Prior
 from hldm.model.speed import has_faster_form
 from hldm.model.state import ContextState, DecoderState, EncoderState, select_rows
-from hldm.text.bytes import PROMPT_WINDOW
+from hldm.text.bytes import PROMPT_WINDOW, stream_decoder
 from hldm.text.windows import Window, window_of
 
 
@@ -249,6 +249,11 @@ class Continuation:
         """The chunks in one."""
         return b"".join(self.chunks)
 
+    @property
+    def chunk_spans(self) -> list[tuple[int, int]]:
+        """Where each chunk begins and ends in the text."""
+        return list(pairwise(accumulate(map(len, self.chunks), initial=0)))
+
 
 def _prompt_windows(
     autoencoder: Autoencoder, prompts: Sequence[bytes], device: torch.device
@@ -316,16 +321,16 @@ def write_on(
 
 
 class _Budget:
-    """Counts down UTF-8 characters over pieces that may break inside one."""
+    """Counts down UTF-8 characters over pieces that may break inside one; an invalid byte counts as one."""
 
     def __init__(self, characters: int):
-        self.characters = characters  # still to write; an invalid byte counts as one
-        self.decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+        self.characters = characters  # still to write
+        self.decoder = stream_decoder("surrogateescape")
 
     def take(self, piece: bytes) -> bytes:
         """As much of the piece as fits."""
-        written = len(self.decoder.getstate()[0])  # of a character whose rest has not come yet
-        text = self.decoder.decode(piece)[: self.characters]
-        self.characters -= len(text)
+        taken, _ = self.decoder.getstate()  # the start of a character whose rest has not come yet
+        fitting = self.decoder.decode(piece)[: self.characters]
+        self.characters -= len(fitting)
         broken = self.decoder.getstate()[0] if self.characters else b""
-        return (text.encode("utf-8", "surrogateescape") + broken)[written:]
+        return (fitting.encode("utf-8", "surrogateescape") + broken)[len(taken) :]

@@ -176,7 +176,7 @@ class Autoencoder(SavedModel):
             griffin,
             latent=latent,
             chunk=events.chunk,
-            place=events.place,
+            place=None if latent is None else events.place,
             told=told,
             length=events.length,
         )
@@ -196,16 +196,16 @@ class Autoencoder(SavedModel):
     ) -> tuple[Tensor, GriffinState]:
         """The same without a window: one symbol a row while text is written, or the twin's text as it is.
 
-        symbol, doc_start, unit_start: (b t) as in `Events`;  told: as for `decode`
-        latent: (b n z) z_0 of the chunks that symbols belong to, chunk (b t) which; None: the one there is
-        place: (b t) in the chunk;  length: (b) valid symbols of rows padded on the right; None: all
+        symbol, doc_start, unit_start: (b t) as in `Events`
+        latent: (b n z) z_0 of the chunks they belong to: chunk (b t), the first when None, and place (b t) in it
+        told: as for `decode`;  length: (b) valid symbols of each row; None: all
         """
         x = self.write(symbol)
         if latent is not None:
             assert place is not None
-            chunk = torch.zeros_like(place) if chunk is None else chunk
             inner = self.from_latent.inner(latent)  # (b n 2d)
-            x = x + self.from_latent.outer(self.from_latent.features_at(inner, chunk, place))
+            chunk = torch.zeros_like(place) if chunk is None else chunk
+            x = x + self.from_latent.outer(self.from_latent.features(inner, chunk, place))
         if told is not None:
             x = x + told
         elif self.latent_dim and (self.settings.reads_text or self.settings.trunk_layers):

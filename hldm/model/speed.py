@@ -62,3 +62,10 @@ def _fill() -> bool:
         return False
     _FORMS.update(import_module("hldm.kernels.forms").FORMS)  # an error in there is not hidden
     return True
+
+
+def why_plain() -> str:
+    """Why plain formulas compute on this machine's processor, in words; "" where faster forms do."""
+    if not _find_forms():
+        return "none, plain torch does the same (hldm/kernels is not there)"
+    return cast(str, import_module("hldm.kernels.forms").why_none())

@@ -67,6 +67,7 @@ class AutoencoderObjective(nn.Module):
                 settings.known_width, autoencoder.latent_dim, settings.components, LOGIT_CAP
             )
         self._seen: tuple[Tensor, ...] = ()  # of the last batch: its mask, latents and log weights
+        self.may_leave_out = False  # whether there are steps in which some parameters have no gradient
 
     def initial_carry(self, rows: int, device: torch.device) -> Carry:
         """State before the first window."""
@@ -120,12 +121,14 @@ class AutoencoderObjective(nn.Module):
 
 
 class PriorObjective(nn.Module):
-    """Stage two: the latent terms of the bound, on the latents of a frozen autoencoder."""
+    """Stage two: the latent terms of the bound. The autoencoder is frozen."""
 
     def __init__(self, prior: Prior, autoencoder: Autoencoder):
         super().__init__()
         self.prior, self.autoencoder = prior, autoencoder.requires_grad_(False)
         self._seen: tuple[Tensor, ...] = ()  # of the last batch: its mask and latents
+        # what stands for a hidden context, where none is hidden
+        self.may_leave_out = not prior.settings.context_dropout
 
     def train(self, mode: bool = True) -> PriorObjective:
         """Training mode for the prior; the autoencoder stays as it will be used."""
@@ -135,10 +138,8 @@ class PriorObjective(nn.Module):
 
     def initial_carry(self, rows: int, device: torch.device) -> Carry:
         """State before the first window."""
-        return Carry(
-            encoder=self.autoencoder.encoder_state(rows, device),
-            context=self.prior.initial_state(rows, device),
-        )
+        encoder = self.autoencoder.encoder_state(rows, device)
+        return Carry(encoder, context=self.prior.initial_state(rows, device))
 
     def end_step(self, skipped: bool) -> None:
         """Fold the step's statistics into the schedule; forget them when it was not finite."""
@@ -153,7 +154,7 @@ class PriorObjective(nn.Module):
 
     def forward(self, batch: Batch, carry: Carry, generator: torch.Generator, progress: float) -> Step:
         """Loss of one window."""
-        assert carry.encoder is not None
+        assert carry.encoder is not None and carry.context is not None
         with torch.no_grad():
             encoding, encoder = self.autoencoder.encode(batch, carry.encoder)
         self._seen = (encoding.mask, encoding.latents)
@@ -161,10 +162,10 @@ class PriorObjective(nn.Module):
             encoding.latents, encoding.mask, encoding.doc_start, carry.context, encoding.after
         )
         paid = price_latents(self.prior, encoding, context, batch, generator, hide=True)
-        nats = {"latent": paid.latent.sum(), "end": paid.end.sum()}
+        latent, end = paid.latent.sum(), paid.end.sum()
         return Step(
-            (nats["latent"] + nats["end"]) / batch.total_bytes,
-            {name: value.detach() for name, value in nats.items()},
+            (latent + end) / batch.total_bytes,
+            {"latent": latent.detach(), "end": end.detach()},
             batch.characters,
-            map_carry(torch.detach, Carry(encoder=encoder, context=context_state)),
+            map_carry(torch.detach, Carry(encoder, context=context_state)),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -57,26 +58,10 @@ def make_optimizers(model: nn.Module, config: TrainingConfig) -> list[torch.opti
     return optimizers
 
 
-class Average(AveragedModel):
-    """Exponential moving average of the trained weights; its decay warms up as (1 + n) / (10 + n).
+def make_average(model: nn.Module, decay: float) -> AveragedModel:
+    """Exponential moving average of the weights, folded in n times; its decay warms up as (1 + n) / (10 + n)."""
 
-    Frozen weights are copied, not averaged.
-    """
+    def fold(averages: Any, weights: Any, n: Any) -> None:
+        torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + int(n)) / (10 + int(n))))
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        super().__init__(model)
-        self.decay = decay
-        pairs = zip(self.module.parameters(), model.parameters(), strict=True)
-        self.trained = [(averaged, current) for averaged, current in pairs if current.requires_grad]
-
-    @torch.no_grad()
-    def update_parameters(self, model: nn.Module) -> None:
-        """Fold in the weights as they are now; buffers are copied."""
-        n = int(self.n_averaged)
-        # all of the first: what it was made from may have been replaced since
-        share = 1 - min(self.decay, (1 + n) / (10 + n)) if n else 1.0
-        averaged, current = zip(*self.trained, strict=True)
-        torch._foreach_lerp_(averaged, current, share)
-        for kept, buffer in zip(self.module.buffers(), model.buffers(), strict=True):
-            kept.copy_(buffer)
-        self.n_averaged += 1
+    return AveragedModel(model, multi_avg_fn=fold)

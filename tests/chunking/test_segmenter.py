@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hldm.chunking.segmenter import (
     ChunkStream,
@@ -17,10 +17,9 @@ from hldm.chunking.segmenter import (
     SegmenterChunker,
     SegmenterState,
     SignalCutter,
-    Signaller,
 )
 from hldm.chunking.strategies import SEGMENTERS
-from hldm.config import ChunkingConfig, ModelStrategy, SegmenterConfig
+from hldm.config import ChunkingConfig, ModelStrategy, SegmenterConfig, to_dict
 
 LIMITS = [(1, 1), (1, 12), (4, 12), (3, 40), (1, 65_536), (9, 65_536)]
 RULES: tuple[Rule, ...] = ("level", "movement")
@@ -41,11 +40,11 @@ def random_text(b: int, t: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return text, torch.arange(t).expand(b, t) == 0
 
 
-class Told(nn.Module, Signaller):
+class Told(Segmenter):
     """Gives the signals of a table, in the order of the bytes of a document."""
 
     def __init__(self, table: np.ndarray, threshold: float, rule: Rule) -> None:
-        super().__init__()
+        super().__init__(to_dict(ChunkingConfig()))
         self.table = torch.from_numpy(table)
         self.threshold = torch.tensor(threshold, dtype=torch.float64)
         self.rule = rule

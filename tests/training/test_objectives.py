@@ -84,6 +84,23 @@ def test_gradients_reach_every_part_under_every_choice(stage, choice):
     assert {name for name in untouched if "bias" not in name} <= excused
 
 
+@pytest.mark.parametrize(
+    "choice",
+    [*CHOICES, ["prior.context_dropout=0.01"]],
+    ids=lambda choice: " ".join(choice) or "default",
+)
+@pytest.mark.parametrize("stage", ["autoencoder", "prior"])
+def test_an_objective_knows_whether_a_step_may_leave_out_parameters(stage, choice):
+    config = load_config([ROOT / "configs/tiny.yaml"], [*SMALL, *choice])
+    objective = make_objective(config, stage)
+    left_out = set()
+    for progress in (0.0, 0.9):
+        run(objective, config, 1, progress)
+        left_out |= {n for n, p in objective.named_parameters() if p.requires_grad and p.grad is None}
+        objective.zero_grad()
+    assert bool(left_out) == objective.may_leave_out, left_out
+
+
 def test_the_twin_trains_without_latents():
     config = load_config(
         [ROOT / "configs/tiny-twin.yaml"],
