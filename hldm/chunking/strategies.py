@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -21,9 +21,10 @@ from hldm.chunking.recurrence import GateSegmenter, StateSegmenter
 from hldm.chunking.reinforce import PolicySegmenter
 from hldm.chunking.segmenter import Segmenter
 from hldm.chunking.select import SelectSegmenter
-from hldm.config import ChunkingConfig, ConfigError
+from hldm.config import ChunkingConfig, ConfigError, changed, to_dict
 from hldm.model.autoencoder import Autoencoder
 from hldm.runs.files import atomic_write, fingerprint
+from hldm.runs.folder import code_fingerprint, shipped
 from hldm.text.corpus import Corpus
 
 SEGMENTERS: dict[str, type[Segmenter]] = {
@@ -59,6 +60,19 @@ def read_segmenter(folder: Path, chunking: ChunkingConfig) -> Segmenter | None:
     return segmenter.eval()
 
 
+def shipped_segmenter(chunking: ChunkingConfig, documents: Sequence[np.ndarray]) -> Segmenter:
+    """The segmenter that comes with hldm for a strategy, within these limits, its threshold set on these documents.
+
+    Raises FileNotFoundError in a copy of hldm without it.
+    """
+    strategy = chunking.strategy
+    segmenter = SEGMENTERS[strategy].from_pretrained(shipped(f"segmenters/{strategy}")).eval()
+    limits = {name: getattr(chunking, name) for name in ("min_bytes", "max_bytes", "target_bytes")}
+    segmenter.chunking = changed(segmenter.chunking, **limits)
+    segmenter.calibrate(documents)
+    return segmenter
+
+
 def chunker_of(autoencoder: Autoencoder) -> Chunker:
     """What cuts text for a model. Raises ConfigError where that takes a segmenter and none was attached."""
     attached = autoencoder.attached_chunker
@@ -87,9 +101,8 @@ def cached_starts(
     The file's name says what it depends on, its head what it holds: one that is damaged is made again.
     """
     chunking = segmenter.chunking
-    bound = json.dumps(
-        [corpus.fingerprint, fingerprint(segmenter.state_dict()), chunking.min_bytes, chunking.max_bytes]
-    )
+    weights = fingerprint(segmenter.state_dict())
+    bound = json.dumps([corpus.fingerprint, weights, to_dict(chunking), code_fingerprint()])
     path = folder / f"boundaries-{hashlib.sha256(bound.encode()).hexdigest()[:16]}"
     size = len(corpus.text)
     if path.is_file():

@@ -14,6 +14,7 @@ from hldm.commands.options import Configs, Overrides, Paired, Run, check_minutes
 from hldm.config import Config, changed, load_config, stage_training, to_yaml
 from hldm.evaluation.tables import compare, show
 from hldm.runs.folder import export_run
+from hldm.runs.identity import check_pair
 
 DEMO_PROMPTS = 3  # continued by `hldm demo`
 
@@ -98,8 +99,10 @@ def demo(
     """
     began = time.monotonic()
     name = name or ("demo" if config.stem == "tiny" else f"demo-{config.stem}")
-    model = changed(load_config([config]), name=name)
-    twin = changed(load_config([config.with_name(f"{config.stem}-twin.yaml")]), name=f"{name}-twin")
+    twin_path = config.with_name(f"{config.stem}-twin.yaml")
+    model, twin = load_config([config]), load_config([twin_path])
+    check_pair(model, config, twin, twin_path)
+    model, twin = changed(model, name=name), changed(twin, name=f"{name}-twin")
     folders = {"model": Path("runs") / name, "twin": Path("runs") / twin.name}
 
     from hldm.training.sizes import require_room

@@ -83,6 +83,7 @@ def evaluate_run(
     return {
         "run": folder.resolve().name,
         "split": split if text is None else str(text),
+        "text": corpus.fingerprint,
         "commit": _commit(folder),
         "seed": seed,
         "draws": draws,

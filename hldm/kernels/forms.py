@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from hldm.generation import writer as generation
-from hldm.kernels import derivatives, muon, scan, writer
+from hldm.kernels import derivatives, library, muon, scan, writer
 from hldm.model import ops
 
 FORMS: dict[Any, Any] = {
@@ -24,3 +24,9 @@ FORMS: dict[Any, Any] = {
     generation.make_writer: writer.make_writer,
     torch.optim.Muon: muon.Muon,
 }
+
+
+def why_none() -> str:
+    """Why there are no C++ kernels, in words; "" where there are."""
+    found = library.kernels()
+    return "" if found.library else found.told

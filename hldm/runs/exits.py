@@ -69,6 +69,8 @@ def _guarded(work: Callable[[], int]) -> int:
         return _fail(_one_line(error), 2)
     except MemoryError as error:
         return _out_of_memory(error)
+    except ImportError as error:
+        return _fail(f"{_one_line(error)}: hldm doctor looks at the installation", 2)
     except RunEnded as error:
         code = _fail(str(error), error.exit_code, error.is_agreed)
         if not error.is_agreed and "RANK" in os.environ:
@@ -78,6 +80,10 @@ def _guarded(work: Callable[[], int]) -> int:
     except RuntimeError as error:
         if any(sign in str(error).lower() for sign in OUT_OF_MEMORY):
             return _out_of_memory(error)
+        if str(error).startswith(
+            "Failed to import"
+        ):  # diffusers: python -OO, or what a variable asks of a library
+            return _fail(f"{_one_line(error)}: hldm doctor looks at the installation", 2)
         raise
 
 

@@ -8,6 +8,7 @@ Knows no model.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -23,6 +24,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +33,7 @@ import yaml
 
 from hldm.config import ConfigError, is_retired, load_config
 from hldm.runs.checkpoints import checkpoints_in
-from hldm.runs.files import atomic_write, naming
+from hldm.runs.files import atomic_write, naming, sha256_of
 from hldm.settings import dotted
 
 if TYPE_CHECKING:
@@ -53,6 +55,7 @@ class Totals:
     characters: int = 0
     prepared: float = 0.0  # of the seconds, those before the first step
     corpus: str = ""  # fingerprint of the training text; "": a run of before it was kept
+    autoencoder: str = ""  # of stage two: fingerprint of the stage one that it was trained on
 
 
 class Run:
@@ -261,6 +264,16 @@ def check_run_name(name: str) -> None:
         raise ValueError(f"a run is named by 1 to 64 of [A-Za-z0-9._-], got {name!r}; choose another --name")
 
 
+@lru_cache(maxsize=1)
+def code_fingerprint() -> str:
+    """sha256 of this package's sources, in hex: a commit that changes none of them changes no result."""
+    package = Path(__file__).parent.parent
+    digest = hashlib.sha256()
+    for path in sorted(path for path in package.rglob("*") if path.suffix in (".py", ".cpp", ".h")):
+        digest.update(f"{path.relative_to(package)} {sha256_of(path)}\n".encode())
+    return digest.hexdigest()
+
+
 def describe_environment() -> dict[str, Any]:
     """What a reader needs to repeat a run: code, libraries, machine, command."""
     import torch
@@ -274,6 +287,7 @@ def describe_environment() -> dict[str, Any]:
         "argv": sys.argv,
         "commit": _git(here.parent, "rev-parse", "HEAD") if is_tracked else None,
         "dirty": None if status is None else status != "",
+        "code": code_fingerprint(),
         "python": platform.python_version(),
         **{name: _version(name) for name in LIBRARIES},
         "platform": platform.platform(),

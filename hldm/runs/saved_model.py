@@ -32,7 +32,6 @@ JSON_TYPES: dict[str, tuple[type, ...]] = {
     "int": (int,),
     "float": (int, float),
     "str": (str,),
-    "bool": (bool,),
 }
 
 M = TypeVar("M", bound="SavedModel")
@@ -63,7 +62,8 @@ def check_model(cls: type[SavedModel], folder: Path) -> None:
             )
     if index := next(folder.glob("*.index.json"), None):  # diffusers would read what that names instead
         raise ValueError(f"{index} says that the weights are in several files: save them as one")
-    expected = {name: _kind(tensor) for name, tensor in _describe(cls, folder / CONFIG).items()}
+    state = _describe(cls, folder / CONFIG)
+    expected = {name: (DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in state.items()}
     check_tensors(folder / WEIGHTS, expected)
 
 
@@ -81,7 +81,7 @@ def _describe(cls: type[SavedModel], path: Path) -> dict[str, Tensor]:
     for parameter in parameters:
         if parameter.name in arguments:
             value, types = arguments[parameter.name], JSON_TYPES[str(parameter.annotation)]
-            if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            if not isinstance(value, types) or isinstance(value, bool):
                 raise ValueError(
                     f"{path}: {parameter.name} must be of type {parameter.annotation}, got {value!r:.80}"
                 )
@@ -133,10 +133,6 @@ def _check_header(path: Path) -> None:
                 f"{path} is damaged (its header claims {size:,} bytes): restore it or train it again"
             )
         parse_json(file.read(size), str(path))
-
-
-def _kind(tensor: Tensor) -> tuple[str, tuple[int, ...]]:
-    return DTYPES[tensor.dtype], tuple(tensor.shape)
 
 
 def read_json(path: Path) -> dict[str, Any]:

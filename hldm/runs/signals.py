@@ -94,7 +94,7 @@ def leave_in_one_line(work: Callable[[], int]) -> int:
 
 def is_first_rank() -> bool:
     """Whether this process is the one that speaks for all, before there is a process group to ask."""
-    return os.environ.get("RANK", "0") == "0"
+    return os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ  # a RANK that a shell exports
 
 
 class _Process:

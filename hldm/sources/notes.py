@@ -16,7 +16,7 @@ class TextNote(UserWarning):
 
 def note(message: str) -> None:
     """Warn in one line. Other ranks read the same text and say nothing."""
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ:  # a RANK that a shell exports
         # no file name, which would bring a line of source code along; an own registry, so that nothing is held back
         warnings.warn_explicit(one_line(message), TextNote, "hldm", 1, registry={})
 

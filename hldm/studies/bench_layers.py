@@ -75,14 +75,9 @@ def _run(work: Callable[[], Tensor], wanted: Sequence[Tensor], both_ways: bool) 
         torch.autograd.grad(y, wanted, y.detach())
 
 
-def _in_torch(work: Callable[[], Tensor]) -> Tensor:
-    with without_kernels():
-        return work()
-
-
 def _with_and_without_kernels(work: Callable[[], Tensor], wanted: Sequence[Tensor]) -> Works:
     """The same in torch alone and, where they are there, with C++ kernels."""
-    turns: Works = {"torch": (partial(_in_torch, work), wanted)}
+    turns: Works = {"torch": (without_kernels()(work), wanted)}
     return {**turns, "cpp": (work, wanted)} if library() else turns
 
 

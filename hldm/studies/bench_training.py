@@ -230,15 +230,12 @@ def rate_products(profile: dict[str, Any], seconds_per_step: float, peak: float)
 
     seconds_per_step: of a step without profiler
     """
-    seconds = profile["seconds"]["matrix products"]
-    inside, whole = profile["matrix_gflop"] / seconds, profile["matrix_gflop"] / seconds_per_step
+    seconds, gflop = profile["seconds"]["matrix products"], profile["matrix_gflop"]
     return {
         **profile,
         "matrix_share": seconds / sum(profile["seconds"].values()),
-        "gflops_inside": inside,
-        "peak_share_inside": inside / peak,
-        "gflops_whole": whole,
-        "peak_share_whole": whole / peak,
+        "peak_share_inside": gflop / seconds / peak,
+        "peak_share_whole": gflop / seconds_per_step / peak,
     }
 
 

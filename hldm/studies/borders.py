@@ -35,8 +35,9 @@ def describe_chunks(
     }
     if verses is not None:
         borders["verse"] = np.zeros(len(text), bool)
-        for offset, places in zip(offsets, verses, strict=False):
-            borders["verse"][offset + places[places > 0]] = True
+        for document, offset, places in zip(documents, offsets, verses, strict=False):
+            # data.max_bytes may end a document early
+            borders["verse"][offset + places[(places > 0) & (places < len(document))]] = True
     opens = np.zeros(len(text), bool)
     opens[offsets[:-1][np.diff(offsets) > 0]] = True  # no choice of the strategy's
     return {

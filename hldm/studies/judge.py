@@ -25,6 +25,7 @@ from hldm.evaluation.prompts import choose_prompts, prompt_chunker
 from hldm.evaluation.tables import Table
 from hldm.generation.pipeline import HLDMPipeline, read_pipeline
 from hldm.runs.folder import corpora_of_run
+from hldm.runs.identity import require_shared_text
 from hldm.text.bytes import count_characters
 from hldm.text.corpus import make_corpus
 
@@ -113,6 +114,8 @@ def judge_run(
     pipeline = read_pipeline(folder / "pipeline")
     if vary and pipeline.prior is None:
         raise ValueError(f"{folder} is a twin: it has no sampler to vary")
+    for other in filter(None, (judge, twin)):
+        require_shared_text(folder, other)
     corpora = corpora_of_run(folder)
     chunker = prompt_chunker(pipeline.autoencoder)
     chosen = choose_prompts(corpora["test"], chunker, prompts, max_characters=max_characters)

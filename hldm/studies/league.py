@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
-from hldm.config import ChunkingConfig, Config, ConfigError, StagesConfig, Strategy, changed, load_config
+from hldm.config import ChunkingConfig, Config, ConfigError, Strategy, changed, load_config, to_dict
 from hldm.evaluation.tables import Table, cell
 from hldm.runs.files import atomic_write
+from hldm.runs.folder import code_fingerprint
+from hldm.runs.identity import MAY_CHANGE_ONCE_TRAINED, differences, text_fingerprint
 from hldm.runs.reports import save_report
-from hldm.studies.rate_curve import BITS, measure_once, read_base, timed, twin_of
+from hldm.settings import dotted
+from hldm.sources.corpora import load_corpora
+from hldm.studies.rate_curve import BITS, measure_once, read_base, say_other_code, timed, twin_of
 
 # the last is fixed chunks again, their latents by autoencoder.pooling=strided
 STRATEGIES = (*get_args(Strategy), "strided")
@@ -125,31 +129,63 @@ def run_league(
     Leaves root/<config>-league/<entry>/, and beside them league.json and league.md, rewritten after each. Rows of
     earlier calls, of the same minutes, stay in them. Raises ValueError or OSError.
     """
-    todo = entries(path, minutes, only, targets, clock)
     twin = twin_of(path, minutes, clock)
+    todo = entries(path, minutes, only, targets, clock)
     folder = root / f"{path.stem}-league"
     league: dict[str, Any] = {"config": str(path), "minutes": minutes, "clock": clock, "split": "test"}
-    trainings = (twin.training, todo[0].config.training)
+    text = text_fingerprint(load_corpora(twin.data))
+    names = {"twin", *(entry.name for entry in todo)}
+    others, left_out = _earlier_rows(folder, names, text, (twin, todo[0].config))
+    for line in left_out:
+        say(line)
+    rows: list[dict[str, Any]] = []
     for entry in [Entry("twin", "twin", None, twin), *todo]:
         say(f"{entry.name}: {minutes:g} minutes")
 
         def found(run: Path, entry: Entry = entry) -> dict[str, Any]:
             return {"name": entry.name, "strategy": entry.strategy, "target": entry.target, **measure(run)}
 
-        measure_once(entry.name, entry.config, folder, "league.json", found)
-        league["chunkers"] = _rows(folder, trainings)
+        target = folder / entry.name / "league.json"
+        rows.append(measure_once(entry.name, entry.config, target, text, found, say))
+        league["chunkers"] = sorted([*others, *rows], key=lambda row: str(row["name"]))
         save_report(folder / "league.json", league)
         atomic_write(folder / "league.md", f"{table(league)}\n")
+    say_other_code(league["chunkers"], say)
     return league
 
 
-def _rows(folder: Path, trainings: Sequence[StagesConfig]) -> list[dict[str, Any]]:
-    """What was measured of the runs of a league that trained as these do."""
-    return [
-        json.loads(path.read_text(encoding="utf-8"))
-        for path in sorted(folder.glob("*/league.json"))
-        if load_config([path.parent / "autoencoder" / "config.yaml"]).training in trainings
-    ]
+def _earlier_rows(
+    folder: Path, names: Collection[str], text: str, configs: Sequence[Config]
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows of earlier calls, beside these names, that may stand in one table, and a line for each that may not.
+
+    They were trained on this text by one of these configs, whatever it cuts and pools, and measured by this code.
+    """
+    alike = [_compared(config) for config in configs]
+    now = {"code": code_fingerprint(), "text": text}
+    rows: list[dict[str, Any]] = []
+    left_out: list[str] = []
+    for path in sorted(folder.glob("*/league.json")):
+        if path.parent.name in names:
+            continue
+        settings = _compared(load_config([path.parent / "autoencoder" / "config.yaml"]))
+        row = json.loads(path.read_text(encoding="utf-8"))
+        if settings not in alike:
+            nearest = min((sorted(set(settings.items()) ^ set(one.items())) for one in alike), key=len)
+            left_out.append(
+                f"{path.parent} is left out: other settings of {', '.join({key: 0 for key, _ in nearest})}"
+            )
+        elif wrong := differences(row.get("origin", {}), now):
+            left_out.append(f"{path.parent} is left out, made of {wrong}: ask for it to measure it again")
+        else:
+            rows.append(row)
+    return rows, left_out
+
+
+def _compared(config: Config) -> dict[str, str]:
+    """The settings that all entries of a league share, by dotted key."""
+    apart = ("chunking.", "autoencoder.pooling", *MAY_CHANGE_ONCE_TRAINED)
+    return {key: str(value) for key, value in dotted(to_dict(config)).items() if not key.startswith(apart)}
 
 
 def measure(run: Path) -> dict[str, Any]:

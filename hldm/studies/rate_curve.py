@@ -9,7 +9,6 @@ trained for the same minutes. Points are runs like any other, so a curve that wa
 
 from __future__ import annotations
 
-import json
 import lzma
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -19,7 +18,12 @@ from typing import Any, NamedTuple
 
 from hldm.config import Config, ConfigError, changed, load_config, stage_training
 from hldm.evaluation.tables import Table
+from hldm.runs.folder import code_fingerprint
+from hldm.runs.identity import SHOWN, check_pair, measured_once, origin_of, text_fingerprint
 from hldm.runs.reports import save_report
+from hldm.sources.corpora import load_corpora
+from hldm.text.bytes import count_characters
+from hldm.text.corpus import Corpus, Split
 
 # dial: key of the config, values beside the config's own
 DIALS: Mapping[str, tuple[str, tuple[float, ...]]] = {
@@ -46,8 +50,10 @@ BITS = (
     "latent",
     "decoder",
 )  # of an evaluation, that are kept
-# Spent outside this repository on the built-in test books by programs that were given its training text.
+# Spent outside this repository on the test books of the built-in text, whole, by programs that were given its training
+# text; COMPRESSED: its fingerprint.
 COMPRESSORS = {"zpaq -m5": 1.306, "PPMd, order 8": 1.375}
+COMPRESSED = "ea479a69c811c70c8a92eb8254c24adf59dfe22083c0ce3ec553fa7aa9a987bf"
 
 
 class Point(NamedTuple):
@@ -71,8 +77,11 @@ def read_base(path: Path, only: Sequence[str], known: Collection[str]) -> Config
 
 
 def twin_of(path: Path, minutes: float, clock: str) -> Config:
-    """The twin of a config, trained for as long."""
-    return timed(load_config([path.with_name(f"{path.stem}-twin.yaml")]), minutes, clock)
+    """The twin of a config, trained for as long. Raises ConfigError where it reads another text."""
+    twin = path.with_name(f"{path.stem}-twin.yaml")
+    config = load_config([twin])
+    check_pair(load_config([path]), path, config, twin)
+    return timed(config, minutes, clock)
 
 
 def points(path: Path, minutes: float, only: Sequence[str] = (), clock: str = "wall") -> list[Point]:
@@ -128,32 +137,54 @@ def run_curve(
         "compressors": {},
         "points": [],
     }
+    corpora = load_corpora(todo[0].config.data)
+    text = text_fingerprint(corpora)
     for point in todo:
         say(f"{point.name}: {minutes:g} minutes")
-        curve["points"].append(_measured(point, folder))
-        curve["compressors"] = curve["compressors"] or _compressors(point.config)
+        curve["points"].append(_measured(point, folder, text, say))
+        curve["compressors"] = curve["compressors"] or _compressors(corpora)
         save_report(folder / "rate-curve.json", curve)
+    say_other_code(curve["points"], say)
     return curve
 
 
 def measure_once(
-    name: str, config: Config, folder: Path, file: str, measure: Callable[[Path], Mapping[str, Any]]
+    name: str,
+    config: Config,
+    target: Path,
+    text: str,
+    measure: Callable[[Path], Mapping[str, Any]],
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Train folder/<name> and measure it, or read from its `file` what was measured before."""
+    """Train folder/name and measure it, or read from target, folder/name/file, what was measured before.
+
+    text: fingerprint of the config's text
+    """
     from hldm.training.stages import train_run
 
-    target = train_run(changed(config, name=name), root=folder) / file
-    if not target.is_file():
-        save_report(target, measure(target.parent))
-    return json.loads(target.read_text(encoding="utf-8"))
+    run = train_run(changed(config, name=name), root=target.parent.parent)
+    return measured_once(target, origin_of(run, text), lambda: measure(run), say)
 
 
-def _measured(point: Point, folder: Path) -> dict[str, Any]:
+def say_other_code(rows: Sequence[Mapping[str, Any]], say: Callable[[str], None]) -> None:
+    """Say which rows of a table were trained by other code than this."""
+    by_code: dict[str, list[str]] = {}
+    for row in rows:
+        by_code.setdefault(row["origin"]["trained"][:SHOWN] or "unknown", []).append(row["name"])
+    if set(by_code) - {code_fingerprint()[:SHOWN]}:
+        named = "; ".join(f"{code}: {', '.join(names)}" for code, names in by_code.items())
+        say(
+            f"not all were trained by this code, {code_fingerprint()[:SHOWN]} (remove a run to train it again): {named}"
+        )
+
+
+def _measured(point: Point, folder: Path, text: str, say: Callable[[str], None]) -> dict[str, Any]:
     """Train and evaluate one point, or read what was measured before."""
     from hldm.evaluation.evaluate import evaluate_run
 
     evaluate = partial(evaluate_run, prompts=0)
-    evaluation = measure_once(point.name, point.config, folder, "evaluation.json", evaluate)
+    target = folder / point.name / "evaluation.json"
+    evaluation = measure_once(point.name, point.config, target, text, evaluate, say)
     bits, reconstruction = evaluation["bits_per_character"], evaluation["reconstruction"]
     return {
         "name": point.name,
@@ -164,20 +195,17 @@ def _measured(point: Point, folder: Path) -> dict[str, Any]:
         "clean_accuracy": reconstruction and reconstruction["clean"]["byte_accuracy"],
         "characters_per_chunk": evaluation["characters_per_chunk"],
         **evaluation["cost"],
+        "origin": evaluation["origin"],
     }
 
 
-def _compressors(config: Config) -> dict[str, float]:
+def _compressors(corpora: Mapping[Split, Corpus]) -> dict[str, float]:
     """Bits per character that general compressors spend on the test text after the training text."""
-    from hldm.sources.corpora import load_corpora
-    from hldm.text.bytes import count_characters
-
-    corpora = load_corpora(config.data)
     train, test = corpora["train"].text.tobytes(), corpora["test"].text.tobytes()
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 1 << 26}]
     sizes = [len(lzma.compress(text, filters=filters)) for text in (train, train + test)]
     found = {"xz -9e": 8 * (sizes[1] - sizes[0]) / count_characters(test)}
-    return found | (COMPRESSORS if not (config.data.path or config.data.dataset) else {})
+    return found | (COMPRESSORS if text_fingerprint(corpora) == COMPRESSED else {})
 
 
 def table(curve: Mapping[str, Any]) -> Table:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
+import torch
 from accelerate import Accelerator
 
 from hldm.config import ConfigError, TrainingConfig
@@ -20,7 +22,21 @@ SHARDING = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "its parallelism config",
+    "ACCELERATE_USE_SAGEMAKER": "SageMaker's data parallelism",
 }
+# How launchers say which process this is, and how many there are: torch's, accelerate's and those of MPI.
+RANK, SIZES = "LOCAL_RANK", ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+# Those that `Accelerator` reads, by their beginnings: named where it cannot be made.
+READ = (
+    "ACCELERATE_",
+    "FSDP_",
+    "PARALLELISM_CONFIG_",
+    "FORK_LAUNCHED",
+    "TORCH_DISTRIBUTED_DEBUG",
+    RANK,
+    "RANK",
+    *SIZES,
+)
 # What torch and its libraries read themselves: faster or slower products, or products rounded otherwise.
 ROUNDING = (
     "ATEN_CPU_CAPABILITY",
@@ -38,6 +54,16 @@ ROUNDING = (
 YES = ("1", "true", "yes", "y", "t", "on")  # as accelerate reads a flag
 
 
+def launched_number(name: str, default: int, environment: Mapping[str, str] = os.environ) -> int:
+    """What a launcher's variable says, such as WORLD_SIZE. Raises ConfigError where it is no number."""
+    try:
+        return int(environment.get(name, default))
+    except ValueError:
+        raise ConfigError(
+            f"{name}={environment[name]} is not a number: unset it, or start by a launcher"
+        ) from None
+
+
 def check_launch(environment: Mapping[str, str] = os.environ) -> None:
     """Raise ConfigError for a launch that this trainer cannot follow, before accelerate acts on it."""
     # plain training knows nothing of a MASTER_ADDR that a cluster's shell exports; the launcher sets both
@@ -47,12 +73,34 @@ def check_launch(environment: Mapping[str, str] = os.environ) -> None:
             "accelerate launch --cpu --num_processes N starts one process, not N: "
             "use `accelerate launch --multi_gpu --num_processes N` (it works on CPU, too)"
         )
+    several = [name for name in SIZES if launched_number(name, 1, environment) > 1]
+    several += [RANK] if launched_number(RANK, -1, environment) != -1 else []
+    if several and not environment.get("MASTER_ADDR"):
+        raise ConfigError(
+            f"{several[0]}={environment[several[0]]} says that a launcher started this process, but it set no "
+            f"MASTER_ADDR: use `accelerate launch --multi_gpu --num_processes N`, or unset {several[0]}"
+        )
     for name, what in SHARDING.items():
         if environment.get(name, "").lower() in YES:
             raise ConfigError(
                 f"accelerate was asked for {what} ({name}={environment[name]}), but every rank of this trainer "
                 "keeps all weights: use `accelerate launch --multi_gpu` or a file of configs/accelerate"
             )
+
+
+@contextmanager
+def naming_variables(environment: Mapping[str, str] = os.environ) -> Iterator[None]:
+    """Within: whatever accelerate says of its environment becomes one line that names the variables it read."""
+    try:
+        yield
+    except (ImportError, AssertionError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        found = [f"{name}={environment[name]}" for name in sorted(environment) if name.startswith(READ)]
+        if isinstance(error, ConfigError) or not found:
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(
+            f"accelerate cannot start ({reason[:300]}); it read {', '.join(found)}: unset or mend what is wrong"
+        ) from error
 
 
 def check_accelerator(accelerator: Accelerator, config: TrainingConfig, section: str) -> None:
@@ -69,6 +117,18 @@ def check_accelerator(accelerator: Accelerator, config: TrainingConfig, section:
             accelerator.gradient_accumulation_steps,
             1,
             f"set {section}.accumulation, which keeps the gradient whole",
+        ),
+        (
+            "ACCELERATE_TORCH_DEVICE",
+            accelerator.device.type,
+            "cuda" if torch.cuda.is_available() else "cpu",
+            "other devices lack float64 or operators used here",
+        ),
+        (
+            "ACCELERATE_FP8_BACKEND",
+            os.environ.get("ACCELERATE_FP8_BACKEND", "NO").upper(),
+            "NO",
+            "fp8 is not used",
         ),
         (
             "ACCELERATE_DYNAMO_BACKEND",

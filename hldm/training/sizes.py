@@ -7,9 +7,8 @@ states, checkpoints) are exact; activations are an estimate, measured against re
 
 from __future__ import annotations
 
-import os
+import warnings
 from functools import lru_cache
-from glob import glob
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +22,10 @@ from hldm.generation.footprint import FLOAT, INTEGER, RUNTIME, chunk_bytes, stat
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.prior import Prior
 from hldm.runs.machine import available_memory, free_disk, gpu_memory, human
+from hldm.sources.files import matching_files
+from hldm.sources.notes import TextNote
 from hldm.text.bytes import OUTPUTS
+from hldm.training.environment import launched_number
 from hldm.training.objectives import AutoencoderObjective, PriorObjective
 from hldm.training.optimizers import make_optimizers
 
@@ -82,21 +84,19 @@ WAY_OUT = {
 
 
 def text_bytes(data: DataConfig) -> int:
-    """Bytes of text that will be read, at most: what the files hold, what data.max_bytes lets in."""
+    """Bytes of text that will be read, at most: what the files hold, what data.max_bytes lets in.
+
+    Raises ConfigError or FileNotFoundError where data.path names no text.
+    """
     if data.dataset:
         return data.max_bytes
     if not data.path:
         return min(BIBLE_BYTES, data.max_bytes)
-    place = Path(data.path).expanduser()
-    files = [str(place)]
-    if not place.is_file():
-        files = glob(str(place / "**" if place.is_dir() else place), recursive=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TextNote)  # said when the text is read
+        files = matching_files(data.path)
     # compressed text unpacks to about four times as much
-    sizes = (
-        os.path.getsize(file) * (4 if file.endswith((".gz", ".parquet")) else 1)
-        for file in files
-        if os.path.isfile(file)
-    )
+    sizes = (file.stat().st_size * (4 if file.suffix.lower() in (".gz", ".parquet") else 1) for file in files)
     return min(sum(sizes), data.max_bytes)
 
 
@@ -111,7 +111,7 @@ def untrained(config: Config, stage: str) -> AutoencoderObjective | PriorObjecti
             autoencoder.enable_gradient_checkpointing()
         return AutoencoderObjective(autoencoder, config.autoencoder, config.diffusion.gamma_0)
     prior = Prior.from_settings(config.autoencoder, config.prior, config.hierarchy, config.diffusion)
-    return PriorObjective(prior, autoencoder, config.training.prior.joint)
+    return PriorObjective(prior, autoencoder)
 
 
 @lru_cache(maxsize=4)  # asked for several times
@@ -232,8 +232,6 @@ def activation_bytes(config: Config, stage: str, rows: int) -> int:
         numbers = (reading + writing) * rows
     else:
         numbers = rows * prior_numbers(config, chunks)
-        if config.training.prior.joint:
-            numbers += (reading + writing) * rows
     return FLOAT * numbers
 
 
@@ -251,8 +249,8 @@ def training_bytes(segmenter: Segmenter | None) -> int:
 
 def needs(config: Config, stage: str, root: Path = Path("runs")) -> list[Need]:
     """What the stage needs here, and how much there is: in this cgroup, on this GPU, on the disk of root."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    processes = launched_number("WORLD_SIZE", 1)
+    here = launched_number("LOCAL_WORLD_SIZE", 1)
     sizes = stage_sizes(config, stage, processes)
     memory, where = available_memory()
     graphics = gpu_memory()

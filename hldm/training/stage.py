@@ -18,24 +18,25 @@ from torch import nn
 from hldm.chunking.chunker import make_chunker
 from hldm.chunking.segmenter import Segmenter
 from hldm.chunking.strategies import cached_starts, read_segmenter
-from hldm.config import Config, LoggingConfig, TrainingConfig, to_dict
+from hldm.config import Config, ConfigError, LoggingConfig, TrainingConfig, to_dict
+from hldm.model.speed import why_plain
 from hldm.runs.checkpoints import checkpoints_in
 from hldm.runs.clock import clock_named
 from hldm.runs.exits import Interrupted
-from hldm.runs.files import naming
+from hldm.runs.files import atomic_write, naming
 from hldm.runs.folder import Run, Totals, check_run_name, open_run, write_totals
+from hldm.runs.identity import MAY_CHANGE_ONCE_TRAINED, SHOWN
 from hldm.runs.progress import say_line
 from hldm.runs.ranks import RankLost, is_rank_failure, make_roll_call, missing_ranks
 from hldm.runs.signals import Stopped
 from hldm.settings import dotted
 from hldm.text.corpus import Corpus
 from hldm.text.windows import Windows
-from hldm.training.environment import check_accelerator, check_launch, rounding_variables
+from hldm.training.environment import check_accelerator, check_launch, naming_variables, rounding_variables
 from hldm.training.objectives import AutoencoderObjective, PriorObjective
 from hldm.training.segmenters import train_segmenter
 from hldm.training.trainer import Trainer
 
-MAY_CHANGE_ONCE_TRAINED = ("name", "checkpoint.", "logging.", "generation.")
 MAY_CHANGE = (*MAY_CHANGE_ONCE_TRAINED, "training.")  # on resume
 SEGMENTER_SHARE = 0.2  # of stage one's minutes, at most, for what cuts its text
 
@@ -107,6 +108,13 @@ class Stage:
         chunking, path = self.config.chunking, self.run.folder.parent / "segmenter" / "model"
         if not chunking.needs_segmenter:
             return None
+        marked = path.with_name("text")  # fingerprint of the text that it was trained on
+        found = marked.read_text(encoding="ascii") if path.is_dir() and marked.is_file() else ""
+        if found not in ("", corpus.fingerprint):
+            raise ConfigError(
+                f"{path.parent} was trained on a text of fingerprint {found[:SHOWN]}, {corpus.name} has "
+                f"{corpus.fingerprint[:SHOWN]}: restore that text, or choose another --name"
+            )
 
         def make() -> None:
             made = train_segmenter(
@@ -118,6 +126,8 @@ class Stage:
                 say=self.say,
                 at_step=self.beat,
             )
+            path.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(marked, corpus.fingerprint)
             export(made, path)
 
         self.on_main(make, unless=path.is_dir())
@@ -174,17 +184,18 @@ def make_accelerator(
     Raises ConfigError where that environment asks for another training than the config's section.
     """
     check_launch()
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),  # other accelerators lack float64 or operators used here
-        mixed_precision=config.mixed_precision,
-        log_with=list(logging.trackers) or None,
-        project_dir=folder,
-        # Buffers hold sums of each rank's own rows; the objectives add them up in end_step.
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True),
-            InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_s)),
-        ],
-    )
+    with naming_variables():
+        accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(),  # other accelerators lack float64 or operators used here
+            mixed_precision=config.mixed_precision,
+            log_with=list(logging.trackers) or None,
+            project_dir=folder,
+            # Buffers hold sums of each rank's own rows; the objectives add them up in end_step.
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(broadcast_buffers=False),
+                InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_s)),
+            ],
+        )
     check_accelerator(accelerator, config, section)
     return accelerator
 
@@ -203,6 +214,8 @@ def open_stage(config: Config, name: str, resume: bool, root: Path) -> Iterator[
     )
     if found := list(rounding_variables()):
         say(f"{', '.join(found)}: set in the environment, so sums may round otherwise than without")
+    if accelerator.device.type == "cpu" and (reason := why_plain()):
+        say(f"C++ kernels: {reason}; sums round otherwise than with them")
     roll_call = make_roll_call()
     try:
         torch.manual_seed(config.seed)

@@ -9,6 +9,7 @@ nothing but rounding. hldm.runs.checkpoints saves, accelerate sees to processes 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import replace
@@ -40,7 +41,7 @@ from hldm.runs.ranks import largest_of_ranks
 from hldm.runs.reports import save_report
 from hldm.runs.signals import Interrupt, Stopped
 from hldm.text.windows import Batch, Windows
-from hldm.training.optimizers import Average, learning_rate, make_optimizers
+from hldm.training.optimizers import learning_rate, make_average, make_optimizers
 
 CLIP_EPS = 1e-6  # what torch's clipping adds to the norm
 YOUNG = 0.1  # of the progress: before it a model may yet come alive
@@ -88,9 +89,14 @@ class Trainer:
         self.rows = windows.lanes // (ranks * parts)
         objective.to(accelerator.device)
         self.objective = objective
-        self.average = Average(objective, config.ema_decay) if config.ema_decay else None
+        self.average = make_average(objective, config.ema_decay) if config.ema_decay else None
         self.optimizers = make_optimizers(objective, config)
-        self.model = accelerator.prepare(objective)
+        if accelerator.ddp_handler is not None:  # looking for them costs a walk through the graph every step
+            accelerator.ddp_handler.find_unused_parameters = objective.may_leave_out
+        with warnings.catch_warnings():
+            # torch 2.13's new word for it, forward_sync_buffers, is not known to accelerate 1.15
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            self.model = accelerator.prepare(objective)
         self.carries = [objective.initial_carry(self.rows, accelerator.device) for _ in range(parts)]
         self.totals = Totals(seconds=spent, prepared=spent)
         self.recent = Recent()
@@ -184,7 +190,7 @@ class Trainer:
         ]
         if groups[0] != groups[1] or ("average" in saved.tensors) != (self.average is not None):
             raise ConfigError(
-                f"{saved.path} was trained with another optimizer, ema_decay (0 or not) or joint phase: "
+                f"{saved.path} was trained with another optimizer or ema_decay (0 or not): "
                 "resume with what it was trained with, or choose another --name"
             )
         expected, found = self.objective.state_dict(), saved.tensors["model"]

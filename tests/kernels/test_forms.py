@@ -9,6 +9,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from conftest import plain_only
 from torch import Tensor
 
 from hldm.kernels.forms import FORMS
@@ -22,7 +23,6 @@ from hldm.model.ops import (
     rg_lru,
     rms_norm,
 )
-from hldm.model.speed import plain_only
 
 T, D, K, H = 41, 24, 6, 3  # positions, width, taps, heads
 Operation = Callable[..., Tensor | tuple[Tensor, ...]]

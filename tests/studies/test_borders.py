@@ -35,3 +35,11 @@ def test_kinds_are_different_chunks_a_chunk():
     text = np.frombuffer(b"In the the end", np.uint8)
     is_start = make_chunker(ChunkingConfig(min_bytes=1)).chunk_start(text)
     assert describe_chunks([text], is_start)["kinds"] == 3 / 4
+
+
+def test_verses_beyond_a_text_that_was_cut_do_not_count():
+    document = np.frombuffer(b"one two three", np.uint8)
+    is_start = np.zeros(len(document), bool)
+    is_start[[0, 4, 8]] = True
+    found = describe_chunks([document], is_start, [np.array([0, 4, 900])])
+    assert found["borders"]["verse"]["recall"] == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import yaml
@@ -109,17 +110,56 @@ def test_a_stopped_league_goes_on_and_measures_nothing_twice(monkeypatch, tmp_pa
     assert (tmp_path / "league.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_rows_of_earlier_calls_stay_if_their_minutes_are_the_same(monkeypatch, tmp_path):
+@pytest.fixture
+def rows_after(monkeypatch, tmp_path):
+    """Pretend to train and measure one strategy; returns the league's rows and what was said."""
     monkeypatch.setattr("hldm.training.stages.train_run", pretend_to_train)
     monkeypatch.setattr(league, "measure", lambda run: {**BITS, **FIGURES})
 
-    def names(strategy: str, minutes: float) -> list[str]:
-        options = dict(only=[strategy], targets=[6], root=tmp_path, say=lambda line: None)
-        return [row["name"] for row in run_league(TINY, minutes, **options)["chunkers"]]
+    def rows(strategy: str, minutes: float = 6, config: Path = TINY) -> tuple[list[str], list[str]]:
+        said: list[str] = []
+        found = run_league(config, minutes, only=[strategy], targets=[6], root=tmp_path, say=said.append)
+        return [row["name"] for row in found["chunkers"]], [line for line in said if "left out" in line]
 
-    assert names("fixed", 6) == ["fixed-6", "twin"]
-    assert names("gate", 6) == ["fixed-6", "gate-6", "twin"]
-    assert names("strided", 3) == ["strided-6", "twin"]  # the twin was trained anew: pretended, here
+    return rows
+
+
+def test_rows_of_earlier_calls_stay_if_their_minutes_are_the_same(rows_after):
+    assert rows_after("fixed") == (["fixed-6", "twin"], [])
+    assert rows_after("gate") == (["fixed-6", "gate-6", "twin"], [])
+    rows, said = rows_after("strided", minutes=3)  # the twin was trained anew: pretended, here
+    assert rows == ["strided-6", "twin"] and len(said) == 2 and "training.prior.minutes" in said[0]
+
+
+def test_rows_of_other_settings_text_or_code_are_left_out_by_name(rows_after, monkeypatch, tmp_path):
+    folder = tmp_path / "tiny-league"
+    rows_after("fixed")
+    for suffix in ("", "-twin"):
+        text = TINY.with_name(f"tiny{suffix}.yaml").read_text()
+        (tmp_path / f"tiny{suffix}.yaml").write_text(f"{text}\nseed: 5\n")
+    rows, said = rows_after("gate", config=tmp_path / "tiny.yaml")
+    assert rows == ["gate-6", "twin"] and said == [
+        f"{folder / 'fixed-6'} is left out: other settings of seed"
+    ]
+    monkeypatch.setattr("hldm.studies.league.text_fingerprint", lambda corpora: "7e47" * 16)
+    rows, said = rows_after("words")
+    assert "fixed-6" not in rows and "text" in said[0] and "not 7e477e477e47" in said[0]
+    monkeypatch.undo()
+    monkeypatch.setattr("hldm.studies.league.code_fingerprint", lambda: "c0de" * 16)
+    monkeypatch.setattr("hldm.training.stages.train_run", pretend_to_train)
+    monkeypatch.setattr(league, "measure", lambda run: {**BITS, **FIGURES})
+    rows, said = rows_after("strided")
+    assert "fixed-6" not in rows and "code" in said[0] and "not c0dec0dec0de" in said[0]
+
+
+def test_a_twin_of_another_text_is_refused(tmp_path):
+    for suffix, more in (("", ""), ("-twin", "data: {max_bytes: 100000}\n")):
+        text = TINY.with_name(f"tiny{suffix}.yaml").read_text()
+        (tmp_path / f"tiny{suffix}.yaml").write_text(f"{text}\n{more}")
+    with pytest.raises(
+        ConfigError, match=r"tiny.yaml has data.max_bytes=1000000000, .*tiny-twin.yaml has 100000"
+    ):
+        run_league(tmp_path / "tiny.yaml", 6, root=tmp_path)
 
 
 def test_a_run_of_other_minutes_is_no_entry(trained_run, small_config, tmp_path):

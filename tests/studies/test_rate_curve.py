@@ -8,8 +8,10 @@ import pytest
 from conftest import ROOT
 
 from hldm.cli import main
-from hldm.config import ConfigError
+from hldm.config import ConfigError, DataConfig
 from hldm.evaluation import evaluate as evaluation
+from hldm.sources.corpora import load_corpora
+from hldm.studies import rate_curve
 from hldm.studies.plots import plot_rate_curve
 from hldm.studies.rate_curve import DIALS, points, run_curve, table
 from hldm.training import stages
@@ -86,3 +88,25 @@ def test_a_stopped_curve_goes_on_and_measures_nothing_twice(measured, tmp_path):
     assert row[1:] == ["1.500", "0.000", "0.750", "50%", "1.00", "99.0%", "6.0", "10"]
     plot_rate_curve(curve, tmp_path / "curve.png")
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bits_of_compressors_are_those_of_the_text_that_they_were_given(monkeypatch):
+    monkeypatch.setattr("lzma.compress", lambda text, filters: text[:9])
+    whole = load_corpora(DataConfig())
+    assert "zpaq -m5" in rate_curve._compressors(whole)
+    part = load_corpora(DataConfig(max_bytes=20_000))
+    assert list(rate_curve._compressors(part)) == ["xz -9e"]
+
+
+def test_points_of_another_text_are_measured_again(measured, tmp_path, monkeypatch):
+    monkeypatch.setattr("lzma.compress", lambda text, filters: text[:9])
+    said: list[str] = []
+    options = dict(only=["max_bytes"], root=tmp_path, say=said.append)
+    measured.append("stop")
+    run_curve(TINY, 6, **options)
+    count = len(measured)
+    monkeypatch.setattr(rate_curve, "text_fingerprint", lambda corpora: "7e47" * 16)
+    run_curve(TINY, 6, **options)
+    assert (
+        len(measured) - count == 4 and sum("not 7e477e477e47: measured again" in line for line in said) == 4
+    )

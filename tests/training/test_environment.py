@@ -10,10 +10,12 @@ import pytest
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import ROOT, SMALL
 
+from hldm.cli import main
 from hldm.config import ConfigError, LoggingConfig, TrainingConfig, changed
 from hldm.evaluation.evaluate import evaluate_run
 from hldm.runs.files import fingerprint
-from hldm.training.environment import SHARDING, check_launch, rounding_variables
+from hldm.sources.notes import TextNote, note
+from hldm.training.environment import SHARDING, SIZES, check_launch, rounding_variables
 from hldm.training.stage import make_accelerator
 from hldm.training.stages import train_autoencoder, train_diffusion
 
@@ -31,6 +33,8 @@ REFUSED = {
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
     "ACCELERATE_DYNAMO_BACKEND": "inductor",
     "ACCELERATE_MIXED_PRECISION": "bf16",
+    "ACCELERATE_TORCH_DEVICE": "meta",
+    "ACCELERATE_FP8_BACKEND": "TE",
     **dict.fromkeys(SHARDING, "true"),
 }
 # Read by accelerate or torch, and of no effect on this trainer's results.
@@ -53,8 +57,8 @@ sys.exit(cli.train_autoencoder(sys.argv[1:]))
 """
 
 
-def train(folder, overrides, **environment):
-    """Weights of a short training in a process of its own, or its last line on standard error."""
+def train(folder, overrides, says=False, **environment):
+    """Weights of a short training in a process of its own, or what it says: on standard error where it fails."""
     clean = {
         name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "MASTER_"))
     }
@@ -68,6 +72,8 @@ def train(folder, overrides, **environment):
     )
     if done.returncode:
         return done.returncode, done.stderr.strip()
+    if says:
+        return 0, done.stdout
     from safetensors.torch import load_file
 
     path = folder / "runs/x/autoencoder/model/diffusion_pytorch_model.safetensors"
@@ -91,6 +97,50 @@ def fresh_accelerate():
     for state in states:
         state._reset_state()
     PartialState._reset_state()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "abc"),
+        ("ACCELERATE_DYNAMO_BACKEND", "junk"),
+        ("ACCELERATE_TORCH_DEVICE", "junk"),
+        ("ACCELERATE_DEBUG_MODE", "maybe"),
+        ("FORK_LAUNCHED", "maybe"),
+    ],
+)
+def test_what_accelerate_cannot_read_is_refused_by_name(name, value, fresh_accelerate, monkeypatch, tmp_path):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=f"{name}={value}"):
+        make_accelerator(TrainingConfig(), LoggingConfig(), str(tmp_path), "training.autoencoder")
+
+
+@pytest.mark.parametrize("name", [*SIZES, "LOCAL_RANK"])
+def test_half_of_what_a_launcher_sets_is_refused_by_name(name):
+    for value in ("2", "junk"):
+        with pytest.raises(ConfigError, match=f"{name}={value}"):
+            check_launch({name: value})
+
+
+def test_a_rank_that_a_shell_exports_silences_nothing(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.warns(TextNote, match="something"):
+        note("something")
+    assert main(["sizes", "--config", "nowhere.yaml"]) == 2 and "nowhere.yaml" in capsys.readouterr().err
+
+
+def test_a_training_without_kernels_says_so(usual, tmp_path):
+    overrides, _ = usual
+
+    code, said = train(tmp_path, [*overrides, "training.autoencoder.steps=1"], says=True, HLDM_KERNELS="0")
+    assert code == 0 and "C++ kernels: off (HLDM_KERNELS=0); sums round otherwise" in said
+
+
+def test_python_that_strips_docstrings_and_libraries_that_cannot_be_imported_are_told_in_one_line(tmp_path):
+    for name, value in (("PYTHONOPTIMIZE", "2"), ("ACCELERATE_LOG_LEVEL", "junk")):
+        code, said = train(tmp_path, SMALL, **{name: value})
+        assert code == 2 and "\n" not in said and "Failed to import" in said, said
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -29,7 +29,7 @@ def make_objective(config: Config, stage: str) -> AutoencoderObjective | PriorOb
     for parameter in prior.parameters():
         if not parameter.any():  # what starts at zero lets no gradient through
             torch.nn.init.normal_(parameter, std=0.1)
-    return PriorObjective(prior, autoencoder, config.training.prior.joint)
+    return PriorObjective(prior, autoencoder)
 
 
 def make_windows(config: Config) -> Windows:
@@ -72,7 +72,7 @@ CHOICES = [
 @pytest.mark.parametrize("choice", CHOICES, ids=lambda choice: " ".join(choice) or "default")
 @pytest.mark.parametrize("stage", ["autoencoder", "prior"])
 def test_gradients_reach_every_part_under_every_choice(stage, choice):
-    config = small(*choice, "training.prior.joint=0.5")
+    config = small(*choice)
     objective = make_objective(config, stage)
     run(objective, config)
     untouched = [
@@ -82,6 +82,23 @@ def test_gradients_reach_every_part_under_every_choice(stage, choice):
     ]
     excused = {"prior.nothing"} if not config.prior.context_dropout else set()
     assert {name for name in untouched if "bias" not in name} <= excused
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [*CHOICES, ["prior.context_dropout=0.01"]],
+    ids=lambda choice: " ".join(choice) or "default",
+)
+@pytest.mark.parametrize("stage", ["autoencoder", "prior"])
+def test_an_objective_knows_whether_a_step_may_leave_out_parameters(stage, choice):
+    config = load_config([ROOT / "configs/tiny.yaml"], [*SMALL, *choice])
+    objective = make_objective(config, stage)
+    left_out = set()
+    for progress in (0.0, 0.9):
+        run(objective, config, 1, progress)
+        left_out |= {n for n, p in objective.named_parameters() if p.requires_grad and p.grad is None}
+        objective.zero_grad()
+    assert bool(left_out) == objective.may_leave_out, left_out
 
 
 def test_the_twin_trains_without_latents():

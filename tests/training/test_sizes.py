@@ -17,7 +17,7 @@ from conftest import ROOT
 
 from hldm import cli
 from hldm.chunking.strategies import SEGMENTERS
-from hldm.config import Config, ConfigError, changed, load_config, to_yaml
+from hldm.config import Config, ConfigError, DataConfig, changed, load_config, to_yaml
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.prior import Prior
 from hldm.model.state import named_tensors
@@ -42,7 +42,6 @@ OTHERS = [  # settings around configs/tiny.yaml that the shipped files do not sh
         "prior.heads=32",
         "prior.denoiser_layers=5",
         "autoencoder.decoder.mlp_ratio=1.37",
-        "training.prior.joint=0.5",
     ],
     ["autoencoder.reads_text=false", "prior.reads_text=false"],
     [
@@ -60,7 +59,7 @@ def objective_of(config: Config, stage: str) -> AutoencoderObjective | PriorObje
     if stage == "autoencoder":
         return AutoencoderObjective(autoencoder, config.autoencoder, 0.0)
     prior = Prior.from_settings(config.autoencoder, config.prior, config.hierarchy, config.diffusion)
-    return PriorObjective(prior, autoencoder, config.training.prior.joint)
+    return PriorObjective(prior, autoencoder)
 
 
 def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
@@ -272,3 +271,15 @@ def test_the_command_prints_a_table_and_a_verdict(small_config, tmp_path, monkey
     assert cli.main(["sizes", "--config", "small.yaml", "data.lanes=1000000000", "--json"]) == 2
     found = json.loads(capsys.readouterr().out)
     assert not found["fits"] and "lower data.lanes" in found["stages"]["autoencoder"]["needs"][0]["refusal"]
+
+
+def test_text_that_is_not_there_is_told_in_one_line_and_loops_of_links_end(tmp_path):
+    with pytest.raises(ConfigError, match="~nobody-has-this-name"):
+        sizes.text_bytes(DataConfig(path="~nobody-has-this-name/x.txt"))
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        sizes.text_bytes(DataConfig(path=str(tmp_path / "nowhere")))
+    (tmp_path / "a.txt").write_bytes(b"x" * 100)
+    (tmp_path / ".hidden.txt").write_bytes(b"x" * 100)
+    for name in ("one", "two"):
+        (tmp_path / name).symlink_to(tmp_path)  # 2^40 paths
+    assert sizes.text_bytes(DataConfig(path=str(tmp_path))) == 100

@@ -1,0 +1,113 @@
+"""What results were made of, by fingerprint: code, text, model. Results of different origin share no table.
+
+Knows no model: weights are files here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hldm.config import Config, ConfigError, load_config, to_dict
+from hldm.runs.files import sha256_of
+from hldm.runs.folder import check_settings, code_fingerprint, read_totals
+from hldm.runs.reports import save_report
+
+if TYPE_CHECKING:
+    from hldm.text.corpus import Corpus, Split
+
+# Of the data section, what says which text is read and how it is split; the others lay it out.
+TEXT_SETTINGS = tuple(
+    f"data.{key}"
+    for key in ("path", "dataset", "subset", "split", "field", "separator", "max_bytes", "held_out")
+)
+# Settings that may differ between a trained run and the config that asks for it.
+MAY_CHANGE_ONCE_TRAINED = ("name", "checkpoint.", "logging.", "generation.")
+SHOWN = 12  # hex digits of a fingerprint in a message
+
+
+def text_fingerprint(corpora: Mapping[Split, Corpus]) -> str:
+    """One fingerprint of all splits of a text."""
+    return _digest(corpora[split].fingerprint for split in sorted(corpora))
+
+
+def origin_of(run: Path, text: str) -> dict[str, str]:
+    """Fingerprints of what a measurement of a run is made of: code, text (`text_fingerprint`) and model.
+
+    trained: the code that the model was trained by; "": a run of before that was kept
+    """
+    pipeline = run / "pipeline"
+    files = sorted(path for path in pipeline.rglob("*") if path.is_file())
+    parts = (f"{path.relative_to(pipeline)} {sha256_of(path)}" for path in files)
+    return {"code": code_fingerprint(), "text": text, "model": _digest(parts), "trained": trained_by(run)}
+
+
+def trained_by(run: Path) -> str:
+    """The code (`code_fingerprint`) that the stages of a run were last started with; "" where that was not kept."""
+    found = [
+        json.loads(path.read_bytes())[-1].get("code", "")
+        for stage in ("autoencoder", "prior")
+        if (path := run / stage / "environment.json").is_file()
+    ]
+    return " and ".join(dict.fromkeys(found))
+
+
+def measured_once(
+    target: Path,
+    origin: Mapping[str, str],
+    measure: Callable[[], Mapping[str, Any]],
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """What a report holds that was measured of the same code, text and model; else it is measured again, and said."""
+    if target.is_file():
+        try:
+            found = json.loads(target.read_bytes())
+            before = found.get("origin", {})
+        except (ValueError, RecursionError, AttributeError):
+            found, before = {}, {}
+        if before == origin:
+            return dict(found)
+        say(f"{target} was made of {differences(before, origin)}: measured again")
+    save_report(target, {**measure(), "origin": dict(origin)})
+    return dict(json.loads(target.read_bytes()))
+
+
+def differences(before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """What differs between two origins, in words, both named."""
+    return ", ".join(
+        f"{name} {before.get(name, '')[:SHOWN] or 'unknown'}, not {now[name][:SHOWN] or 'unknown'}"
+        for name in now
+        if before.get(name) != now[name]
+    )
+
+
+def check_pair(config: Config, path: Path, other: Config, other_path: Path) -> None:
+    """Raise ConfigError unless two configs read the same text, split alike: their runs are compared."""
+    for key in TEXT_SETTINGS:
+        name = key.removeprefix("data.")
+        values = getattr(config.data, name), getattr(other.data, name)
+        if values[0] != values[1]:
+            raise ConfigError(
+                f"{path} has {key}={values[0]!r}, {other_path} has {values[1]!r}: they are compared, so both must "
+                "read the same text"
+            )
+
+
+def require_shared_text(run: Path, other: Path) -> None:
+    """Raise ConfigError unless two runs were trained on the same text, split alike."""
+    stages = run / "autoencoder", other / "autoencoder"
+    trained = [read_totals(stage).corpus if (stage / "totals.json").is_file() else "" for stage in stages]
+    if all(trained) and trained[0] != trained[1]:
+        raise ConfigError(
+            f"{run} was trained on a text of fingerprint {trained[0][:SHOWN]}, {other} on {trained[1][:SHOWN]}: "
+            "what is compared must have been trained on the same text"
+        )
+    if not all(trained):  # a run of before fingerprints were kept: its settings are all that is known
+        check_settings(stages[1], to_dict(load_config(stages[0] / "config.yaml")), only=TEXT_SETTINGS)
+
+
+def _digest(parts: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
