@@ -46,6 +46,8 @@ def cut_text(
         entropy, and small segmenters of the other strategies
     Raises ConfigError for a strategy that is unknown, ValueError or OSError for a run.
     """
+    if not text:
+        raise ValueError("the text is empty: there is nothing to cut")
     known = (*TEXT_STRATEGIES, *SEGMENTERS)
     for strategy in strategies:
         if strategy not in known:

@@ -29,7 +29,9 @@ def describe(metrics: dict[str, float]) -> str:
     """Bits per character by name, their sum first when there are several, the speed, and signs of life."""
     skip = {"learning_rate", "gradient_norm", "characters_per_second", "seconds", *SIGNS}
     bits = {name: value for name, value in metrics.items() if name not in skip}
-    parts = [f"{sum(bits.values()):.3f} bits/char"]
+    # stage two trains the latents' terms of the bound alone, before its joint phase
+    of_what = "" if "decoder" in bits else " in latents alone"
+    parts = [f"{sum(bits.values()):.3f} bits/char{of_what}"]
     if len(bits) > 1:
         parts.append("(" + " + ".join(f"{name} {value:.3f}" for name, value in bits.items()) + ")")
     parts.append(f"{metrics['characters_per_second']:,.0f} chars/s")
