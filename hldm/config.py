@@ -147,11 +147,6 @@ class AutoencoderConfig(Section):
             _check_heads("trunk_width", self.trunk_width, self.encoder.heads)
 
     @property
-    def decoder_is_fresh(self) -> bool:
-        """Whether the decoder knows nothing but the latent, so that a chunk can be written on its own."""
-        return not self.carry_state and not self.reads_text and not self.trunk_layers
-
-    @property
     def trunk(self) -> GriffinConfig:
         """The stack over chunks: recurrent blocks, built as the encoder's are."""
         return changed(self.encoder, width=self.trunk_width, blocks=("recurrent",) * self.trunk_layers)
@@ -231,7 +226,6 @@ class TrainingConfig(Section):
     ema_decay: Share = 0.99  # 0: no averaged weights
     mixed_precision: Literal["no", "bf16"] = "no"
     gradient_checkpointing: bool = False
-    joint: Share = 0.0  # stage two: last share of the progress that trains both stages together
     # How long ranks wait for one that hangs. What rank 0 does alone, saving and sampling, must take less: seconds
     # for configs/*.yaml. accelerate's default is 30 minutes (10 on CUDA), which a cluster would be paid for.
     timeout_s: Positive = 300.0
@@ -244,8 +238,6 @@ class StagesConfig(Section):
     prior: TrainingConfig = TrainingConfig(learning_rate=8e-3)
 
     def check(self) -> None:
-        if self.autoencoder.joint:
-            raise ValueError("autoencoder.joint must be 0: stage two has a joint phase")
         if self.prior.gradient_checkpointing:
             raise ValueError("prior.gradient_checkpointing must be false: only stage one recomputes")
 
@@ -334,6 +326,8 @@ RETIRED: Mapping[str, tuple[str, ...]] = {
     "prior.one_step": ("none",),
     "prior.energy": (),
     "prior.self_conditioning": ("0", "0.0"),
+    "training.autoencoder.joint": ("0", "0.0"),
+    "training.prior.joint": ("0", "0.0"),
 }
 # of settings that stay
 RETIRED_VALUES = {"diffusion.target": ("eps",), "generation.scheduler": ("energy", "flow")}

@@ -8,22 +8,18 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import tempfile
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import psutil
 from packaging.requirements import Requirement
-from typer import Option
 
 from hldm.config import ConfigError
 from hldm.runs.machine import free_disk
 
 GIB = 2**30
-PEER_TIMEOUT = timedelta(seconds=60)  # two imports of torch on a busy laptop take half of it
 
 
 class Finding(NamedTuple):
@@ -33,16 +29,12 @@ class Finding(NamedTuple):
     is_fault: bool = False
 
 
-def doctor(
-    *, processes: Annotated[bool, Option("--processes", help="also let two processes talk")] = False
-) -> int:
+def doctor() -> int:
     """Check this machine and installation.
 
     Exit code 1 when something that training needs is missing.
     """
     checks = [check_packages, check_machine, check_corpus, check_hub]
-    if processes:
-        checks.append(check_processes)
     faults = 0
     for check in checks:
         for finding in _findings(check):
@@ -69,18 +61,15 @@ def check_packages() -> Iterator[Finding]:
         return
     yield Finding(f"hldm {importlib.metadata.version('hldm')}")
     for requirement in requirements:
-        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-            yield _package(requirement)
-
-
-def _package(requirement: Requirement) -> Finding:
-    try:
-        version = importlib.metadata.version(requirement.name)
-    except importlib.metadata.PackageNotFoundError:
-        return Finding(f"{requirement.name} is missing: pip install '{requirement}'", is_fault=True)
-    if not requirement.specifier.contains(version, prereleases=True):
-        return Finding(f"{requirement.name} {version}: pip install '{requirement}'", is_fault=True)
-    return Finding(f"{requirement.name} {version}")
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            found = f" {importlib.metadata.version(requirement.name)}"
+            is_good = requirement.specifier.contains(found.strip(), prereleases=True)
+        except importlib.metadata.PackageNotFoundError:
+            found, is_good = " is missing", False
+        way_out = "" if is_good else f": pip install '{requirement}'"
+        yield Finding(f"{requirement.name}{found}{way_out}", is_fault=not is_good)
 
 
 def check_machine() -> Iterator[Finding]:
@@ -94,18 +83,15 @@ def check_machine() -> Iterator[Finding]:
         yield Finding("device cpu, no accelerator")
     threads = os.environ.get("OMP_NUM_THREADS", "not set")
     yield Finding(f"{torch.get_num_threads()} threads of {os.cpu_count()} cores (OMP_NUM_THREADS {threads})")
-    yield Finding(f"C++ kernels: {_kernels()}")
+    if find_spec("hldm.kernels") is None:
+        yield Finding("C++ kernels: none, plain torch does the same (hldm/kernels is not there)")
+    else:
+        from hldm.kernels.library import kernels
+
+        yield Finding(f"C++ kernels: {kernels().told}")
     yield Finding(f"memory {psutil.virtual_memory().total / GIB:.1f} GiB")
     free, folder = free_disk(Path.cwd())
     yield Finding(f"disk {free / GIB:.1f} GiB free in {folder}")
-
-
-def _kernels() -> str:
-    if find_spec("hldm.kernels") is None:
-        return "none, plain torch does the same (hldm/kernels is not there)"
-    from hldm.kernels.library import kernels
-
-    return kernels().told
 
 
 def check_corpus() -> Iterator[Finding]:
@@ -127,29 +113,3 @@ def check_hub() -> Iterator[Finding]:
         yield Finding("Hugging Face hub: reachable")
     except ConfigError as error:
         yield Finding(f"{error}; only data.dataset needs it")
-
-
-def check_processes() -> Iterator[Finding]:
-    """Whether two processes on this machine can add numbers, as data-parallel training does (gloo)."""
-    from torch.multiprocessing.spawn import ProcessException, spawn
-
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            spawn(_add_ranks, args=(f"file://{folder}/meeting",), nprocs=2)
-        except (OSError, RuntimeError, ProcessException) as error:
-            reason = str(error).strip().splitlines()[-1]
-            yield Finding(f"two processes cannot talk by gloo: {reason}", is_fault=True)
-        else:
-            yield Finding("two processes talk by gloo")
-
-
-def _add_ranks(rank: int, meeting: str) -> None:
-    import torch
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2, timeout=PEER_TIMEOUT)
-    total = torch.tensor(rank + 1)
-    dist.all_reduce(total)
-    dist.destroy_process_group()
-    if total != 3:
-        raise RuntimeError(f"1 + 2 came out as {total.item()}")

@@ -11,8 +11,10 @@ from __future__ import annotations
 import difflib
 import re
 import reprlib
-from collections.abc import Mapping, Sequence
-from functools import wraps
+from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce, wraps
+from itertools import takewhile
+from operator import getitem
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -108,8 +110,15 @@ def parse_override(override: str) -> dict[str, Setting]:
 
 def parse_settings(text: str, source: str, key: str = "") -> dict[str, Setting]:
     """Settings of a YAML text by dotted key, each below `key`."""
+    settings: dict[str, Setting] = {}
     try:
-        node = _Loader(text, source).get_single_node()
+        events = _events(text, source)
+        next(events)  # the start of the stream
+        if isinstance(next(events), yaml.DocumentStartEvent):  # else an empty file
+            _collect(events, key, settings, starts={})
+            next(events)  # the end of the document
+            if not isinstance(after := next(events), yaml.StreamEndEvent):
+                raise ConfigError(f"{_where(after.start_mark)}: not valid YAML: expected a single document")
     except yaml.MarkedYAMLError as error:
         where = _where(error.problem_mark) if error.problem_mark else source
         problem = " ".join(f"{error.context or ''} {error.problem}".split())
@@ -121,12 +130,6 @@ def parse_settings(text: str, source: str, key: str = "") -> dict[str, Setting]:
         if 0xDC80 <= code <= 0xDCFF:  # how _read_text hands on a byte that is not UTF-8
             raise ConfigError(f"{where}: byte 0x{code - 0xDC00:02x} is not UTF-8; save it as UTF-8") from None
         raise ConfigError(f"{where}: the character {chr(code)!r} is not allowed in YAML") from None
-    settings: dict[str, Setting] = {}
-    if node is None:  # an empty file
-        return settings
-    if not key and not isinstance(node, yaml.MappingNode):
-        raise ConfigError(f"{_where(node.start_mark)}: expected lines of `key: value`")
-    _collect(node, key, settings, starts={})
     return settings
 
 
@@ -147,10 +150,12 @@ def build_section(cls: type[S], settings: Mapping[str, Setting], section: str = 
     section: what stands before its keys in a message, such as `prior.`; nothing for the whole config
     Raises ConfigError for an unknown key and for whatever the section refuses.
     """
-    values = dotted(cls().model_dump())
+    tree = cls().model_dump()
+    values = dotted(tree)
     for key, setting in settings.items():
         if key in values:
-            values[key] = _typed(setting.value, type(values[key]))
+            *sections, name = key.split(".")
+            reduce(getitem, sections, tree)[name] = _typed(setting.value, type(values[key]))
             continue
         inner = [known for known in values if known.startswith(f"{key}.")]
         if not inner:
@@ -161,7 +166,7 @@ def build_section(cls: type[S], settings: Mapping[str, Setting], section: str = 
             below = f"set the keys below it, such as {section}{inner[0]}"
             raise ConfigError(f"{setting.where}: {section}{key} is a section; {below}")
     try:
-        return cls.model_validate(_nest(values))
+        return cls.model_validate(tree)
     except ValidationError as error:
         named, message = _refusal(error, section)
         where = next((f"{settings[key].where}: " for key in named if key in settings), "")
@@ -205,29 +210,6 @@ def _typed(value: Any, kind: type) -> Any:
         return value
 
 
-class _Loader(yaml.SafeLoader):
-    """Reads a single document of plain values, lists and mappings."""
-
-    def __init__(self, text: str, source: str) -> None:
-        super().__init__(text)
-        self.name = source  # of every mark from here on
-        self.depth = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        event = self.peek_event()
-        where = _where(event.start_mark)
-        if getattr(event, "anchor", None) is not None or getattr(event, "tag", None) is not None:
-            raise ConfigError(
-                f"{where}: anchors, aliases and tags are refused; quote a value that opens with * & or !"
-            )
-        if self.depth > MAX_DEPTH:
-            raise ConfigError(f"{where}: nested deeper than {MAX_DEPTH}, which no config is")
-        self.depth += 1
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
-
-
 def _read_text(path: Path) -> str:
     try:
         with path.open("rb") as file:
@@ -240,45 +222,52 @@ def _read_text(path: Path) -> str:
     return data.decode("utf-8", "surrogateescape")  # what is not UTF-8 is a character that YAML refuses
 
 
-def _collect(node: yaml.Node, key: str, settings: dict[str, Setting], starts: dict[str, str]) -> None:
-    """Put a node's settings into `settings`; `starts` has every key so far and where it stands."""
-    if isinstance(node, yaml.MappingNode):
-        for name, value in node.value:
+def _events(text: str, source: str) -> Iterator[yaml.Event]:
+    """What a YAML text consists of, in order; anchors, aliases and tags are refused."""
+    loader = yaml.SafeLoader(text)
+    loader.name = source  # of every mark from here on
+    for event in iter(loader.get_event, None):
+        if getattr(event, "anchor", None) is not None or getattr(event, "tag", None) is not None:
+            problem = "anchors, aliases and tags are refused; quote a value that opens with * & or !"
+            raise ConfigError(f"{_where(event.start_mark)}: {problem}")
+        yield event
+
+
+def _collect(
+    events: Iterator[yaml.Event], key: str, settings: dict[str, Setting], starts: dict[str, str]
+) -> None:
+    """Put the value that comes next into `settings`; `starts` has every key so far and where it stands."""
+    event = next(events)
+    if isinstance(event, yaml.MappingStartEvent):
+        while not isinstance(name := next(events), yaml.MappingEndEvent):
             at = _where(name.start_mark)
             inner = f"{key}.{_scalar(name)}" if key else _scalar(name)
             if inner in starts:
                 raise ConfigError(f"{at}: duplicate key {inner[:100]!r}, first set at {starts[inner]}")
+            if inner.count(".") >= MAX_DEPTH:
+                raise ConfigError(f"{at}: nested deeper than {MAX_DEPTH}, which no config is")
             starts[inner] = at
-            _collect(value, inner, settings, starts)
-    elif isinstance(node, yaml.SequenceNode):
-        settings[key] = Setting([_scalar(item) for item in node.value], _where(node.start_mark))
+            _collect(events, inner, settings, starts)
+    elif not key:
+        raise ConfigError(f"{_where(event.start_mark)}: expected lines of `key: value`")
+    elif isinstance(event, yaml.SequenceStartEvent):
+        items = takewhile(lambda item: not isinstance(item, yaml.SequenceEndEvent), events)
+        settings[key] = Setting([_scalar(item) for item in items], _where(event.start_mark))
     else:
-        settings[key] = Setting(_scalar(node), _where(node.start_mark))
+        settings[key] = Setting(_scalar(event), _where(event.start_mark))
 
 
-def _scalar(node: yaml.Node) -> str:
-    where = _where(node.start_mark)
-    if not isinstance(node, yaml.ScalarNode):
+def _scalar(event: yaml.Event) -> str:
+    where = _where(event.start_mark)
+    if not isinstance(event, yaml.ScalarEvent):
         raise ConfigError(f"{where}: expected a single value, found a list or a mapping")
-    if node.style is None and node.value in ("~", "null", "Null", "NULL"):  # style None: not quoted
+    if event.style is None and event.value in ("~", "null", "Null", "NULL"):  # style None: not quoted
         raise ConfigError(f"{where}: null is no setting; leave the key out to keep its default")
-    return node.value
+    return event.value
 
 
-def _where(mark: yaml.Mark) -> str:
+def _where(mark: Any) -> str:
     return mark.name if mark.name == COMMAND_LINE else f"{mark.name}:{mark.line + 1}:{mark.column + 1}"
-
-
-def _nest(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The nested dict of a flat one, the inverse of `dotted`."""
-    tree: dict[str, Any] = {}
-    for key, value in values.items():
-        *sections, name = key.split(".")
-        node = tree
-        for section in sections:
-            node = node.setdefault(section, {})
-        node[name] = value
-    return tree
 
 
 def _nearest_key(key: str, known_keys: Mapping[str, Any]) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -44,6 +44,16 @@ SMALL = [
     "logging.every=1",
     "generation.steps=2",
 ]
+
+
+@contextmanager
+def plain_only() -> Iterator[None]:
+    """Plain formulas alone within, as without `hldm.kernels`."""
+    from hldm.model import speed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speed, "_find_forms", lambda: False)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -55,7 +55,7 @@ from hldm.settings import parse_override
 from hldm.sources.corpora import load_corpora
 from hldm.sources.encodings import read_text
 from hldm.sources.files import matching_files
-from hldm.text.bytes import StreamDecoder, count_characters, printable, split_incomplete, to_bytes, to_ids
+from hldm.text.bytes import count_characters, printable, stream_decoder, to_bytes, to_ids
 
 SECONDS, BYTES = 10.0, 2**30
 ROOT = Path(__file__).parent.parent
@@ -130,9 +130,8 @@ class Targets:
         assert bytes(to_ids(data).tolist()) == data
         text = data.decode("utf-8", "surrogateescape")
         assert to_bytes(text) == data and count_characters(data) == len(text)
-        assert b"".join(split_incomplete(data)) == data
-        decoder, cut = StreamDecoder(), rng.randrange(len(data) + 1)
-        shown = decoder.push(data[:cut]) + decoder.push(data[cut:]) + decoder.finish()
+        decoder, cut = stream_decoder(), rng.randrange(len(data) + 1)
+        shown = decoder.decode(data[:cut]) + decoder.decode(data[cut:], final=True)
         assert shown == data.decode("utf-8", "replace")
         safe = printable(text + shown)
         safe.encode()

@@ -287,6 +287,7 @@ def test_importing_config_imports_no_torch():
         "autoencoder.byte_dropout=0",
         "data.cache_latents=false",
         "prior.self_conditioning=0.0",
+        "training.prior.joint=0.0",
     ],
 )
 def test_a_retired_setting_that_says_what_is_left_is_dropped(override):

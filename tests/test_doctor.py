@@ -57,8 +57,3 @@ def test_a_check_that_cannot_be_imported_is_a_fault_and_the_others_still_run(mon
     assert doctor.doctor() == 1
     report = capsys.readouterr().out
     assert "FAULT check_machine could not run: libtorch.so: no such file\n" in report and "verses" in report
-
-
-@pytest.mark.slow
-def test_two_processes_talk():
-    assert [finding.is_fault for finding in doctor.check_processes()] == [False]

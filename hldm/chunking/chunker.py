@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 
@@ -68,6 +68,11 @@ class Cutter:
         self.held = end - start
         return np.frombuffer(is_start, bool)
 
+    def push_borders(self, text: bytes, is_border: np.ndarray) -> np.ndarray:
+        """The same, from where borders are (t,) bool."""
+        border = is_border.tobytes()  # bytes, for their fast find
+        return self.push(text, lambda start, first, stop: border.find(1, first, stop))
+
 
 class Chunker:
     """Cuts documents into chunks of min_bytes..max_bytes at the borders of a strategy.
@@ -88,10 +93,7 @@ class Chunker:
         """(t,) bool: the first byte of every chunk of one document."""
         assert isinstance(text, bytes) or text.dtype == np.uint8
         text = bytes(text)
-        border = self.borders(text).tobytes()  # bytes, for their fast find
-        return Cutter(self.min_bytes, self.max_bytes).push(
-            text, lambda start, first, stop: border.find(1, first, stop)
-        )
+        return Cutter(self.min_bytes, self.max_bytes).push_borders(text, self.borders(text))
 
     def chunk_starts(self, documents: Sequence[np.ndarray]) -> np.ndarray:
         """The same of many documents in a row."""
@@ -220,16 +222,11 @@ TEXT_STRATEGIES: dict[str, type[Chunker]] = {
 }
 
 
-class MakesChunker(Protocol):
-    """What a strategy needs that looks at more than the text: see hldm.chunking.segmenter."""
+def make_chunker(config: ChunkingConfig, segmenter: Any = None) -> Chunker:
+    """The strategy that `chunking.strategy` names. Raises ConfigError when it takes a segmenter and none is given.
 
-    def chunker(self, min_bytes: int, max_bytes: int) -> Chunker:
-        """The strategy within these limits."""
-        ...
-
-
-def make_chunker(config: ChunkingConfig, segmenter: MakesChunker | None = None) -> Chunker:
-    """The strategy that `chunking.strategy` names. Raises ConfigError when it takes a segmenter and none is given."""
+    segmenter: what a strategy asks that looks at more than the text (hldm.chunking.segmenter)
+    """
     if config.strategy in TEXT_STRATEGIES:
         return TEXT_STRATEGIES[config.strategy](config.min_bytes, config.max_bytes)
     if segmenter is None:

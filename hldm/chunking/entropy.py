@@ -14,9 +14,5 @@ class EntropySegmenter(Segmenter):
     """H(x_t | x_<t), bits, of the segmenter's own prediction: a border where it is high."""
 
     def level(self, before: Tensor) -> Tensor:
-        return entropy_in_bits(self.outputs(before).log_softmax(dim=-1))
-
-
-def entropy_in_bits(log_p: Tensor) -> Tensor:
-    """-sum_v p log2 p of predictions. log_p: (b t v) nats. Returns (b t 1)."""
-    return (torch.linalg.vecdot(log_p.exp(), log_p) / -math.log(2))[..., None]
+        log_p = self.outputs(before).log_softmax(dim=-1)
+        return (torch.linalg.vecdot(log_p.exp(), log_p) / -math.log(2))[..., None]

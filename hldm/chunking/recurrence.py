@@ -111,10 +111,11 @@ class GateSegmenter(ForgettingSegmenter):
 
     def signal(self, text: Tensor, doc_start: Tensor, state: SegmenterState) -> tuple[Tensor, SegmenterState]:
         gates, after = self.first_gates(text, doc_start, state)
-        fall, kept = fall_of_memory(gates, state.carry[:, :1])
-        fall = fall.masked_fill(doc_start[..., None], 0.0)  # not from another document's last byte
-        before = torch.cat([state.carry[:, None, 1:], fall[:, :-1]], dim=1)
-        return before, after._replace(carry=torch.cat([kept, fall[:, -1]], dim=1))
+        kept = 1 - gates.mean(dim=-1)  # (b t)
+        fall = torch.cat([state.carry[:, :1], kept[:, :-1]], dim=1) - kept
+        fall = fall.masked_fill(doc_start, 0.0)  # not from another document's last byte
+        before = torch.cat([state.carry[:, 1:], fall[:, :-1]], dim=1)
+        return before[..., None], after._replace(carry=torch.stack([kept[:, -1], fall[:, -1]], dim=1))
 
     def first_gates(
         self, text: Tensor, doc_start: Tensor, state: SegmenterState
@@ -126,13 +127,3 @@ class GateSegmenter(ForgettingSegmenter):
         with watched(block) as found:
             _, carried = block.temporal(block.temporal_norm(self.embed(text)), carried, layout)
         return found[0].gates[..., : self.channels], state._replace(griffin=(carried, *others))
-
-
-def fall_of_memory(gates: Tensor, carry: Tensor) -> tuple[Tensor, Tensor]:
-    """How much less recurrence gates (b t d) keep than a byte before (b t 1), and what the last keeps (b 1).
-
-    carry: (b 1) what the byte before these keeps
-    """
-    kept = 1 - gates.mean(dim=-1)  # (b t)
-    fall = torch.cat([carry, kept[:, :-1]], dim=1) - kept
-    return fall[..., None], kept[:, -1:]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
@@ -33,6 +33,7 @@ NEAR_BYTES = 16  # in which a border by movement is sought first
 BISECTIONS = 24  # halvings of the threshold's range: a relative error of 6e-8, as float32
 
 Rule = Literal["level", "movement"]
+Stretch = tuple[bytes, bool]  # of a text, and whether a document starts with it
 
 S = TypeVar("S", bound="Segmenter")
 
@@ -52,54 +53,10 @@ class Features(NamedTuple):
     before: Tensor  # (b t d) having read those before it; zeros where a document starts
 
 
-class Signaller:
-    """What gives every byte a signal, and has a threshold for it: a segmenter, or a trained run asked instead."""
-
-    rule: Rule = "level"
-    chunking: ChunkingConfig
-    threshold: Tensor  # ()
-
-    def initial_state(self, batch: int) -> SegmenterState:
-        """The state before any text."""
-        raise NotImplementedError
-
-    def signal(self, text: Tensor, doc_start: Tensor, state: SegmenterState) -> tuple[Tensor, SegmenterState]:
-        """(b t k) whose level, or movement, makes a border of a byte; a function of the bytes up to it."""
-        raise NotImplementedError
-
-    def chunker(self, min_bytes: int, max_bytes: int) -> SegmenterChunker:
-        """The strategy within limits, as the weights are now."""
-        return SegmenterChunker(self, min_bytes, max_bytes)
-
-    @torch.no_grad()
-    def calibrate(self, documents: Sequence[np.ndarray]) -> float:
-        """Set the threshold so that chunks of these documents have the wanted mean length; returns theirs."""
-        chunker = self.chunker(self.chunking.min_bytes, self.chunking.max_bytes)
-        signals = [chunker.signals(document) for document in documents]
-        total = sum(map(len, documents))
-
-        def mean_bytes(threshold: float) -> float:
-            cut = (
-                chunker.cut(document.tobytes(), signal, threshold)
-                for document, signal in zip(documents, signals, strict=True)
-            )
-            return total / sum(int(is_start.sum()) for is_start in cut)
-
-        joined = np.concatenate(signals)
-        if self.rule == "movement":
-            low, high = -1.0, float(np.ptp(joined, axis=0).sum())
-        else:
-            low, high = float(joined.min()) - 1, float(joined.max()) + 1
-        for _ in range(BISECTIONS):
-            middle = (low + high) / 2
-            low, high = (low, middle) if mean_bytes(middle) > self.chunking.target_bytes else (middle, high)
-        self.threshold.fill_(low)
-        return mean_bytes(float(self.threshold))
-
-
-class Segmenter(SavedModel, Signaller):
+class Segmenter(SavedModel):
     """Bytes -> Griffin -> next byte, and the signal of a strategy."""
 
+    rule: Rule = "level"
     carried = 1  # k of SegmenterState.carry
 
     @register_to_config
@@ -132,13 +89,14 @@ class Segmenter(SavedModel, Signaller):
             self.trunk.initial_state(batch), feature, feature.new_zeros(batch, self.carried)
         )
 
+    def signal(self, text: Tensor, doc_start: Tensor, state: SegmenterState) -> tuple[Tensor, SegmenterState]:
+        """(b t k) whose level, or movement, makes a border of a byte; a function of the bytes up to it."""
+        features, state = self.read(text, doc_start, state)
+        return self.level(features.before), state
+
     def level(self, before: Tensor) -> Tensor:
         """(b t 1) the signal of a byte by the features before it (b t d), where that is all it takes."""
         raise NotImplementedError
-
-    def signal(self, text: Tensor, doc_start: Tensor, state: SegmenterState) -> tuple[Tensor, SegmenterState]:
-        features, state = self.read(text, doc_start, state)
-        return self.level(features.before), state
 
     def read(self, text: Tensor, doc_start: Tensor, state: SegmenterState) -> tuple[Features, SegmenterState]:
         """Features of text (b t), documents of which start where doc_start (b t) says."""
@@ -161,6 +119,35 @@ class Segmenter(SavedModel, Signaller):
         """-ln p(byte | bytes before it). (b t)."""
         return F.cross_entropy(self.outputs(features.before).mT, text, reduction="none")
 
+    def chunker(self, min_bytes: int, max_bytes: int) -> SegmenterChunker:
+        """The strategy within limits, as the weights are now."""
+        return SegmenterChunker(self, min_bytes, max_bytes)
+
+    @torch.no_grad()
+    def calibrate(self, documents: Sequence[np.ndarray]) -> float:
+        """Set the threshold so that chunks of these documents have the wanted mean length; returns theirs."""
+        chunker = self.chunker(self.chunking.min_bytes, self.chunking.max_bytes)
+        signals = [chunker.signals(document) for document in documents]
+        total = sum(map(len, documents))
+
+        def mean_bytes(threshold: float) -> float:
+            cut = (
+                SignalCutter(chunker, threshold).cut(document.tobytes(), signal)
+                for document, signal in zip(documents, signals, strict=True)
+            )
+            return total / sum(int(is_start.sum()) for is_start in cut)
+
+        joined = np.concatenate(signals)
+        if self.rule == "movement":
+            low, high = -1.0, float(np.ptp(joined, axis=0).sum())
+        else:
+            low, high = float(joined.min()) - 1, float(joined.max()) + 1
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            low, high = (low, middle) if mean_bytes(middle) > self.chunking.target_bytes else (middle, high)
+        self.threshold.fill_(low)
+        return mean_bytes(float(self.threshold))
+
 
 class SegmenterChunker(Chunker):
     """Chunks by a segmenter's signal, whole documents or a stretch at a time.
@@ -169,11 +156,9 @@ class SegmenterChunker(Chunker):
     than the same page read a byte at a time.
     """
 
-    def __init__(self, segmenter: Signaller, min_bytes: int, max_bytes: int) -> None:
+    def __init__(self, segmenter: Segmenter, min_bytes: int, max_bytes: int) -> None:
         super().__init__(min_bytes, max_bytes)
-        self.segmenter = copy.deepcopy(segmenter)
-        assert isinstance(self.segmenter, nn.Module)  # as each is
-        self.segmenter.double().eval()
+        self.segmenter = copy.deepcopy(segmenter).double().eval()
         self.threshold = float(segmenter.threshold)
 
     def chunk_start(self, text: bytes | np.ndarray) -> np.ndarray:
@@ -187,42 +172,29 @@ class SegmenterChunker(Chunker):
 
         at_block: called before each
         """
-        found, stream, block, size = [], ChunkStream(self), [], 0
-        for document in documents:
-            for begin in range(0, len(document), BLOCK_BYTES):
-                stretch = document[begin : begin + BLOCK_BYTES]
-                block.append((stretch.tobytes(), begin == 0))
-                size += len(stretch)
-                if size >= BLOCK_BYTES:
-                    at_block()
-                    found.append(stream.push(block))
-                    block, size = [], 0
-        found.append(stream.push(block))
+        stream, found = ChunkStream(self), [np.zeros(0, bool)]
+        for block in _blocks(documents):
+            at_block()
+            found.append(stream.push(block))
         return np.concatenate(found)
-
-    @torch.no_grad()
-    def read(
-        self, text: bytes, doc_starts: Sequence[int], state: SegmenterState
-    ) -> tuple[np.ndarray, SegmenterState]:
-        """Signals (t k) of a stretch in which documents start at these places."""
-        symbols = torch.from_numpy(to_ids(text))[None]
-        doc_start = torch.zeros_like(symbols, dtype=torch.bool)
-        doc_start[0, list(doc_starts)] = True
-        signal, state = self.segmenter.signal(symbols, doc_start, state)
-        return signal[0].numpy(), state
 
     def signals(self, document: np.ndarray) -> np.ndarray:
         """(t k) of a whole document."""
-        state, found = self.segmenter.initial_state(1), []
-        for begin in range(0, len(document), BLOCK_BYTES):
-            stretch = document[begin : begin + BLOCK_BYTES].tobytes()
-            signal, state = self.read(stretch, [] if begin else [0], state)
-            found.append(signal)
-        return np.concatenate(found)
+        stream = ChunkStream(self)
+        return np.concatenate([stream.read(block) for block in _blocks([document])])
 
-    def cut(self, text: bytes, signal: np.ndarray, threshold: float) -> np.ndarray:
-        """(t,) bool: chunks of a whole document under another threshold."""
-        return _SignalCutter(self, threshold).cut(text, signal)
+
+def _blocks(documents: Sequence[np.ndarray]) -> Iterator[list[Stretch]]:
+    """Documents in a row, in blocks of BLOCK_BYTES or a little more, that may hold the end of one and the next."""
+    block: list[Stretch] = []
+    for document in documents:
+        for begin in range(0, len(document), BLOCK_BYTES):
+            block.append((document[begin : begin + BLOCK_BYTES].tobytes(), begin == 0))
+            if sum(len(stretch) for stretch, _ in block) >= BLOCK_BYTES:
+                yield block
+                block = []
+    if block:
+        yield block
 
 
 class ChunkStream:
@@ -231,25 +203,31 @@ class ChunkStream:
     def __init__(self, chunker: SegmenterChunker) -> None:
         self.chunker = chunker
         self.state = chunker.segmenter.initial_state(1)
-        self.cutter = _SignalCutter(chunker, chunker.threshold)
+        self.cutter = SignalCutter(chunker, chunker.threshold)
 
-    def push(self, stretches: Sequence[tuple[bytes, bool]]) -> np.ndarray:
-        """(t,) bool for (bytes, whether a document starts with them) in a row."""
-        text = b"".join(stretch for stretch, _ in stretches)
-        if not text:
+    @torch.no_grad()
+    def read(self, stretches: Sequence[Stretch]) -> np.ndarray:
+        """Signals (t k) of stretches in a row, none of them empty."""
+        text = torch.from_numpy(to_ids(b"".join(stretch for stretch, _ in stretches)))[None]
+        doc_start = torch.cat([(torch.arange(len(part)) == 0) & opens for part, opens in stretches])
+        signal, self.state = self.chunker.segmenter.signal(text, doc_start[None], self.state)
+        return signal[0].numpy()
+
+    def push(self, stretches: Sequence[Stretch]) -> np.ndarray:
+        """(t,) bool for stretches in a row."""
+        stretches = [(stretch, opens) for stretch, opens in stretches if stretch]
+        if not stretches:
             return np.zeros(0, bool)
-        borders = np.cumsum([0, *(len(stretch) for stretch, _ in stretches)])
-        opening = [at for at, (stretch, opens) in zip(borders, stretches, strict=False) if opens and stretch]
-        signal, self.state = self.chunker.read(text, opening, self.state)
-        found = []
-        for begin, (stretch, opens) in zip(borders, stretches, strict=False):
+        signal, found = self.read(stretches), []
+        for stretch, opens in stretches:
             if opens:
-                self.cutter = _SignalCutter(self.chunker, self.chunker.threshold)
-            found.append(self.cutter.cut(stretch, signal[begin : begin + len(stretch)]))
+                self.cutter = SignalCutter(self.chunker, self.chunker.threshold)
+            found.append(self.cutter.cut(stretch, signal[: len(stretch)]))
+            signal = signal[len(stretch) :]
         return np.concatenate(found)
 
 
-class _SignalCutter(Cutter):
+class SignalCutter(Cutter):
     """Cuts one document by its signal, a stretch at a time."""
 
     def __init__(self, chunker: SegmenterChunker, threshold: float) -> None:
@@ -261,18 +239,12 @@ class _SignalCutter(Cutter):
         """(t,) bool: chunk starts of a stretch with this signal (t k). No character is split."""
         is_first_byte = np.frombuffer(text, np.uint8) & 0xC0 != 0x80
         if self.rule == "level":
-            find = _level(signal, is_first_byte, self.threshold)
+            is_start = self.push_borders(text, (signal[:, 0] > self.threshold) & is_first_byte)
         else:
-            find = _movement(signal, is_first_byte, self.threshold, self.origin)
-        is_start = self.push(text, find)
+            is_start = self.push(text, _movement(signal, is_first_byte, self.threshold, self.origin))
         if is_start.any():
             self.origin = signal[np.flatnonzero(is_start)[-1]].copy()
         return is_start
-
-
-def _level(signal: np.ndarray, allowed: np.ndarray, threshold: float) -> Callable[[int, int, int], int]:
-    border = ((signal[:, 0] > threshold) & allowed).tobytes()
-    return lambda start, first, stop: border.find(1, first, stop)
 
 
 def _movement(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -21,10 +21,10 @@ from hldm.chunking.recurrence import GateSegmenter, StateSegmenter
 from hldm.chunking.reinforce import PolicySegmenter
 from hldm.chunking.segmenter import Segmenter
 from hldm.chunking.select import SelectSegmenter
-from hldm.config import ChunkingConfig, ConfigError, to_dict
+from hldm.config import ChunkingConfig, ConfigError, changed, to_dict
 from hldm.model.autoencoder import Autoencoder
 from hldm.runs.files import atomic_write, fingerprint
-from hldm.runs.folder import code_fingerprint
+from hldm.runs.folder import code_fingerprint, shipped
 from hldm.text.corpus import Corpus
 
 SEGMENTERS: dict[str, type[Segmenter]] = {
@@ -58,6 +58,19 @@ def read_segmenter(folder: Path, chunking: ChunkingConfig) -> Segmenter | None:
             f"{folder} was made with other settings of chunking: set them back, or choose another --name"
         )
     return segmenter.eval()
+
+
+def shipped_segmenter(chunking: ChunkingConfig, documents: Sequence[np.ndarray]) -> Segmenter:
+    """The segmenter that comes with hldm for a strategy, within these limits, its threshold set on these documents.
+
+    Raises FileNotFoundError in a copy of hldm without it.
+    """
+    strategy = chunking.strategy
+    segmenter = SEGMENTERS[strategy].from_pretrained(shipped(f"segmenters/{strategy}")).eval()
+    limits = {name: getattr(chunking, name) for name in ("min_bytes", "max_bytes", "target_bytes")}
+    segmenter.chunking = changed(segmenter.chunking, **limits)
+    segmenter.calibrate(documents)
+    return segmenter
 
 
 def chunker_of(autoencoder: Autoencoder) -> Chunker:

@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from hldm.chunking.chunker import TEXT_STRATEGIES, make_chunker
-from hldm.chunking.pretrained import shipped_signaller
-from hldm.chunking.segmenter import Signaller
-from hldm.chunking.strategies import SEGMENTERS, read_segmenter, sample_of
+from hldm.chunking.segmenter import Segmenter
+from hldm.chunking.strategies import SEGMENTERS, read_segmenter, sample_of, shipped_segmenter
 from hldm.config import ChunkingConfig, ConfigError, DataConfig, changed, load_config
 from hldm.sources.corpora import load_corpus
 from hldm.text.bytes import printable, tinted
@@ -24,7 +23,7 @@ STYLE = (
     "p{white-space:pre-wrap;overflow-wrap:anywhere}h2{font-size:1em;margin:1.5em 0 0}"
     f"p span{{background:{TINTS[0]}}}p span:nth-child(even){{background:{TINTS[1]}}}"
 )
-SAMPLE_BYTES = 16_384  # of text that sets a shipped model's threshold: half a second of reading
+SAMPLE_BYTES = 16_384  # of text that sets a shipped segmenter's threshold: half a second of reading
 PAGE_MARK = b"<!doctype html><!-- hldm chunk -->"  # how such a page begins
 
 
@@ -35,15 +34,14 @@ def cut_text(
     *,
     chunking: ChunkingConfig,
     whole_bytes: int | None = None,
-    train: Callable[[ChunkingConfig, Corpus], Signaller] | None = None,
+    train: Callable[[ChunkingConfig, Corpus], Segmenter] | None = None,
 ) -> dict[str, list[bytes]]:
     """Chunks of a text by strategy, then by the chunking of each run.
 
     chunking: the limits of strategies that are named, and the mean length of those that ask a model
     whole_bytes: the most that a sentence or paragraph may hold; None: as any chunk
-    train: makes a segmenter for each strategy that takes one, from the built-in text; None: the models that come with
-        hldm are asked, their thresholds set on the built-in text: the shipped run's states and gates, its twin's
-        entropy, and small segmenters of the other strategies
+    train: makes a segmenter for each strategy that takes one, from the built-in text; None: those that come with hldm
+        are asked, their thresholds set on the built-in text
     Raises ConfigError for a strategy that is unknown, ValueError or OSError for a run.
     """
     if not text:
@@ -55,7 +53,7 @@ def cut_text(
     corpus = load_corpus(DataConfig(), "train") if set(strategies) & SEGMENTERS.keys() else None
     cuts: dict[str, list[bytes]] = {}
 
-    def cut(name: str, settings: ChunkingConfig, segmenter: Signaller | None) -> None:
+    def cut(name: str, settings: ChunkingConfig, segmenter: Segmenter | None) -> None:
         cuts[name] = split(text, make_chunker(settings, segmenter).chunk_start(text))
 
     for strategy in strategies:
@@ -67,7 +65,7 @@ def cut_text(
         elif train is not None:
             cut(strategy, settings, train(settings, corpus))
         else:
-            cut(strategy, settings, shipped_signaller(settings, sample_of(corpus, SAMPLE_BYTES)))
+            cut(strategy, settings, shipped_segmenter(settings, sample_of(corpus, SAMPLE_BYTES)))
     for run in runs:
         path = run / "autoencoder" / "config.yaml"
         if not path.is_file():

@@ -7,7 +7,6 @@ import os
 import sys
 import time
 from functools import partial
-from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
@@ -81,16 +80,16 @@ def _write(
 ) -> None:
     """Write to standard output: streamed for one continuation, each whole for several."""
     from hldm.generation.writer import Continuation, write_on
-    from hldm.text.bytes import StreamDecoder, count_characters, printable, tinted
+    from hldm.text.bytes import count_characters, printable, stream_decoder, tinted
 
     safe = sys.stdout.isatty() and not raw
     has_colour = safe and shows_colour(sys.stdout)
-    decoder = StreamDecoder()
+    decoder = stream_decoder()
 
     def send(data: bytes, is_last: bool = True, chunk: int | None = None) -> None:
         """A terminal gets whole, harmless characters, chunks in tints by turns; anything else the very bytes."""
         if safe:
-            text = printable(decoder.push(data) + (decoder.finish() if is_last else ""))
+            text = printable(decoder.decode(data, final=is_last))
             marked = tinted(text, chunk or 0) if has_colour else f"|{text}"
             data = (text if chunk is None else marked).encode()
         elif chunk is not None:
@@ -123,7 +122,7 @@ def _write(
             record = {
                 "prompt": row.prompt.decode("utf-8", "replace"),
                 "text": row.text.decode("utf-8", "replace"),
-                "chunk_spans": list(pairwise(accumulate(map(len, row.chunks), initial=0))),
+                "chunk_spans": row.chunk_spans,
                 "ended": row.ended,
                 "seed": seed + index,
                 "seconds": round(seconds, 3),

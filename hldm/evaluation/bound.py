@@ -138,7 +138,7 @@ def evaluate_bound(
     decoder, latent, end, tighter = (
         np.bincount(document, weights=term, minlength=len(corpus)) for term in (*nats, importance)
     )
-    characters = [count_characters(corpus.document(index).tobytes()) for index in range(len(corpus))]
+    characters = [count_characters(document.tobytes()) for document in corpus]
     return Bound(
         decoder, latent, end, variance, np.array(characters), nats.sum(axis=0), tighter if samples else None
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -38,9 +39,8 @@ def write_batch(
     """Continue all prompts at once for `max_characters`, on through the ends of documents."""
     began = time.perf_counter()
     parts = pipeline.autoencoder, pipeline.prior, prompts, settings
-    rows, calls = list[Continuation](), 0
-    for rows, _, calls in write_on(*parts, max_characters=max_characters, seed=seed, through_ends=True):  # noqa: B007
-        pass  # the last yield is the finished text
+    writing = write_on(*parts, max_characters=max_characters, seed=seed, through_ends=True)
+    rows, _, calls = deque(writing, maxlen=1).pop()
     seconds = time.perf_counter() - began
     return Written(rows, sum(count_characters(row.text) for row in rows) / seconds, calls)
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
-from functools import cache, partial
+from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import cycle, islice
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,13 +24,6 @@ ROUGE_TYPES: tuple[str, ...] = ("rouge1", "rouge2", "rougeL")
 
 
 SPACE_WITHIN = 200  # bytes; longer words are none
-
-
-class _Words:
-    """A tokenizer for rouge_score, whose own one keeps nothing but a to z and digits."""
-
-    def tokenize(self, text: str) -> list[str]:
-        return normal_words(text)
 
 
 def rouge_scores(
@@ -48,7 +42,8 @@ def rouge_scores(
             f"ROUGE needs one reference for each prediction, got {len(predictions)} predictions "
             f"and {len(references)} references"
         )
-    scorer = RougeScorer(ROUGE_TYPES, tokenizer=_Words())
+    # its own tokenizer keeps nothing but a to z and digits
+    scorer = RougeScorer(ROUGE_TYPES, tokenizer=SimpleNamespace(tokenize=normal_words))
     found = []
     for prediction, reference in zip(predictions, references, strict=True):
         targets = [reference] if isinstance(reference, str) else list(reference)
@@ -59,19 +54,19 @@ def rouge_scores(
     return {name: sum(scores[name].fmeasure / len(found) for scores in found) for name in ROUGE_TYPES}
 
 
-def perplexities(nats: float, characters: float, words: float) -> dict[str, float]:
+def perplexities(
+    nats: Sequence[float], characters: Sequence[float], words: Sequence[float]
+) -> dict[str, float]:
     """exp(nats / characters) and exp(nats / words): the same bill, shared out over either unit.
 
-    nats: -log p of a text, summed;  characters, words: how many the text has. Raises ValueError for none.
+    nats: -log p of each text;  characters, words: how many it has. All are summed. Raises ValueError for none.
     """
-    if characters <= 0 or words <= 0:
+    bill, letters, terms = sum(nats), sum(characters), sum(words)
+    if letters <= 0 or terms <= 0:
         raise ValueError(
-            f"perplexity needs text to share {nats} nats over, got {characters} characters, {words} words"
+            f"perplexity needs text to share {bill} nats over, got {letters:g} characters, {terms:g} words"
         )
-    return {
-        "character_perplexity": _exp(nats / characters),
-        "word_perplexity": _exp(nats / words),
-    }
+    return {"character_perplexity": _exp(bill / letters), "word_perplexity": _exp(bill / terms)}
 
 
 def ratio_error(part: np.ndarray, whole: np.ndarray) -> float | None:
@@ -181,34 +176,26 @@ def _exp(x: float) -> float:
 
 @cache
 def _evaluate_metrics() -> dict[str, type]:
+    """`Rouge`, a reference being a text or a list of them, and `Perplexity`."""
     import datasets
     import evaluate
 
+    def metric(name: str, compute: Callable[..., Any], *columns: dict[str, Any]) -> type:
+        features = [datasets.Features(kinds) for kinds in columns]
+        info = evaluate.MetricInfo(description=compute.__doc__ or "", citation="", features=features)
+        methods = {"_info": lambda _: info, "_compute": lambda _, **values: compute(**values)}
+        return type(name, (evaluate.Metric,), methods)
+
     text, number = datasets.Value("string"), datasets.Value("float64")
-    info = partial(evaluate.MetricInfo, citation="")
-
-    class Rouge(evaluate.Metric):
-        """`compute(predictions=[...], references=[...])`; a reference is a text or a list of them."""
-
-        def _info(self) -> evaluate.MetricInfo:
-            kinds = (datasets.Sequence(text), text)
-            features = [datasets.Features(predictions=text, references=kind) for kind in kinds]
-            return info(description=rouge_scores.__doc__ or "", features=features)
-
-        def _compute(self, *, predictions: list, references: list) -> dict[str, float | None]:
-            return rouge_scores(predictions, references)
-
-    class Perplexity(evaluate.Metric):
-        """`compute(nats=[...], characters=[...], words=[...])`, one number each a text; they are summed."""
-
-        def _info(self) -> evaluate.MetricInfo:
-            features = datasets.Features(nats=number, characters=number, words=number)
-            return info(description=perplexities.__doc__ or "", features=features)
-
-        def _compute(self, *, nats: list, characters: list, words: list) -> dict[str, float]:
-            return perplexities(sum(nats), sum(characters), sum(words))
-
-    return {"Rouge": Rouge, "Perplexity": Perplexity}
+    references = (datasets.Sequence(text), text)
+    return {
+        "Rouge": metric(
+            "Rouge", rouge_scores, *({"predictions": text, "references": kind} for kind in references)
+        ),
+        "Perplexity": metric(
+            "Perplexity", perplexities, dict.fromkeys(("nats", "characters", "words"), number)
+        ),
+    }
 
 
 def __getattr__(name: str) -> type:

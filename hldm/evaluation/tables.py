@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import sys
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -99,10 +98,9 @@ def short(text: str) -> str:
 
 def width(text: str) -> int:
     """Columns that a text takes on a terminal: two for a wide character, none for a mark."""
-    return sum(
-        0 if unicodedata.combining(letter) else 2 if unicodedata.east_asian_width(letter) in "WF" else 1
-        for letter in text
-    )
+    from rich.cells import cell_len
+
+    return cell_len(text)
 
 
 def row(label: str, form: str, columns: Mapping[str, Any], *keys: str, scale: float = 1) -> list[str]:
@@ -134,8 +132,6 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
     ("characters per chunk", "characters_per_chunk", ".2f"),
     ("reconstruction, bytes right", "reconstruction.noisy.byte_accuracy", ".2%"),
     ("  from latents without noise", "reconstruction.clean.byte_accuracy", ".2%"),
-    ("reconstruction, bytes written right", "reconstruction.noisy.written_accuracy", ".2%"),
-    ("  from latents without noise", "reconstruction.clean.written_accuracy", ".2%"),
     ("reconstruction, chunks right", "reconstruction.noisy.chunk_accuracy", ".2%"),
     ("  from latents without noise", "reconstruction.clean.chunk_accuracy", ".2%"),
     ("latents, effective rank", "alive.rank", ".2f"),

@@ -78,8 +78,7 @@ def write_chunks(
     encoder, decoder: states after the text so far, left as they are;  opens: whether a row opens a document.
     A row whose chunk has ended leaves the batch: nobody waits for the longest.
     """
-    most, reads_text = autoencoder.chunking.max_bytes, autoencoder.settings.reads_text
-    device, rows = latent.device, len(latent)
+    most, device, rows = autoencoder.chunking.max_bytes, latent.device, len(latent)
     u = draw_uniform_rows(generators, most + 1, device)  # (b e): events are the bytes and the end
     first_opens = torch.tensor(opens, device=device)[:, None]
     known = known_of_text(autoencoder, encoder, first_opens)
@@ -89,15 +88,14 @@ def write_chunks(
 
     # of the rows still writing
     live = torch.arange(rows, device=device)
-    states, latent, doc_start = ends, latent[:, None], first_opens
+    (reading, writing), latent, doc_start = ends, latent[:, None], first_opens
     feature = encoder.feature[:, None]
     symbol = torch.full((rows, 1), START, device=device)
     for event in range(most + 1):
-        reading, writing = states
         start = torch.full_like(symbol, event == 0, dtype=torch.bool)
         opening = doc_start & start
         told = known
-        if reads_text:
+        if autoencoder.settings.reads_text:
             text = autoencoder.from_text(feature) * ~opening[..., None]
             told = text if known is None else text + known
         place = torch.full_like(symbol, event)
@@ -107,23 +105,16 @@ def write_chunks(
         logits = _allowed(logits[:, 0].float(), event, most)
         symbol = pick(logits, u[live, event], settings.decoder_temperature, settings.top_p)[:, None]
         symbols[live, event] = symbol[:, 0]
-        states = (reading, writing)
         done = symbol[:, 0] >= END_OF_CHUNK
         if bool(done.any()):
-            ends = put_rows(ends, live[done], pick_rows(states, done))
+            ends = put_rows(ends, live[done], pick_rows((reading, writing), done))
             if bool(done.all()):
                 break
-            live, symbol, latent, doc_start, opening, start, states, known = pick_rows(
-                (live, symbol, latent, doc_start, opening, start, states, known), ~done
+            live, symbol, latent, doc_start, opening, start, reading, writing, known = pick_rows(
+                (live, symbol, latent, doc_start, opening, start, reading, writing, known), ~done
             )
-        if reads_text:
-            reading, writing = states
-            feature, reading = autoencoder.read_byte(symbol, opening, start, reading)
-            features[live, event] = feature[:, 0]
-            states = (reading, writing)
-    if not reads_text:  # the decoder needs no features: all bytes in one go
-        features, reading = _read_chunks(autoencoder, symbols, first_opens, encoder)
-        ends = (reading, ends[1])
+        feature, reading = autoencoder.read_byte(symbol, opening, start, reading)
+        features[live, event] = feature[:, 0]
     return Written(pieces_of(symbols), features, *ends)
 
 
@@ -144,23 +135,6 @@ def _allowed(logits: Tensor, event: int, most: int) -> Tensor:
     if event == most:
         logits[:, :END_OF_CHUNK] = float("-inf")
     return logits
-
-
-def _read_chunks(
-    autoencoder: Autoencoder, symbols: Tensor, opens: Tensor, encoder: EncoderState
-) -> tuple[Tensor, GriffinState]:
-    """The encoder's features at the bytes of one chunk a row (b l w), and its state after them.
-
-    symbols: (b l+1) bytes, then ends;  opens: (b 1) first chunk of a document
-    """
-    is_byte = symbols[:, :-1] < END_OF_CHUNK  # (b l)
-    text = symbols[:, :-1] * is_byte
-    start = torch.zeros_like(is_byte)
-    start[:, 0] = True
-    features, griffin = autoencoder.encoder(
-        autoencoder.read(text), encoder.griffin, start & opens, start, is_byte.sum(dim=1)
-    )
-    return features * is_byte[..., None], griffin
 
 
 def write_bytes(

@@ -26,7 +26,7 @@ from hldm.model.prior import Prior
 from hldm.runs.files import fingerprint
 from hldm.runs.saved_model import SAVED_BY_DIFFUSERS, SavedModel, read_json
 from hldm.sources.notes import first_line
-from hldm.text.bytes import StreamDecoder, to_bytes
+from hldm.text.bytes import stream_decoder, to_bytes
 
 
 @dataclass
@@ -146,34 +146,25 @@ class HLDMPipeline(DiffusionPipeline):
         if generator is not None:
             seed = int(torch.randint(2**31, (), generator=generator))
         settings = changed(self.settings, **{k: v for k, v in given.items() if v is not None})
-        decoders = [StreamDecoder() for _ in rows]
+        decoders = [stream_decoder() for _ in rows]
         written: list[Continuation] = []
         calls = 0
         for written, news, calls in write_on(  # noqa: B007 - the last yield is the finished text
             self.autoencoder, self.prior, rows, settings, max_characters=max_characters, seed=seed
         ):
             for row, (decoder, new) in enumerate(zip(decoders, news, strict=True)):
-                text = decoder.push(new)
+                text = decoder.decode(new)
                 if streamer is not None and text:
                     streamer(row, text)
         if streamer is not None:
             for row, decoder in enumerate(decoders):
-                if rest := decoder.finish():
+                if rest := decoder.decode(b"", final=True):
                     streamer(row, rest)
         texts = [row.text.decode("utf-8", errors="replace") for row in written]
         if not return_dict:
             return (texts,)
-        return HLDMPipelineOutput(
-            texts, [row.text for row in written], [_spans(row) for row in written], calls
-        )
-
-
-def _spans(row: Continuation) -> list[tuple[int, int]]:
-    spans, at = [], 0
-    for chunk in row.chunks:
-        spans.append((at, at + len(chunk)))
-        at += len(chunk)
-    return spans
+        sequences, spans = [row.text for row in written], [row.chunk_spans for row in written]
+        return HLDMPipelineOutput(texts, sequences, spans, calls)
 
 
 def read_pipeline(folder: str | Path) -> HLDMPipeline:
@@ -192,7 +183,10 @@ def read_pipeline(folder: str | Path) -> HLDMPipeline:
     try:
         found = read_json(index)
         scheduler = _check_index(found)
-        settings = _defaults(found)
+        defaults = found.get("defaults")
+        if not isinstance(defaults, dict):
+            raise ValueError(f"model_index.json: defaults must be an object, got {defaults!r:.80}")
+        settings = section_from_dict(GenerationConfig, defaults)
         if scheduler is not None:
             saved = read_json(folder / "scheduler" / "scheduler_config.json")
             settings = changed(settings, scheduler=scheduler_name(scheduler, saved.get("solver_order")))
@@ -204,14 +198,6 @@ def read_pipeline(folder: str | Path) -> HLDMPipeline:
         raise ValueError(
             f"{folder} cannot be loaded ({first_line(error)}): train the run again or restore it"
         ) from error
-
-
-def _defaults(index: dict[str, Any]) -> GenerationConfig:
-    """The generation settings that were saved with a pipeline."""
-    defaults = index.get("defaults")
-    if not isinstance(defaults, dict):
-        raise ValueError(f"model_index.json: defaults must be an object, got {defaults!r:.80}")
-    return section_from_dict(GenerationConfig, defaults)
 
 
 # The module and class of each part as diffusers saves them; where the same classes once lived.

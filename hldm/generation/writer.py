@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import Protocol
 
 import numpy as np
@@ -28,7 +29,7 @@ from hldm.model.diffusion import sample, sampler_steps
 from hldm.model.prior import Prior
 from hldm.model.speed import has_faster_form
 from hldm.model.state import ContextState, DecoderState, EncoderState, select_rows
-from hldm.text.bytes import PROMPT_WINDOW, count_characters, split_incomplete
+from hldm.text.bytes import PROMPT_WINDOW, stream_decoder
 from hldm.text.windows import Window, window_of
 
 
@@ -248,6 +249,11 @@ class Continuation:
         """The chunks in one."""
         return b"".join(self.chunks)
 
+    @property
+    def chunk_spans(self) -> list[tuple[int, int]]:
+        """Where each chunk begins and ends in the text."""
+        return list(pairwise(accumulate(map(len, self.chunks), initial=0)))
+
 
 def _prompt_windows(
     autoencoder: Autoencoder, prompts: Sequence[bytes], device: torch.device
@@ -315,24 +321,16 @@ def write_on(
 
 
 class _Budget:
-    """Counts down UTF-8 characters over pieces that may break inside one."""
+    """Counts down UTF-8 characters over pieces that may break inside one; an invalid byte counts as one."""
 
     def __init__(self, characters: int):
         self.characters = characters  # still to write
-        self.broken = b""  # the start of a character whose rest has not come yet
+        self.decoder = stream_decoder("surrogateescape")
 
     def take(self, piece: bytes) -> bytes:
         """As much of the piece as fits."""
-        if self.characters == 0:
-            return b""
-        whole, broken = split_incomplete(self.broken + piece)
-        written = len(self.broken)  # of `whole`: taken before
-        fitting = _cut(whole, self.characters)
-        self.characters -= count_characters(fitting)
-        self.broken = broken if self.characters else b""
-        return (fitting + self.broken)[written:]
-
-
-def _cut(text: bytes, characters: int) -> bytes:
-    """The first so many UTF-8 characters; an invalid byte counts as one."""
-    return text.decode("utf-8", "surrogateescape")[:characters].encode("utf-8", "surrogateescape")
+        taken, _ = self.decoder.getstate()  # the start of a character whose rest has not come yet
+        fitting = self.decoder.decode(piece)[: self.characters]
+        self.characters -= len(fitting)
+        broken = self.decoder.getstate()[0] if self.characters else b""
+        return (fitting.encode("utf-8", "surrogateescape") + broken)[len(taken) :]

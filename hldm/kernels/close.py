@@ -1,7 +1,7 @@
 """The latent of a chunk just written and the trunk's step after it, in a single call of C++.
 
-What `Autoencoder.close_chunk` does in torch, to rounding; call only where `can_close`. Like `hldm.kernels.stack`, this
-reads the parameters where they are.
+What `Autoencoder.close_chunk` does in torch, to rounding, where chunks are pooled by their mean. Like
+`hldm.kernels.stack`, this reads the parameters where they are.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from hldm.kernels.stack import stack_call, stack_of
-from hldm.kernels.structs import is_plain, kernels_can_compute, run, struct
+from hldm.kernels.stack import stack_call
+from hldm.kernels.structs import is_plain, run, struct
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.state import EncoderState, GriffinState
 
@@ -29,19 +29,6 @@ def _parameters(autoencoder: Autoencoder) -> dict[str, Tensor]:
         "mean": normaliser.mean,
         "deviation": normaliser.deviation,
     }
-
-
-def can_close(autoencoder: Autoencoder, rows: int) -> bool:
-    """Whether the kernel does what the modules would, for so many rows."""
-    if not kernels_can_compute() or autoencoder.settings.pooling != "mean":
-        return False
-    parameters = list(_parameters(autoencoder).values())
-    if autoencoder.settings.trunk_layers:
-        trunk = autoencoder.trunk
-        if stack_of(trunk, trunk.initial_state(rows), rows) is None:
-            return False
-        parameters += [autoencoder.to_trunk.weight, autoencoder.to_trunk.bias]
-    return all(map(is_plain, parameters))
 
 
 def close_chunk(

@@ -12,8 +12,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from hldm.kernels.structs import is_plain, kernels_can_compute, run, struct
-from hldm.model.denoiser import BlockContext, Denoiser, Told
+from hldm.kernels.structs import run, struct
+from hldm.model.denoiser import BlockContext, Told
 from hldm.model.prior import Prior
 from hldm.model.state import ContextState
 
@@ -43,17 +43,6 @@ def _parameters(prior: Any) -> dict[str, list[Tensor | None]]:
     }
 
 
-def can_keep(prior: Prior, rows: int) -> bool:
-    """Whether `KeptContext` does what contextualiser and `Prior.tell` would, for so many rows."""
-    hierarchy, dropout = prior.hierarchy, prior.training and prior.settings.dropout
-    if not kernels_can_compute() or dropout or type(prior.denoiser) is not Denoiser:
-        return False
-    if hierarchy.ratio**hierarchy.levels > MOST_CHUNKS:
-        return False
-    parameters = [p for parts in _parameters(prior).values() for p in parts if p is not None]
-    return rows > 0 and all(map(is_plain, parameters))
-
-
 class KeptContext:
     """The past of a batch of documents as the denoiser and the next chunk see it, in places that are written over.
 
@@ -61,7 +50,7 @@ class KeptContext:
     """
 
     def __init__(self, prior: Prior, memory: ContextState):
-        """memory: where `Contextualiser` left off, left as it is; call only where `can_keep`."""
+        """memory: where `Contextualiser` left off, left as it is."""
         context: Any = prior.contextualiser  # Any: modules in lists have no type of their own
         denoiser: Any = prior.denoiser
         rows, heads, d = len(memory.written), prior.settings.heads, prior.settings.width

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hldm.kernels.structs import is_plain, kernels_can_compute, run, struct
-from hldm.model.denoiser import Denoiser, Told
+from hldm.kernels.structs import run, struct
+from hldm.model.denoiser import Told
 from hldm.model.diffusion import Steps, alpha_sigma
 from hldm.model.mixture import MixturePredictor
 from hldm.model.prior import Prior
@@ -30,18 +30,6 @@ def _parameters(prior: Any) -> dict[str, list[Tensor]]:
     ]
     linears = {"inputs": [denoiser.inputs], "parameters": in_blocks, "outputs": [denoiser.outputs]}
     return {name: [p for part in parts for p in (part.weight, part.bias)] for name, parts in linears.items()}
-
-
-def can_denoise(prior: Prior, steps: int) -> bool:
-    """Whether `PlannedSteps` does what so many steps of `sample` would with `Prior.denoise`."""
-    if not kernels_can_compute() or prior.mixture is None or steps > MOST_STEPS:
-        return False
-    if type(prior.denoiser) is not Denoiser:  # another one's layers are not where the kernel reads them
-        return False
-    if prior.training and prior.settings.dropout:
-        return False
-    parameters = [p for parts in _parameters(prior).values() for p in parts]
-    return all(map(is_plain, [*parameters, prior.mixture.prototypes]))
 
 
 def _mixture_tables(mixture: MixturePredictor, gammas: Tensor) -> dict[str, Tensor]:
@@ -65,7 +53,7 @@ def _mixture_tables(mixture: MixturePredictor, gammas: Tensor) -> dict[str, Tens
 
 
 class PlannedSteps:
-    """A plan's steps, with all worked out that is the same for every latent; make one only where `can_denoise`."""
+    """A plan's steps, with all worked out that is the same for every latent; for a prior with a mixture."""
 
     def __init__(self, prior: Prior, plan: Steps):
         mixture = prior.mixture

@@ -1,75 +1,68 @@
-"""Faster forms of `hldm.model.ops`: autograd functions with their derivatives written out.
+"""Faster forms of `hldm.model.ops`: autograd functions with their derivatives written out, each way one pass in C++.
 
 Left to autograd these elementwise chains cost a CPU nearly as much as the matrix products; so, 0.6 of that
-(measured, width 128). All but the convolution decline where `hldm.kernels.operators` has no kernels: written out in
-torch, norm and gates save 2 % of a training step. tests/kernels/test_forms.py holds them to the plain formulas.
+(measured, width 128). All but the convolution decline where there are no kernels: written out in torch, norm and gates
+save 2 % of a training step. While torch.compile traces they decline, too: it sees the plain formulas.
+tests/kernels/test_forms.py holds them to these.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import wraps
+import ctypes
+from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hldm.kernels import operators
+from hldm.kernels.library import library
 from hldm.model import ops
 
+_FLOATS: dict[torch.dtype, Any] = {torch.float32: ctypes.c_float, torch.float64: ctypes.c_double}
+ROWS_A_BLOCK = (
+    64  # whose sums over rows the kernels return apart; hldm/kernels/cpp/derivatives.cpp has it, too
+)
 
-def _form(
-    plain: Callable[..., Any],
-    operator: Callable[..., Any],
-    *,
-    keep: Callable[..., Sequence[Tensor]],
-    derivative: Callable[..., Any],
-) -> Callable[..., Any]:
-    """The form of a plain function that is one operator each way; it declines what the operator cannot take.
 
-    keep: what the backward pass needs, of the inputs and what the operator returns besides the output
-    derivative: the gradients of all inputs, of a context with what was kept and the first input's shape, and of that
-    of the output
-    """
+def _can_take(*tensors: Tensor) -> bool:
+    """Whether the kernels can take tensors: on the CPU, all in float32 or all in float64."""
+    if torch.compiler.is_compiling() or len({x.dtype for x in tensors}) > 1:
+        return False
+    return tensors[0].device.type == "cpu" and tensors[0].dtype in _FLOATS and library() is not None
 
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        found = operator(*inputs)
-        y, *more = found if isinstance(found, tuple) else (found,)
-        ctx.save_for_backward(*keep(*inputs, *more))
-        ctx.shape = inputs[0].shape
-        return y
 
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(once_differentiable(derivative))}
-    name = "".join(part.capitalize() for part in plain.__name__.split("_")) + "Function"
-    function: Any = type(name, (torch.autograd.Function,), methods)
+def _run(name: str, tensors: Sequence[Tensor | None], sizes: Sequence[int], *floats: float) -> None:
+    """A kernel of hldm/kernels/cpp/derivatives.cpp: its pointers, numbers and sizes, in its order."""
+    dense = [None if x is None else x.contiguous() for x in tensors]  # outputs are so already
+    first = dense[0]
+    assert first is not None
+    kernel = _kernel(name, first.dtype, len(dense), len(floats), len(sizes))
+    addresses = (None if x is None else x.data_ptr() for x in dense)
+    kernel(*addresses, *floats, *sizes, torch.get_num_threads())
 
-    @wraps(plain)
-    def form(*inputs: Any) -> Any:
-        dtypes = {x.dtype for x in inputs if isinstance(x, Tensor)} - {torch.int64}
-        return (
-            function.apply(*inputs) if len(dtypes) == 1 and operators.available(inputs[0]) else NotImplemented
-        )
 
-    return form
+@cache
+def _kernel(name: str, dtype: torch.dtype, tensors: int, floats: int, integers: int) -> Any:
+    kinds = [ctypes.c_void_p] * tensors + [_FLOATS[dtype]] * floats + [ctypes.c_int64] * (integers + 1)
+    compiled, suffix = library(), str(dtype).removeprefix("torch.")
+    assert compiled is not None
+    return ctypes.CFUNCTYPE(None, *kinds).in_dll(compiled, f"hldm_{name}_{suffix}")
 
 
 # ---------------------------------------------------------------- norm
 
 
 def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
-    if x.dtype == scale.dtype and operators.available(x):
-        return _RMSNormFunction.apply(x, None, scale, eps)[1]
-    return NotImplemented
+    return RMSNormFunction.apply(x, None, scale, eps)[1] if _can_take(x, scale) else NotImplemented
 
 
 def add_rms_norm(x: Tensor, branch: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    if x.dtype == branch.dtype == scale.dtype and operators.available(x):
-        return _RMSNormFunction.apply(x, branch, scale, eps)
-    return NotImplemented
+    return RMSNormFunction.apply(x, branch, scale, eps) if _can_take(x, branch, scale) else NotImplemented
 
 
-class _RMSNormFunction(torch.autograd.Function):
+class RMSNormFunction(torch.autograd.Function):
     """The sum of x and branch, None without a branch, and the norm of it.
 
     The sum goes on, too: what reaches it in the backward pass is added in the same pass.
@@ -79,7 +72,9 @@ class _RMSNormFunction(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, branch: Tensor | None, scale: Tensor, eps: float
     ) -> tuple[Tensor | None, Tensor]:
-        total, y, inverse = operators.rms_norm(x, branch, scale, eps)
+        total = x.new_empty(0 if branch is None else x.shape)
+        y, inverse = x.new_empty(x.shape), x.new_empty(x.shape[:-1])
+        _run("rms_norm", [x, branch, scale, total, y, inverse], [inverse.numel(), x.shape[-1]], eps)
         ctx.save_for_backward(x if branch is None else total, inverse, scale)
         ctx.set_materialize_grads(False)  # None where nobody reads the sum, or the norm
         return None if branch is None else total, y
@@ -91,8 +86,37 @@ class _RMSNormFunction(torch.autograd.Function):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         if dy is None:
             return dtotal, dtotal, None, None
-        dx, dscale = operators.rms_norm_back(*ctx.saved_tensors, dy, dtotal)
+        x, inverse, scale = ctx.saved_tensors
+        n, d = inverse.numel(), x.shape[-1]
+        dx, dscale = x.new_empty(x.shape), x.new_empty(-(-n // ROWS_A_BLOCK), d)
+        _run("rms_norm_back", [x, inverse, scale, dy, dtotal, dx, dscale], [n, d])
         return dx, dx if ctx.needs_input_grad[1] else None, dscale.sum(0), None
+
+
+# ---------------------------------------------------------------- gate
+
+
+def gelu_gate(gate: Tensor, x: Tensor) -> Tensor:
+    return GeluGateFunction.apply(gate, x) if _can_take(gate, x) else NotImplemented
+
+
+class GeluGateFunction(torch.autograd.Function):
+    """gelu(gate) x; gelu is worked out once more in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, x)
+        y = x.new_empty(x.shape)
+        _run("gelu_gate", [gate, x, y], [x.numel()])
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        gate, x = ctx.saved_tensors
+        dgate, dx = x.new_empty(x.shape), x.new_empty(x.shape)
+        _run("gelu_gate_back", [gate, x, dy, dgate, dx], [x.numel()])
+        return dgate, dx
 
 
 # ---------------------------------------------------------------- convolution
@@ -102,8 +126,8 @@ def causal_conv(x: Tensor, taps: Tensor, weight: Tensor, bias: Tensor, inside: T
     t = x.shape[1]
     if t == 1:
         return NotImplemented  # the plain formula takes fewer steps
-    if operators.available(x):
-        return _fused_conv(x, taps, weight, bias, inside)
+    if _can_take(x, taps, weight, bias, inside):
+        return CausalConvFunction.apply(x, taps, weight, bias, inside)
     # tap by tap: a fifth of the plain formula's time, which holds all windows at once (measured)
     extended = torch.cat([taps, x], dim=1)
     y = torch.addcmul(bias, extended[:, -t:], weight[-1])
@@ -112,17 +136,25 @@ def causal_conv(x: Tensor, taps: Tensor, weight: Tensor, bias: Tensor, inside: T
     return y
 
 
-def _conv_back(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
-    dx, dtaps, dweight, dbias = operators.conv_back(*ctx.saved_tensors, dy)
-    return dx, dtaps, dweight.sum(0), dbias.sum(0), None
+class CausalConvFunction(torch.autograd.Function):
+    """The convolution in one pass each way."""
 
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, taps: Tensor, weight: Tensor, bias: Tensor, inside: Tensor) -> Tensor:
+        ctx.save_for_backward(x, taps, weight, inside)
+        y = x.new_empty(x.shape)
+        _run("conv", [x, taps, weight, bias, inside, y], [*x.shape, len(weight)])
+        return y
 
-_fused_conv = _form(
-    ops.causal_conv,
-    operators.conv,
-    keep=lambda x, taps, weight, bias, inside: (x, taps, weight, inside),
-    derivative=_conv_back,
-)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
+        x, taps, weight, inside = ctx.saved_tensors
+        b, t, d = x.shape
+        dx, dtaps = x.new_empty(x.shape), taps.new_empty(taps.shape)
+        dweight, dbias = x.new_empty(b, *weight.shape), x.new_empty(b, d)  # by row
+        _run("conv_back", [x, taps, weight, inside, dy, dx, dtaps, dweight, dbias], [b, t, d, len(weight)])
+        return dx, dtaps, dweight.sum(0), dbias.sum(0), None
 
 
 # ---------------------------------------------------------------- RG-LRU
@@ -131,7 +163,7 @@ _fused_conv = _form(
 def rg_lru(
     x: Tensor, weight: Tensor, bias: Tensor, log_radius: Tensor, reset: Tensor, h0: Tensor
 ) -> tuple[Tensor, Tensor]:
-    if operators.available(x):
+    if _can_take(x, weight, bias, log_radius, reset, h0):
         return GatedScanFunction.apply(x, weight, bias, log_radius, reset, h0)
     return NotImplemented
 
@@ -148,7 +180,10 @@ class GatedScanFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         h, w, _ = weight.shape
         gates = torch.bmm(x.reshape(-1, h, w).transpose(0, 1), weight)  # (h bt 2w), logits so far
-        states = operators.gated_scan(x, gates, bias, log_radius, reset, h0)
+        states = x.new_empty(x.shape)
+        _run(
+            "gated_scan", [x, gates, bias, log_radius, reset, h0, states], [*x.shape[:2], h, w]
+        )  # gates themselves
         ctx.save_for_backward(x, weight, log_radius, reset, h0, gates, states)
         return states, states[:, -1].clone()
 
@@ -159,50 +194,18 @@ class GatedScanFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, None, Tensor]:
         x, weight, log_radius, reset, h0, gates, states = ctx.saved_tensors
         h, w, _ = weight.shape
-        dx, dgates, dbias, dlog_radius, dh0 = operators.gated_scan_back(
-            x, gates, log_radius, reset, h0, states, dstates, dlast, 0.5 / ops.MAX_SQRT_GRADIENT
-        )
+        dx, dgates, dbias = x.new_empty(x.shape), gates.new_empty(gates.shape), x.new_empty(len(x), 2 * h * w)
+        dlog_radius, dh0 = h0.new_empty(h0.shape), h0.new_empty(h0.shape)
+        given = [x, gates, log_radius, reset, h0, states, dstates, dlast]
+        returned = [
+            dx,
+            dgates,
+            dbias,
+            dlog_radius,
+            dh0,
+        ]  # sums over time by row; dx without what goes through gates
+        sizes = [*x.shape[:2], h, w]
+        _run("gated_scan_back", [*given, *returned], sizes, 0.5 / ops.MAX_SQRT_GRADIENT)
         dweight = torch.bmm(x.reshape(-1, h, w).permute(1, 2, 0), dgates)
         dx.view(-1, h, w).add_(torch.bmm(dgates, weight.mT).transpose(0, 1))
         return dx, dweight, dbias.sum(0).view(2, h, w), dlog_radius.sum(0), None, dh0
-
-
-# ---------------------------------------------------------------- one operator each way
-
-gelu_gate = _form(
-    ops.gelu_gate,
-    operators.gelu_gate,
-    keep=lambda gate, x: (gate, x),
-    derivative=lambda ctx, dy: operators.gelu_gate_back(*ctx.saved_tensors, dy),
-)
-take_rows = _form(
-    ops.take_rows,
-    operators.take_rows,
-    keep=lambda x, index: (index,),
-    derivative=lambda ctx, dy: (operators.add_rows(dy, *ctx.saved_tensors, ctx.shape[1]), None),
-)
-add_rows = _form(
-    ops.add_rows,
-    operators.add_rows,
-    keep=lambda y, index, n: (index,),
-    derivative=lambda ctx, dx: (operators.take_rows(dx, *ctx.saved_tensors), None, None),
-)
-softmax_nats = _form(
-    ops.softmax_nats,
-    operators.softmax_nats,
-    keep=lambda logits, target, log_sum: (logits, target, log_sum),
-    derivative=lambda ctx, dnats: (operators.softmax_nats_back(*ctx.saved_tensors, dnats), None),
-)
-
-
-def _placed_gelu_back(ctx: Any, dy: Tensor) -> tuple[Tensor, None, Tensor, None]:
-    dx, dtable = operators.placed_gelu_back(*ctx.saved_tensors, dy)
-    return dx, None, dtable.sum(0), None
-
-
-placed_gelu = _form(
-    ops.placed_gelu,
-    operators.placed_gelu,
-    keep=lambda x, index, table, place: (x, index, table, place),
-    derivative=_placed_gelu_back,
-)

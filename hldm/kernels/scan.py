@@ -1,8 +1,8 @@
 """Faster forms of the linear recurrence h_t = a_t h_{t-1} + b_t, and nothing about what a and b mean.
 
-A dict of backends: the plain loop, a chunked form in torch that runs anywhere, and one pass of C++ or, on a GPU, of
-Triton, where these can be compiled. None divides by a product of decays nor takes its logarithm, as the closed forms
-do: a decay of exactly 0 starts a document, and both would turn it into NaN.
+A dict of backends: the plain loop, a chunked form in torch that runs anywhere, and on a GPU one pass of Triton, where
+that can be compiled. None divides by a product of decays nor takes its logarithm, as the closed forms do: a decay of
+exactly 0 starts a document, and both would turn it into NaN. On a CPU the RG-LRU has a kernel of its own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hldm.kernels import operators
 from hldm.model import ops
 
 # Measured on one CPU core: a call on few numbers costs about as much as one on 30 thousand; more leave the cache.
@@ -31,8 +30,10 @@ def scan(a: Tensor, b: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
     """The fastest that can be had here; `hldm.model.ops.scan` says what of."""
     if a.shape[1] == 1:
         return NotImplemented  # one step of the plain loop
-    compiled = "triton" if b.is_cuda else "cpp"
-    return BACKENDS[compiled if can_run(compiled, b) else "chunked"](a, b, h0)
+    if can_run("triton", b):
+        return BACKENDS["triton"](a, b, h0)
+    # torch.compile sees the plain loop: it cannot see through tensors that are written into
+    return NotImplemented if torch.compiler.is_compiling() else BACKENDS["chunked"](a, b, h0)
 
 
 def linear_scan_by(backend: str, a: Tensor, b: Tensor, h0: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -44,39 +45,20 @@ def linear_scan_by(backend: str, a: Tensor, b: Tensor, h0: Tensor | None = None)
         raise ValueError(f"backend must be one of {sorted(BACKENDS)}, got {backend!r}")
     a, exact, h0 = ops.scan_inputs(a, b, h0)
     if not can_run(backend, exact):
-        raise ValueError(f"backend {backend!r} needs {NEEDS[backend]}")
+        raise ValueError(f"backend {backend!r} needs a CUDA device and triton")
     h, h_last = BACKENDS[backend](a, exact, h0)
     return h.to(b.dtype), h_last
 
 
 def can_run(backend: str, x: Tensor) -> bool:
     """Whether a backend takes x, in float32 or float64, on this machine."""
-    if backend == "cpp":
-        return operators.available(x)
-    if backend == "triton":
-        # On the CPU only its interpreter could, slowly, as the tests do.
-        return (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1") and _trust_triton(x.device, x.dtype)
-    return True
+    if backend != "triton":
+        return True
+    # On the CPU only its interpreter could, slowly, as the tests do.
+    return (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1") and _trust_triton(x.device, x.dtype)
 
 
 scan_by_loop = inspect.unwrap(ops.scan)  # the plain formula, which every other backend is tested against
-
-
-class _OnePassScan(torch.autograd.Function):
-    """As `_ChunkedScan`, each direction one pass of a kernel, at the speed of memory."""
-
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, h0: Tensor, in_triton: bool) -> tuple[Tensor, Tensor]:
-        h = (torch.ops.hldm.triton_scan if in_triton else operators.scan)(a, b, h0)
-        ctx.save_for_backward(a, h0, h)
-        ctx.in_triton = in_triton
-        return h, h[:, -1].clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dh: Tensor, dh_last: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        scan_back = torch.ops.hldm.triton_scan_back if ctx.in_triton else operators.scan_back
-        return *scan_back(*ctx.saved_tensors, dh, dh_last), None
 
 
 @torch.compiler.assume_constant_result
@@ -88,8 +70,6 @@ def _trust_triton(device: torch.device, dtype: torch.dtype) -> bool:
 def _triton_agrees(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether triton is there, compiles the kernels for the device, and says there what the loop says."""
     try:
-        import hldm.kernels.triton_scan  # noqa: F401  defines the operators
-
         with torch.inference_mode(False), torch.enable_grad():
             numbers = torch.linspace(-1, 1, 3 * 5 * 34, dtype=dtype, device=device)
             a, b = (x.view(3, 5, 34).requires_grad_() for x in (numbers, numbers.flip(0)))
@@ -191,13 +171,14 @@ def _chunk_steps(h: Tensor) -> int:
     return min(max(t * batch * d // NUMBERS_PER_CALL, 8), 64)
 
 
+def _triton(a: Tensor, b: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
+    from hldm.kernels.triton_scan import OnePassScan
+
+    return OnePassScan.apply(a, b, h0)
+
+
 BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "loop": scan_by_loop,
     "chunked": _ChunkedScan.apply,
-    "cpp": lambda a, b, h0: _OnePassScan.apply(a, b, h0, False),
-    "triton": lambda a, b, h0: _OnePassScan.apply(a, b, h0, True),  # not run on a GPU yet
-}
-NEEDS = {
-    "cpp": "a CPU and a C++ compiler: hldm doctor says more",
-    "triton": "a CUDA device and triton",
+    "triton": _triton,  # not run on a GPU yet
 }

@@ -1,7 +1,7 @@
-"""One position through a whole Griffin stack in a single call of C++: what generation does for every byte.
+"""A Griffin stack as the kernels take it: its parameters where they are, and a state that they write over.
 
-In torch such a step is some hundred operators on a few numbers each, and nearly all of its time is their overhead. The
-kernel reads the parameters where they are and writes a new state of the same layout.
+One position through a stack is one function in C++ (hldm/kernels/cpp/stack.h). In torch such a step is some hundred
+operators on a few numbers each, and nearly all of its time is their overhead.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from hldm.kernels.library import library
-from hldm.kernels.structs import is_plain, kernels_can_compute, pointers_to, struct
+from hldm.kernels.structs import is_plain, pointers_to, struct
 from hldm.model.griffin import Griffin, ResidualBlock
-from hldm.model.state import AttentionState, GriffinState, RecurrentState
+from hldm.model.state import GriffinState
 
 
 class Stack:
@@ -37,9 +36,7 @@ class Stack:
         parameters = [place[name] for place, name in self.places]
         addresses = [0 if p is None else p.data_ptr() for p in parameters]
         if addresses != self.addresses:
-            self.pointers = None
-            if all(is_plain(p) for p in parameters):
-                self.pointers = (ctypes.c_void_p * len(addresses))(*addresses)
+            self.pointers = pointers_to(parameters) if all(is_plain(p) for p in parameters) else None
             self.addresses = addresses
         return self.pointers is not None
 
@@ -53,73 +50,6 @@ class Stack:
 _STACKS: WeakKeyDictionary[Griffin, Stack] = WeakKeyDictionary()
 
 
-def _stack(model: Griffin) -> Stack:
-    stack = _STACKS.get(model)
-    if stack is None:
-        stack = _STACKS[model] = Stack(model)
-    return stack
-
-
-def stack_of(model: Griffin, state: GriffinState, batch: int) -> Stack | None:
-    """Where a Griffin's parameters are; None when the kernels cannot read them, do what it does, or read its state."""
-    if (model.training and model.config.dropout) or batch == 0:
-        return None
-    stack = _stack(model)
-    return stack if stack.find() and all(_fits(block, model, batch) for block in state) else None
-
-
-def can_step(model: Griffin, x: Tensor, state: GriffinState) -> bool:
-    """Whether `run_blocks` takes x (b t d): one float32 position on the CPU, no gradients."""
-    if x.shape[1] != 1 or type(x) is not Tensor or x.device.type != "cpu" or x.dtype != torch.float32:
-        return False
-    return kernels_can_compute() and stack_of(model, state, len(x)) is not None
-
-
-def _fits(part: RecurrentState | AttentionState, model: Griffin, batch: int) -> bool:
-    """Whether a block's state has the shapes and dtypes that the kernel takes for granted."""
-    d, heads = model.config.width, model.config.heads
-    if isinstance(part, RecurrentState):
-        shapes = [(batch, d), (batch, model.config.conv_width - 1, d)]
-        dtypes = [torch.float32, torch.float32]
-    else:
-        shapes = [*[(batch, model.window, heads, d // heads)] * 2, (batch, model.window)]
-        dtypes = [torch.float32, torch.float32, torch.bool]
-    return all(
-        x.shape == shape and x.dtype == dtype and x.device.type == "cpu"
-        for x, shape, dtype in zip(part, shapes, dtypes, strict=True)
-    )
-
-
-def run_blocks(
-    model: Griffin,
-    x: Tensor,
-    state: GriffinState,
-    doc_start: Tensor,
-    chunk_start: Tensor,
-    length: Tensor | None,
-) -> tuple[Tensor, GriffinState]:
-    """`Griffin.run_blocks` of one position: x (b 1 d), doc_start and chunk_start (b 1) bool."""
-    if length is not None or not can_step(model, x, state):
-        return NotImplemented
-    stack, kernels, rotation = _stack(model), library(), model.rotation()
-    assert kernels is not None and stack.pointers is not None
-    before = [tensor.contiguous() for part in state for tensor in part]
-    after = [torch.empty_like(tensor) for tensor in before]
-    x, doc_start, chunk_start = x.contiguous(), doc_start.contiguous(), chunk_start.contiguous()
-    y = torch.empty_like(x)
-    read = (ctypes.c_void_p(part.data_ptr()) for part in (rotation, x, doc_start, chunk_start))
-    kernels.hldm_griffin_step(
-        ctypes.byref(stack.shape(model, len(x))),
-        ctypes.c_void_p(stack.is_recurrent.data_ptr()),
-        stack.pointers,
-        *read,
-        pointers_to(before),
-        pointers_to(after),
-        ctypes.c_void_p(y.data_ptr()),
-    )
-    return y, _refilled(state, after)
-
-
 def _refilled(state: GriffinState, tensors: list[Tensor]) -> GriffinState:
     """The state with these tensors in place of its own."""
     left = iter(tensors)
@@ -131,7 +61,7 @@ def stack_call(model: Griffin, state: GriffinState, rows: int) -> tuple[Any, Gri
 
     Raises RuntimeError where weights that the kernels could read have become others that they cannot.
     """
-    stack = _stack(model)
+    stack = _STACKS.get(model) or _STACKS.setdefault(model, Stack(model))
     if not stack.find():  # anew at every call: an address that is no longer theirs must not be read
         raise RuntimeError("the model's weights were moved or cast while a text was being written")
     copies = [tensor.clone(memory_format=torch.contiguous_format) for part in state for tensor in part]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hldm.kernels.library import SOURCES, kernels, library
+from hldm.kernels.library import SOURCES, kernels
 
 _KINDS: dict[str, Any] = {"int64_t": ctypes.c_int64, "double": ctypes.c_double}
 
@@ -78,10 +78,3 @@ def run(kernel: str, call: Any) -> None:
 def is_plain(x: Tensor | None) -> bool:
     """Whether the kernels can read a parameter where it is."""
     return x is not None and x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous()
-
-
-def kernels_can_compute() -> bool:
-    """Whether there are kernels, and nothing going on around that only torch knows of."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or library() is None:
-        return False
-    return not torch.is_autocast_enabled("cpu")

@@ -7,10 +7,13 @@ missing or a kernel does not compile. Import this module only where triton is in
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 # One warp: its 32 floats are a line of the cache. Small batches need many programs more than large ones.
 LANES = tl.constexpr(32)
@@ -90,3 +93,18 @@ def _empty_gradients(
     a: Tensor, h0: Tensor, h: Tensor, dh: Tensor, dh_last: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     return h.new_empty(h.shape), h.new_empty(h.shape), h0.new_empty(h0.shape)
+
+
+class OnePassScan(torch.autograd.Function):
+    """As the chunked scan of `hldm.kernels.scan`, each direction one pass of a kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
+        h = scan(a, b, h0)
+        ctx.save_for_backward(a, h0, h)
+        return h, h[:, -1].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dh: Tensor, dh_last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return scan_back(*ctx.saved_tensors, dh, dh_last)

@@ -1,6 +1,6 @@
 """All symbols of a chunk for a whole batch in a single call of C++: decoder, draw and encoder in turns.
 
-What `hldm.generation.chunk` does event by event in torch, to rounding, by the same names; call only where `can_write`.
+What `hldm.generation.chunk` does event by event in torch, to rounding, by the same names.
 Like `hldm.kernels.stack`, this reads the parameters where they are.
 """
 
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from hldm.config import GenerationConfig
 from hldm.generation.chunk import Piece, Written, draw_uniform_rows, known_of_text, pieces_of
-from hldm.kernels.stack import stack_call, stack_of
-from hldm.kernels.structs import is_plain, kernels_can_compute, run, struct
+from hldm.kernels.stack import stack_call
+from hldm.kernels.structs import run, struct
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.state import DecoderState, EncoderState, GriffinState
 from hldm.text.bytes import END_OF_CHUNK, START
@@ -35,14 +35,6 @@ def _parameters(autoencoder: Autoencoder) -> dict[str, Tensor]:
         found["from_text"] = autoencoder.from_text.weight
         found["from_text_bias"] = autoencoder.from_text.bias
     return found
-
-
-def can_write(autoencoder: Autoencoder, rows: int) -> bool:
-    """Whether the kernel writes what the modules themselves would, for so many rows."""
-    if not kernels_can_compute() or not all(map(is_plain, _parameters(autoencoder).values())):
-        return False
-    stacks = [autoencoder.decoder, autoencoder.encoder] if autoencoder.latent_dim else [autoencoder.decoder]
-    return all(stack_of(stack, stack.initial_state(rows), rows) is not None for stack in stacks)
 
 
 def write_chunks(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from hldm.config import GenerationConfig
 from hldm.generation.chunk import Written
 from hldm.generation.writer import ByteWriter, LatentWriter, Writer
-from hldm.kernels.close import can_close, close_chunk
-from hldm.kernels.context import MOST_CHUNKS, KeptContext, can_keep
-from hldm.kernels.denoise import MOST_STEPS, PlannedSteps, can_denoise
+from hldm.kernels.close import close_chunk
+from hldm.kernels.context import MOST_CHUNKS, KeptContext
+from hldm.kernels.denoise import MOST_STEPS, PlannedSteps
 from hldm.kernels.library import library
 from hldm.kernels.structs import is_plain
-from hldm.kernels.write import can_write, write_bytes, write_chunks
+from hldm.kernels.write import write_bytes, write_chunks
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.denoiser import Denoiser
 from hldm.model.diffusion import draw_noise
@@ -44,9 +44,9 @@ def make_writer(
     """`hldm.generation.writer.make_writer`; NotImplemented where there are no kernels for this device or model."""
     device = next(autoencoder.parameters()).device
     is_latent = autoencoder.latent_dim > 0
-    if library() is None or device.type != "cpu" or (is_latent and prior is None):
+    if library() is None or device.type != "cpu" or not prompts or (is_latent and prior is None):
         return NotImplemented
-    if reason := why_plain(autoencoder, prior, len(prompts)):
+    if reason := why_plain(autoencoder, prior):
         _say(f"{reason}: text is written in plain torch and takes about 20 times as long")
         return NotImplemented
     if prior is None:
@@ -57,7 +57,7 @@ def make_writer(
 # How much longer text takes: one continuation with the shapes of configs/small.yaml, measured.
 
 
-def why_plain(autoencoder: Autoencoder, prior: Prior | None, rows: int) -> str:
+def why_plain(autoencoder: Autoencoder, prior: Prior | None) -> str:
     """Why the kernels cannot write text of this model, in words; '' where they can."""
     if torch.is_grad_enabled():
         return "gradients are recorded (torch.no_grad() turns that off)"
@@ -67,36 +67,34 @@ def why_plain(autoencoder: Autoencoder, prior: Prior | None, rows: int) -> str:
     parts = [part for model in models for part in model.modules()]
     if any(isinstance(part, nn.Dropout) and part.training and part.p for part in parts):
         return "dropout is on (eval() turns it off)"
-    if not all(is_plain(parameter) for model in models for parameter in model.parameters()):
-        return "weights are not all contiguous float32"
-    return "" if can_write(autoencoder, rows) else "the kernels cannot read the encoder or the decoder"
+    plain = all(is_plain(parameter) for model in models for parameter in model.parameters())
+    return "" if plain else "weights are not all contiguous float32"
 
 
-def plain_steps(
-    autoencoder: Autoencoder, prior: Prior, settings: GenerationConfig, rows: int
-) -> dict[Step, str]:
+def plain_steps(autoencoder: Autoencoder, prior: Prior, settings: GenerationConfig) -> dict[Step, str]:
     """The steps from chunk to chunk that stay in plain torch: why, in words, and what that costs."""
     found: dict[Step, str] = {}
-    other = "" if type(prior.denoiser) is Denoiser else f"the denoiser is a {type(prior.denoiser).__name__}"
-    if not can_close(autoencoder, rows):
+    pooling, hierarchy, denoiser = autoencoder.settings.pooling, prior.hierarchy, type(prior.denoiser)
+    if pooling != "mean":
         found["close"] = (
-            f"autoencoder.pooling={autoencoder.settings.pooling}: chunks are closed in plain torch, "
-            "text takes about a quarter longer"
+            f"autoencoder.pooling={pooling}: chunks are closed in plain torch, text takes a quarter longer"
         )
-    if settings.steps and settings.guidance != 1:
-        found["denoise"] = (
-            f"generation.guidance={settings.guidance:g}: latents are denoised in plain torch, "
-            "text takes about 4 times as long"
-        )
-    elif settings.steps and not can_denoise(prior, settings.steps):
+    if not settings.steps:
+        return found
+    context = reason = "" if denoiser is Denoiser else f"the denoiser is a {denoiser.__name__}"
+    if settings.steps > MOST_STEPS:
         reason = f"generation.steps={settings.steps} is above {MOST_STEPS}"
-        if prior.mixture is None:
-            reason = "the prior corrects no mixture (autoencoder.components=0)"
-        reason = other or reason
-        found["denoise"] = f"{reason}: latents are denoised in plain torch, text takes about twice as long"
-    if settings.steps and not can_keep(prior, rows):
-        reason = other or f"hierarchy.ratio^levels is above {MOST_CHUNKS}"
-        found["context"] = f"{reason}: contexts are made in plain torch, text takes about 4 times as long"
+    if prior.mixture is None:
+        reason = "the prior corrects no mixture (autoencoder.components=0)"
+    if settings.guidance != 1:
+        reason = f"generation.guidance={settings.guidance:g}"
+    if reason:
+        longer = "twice" if settings.guidance == 1 else "4 times"
+        found["denoise"] = f"{reason}: latents are denoised in plain torch, text takes about {longer} as long"
+    if hierarchy.ratio**hierarchy.levels > MOST_CHUNKS:
+        context = f"hierarchy.ratio^levels is above {MOST_CHUNKS}"
+    if context:
+        found["context"] = f"{context}: contexts are made in plain torch, text takes about 4 times as long"
     return found
 
 
@@ -111,16 +109,10 @@ class FusedLatentWriter(LatentWriter):
 
     write_chunks = staticmethod(write_chunks)
 
-    def __init__(
-        self,
-        autoencoder: Autoencoder,
-        prior: Prior,
-        prompts: Sequence[bytes],
-        settings: GenerationConfig,
-        generators: Sequence[torch.Generator],
-    ):
-        super().__init__(autoencoder, prior, prompts, settings, generators)
-        self.plain: Mapping[Step, str] = plain_steps(autoencoder, prior, settings, len(prompts))
+    def __init__(self, autoencoder: Autoencoder, prior: Prior, *arguments: Any):
+        """Arguments are those of `LatentWriter`."""
+        super().__init__(autoencoder, prior, *arguments)
+        self.plain: Mapping[Step, str] = plain_steps(autoencoder, prior, self.settings)
         for line in self.plain.values():
             _say(line)
         self.planned: PlannedSteps | None = None  # None: plain, or no steps at all

@@ -140,12 +140,6 @@ class Autoencoder(SavedModel):
             known, trunk = self.trunk(summary, state.trunk, opens, opens)
         return latents, EncoderState(griffin, feature[:, 0], trunk, known[:, 0])
 
-    def read_byte(
-        self, symbol: Tensor, doc_start: Tensor, chunk_start: Tensor, griffin: GriffinState
-    ) -> tuple[Tensor, GriffinState]:
-        """The encoder's feature at one more byte a row (b 1 d). symbol, doc_start, chunk_start: (b 1)."""
-        return self.encoder(self.read(symbol), griffin, doc_start, chunk_start)
-
     def events(self, window: Window, state: DecoderState) -> Events:
         """What the decoder reads and writes for a window (see `decoder_events`).
 
@@ -175,10 +169,17 @@ class Autoencoder(SavedModel):
         latent: (b n z) z_0 of each chunk; None for the twin
         told: (b t' d) of the text before each event (see `tell`); None for a fresh decoder and the twin
         """
-        x = self.write(events.symbol)
-        if latent is not None:
-            x = x + self._spread(latent, events.chunk, events.place)
-        return self._next_symbols(x, told, events.doc_start, events.unit_start, griffin, events.length)
+        return self.decode_symbols(
+            events.symbol,
+            events.doc_start,
+            events.unit_start,
+            griffin,
+            latent=latent,
+            chunk=events.chunk,
+            place=None if latent is None else events.place,
+            told=told,
+            length=events.length,
+        )
 
     def decode_symbols(
         self,
@@ -188,30 +189,23 @@ class Autoencoder(SavedModel):
         griffin: GriffinState,
         *,
         latent: Tensor | None = None,
+        chunk: Tensor | None = None,
         place: Tensor | None = None,
         told: Tensor | None = None,
+        length: Tensor | None = None,
     ) -> tuple[Tensor, GriffinState]:
         """The same without a window: one symbol a row while text is written, or the twin's text as it is.
 
         symbol, doc_start, unit_start: (b t) as in `Events`
-        latent: (b 1 z) z_0 of the one chunk they belong to, and place (b t) in it;  told: as for `decode`
+        latent: (b n z) z_0 of the chunks they belong to: chunk (b t), the first when None, and place (b t) in it
+        told: as for `decode`;  length: (b) valid symbols of each row; None: all
         """
         x = self.write(symbol)
         if latent is not None:
             assert place is not None
-            x = x + self._spread(latent, torch.zeros_like(place), place)
-        return self._next_symbols(x, told, doc_start, unit_start, griffin)
-
-    def _next_symbols(
-        self,
-        x: Tensor,
-        told: Tensor | None,
-        doc_start: Tensor,
-        unit_start: Tensor,
-        griffin: GriffinState,
-        length: Tensor | None = None,
-    ) -> tuple[Tensor, GriffinState]:
-        """The decoder's stack and its readout, from symbols and latents in one, x (b t d)."""
+            inner = self.from_latent.inner(latent)  # (b n 2d)
+            chunk = torch.zeros_like(place) if chunk is None else chunk
+            x = x + self.from_latent.outer(self.from_latent.features(inner, chunk, place))
         if told is not None:
             x = x + told
         elif self.latent_dim and (self.settings.reads_text or self.settings.trunk_layers):
@@ -220,8 +214,3 @@ class Autoencoder(SavedModel):
         reset = doc_start if self.settings.carry_state else unit_start
         y, griffin = self.decoder(x, griffin, reset, unit_start, length)
         return self.outputs(y), griffin
-
-    def _spread(self, latent: Tensor, chunk: Tensor, place: Tensor) -> Tensor:
-        """Latents (b n z) at the places of their chunks' events: chunk, place (b t'). (b t' d)."""
-        inner = self.from_latent.inner(latent)  # (b n 2d)
-        return self.from_latent.outer(self.from_latent.features_at(inner, chunk, place))

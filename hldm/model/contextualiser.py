@@ -213,22 +213,17 @@ class Contextualiser(nn.Module):
         n, opening = mask.shape[1], outputs[:, :1]
         carried = torch.where((state.written > 0)[:, None], state.latest, opening[:, 0])
         before = torch.cat([carried[:, None], outputs[:, 1 : n + 1]], dim=1)
-        fresh = torch.cat([doc_start & mask, doc_start.new_zeros(len(mask), 1)], dim=1)
+        fresh = F.pad(doc_start & mask, (0, 1))
         text = torch.cat([state.feature[:, None], features], dim=1)
-        follows = torch.arange(n + 1, device=mask.device) == mask.sum(dim=1, keepdim=True)
-        zero = steps.written.new_zeros(len(mask), 1)
-        written = torch.cat([steps.position, zero], dim=1)
-        written = torch.where(follows, steps.written[:, None], written)
-        document = torch.cat([torch.where(mask, steps.document, -1), zero - 1], dim=1)
-        document = torch.where(follows, steps.open_document[:, None], document)
-        known = visible(written, document, keys, self.hierarchy) & (keys.document >= 0)[:, None]
+        known = visible(steps.position, steps.document, keys, self.hierarchy)
+        known &= (keys.document >= 0)[:, None]
         known[:, :, 0] = True
         return Context(
             summary=torch.where(fresh[..., None], opening, before),
             memory=after_start(state.hidden[:, :, -1], outputs),
             visible=known,
             level=keys.level,
-            distance=distance_in_blocks(written, keys, self.hierarchy),
+            distance=distance_in_blocks(steps.position, keys, self.hierarchy),
             feature=text * ~fresh[..., None],
         )
 
@@ -252,9 +247,11 @@ class Contextualiser(nn.Module):
 
 def _new_entries(steps: Walk, mask: Tensor, blocks: Entries) -> Entries:
     """Where new entries stand, in the order of `Contextualiser._embed`; each is born when complete."""
+    n = mask.shape[1]
     zero = steps.written.new_zeros(len(mask), 1)
+    document = torch.where(mask, steps.document[:, :n], -1)
     return Entries(
-        level=torch.cat([zero, torch.zeros_like(steps.position), blocks.level], dim=1),
-        end=torch.cat([zero, steps.position + 1, blocks.end], dim=1),
-        document=torch.cat([zero - 1, torch.where(mask, steps.document, -1), blocks.document], dim=1),
+        level=torch.cat([zero, torch.zeros_like(document), blocks.level], dim=1),
+        end=torch.cat([zero, steps.position[:, :n] + 1, blocks.end], dim=1),
+        document=torch.cat([zero - 1, document, blocks.document], dim=1),
     )

@@ -178,38 +178,31 @@ def _table(schedule: Schedule, steps: int) -> list[float]:
     return betas.tolist()
 
 
+# diffusers' classes with every default that would touch an unbounded latent, or end at x0 instead of gamma_0, off.
+_SDE = {"algorithm_type": "sde-dpmsolver++", "final_sigmas_type": "sigma_min", "timestep_spacing": "linspace"}
+_DDIM = {"clip_sample": False, "set_alpha_to_one": False, "timestep_spacing": "leading", "steps_offset": 1}
+SCHEDULERS: dict[SchedulerName, tuple[type[Scheduler], dict[str, Any]]] = {
+    # order 1 is the draw from q(z_s | z_t, x0 = x0_hat), VDM's ancestral sampler
+    "ancestral": (DPMSolverMultistepScheduler, {"solver_order": 1, **_SDE}),
+    "ddim": (DDIMScheduler, _DDIM),
+    "dpm": (DPMSolverMultistepScheduler, {"solver_order": 2, **_SDE}),
+}
+
+
 def make_scheduler(name: SchedulerName, schedule: Schedule, steps: int) -> Scheduler:
     """diffusers' scheduler that visits gamma(1), gamma(1 - 1/steps), ..., gamma(0) of our schedule.
 
-    Its table holds these levels and no others (DDIM steps by table // steps entries and drifts off any
-    table that steps does not divide), and every default that would touch an unbounded latent or end at
-    x0 instead of gamma_0 is switched off. It expects estimates of x0.
+    Its table holds these levels and no others: DDIM steps by table // steps entries and drifts off any table that steps
+    does not divide. It expects estimates of x0.
     Saved by `save_pretrained`, loaded by its class's `from_pretrained`; `scheduler_name` then says which
     of ours it is, and `config.num_train_timesteps - 1` is the number of steps.
     Raises ValueError for an unknown name or steps < 1, ConfigError for a schedule float32 cannot hold.
     """
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
-    table: dict[str, Any] = {
-        "num_train_timesteps": steps + 1,
-        "trained_betas": _table(schedule, steps),
-        "prediction_type": "sample",
-    }
-    if name == "ddim":
-        scheduler = DDIMScheduler(
-            **table, clip_sample=False, set_alpha_to_one=False, timestep_spacing="leading", steps_offset=1
-        )
-    elif name in ("ancestral", "dpm"):
-        # order 1 is the draw from q(z_s | z_t, x0 = x0_hat), VDM's ancestral sampler
-        scheduler = DPMSolverMultistepScheduler(
-            **table,
-            solver_order=1 if name == "ancestral" else 2,
-            algorithm_type="sde-dpmsolver++",
-            final_sigmas_type="sigma_min",
-            timestep_spacing="linspace",
-        )
-    else:
-        raise ValueError(f"unknown scheduler {name!r}; choose ancestral, ddim or dpm")
+    if steps < 1 or name not in SCHEDULERS:
+        raise ValueError(f"a sampler is {', '.join(SCHEDULERS)}, of at least 1 step, got {name!r} of {steps}")
+    cls, options = SCHEDULERS[name]
+    table = _table(schedule, steps)
+    scheduler = cls(num_train_timesteps=steps + 1, trained_betas=table, prediction_type="sample", **options)
     with warnings.catch_warnings():  # diffusers hands numpy 2 a tensor, which torch answers the old way
         warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
         scheduler.set_timesteps(steps)
@@ -218,13 +211,12 @@ def make_scheduler(name: SchedulerName, schedule: Schedule, steps: int) -> Sched
 
 def scheduler_name(class_name: str, solver_order: object) -> SchedulerName:
     """The name under which `make_scheduler` makes a scheduler of this class. Raises ValueError for any other."""
-    names: dict[str, SchedulerName] = {
-        "DDIMScheduler": "ddim",
-        "DPMSolverMultistepScheduler": "ancestral" if solver_order == 1 else "dpm",
-    }
-    if class_name not in names:
-        raise ValueError(f"{class_name!r:.80} is not one of the schedulers of hldm: {', '.join(names)}")
-    return names[class_name]
+    for name, (cls, options) in SCHEDULERS.items():
+        if class_name == cls.__name__ and options.get("solver_order", solver_order) == solver_order:
+            return name
+    raise ValueError(
+        f"{class_name!r:.80} is not one of the schedulers of hldm, or of another order: {', '.join(SCHEDULERS)}"
+    )
 
 
 class Steps(NamedTuple):

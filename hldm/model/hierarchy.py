@@ -16,6 +16,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hldm.config import HierarchyConfig
@@ -70,28 +71,23 @@ def distance_in_blocks(query_written: Tensor, keys: Entries, config: HierarchyCo
 
 
 class Walk(NamedTuple):
-    """Where each chunk of a window stands in its document."""
+    """Where each chunk of a window stands in its document, and the one that will follow the window."""
 
-    position: Tensor  # (b n) number of the chunk within its document, from 0
-    document: Tensor  # (b n) documents started in this window up to here; 0: the one carried in
-    written: Tensor  # (b) chunks of the open document written after the window
-    open_document: Tensor  # (b) which document that is
+    position: Tensor  # (b n+1) number of the chunk within its document, from 0: so many are written before it
+    document: Tensor  # (b n+1) documents started in this window up to here; 0: the one carried in
+    written: Tensor  # (b) position of the chunk that follows: chunks of the open document after the window
+    open_document: Tensor  # (b) its document
 
 
 def walk(doc_start: Tensor, mask: Tensor, written: Tensor) -> Walk:
     """Count chunks from their document's start. doc_start, mask: (b n); written: (b) carried in."""
-    b, n = mask.shape
-    index = torch.arange(n, device=mask.device).expand(b, n)
-    last_start = torch.where(doc_start & mask, index, -1).cummax(dim=1).values if n else index
+    start = F.pad(doc_start & mask, (0, 1))  # (b n+1)
+    index = torch.arange(start.shape[1], device=mask.device)
+    last_start = torch.where(start, index, -1).cummax(dim=1).values
     position = torch.where(last_start >= 0, index - last_start, index + written[:, None])
-    document = (doc_start & mask).cumsum(dim=1)
-    count = mask.sum(dim=1)
-    if n == 0:
-        return Walk(position, document, written, torch.zeros_like(written))
-    last = (count - 1).clamp(min=0)[:, None]
-    after = torch.where(count > 0, position.gather(1, last)[:, 0] + 1, written)
-    open_document = torch.where(count > 0, document.gather(1, last)[:, 0], 0)
-    return Walk(position, document, after, open_document)
+    document = start.cumsum(dim=1)
+    follows = mask.sum(dim=1, keepdim=True)
+    return Walk(position, document, position.gather(1, follows)[:, 0], document.gather(1, follows)[:, 0])
 
 
 def summaries(
@@ -116,7 +112,7 @@ def summaries(
     means, levels, ends, documents, left_open = [], [], [], [], []
     for level in range(1, config.levels + 1):
         size = config.ratio**level
-        completes = mask & ((steps.position + 1) % size == 0)
+        completes = mask & ((steps.position[:, :n] + 1) % size == 0)
         slots = n // size + 1  # at most one block completes every `size` chunks
         order = (~completes).to(torch.int8).argsort(dim=1, stable=True)[:, :slots]
         at = index.gather(1, order)

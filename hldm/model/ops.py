@@ -134,13 +134,11 @@ def gelu_gate(gate: Tensor, x: Tensor) -> Tensor:
 # ---------------------------------------------------------------- rows by index
 
 
-@has_faster_form
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
     """x (b n d) at index (b t), which is 0 to n - 1. (b t d)."""
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
 
 
-@has_faster_form
 def add_rows(y: Tensor, index: Tensor, n: int) -> Tensor:
     """Sums of the y (b t d) that share an index (b t) below n; those of index -1 are left out. (b n d)."""
     b, _, d = y.shape
@@ -150,7 +148,6 @@ def add_rows(y: Tensor, index: Tensor, n: int) -> Tensor:
     return total.view(b, n + 1, d)[:, :n]
 
 
-@has_faster_form
 def placed_gelu(x: Tensor, index: Tensor, table: Tensor, place: Tensor) -> Tensor:
     """gelu(x_index + table_place), gelu in its exact form.
 
@@ -159,7 +156,6 @@ def placed_gelu(x: Tensor, index: Tensor, table: Tensor, place: Tensor) -> Tenso
     return F.gelu(take_rows(x, index) + F.embedding(place, table))
 
 
-@has_faster_form
 def softmax_nats(logits: Tensor, target: Tensor) -> Tensor:
     """-log softmax(logits)_target. (n v), (n) -> (n)."""
     return F.cross_entropy(logits, target, reduction="none")

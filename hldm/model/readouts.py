@@ -29,12 +29,8 @@ class PlacedReadout(nn.Module):
         self.place = nn.Embedding(places, hidden)
         self.outer = nn.Linear(hidden, outputs)
 
-    def features(self, inner: Tensor, place: Tensor) -> Tensor:
-        """gelu(W_1 x + p_k), from W_1 x (b t d) and k (b t)."""
-        return F.gelu(inner + self.place(place.clamp(max=self.place.num_embeddings - 1)))
-
-    def features_at(self, inner: Tensor, index: Tensor, place: Tensor) -> Tensor:
-        """The same of W_1 x (b n d) at index (b t), in one pass where there is a kernel for it."""
+    def features(self, inner: Tensor, index: Tensor, place: Tensor) -> Tensor:
+        """gelu(W_1 x + p_k) (b t d), from W_1 x (b n d) at index (b t) and k = place (b t)."""
         place = place.clamp(max=self.place.num_embeddings - 1)
         return placed_gelu(inner, index, self.place.weight, place)
 
@@ -45,12 +41,12 @@ class MeanReadout(PlacedReadout):
     def of_chunks(self, y: Tensor, window: Window) -> Tensor:
         """Raw latents of a window's chunks (b n z), from y (b t d)."""
         every = torch.arange(y.shape[1], device=y.device).expand(y.shape[:2])
-        return self.outer(pool_by_chunk(self.features_at(self.inner(y), every, window.place), window))
+        return self.outer(pool_by_chunk(self.features(self.inner(y), every, window.place), window))
 
     def of_chunk(self, y: Tensor, length: Tensor) -> Tensor:
         """The same of one chunk a row (b 1 z), from y (b l d) and length (b)."""
-        place = torch.arange(y.shape[1], device=y.device)
-        return self.outer(shares(y, length) @ self.features(self.inner(y), place))
+        every = torch.arange(y.shape[1], device=y.device).expand(y.shape[:2])
+        return self.outer(shares(y, length) @ self.features(self.inner(y), every, every))
 
 
 class StridedReadout(nn.Module):

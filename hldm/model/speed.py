@@ -7,8 +7,7 @@ package exists; without it all works, slower.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache, wraps
 from importlib import import_module
 from importlib.util import find_spec
@@ -21,7 +20,6 @@ R = TypeVar("R")
 T = TypeVar("T")
 
 _FORMS: dict[Any, Any] = {}  # the faster form of each plain function or class
-_closed = 0  # how many `plain_only` are open
 
 
 def has_faster_form(plain: Callable[P, R]) -> Callable[P, R]:
@@ -34,7 +32,7 @@ def has_faster_form(plain: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(plain)
     def fastest_form(*args: P.args, **kwargs: P.kwargs) -> R:
-        form = _FORMS.get(fastest_form) if _find_forms() and not _closed else None
+        form = _FORMS.get(fastest_form) if _find_forms() else None
         if form is not None:
             found = form(*args, **kwargs)
             if found is not NotImplemented:
@@ -46,18 +44,7 @@ def has_faster_form(plain: Callable[P, R]) -> Callable[P, R]:
 
 def fastest(plain: T) -> T:
     """The faster form of a class or function, or the plain one itself. Ask when it is used, not on import."""
-    return cast(T, _FORMS.get(plain, plain)) if _find_forms() and not _closed else plain
-
-
-@contextmanager
-def plain_only() -> Iterator[None]:
-    """Plain formulas alone within, as without `hldm.kernels`: to compare with. Holds for the whole process."""
-    global _closed
-    _closed += 1
-    try:
-        yield
-    finally:
-        _closed -= 1
+    return cast(T, _FORMS.get(plain, plain)) if _find_forms() else plain
 
 
 @torch.compiler.assume_constant_result  # which sees the table as it is after this

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import psutil
 from safetensors import SafetensorError
 
 from hldm.runs.files import sha256_of, sync, write_synced
@@ -302,15 +303,7 @@ def _remove_leftovers(home: Path, say: Callable[[str], None]) -> None:
 
 def _runs_elsewhere(process: int) -> bool:
     """Whether another process of this number is alive."""
-    if process == os.getpid():
-        return False
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass
-    return True
+    return process != os.getpid() and process < 2**31 and psutil.pid_exists(process)
 
 
 def _step_of(path: Path) -> int | None:

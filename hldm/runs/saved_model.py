@@ -63,7 +63,8 @@ def check_model(cls: type[SavedModel], folder: Path) -> None:
             )
     if index := next(folder.glob("*.index.json"), None):  # diffusers would read what that names instead
         raise ValueError(f"{index} says that the weights are in several files: save them as one")
-    expected = {name: _kind(tensor) for name, tensor in _describe(cls, folder / CONFIG).items()}
+    state = _describe(cls, folder / CONFIG)
+    expected = {name: (DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in state.items()}
     check_tensors(folder / WEIGHTS, expected)
 
 
@@ -133,10 +134,6 @@ def _check_header(path: Path) -> None:
                 f"{path} is damaged (its header claims {size:,} bytes): restore it or train it again"
             )
         parse_json(file.read(size), str(path))
-
-
-def _kind(tensor: Tensor) -> tuple[str, tuple[int, ...]]:
-    return DTYPES[tensor.dtype], tuple(tensor.shape)
 
 
 def read_json(path: Path) -> dict[str, Any]:

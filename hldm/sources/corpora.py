@@ -61,10 +61,10 @@ def load_corpora(config: DataConfig) -> dict[Split, Corpus]:
         source, name = _read_path(config), config.path
     else:
         source, name = good_rows(read_dataset(config), config.dataset), config.dataset
-    documents = make_corpus(name, _limited(_with_unix_lines(source), config.max_bytes, name))
+    documents = make_corpus(name, _limited(source, config.max_bytes, name))
     if not len(documents):
         raise ConfigError(f"{name} holds no text: every document is empty; choose another source")
-    if all(is_blank(documents.document(index).tobytes()) for index in range(len(documents))):
+    if all(is_blank(document.tobytes()) for document in documents):
         raise ConfigError(f"{name} holds no text but white space; choose another source")
     corpora = _split_documents(documents, config.held_out)
     _note_duplicates(name, corpora)
@@ -72,20 +72,14 @@ def load_corpora(config: DataConfig) -> dict[Split, Corpus]:
     return corpora
 
 
-def _with_unix_lines(documents: Generator[bytes, None, None]) -> Generator[bytes, None, None]:
-    """The same documents with LF at the end of every line."""
-    with closing(documents):
-        yield from map(unix_lines, documents)
-
-
 def _limited(documents: Generator[bytes, None, None], max_bytes: int, name: str = "") -> Iterator[bytes]:
-    """Documents up to max_bytes in all; the last one is cut there, at a character's border.
+    """Documents, LF at the end of every line, up to max_bytes in all; the last is cut there, at a character's border.
 
     name: what is said to have more text than that; "": nothing is said
     """
     left = max_bytes
     with closing(documents):
-        for document in documents:
+        for document in map(unix_lines, documents):
             if len(document) > left and name:
                 note(f"{name}: holds more than data.max_bytes={max_bytes:,}; what comes after is not read")
             yield document[: _character_border(document, left)]
@@ -109,12 +103,12 @@ def _character_border(text: bytes, at: int) -> int:
 
 def _split_documents(documents: Corpus, held_out: float) -> dict[Split, Corpus]:
     parts: dict[Split, list[bytes]] = {split: [] for split in SPLITS}
-    for index in range(len(documents)):
-        parts[_split_of(index, held_out)].append(documents.document(index).tobytes())
+    for index, document in enumerate(documents):
+        parts[_split_of(index, held_out)].append(document.tobytes())
     if not all(parts.values()):
         parts = {split: [] for split in SPLITS}
-        for index in range(len(documents)):
-            text = documents.document(index).tobytes()
+        for document in documents:
+            text = document.tobytes()
             to_validation = _line_border(text, int(len(text) * (1 - 2 * held_out)))
             to_test = max(to_validation, _line_border(text, int(len(text) * (1 - held_out))))
             parts["train"].append(text[:to_validation])
@@ -155,8 +149,8 @@ def _note_duplicates(name: str, corpora: dict[Split, Corpus]) -> None:
     first = ""
     for split in SPLITS:
         corpus, new = corpora[split], set()
-        for index in range(len(corpus)):
-            text = corpus.document(index).tobytes()
+        for document in corpus:
+            text = document.tobytes()
             digest = hashlib.blake2b(text.translate(None, b" \t\n\r\v\f"), digest_size=16).digest()
             if other := seen.get(digest):
                 found[split, other] = found.get((split, other), 0) + 1

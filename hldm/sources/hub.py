@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 from hldm.config import ConfigError, DataConfig
@@ -104,27 +105,29 @@ def _causes(error: BaseException) -> str:
     datasets wraps errors: "An error occurred while generating the dataset" hides both cause and file. The file is a
     local variable of the reader that failed.
     """
-    said: list[str] = []
-    files: list[str] = []
+    chain: list[BaseException] = []
     link: BaseException | None = error
-    seen: set[int] = set()
-    while link is not None and id(link) not in seen and len(said) < 3:
-        seen.add(id(link))
-        words = first_line(link)
-        if type(link).__name__ not in words and not isinstance(link, (OSError, ValueError)):
-            words = f"{type(link).__name__}: {words}"
-        if words not in said:
-            said.append(words)
-        trace = link.__traceback__
-        while trace is not None:
-            for name in _FILE_VARIABLES:
-                found = trace.tb_frame.f_locals.get(name)
-                if isinstance(found, (str, Path)) and trace.tb_frame.f_code.co_filename != __file__:
-                    files.append(str(found))
-            trace = trace.tb_next
+    while link is not None and link not in chain:
+        chain.append(link)
         link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
+    frames = [frame for link in chain for frame, _ in walk_tb(link.__traceback__)]
+    found = [
+        frame.f_locals.get(name)
+        for frame in frames
+        if frame.f_code.co_filename != __file__
+        for name in _FILE_VARIABLES
+    ]
+    said = list(dict.fromkeys(map(_named, chain)))[:3]
+    files = [str(file) for file in found if isinstance(file, (str, Path))]
     named = [file for file in files if not any(Path(file).name in words for words in said)]
     return "; ".join([*said, *(f"in {one_line(file)[:200]}" for file in named[-1:])])
+
+
+def _named(error: BaseException) -> str:
+    """What an error says, and its class where that says more."""
+    words = first_line(error)
+    is_plain = type(error).__name__ in words or isinstance(error, (OSError, ValueError))
+    return words if is_plain else f"{type(error).__name__}: {words}"
 
 
 def require_hub(place: str) -> None:

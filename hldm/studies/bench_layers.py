@@ -1,4 +1,4 @@
-"""`hldm bench --layers`: scan, RG-LRU, attention and a byte's step, each beside what it is measured against.
+"""`hldm bench --layers`: scan, RG-LRU and attention, each beside what it is measured against.
 
 What is compared is run in turns in one process. Ratios are of the least times: pieces of work this short are either
 left in peace or not, and whoever takes longer is disturbed more often. A scan is also held against memory: forward it
@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hldm.config import GriffinConfig, changed
+from hldm.config import GriffinConfig
 from hldm.evaluation.tables import Table, cell
 from hldm.kernels.library import kernels, library, without_kernels
 from hldm.kernels.scan import BACKENDS, can_run, linear_scan_by
-from hldm.model.griffin import RGLRU, AttentionBlock, Griffin, Layout
+from hldm.model.griffin import RGLRU, AttentionBlock, Layout
 from hldm.runs.clock import in_turns
 
 BYTES_FORWARD, BYTES_BOTH = 12, 32  # that a scan must move, of float32, an element
@@ -33,7 +33,6 @@ SCANS = (
 )  # (b t d); the last two beyond most caches
 LAYERS = ((1, 1024, 128), (16, 256, 128))
 ATTENTION = ((1, 1024, 128), (16, 256, 128))
-STEPS = (1, 8, 64)  # rows of the batch
 WAYS = ("forward", "forward and backward")
 COLUMNS: Mapping[str, tuple[str, str]] = {  # of the table: key and format
     "ms, least": ("ms_least", ".3f"),
@@ -48,13 +47,13 @@ HEADS, CHUNK = 4, 6  # as configs/small.yaml; positions of a chunk, about those 
 Works = Mapping[str, tuple[Callable[[], Tensor], Sequence[Tensor]]]
 
 
-def _figures(works: Works, against: str, repeats: int, ways: Sequence[str] = WAYS) -> dict[str, Any]:
+def _figures(works: Works, against: str, repeats: int) -> dict[str, Any]:
     """Forward, then forward and backward: least and median milliseconds of each, how many times faster than `against`.
 
     A piece of work without tensors to find gradients of is the same both ways.
     """
     found = {}
-    for way in ways:
+    for way in WAYS:
         turns = {name: partial(_run, *work, way != "forward") for name, work in works.items()}
         with torch.set_grad_enabled(way != "forward"):
             times = {name: [s for _, s in turn] for name, turn in in_turns(turns, repeats, WARM_UP).items()}
@@ -76,14 +75,9 @@ def _run(work: Callable[[], Tensor], wanted: Sequence[Tensor], both_ways: bool) 
         torch.autograd.grad(y, wanted, y.detach())
 
 
-def _in_torch(work: Callable[[], Tensor]) -> Tensor:
-    with without_kernels():
-        return work()
-
-
 def _with_and_without_kernels(work: Callable[[], Tensor], wanted: Sequence[Tensor]) -> Works:
     """The same in torch alone and, where they are there, with C++ kernels."""
-    turns: Works = {"torch": (partial(_in_torch, work), wanted)}
+    turns: Works = {"torch": (without_kernels()(work), wanted)}
     return {**turns, "cpp": (work, wanted)} if library() else turns
 
 
@@ -165,17 +159,6 @@ def time_attention(shape: tuple[int, int, int], repeats: int) -> dict[str, Any]:
     return _figures(works, "dense", repeats)
 
 
-def time_step(batch: int, repeats: int) -> dict[str, Any]:
-    """A byte's step through a stack as configs/small.yaml's encoder, in torch and in C++."""
-    config = GriffinConfig(width=128, heads=HEADS)
-    model = Griffin(changed(config, blocks=2 * config.blocks), 10).eval()
-    x, start = torch.randn(batch, 1, 128), torch.zeros(batch, 1, dtype=torch.bool)
-    state = model.initial_state(batch)
-
-    works = _with_and_without_kernels(lambda: model(x, state, start, start)[0], [])
-    return _figures(works, "torch", 10 * repeats, WAYS[:1])
-
-
 def measure(*, repeats: int = 10) -> dict[str, Any]:
     """All of it as plain numbers, by part, size, direction and name; `report` makes a table of it."""
     torch.manual_seed(0)
@@ -188,7 +171,6 @@ def measure(*, repeats: int = 10) -> dict[str, Any]:
         "scan": {str(shape): time_scan(shape, repeats) for shape in SCANS},
         "RG-LRU": {str(shape): time_layer(shape, repeats) for shape in LAYERS},
         "attention": {str(shape): time_attention(shape, repeats) for shape in ATTENTION},
-        "byte": {f"batch {batch}": time_step(batch, repeats) for batch in STEPS},
     }
 
 

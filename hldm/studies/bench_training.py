@@ -145,7 +145,7 @@ def memory_of(trainer: Trainer) -> dict[str, int] | None:
 # Who an operator works for is the first of these that knows it or one of its callers; see group_of.
 _CALLERS = {
     "optimizer": r"Optimizer\.|aten::_foreach_|aten::_fused_adam",  # clipping and averaging, too
-    "recurrence": r"_ChunkedScan|_OnePassScan|GatedScanFunction|CausalConvFunction",
+    "recurrence": r"_ChunkedScan|OnePassScan|GatedScanFunction|CausalConvFunction",
     "attention": r"scaled_dot_product|ScaledDotProduct|aten::_softmax",
     "norm": r"RMSNormFunction|layer_norm|LayerNorm|rms_norm",
     "embedding": r"(?i:embedding)",
@@ -184,8 +184,8 @@ def group_of(names: Sequence[str]) -> str:
             return group
     if own == STEP:
         return "between operators"
-    if own.startswith("hldm::"):
-        return "copies" if own.endswith("_rows") else "elementwise"
+    if own.startswith("GeluGateFunction"):
+        return "elementwise"
     if not own.startswith("aten::") or _VIEW.fullmatch(own):
         return "other"
     return "copies" if _COPY.fullmatch(own) else "elementwise"
@@ -230,15 +230,12 @@ def rate_products(profile: dict[str, Any], seconds_per_step: float, peak: float)
 
     seconds_per_step: of a step without profiler
     """
-    seconds = profile["seconds"]["matrix products"]
-    inside, whole = profile["matrix_gflop"] / seconds, profile["matrix_gflop"] / seconds_per_step
+    seconds, gflop = profile["seconds"]["matrix products"], profile["matrix_gflop"]
     return {
         **profile,
         "matrix_share": seconds / sum(profile["seconds"].values()),
-        "gflops_inside": inside,
-        "peak_share_inside": inside / peak,
-        "gflops_whole": whole,
-        "peak_share_whole": whole / peak,
+        "peak_share_inside": gflop / seconds / peak,
+        "peak_share_whole": gflop / seconds_per_step / peak,
     }
 
 

@@ -46,5 +46,5 @@ CORRUPTIONS: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] 
 def corrupt(corpus: Corpus, kind: str, seed: int = 0) -> Corpus:
     """Every document of a corpus, corrupted."""
     rng = np.random.default_rng(seed)
-    documents = (CORRUPTIONS[kind](corpus.document(index), rng).tobytes() for index in range(len(corpus)))
+    documents = (CORRUPTIONS[kind](document, rng).tobytes() for document in corpus)
     return make_corpus(f"{corpus.name}, {kind}", documents)

@@ -49,29 +49,9 @@ def count_characters(text: bytes) -> int:
     return len(text.decode("utf-8", "surrogateescape"))
 
 
-def split_incomplete(text: bytes) -> tuple[bytes, bytes]:
-    """(text up to the start of a character that may still be completed, that start)."""
-    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-    decoder.decode(text)
-    rest, _ = decoder.getstate()
-    return text[: len(text) - len(rest)], rest
-
-
-class StreamDecoder:
+def stream_decoder(errors: str = "replace") -> codecs.IncrementalDecoder:
     """Bytes in, text out as soon as its characters are complete; invalid bytes become U+FFFD."""
-
-    def __init__(self) -> None:
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def push(self, text: bytes) -> str:
-        """The characters that these bytes complete."""
-        return self._decoder.decode(text)
-
-    def finish(self) -> str:
-        """What is left: U+FFFD when the stream stopped inside a character. Ready for a new stream."""
-        rest = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
-        return rest
+    return codecs.getincrementaldecoder("utf-8")(errors)
 
 
 def shows_colour(stream: TextIO | None) -> bool:

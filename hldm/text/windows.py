@@ -229,7 +229,7 @@ class Windows:
         self.seed = seed
         self.lanes = lanes if shuffle else min(lanes, len(corpus))
         self.window_bytes = window_bytes
-        documents = [corpus.document(index) for index in range(len(corpus))]
+        documents = list(corpus)
         self.characters = sum(count_characters(document.tobytes()) for document in documents)
         self.chunk_start = chunker.chunk_starts(documents) if chunk_start is None else chunk_start
         # (chunks + 1,) first byte of each chunk, then the end of the text

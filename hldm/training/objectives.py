@@ -121,19 +121,14 @@ class AutoencoderObjective(nn.Module):
 
 
 class PriorObjective(nn.Module):
-    """Stage two: the latent terms of the bound; in the joint last phase, all of them.
+    """Stage two: the latent terms of the bound. The autoencoder is frozen."""
 
-    The autoencoder is frozen until then.
-    """
-
-    def __init__(self, prior: Prior, autoencoder: Autoencoder, joint: float):
+    def __init__(self, prior: Prior, autoencoder: Autoencoder):
         super().__init__()
-        self.prior, self.autoencoder, self.joint = prior, autoencoder, joint
+        self.prior, self.autoencoder = prior, autoencoder.requires_grad_(False)
         self._seen: tuple[Tensor, ...] = ()  # of the last batch: its mask and latents
-        # the autoencoder before the joint phase; what stands for a hidden context where none is hidden
-        self.may_leave_out = joint > 0 or not prior.settings.context_dropout
-        if not joint:
-            autoencoder.requires_grad_(False)
+        # what stands for a hidden context, where none is hidden
+        self.may_leave_out = not prior.settings.context_dropout
 
     def train(self, mode: bool = True) -> PriorObjective:
         """Training mode for the prior; the autoencoder stays as it will be used."""
@@ -143,11 +138,8 @@ class PriorObjective(nn.Module):
 
     def initial_carry(self, rows: int, device: torch.device) -> Carry:
         """State before the first window."""
-        return Carry(
-            self.autoencoder.encoder_state(rows, device),
-            self.autoencoder.decoder_state(rows, device) if self.joint else None,
-            self.prior.initial_state(rows, device),
-        )
+        encoder = self.autoencoder.encoder_state(rows, device)
+        return Carry(encoder, context=self.prior.initial_state(rows, device))
 
     def end_step(self, skipped: bool) -> None:
         """Fold the step's statistics into the schedule; forget them when it was not finite."""
@@ -162,29 +154,18 @@ class PriorObjective(nn.Module):
 
     def forward(self, batch: Batch, carry: Carry, generator: torch.Generator, progress: float) -> Step:
         """Loss of one window."""
-        jointly = self.joint > 0 and progress >= 1 - self.joint
-        assert carry.encoder is not None
-        with torch.set_grad_enabled(jointly):
+        assert carry.encoder is not None and carry.context is not None
+        with torch.no_grad():
             encoding, encoder = self.autoencoder.encode(batch, carry.encoder)
-        self._seen = (encoding.mask, encoding.latents.detach())
+        self._seen = (encoding.mask, encoding.latents)
         context, context_state = self.prior.contextualiser(
             encoding.latents, encoding.mask, encoding.doc_start, carry.context, encoding.after
         )
         paid = price_latents(self.prior, encoding, context, batch, generator, hide=True)
-        nats = {"latent": paid.latent.sum(), "end": paid.end.sum()}
-        decoder = carry.decoder
-        # before the joint phase the decoder only reads along, and only if it carries a state
-        if decoder is not None and (jointly or self.autoencoder.settings.carry_state):
-            with torch.set_grad_enabled(jointly):
-                z_0 = noisy_latents(encoding, self.prior.diffusion.gamma_0, batch, generator)
-                reading, decoder = read_chunks(self.autoencoder, batch, z_0, decoder, encoding)
-            if jointly:
-                nats["decoder"] = reading.nats.sum()
-        loss = sum(nats.values())
-        assert isinstance(loss, Tensor)  # never the 0 of an empty sum
+        latent, end = paid.latent.sum(), paid.end.sum()
         return Step(
-            loss / batch.total_bytes,
-            {name: value.detach() for name, value in nats.items()},
+            (latent + end) / batch.total_bytes,
+            {"latent": latent.detach(), "end": end.detach()},
             batch.characters,
-            map_carry(torch.detach, Carry(encoder, decoder, context_state)),
+            map_carry(torch.detach, Carry(encoder, context=context_state)),
         )

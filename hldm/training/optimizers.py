@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,20 +28,18 @@ def learning_rate(config: TrainingConfig, progress: float) -> float:
 
 def make_optimizers(model: nn.Module, config: TrainingConfig) -> list[torch.optim.Optimizer]:
     """AdamW; or Muon (Jordan et al. 2024) for 2-D weights but embeddings, 32 wide or more, AdamW for the rest."""
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     matrices: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for _, parameter in trained:
-        inner = parameter.ndim == 2 and id(parameter) not in embeddings and min(parameter.shape) >= 32
-        (matrices if config.optimizer == "muon" and inner else others).append(parameter)
-    # Decay what multiplies, not biases, gains and embeddings.
-    decayed = [p for p in others if p.ndim >= 2 and id(p) not in embeddings]
-    kept = [p for p in others if p.ndim < 2 or id(p) in embeddings]
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": kept, "weight_decay": 0.0},
-    ]
+    decayed: list[nn.Parameter] = []  # what multiplies; not biases, gains and embeddings
+    kept: list[nn.Parameter] = []
+    for p in (p for p in model.parameters() if p.requires_grad):
+        if p.ndim < 2 or id(p) in embeddings:
+            kept.append(p)
+        elif config.optimizer == "muon" and p.ndim == 2 and min(p.shape) >= 32:
+            matrices.append(p)
+        else:
+            decayed.append(p)
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}]
     # beta_2 below torch's 0.999: a run of some hundred steps would hardly warm that average up. Not swept.
     adamw = torch.optim.AdamW(
         [g for g in groups if g["params"]], lr=config.learning_rate, betas=(0.9, 0.97), fused=True
@@ -59,26 +58,10 @@ def make_optimizers(model: nn.Module, config: TrainingConfig) -> list[torch.opti
     return optimizers
 
 
-class Average(AveragedModel):
-    """Exponential moving average of the trained weights; its decay warms up as (1 + n) / (10 + n).
+def make_average(model: nn.Module, decay: float) -> AveragedModel:
+    """Exponential moving average of the weights, folded in n times; its decay warms up as (1 + n) / (10 + n)."""
 
-    Frozen weights are copied, not averaged.
-    """
+    def fold(averages: Any, weights: Any, n: Any) -> None:
+        torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + int(n)) / (10 + int(n))))
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        super().__init__(model)
-        self.decay = decay
-        pairs = zip(self.module.parameters(), model.parameters(), strict=True)
-        self.trained = [(averaged, current) for averaged, current in pairs if current.requires_grad]
-
-    @torch.no_grad()
-    def update_parameters(self, model: nn.Module) -> None:
-        """Fold in the weights as they are now; buffers are copied."""
-        n = int(self.n_averaged)
-        # all of the first: what it was made from may have been replaced since
-        share = 1 - min(self.decay, (1 + n) / (10 + n)) if n else 1.0
-        averaged, current = zip(*self.trained, strict=True)
-        torch._foreach_lerp_(averaged, current, share)
-        for kept, buffer in zip(self.module.buffers(), model.buffers(), strict=True):
-            kept.copy_(buffer)
-        self.n_averaged += 1
+    return AveragedModel(model, multi_avg_fn=fold)

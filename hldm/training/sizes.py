@@ -111,7 +111,7 @@ def untrained(config: Config, stage: str) -> AutoencoderObjective | PriorObjecti
             autoencoder.enable_gradient_checkpointing()
         return AutoencoderObjective(autoencoder, config.autoencoder, config.diffusion.gamma_0)
     prior = Prior.from_settings(config.autoencoder, config.prior, config.hierarchy, config.diffusion)
-    return PriorObjective(prior, autoencoder, config.training.prior.joint)
+    return PriorObjective(prior, autoencoder)
 
 
 @lru_cache(maxsize=4)  # asked for several times
@@ -232,8 +232,6 @@ def activation_bytes(config: Config, stage: str, rows: int) -> int:
         numbers = (reading + writing) * rows
     else:
         numbers = rows * prior_numbers(config, chunks)
-        if config.training.prior.joint:
-            numbers += (reading + writing) * rows
     return FLOAT * numbers
 
 

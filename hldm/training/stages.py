@@ -19,14 +19,13 @@ from hldm.chunking.strategies import attach_segmenter, chunker_of, read_segmente
 from hldm.config import Config, ConfigError, changed, to_dict
 from hldm.generation.chunk import write_chunks
 from hldm.generation.pipeline import HLDMPipeline
-from hldm.generation.writer import Continuation, row_generators, write_on
+from hldm.generation.writer import row_generators, write_on
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.mixture import MixturePredictor
 from hldm.model.prior import Prior
 from hldm.runs.files import fingerprint
 from hldm.runs.folder import check_settings, code_fingerprint, read_totals, require_same_text
 from hldm.runs.identity import MAY_CHANGE_ONCE_TRAINED, SHOWN, TEXT_SETTINGS, trained_by
-from hldm.settings import dotted
 from hldm.sources.corpora import load_corpora
 from hldm.text.corpus import Corpus
 from hldm.text.windows import window_of
@@ -34,6 +33,8 @@ from hldm.training.objectives import AutoencoderObjective, PriorObjective
 from hldm.training.sizes import require_room
 from hldm.training.stage import open_stage
 
+# What both stages must agree on: the model and, of the data section, which text is read and how it is split.
+SHARED_SETTINGS = ("autoencoder.", "chunking.", "diffusion.gamma_0", *TEXT_SETTINGS)
 SAMPLE_BYTES = 160  # of validation text: what samples reconstruct or go on from
 
 
@@ -90,15 +91,14 @@ def train_diffusion(config: Config, *, resume: bool = False, root: Path = Path("
     with open_stage(config, "prior", resume, root) as stage:
         windows = stage.windows(corpora["train"], segmenter)
         prior = _first_prior(folder, config)
-        objective = PriorObjective(prior, autoencoder, stage.training.joint)
+        objective = PriorObjective(prior, autoencoder)
 
         def on_sample(model: nn.Module) -> str:
             assert isinstance(model, PriorObjective)
             return _continue(model.autoencoder, model.prior, sample_text, config)
 
         totals = stage.fit(objective, windows, {"prior": prior}, on_sample, {"autoencoder": binding})
-        # A joint phase has changed the autoencoder: what is exported belongs together.
-        prior.register_to_config(autoencoder=fingerprint(autoencoder.state_dict()))
+        prior.register_to_config(autoencoder=binding)
         stage.export(prior, stage.run.folder / "model")
         pipeline = HLDMPipeline.assemble(autoencoder, prior, config.generation).with_segmenter(segmenter)
         stage.export(pipeline, folder / "pipeline")
@@ -145,26 +145,13 @@ def _check_reuse(folder: Path, config: Config) -> None:
 
 def read_autoencoder(folder: Path, config: Config) -> Autoencoder:
     """The trained stage one of a run. Raises with the command that makes it, or what disagrees."""
-    path = folder / "autoencoder" / "model"
-    if not path.is_dir():
+    stage = folder / "autoencoder"
+    if not (stage / "model").is_dir() or not (stage / "config.yaml").is_file():
         raise FileNotFoundError(
             f"{folder} has no trained autoencoder: run train_autoencoder.py with the same --config and --name first"
         )
-    check_settings(folder / "autoencoder", to_dict(config), only=TEXT_SETTINGS)
-    autoencoder = Autoencoder.from_pretrained(path)
-    trained = {
-        "autoencoder": to_dict(autoencoder.settings),
-        "chunking": to_dict(autoencoder.chunking),
-        "diffusion": {"gamma_0": autoencoder.config["gamma_0"]},
-    }
-    here = dotted(to_dict(config))
-    for key, value in dotted(trained).items():
-        if here[key] != value:
-            raise ConfigError(
-                f"{key} is {here[key]} here, but {path} was trained with {value}: "
-                "use the config it was trained with, or another --name"
-            )
-    return autoencoder
+    check_settings(stage, to_dict(config), only=SHARED_SETTINGS)
+    return Autoencoder.from_pretrained(stage / "model")
 
 
 def opening(chunker: Chunker, corpus: Corpus) -> bytes:
@@ -188,11 +175,8 @@ def _first_prior(folder: Path, config: Config) -> Prior:
 
 def _continue(autoencoder: Autoencoder, prior: Prior | None, prompt: bytes, config: Config) -> str:
     """A sample: the prompt and what the model makes of it."""
-    rows: list[Continuation] = []
-    for rows, _, _ in write_on(  # noqa: B007 - the last yield is the finished text
-        autoencoder, prior, [prompt], config.generation, max_characters=200, seed=config.seed
-    ):
-        pass
+    parts = autoencoder, prior, [prompt], config.generation
+    *_, (rows, _, _) = write_on(*parts, max_characters=200, seed=config.seed)
     return f"{prompt.decode(errors='replace')} | {rows[0].text.decode(errors='replace')}"
 
 

@@ -41,7 +41,7 @@ from hldm.runs.ranks import largest_of_ranks
 from hldm.runs.reports import save_report
 from hldm.runs.signals import Interrupt, Stopped
 from hldm.text.windows import Batch, Windows
-from hldm.training.optimizers import Average, learning_rate, make_optimizers
+from hldm.training.optimizers import learning_rate, make_average, make_optimizers
 
 CLIP_EPS = 1e-6  # what torch's clipping adds to the norm
 YOUNG = 0.1  # of the progress: before it a model may yet come alive
@@ -89,7 +89,7 @@ class Trainer:
         self.rows = windows.lanes // (ranks * parts)
         objective.to(accelerator.device)
         self.objective = objective
-        self.average = Average(objective, config.ema_decay) if config.ema_decay else None
+        self.average = make_average(objective, config.ema_decay) if config.ema_decay else None
         self.optimizers = make_optimizers(objective, config)
         if accelerator.ddp_handler is not None:  # looking for them costs a walk through the graph every step
             accelerator.ddp_handler.find_unused_parameters = objective.may_leave_out
@@ -190,7 +190,7 @@ class Trainer:
         ]
         if groups[0] != groups[1] or ("average" in saved.tensors) != (self.average is not None):
             raise ConfigError(
-                f"{saved.path} was trained with another optimizer, ema_decay (0 or not) or joint phase: "
+                f"{saved.path} was trained with another optimizer or ema_decay (0 or not): "
                 "resume with what it was trained with, or choose another --name"
             )
         expected, found = self.objective.state_dict(), saved.tensors["model"]

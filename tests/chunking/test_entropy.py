@@ -1,23 +1,10 @@
-"""What `entropy` calls a border, on predictions made by hand."""
+"""What `entropy` calls a border: the entropy, in bits, of its own prediction."""
 
 from __future__ import annotations
 
 import torch
 
-from hldm.chunking.entropy import entropy_in_bits
 from tests.chunking.test_segmenter import random_text, small_segmenter
-
-P = [
-    [0.25, 0.25, 0.25, 0.25],
-    [0.5, 0.25, 0.125, 0.125],
-    [1, 1e-300, 1e-300, 1e-300],
-    [0.5, 1e-300, 0.5, 1e-300],
-]
-
-
-def test_entropy_is_in_bits():
-    found = entropy_in_bits(torch.tensor([P], dtype=torch.float64).log())
-    torch.testing.assert_close(found, torch.tensor([2, 1.75, 0, 1], dtype=torch.float64)[None, :, None])
 
 
 def test_a_segmenters_signal_is_the_entropy_of_its_own_next_byte():

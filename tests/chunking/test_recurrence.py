@@ -15,7 +15,6 @@ from hldm.chunking.recurrence import (
     GateSegmenter,
     Recurrence,
     StateSegmenter,
-    fall_of_memory,
     watched,
 )
 from hldm.model.griffin import DECAY_POWER, RGLRU
@@ -113,14 +112,6 @@ def test_the_gates_at_a_byte_are_by_how_much_less_the_byte_before_kept():
         segmenter.read(text, doc_start, segmenter.initial_state(2))
     kept = 1 - found[0].gates[..., :TAUGHT].mean(dim=-1)
     torch.testing.assert_close(signal[:, 2:, 0], kept[:, :-2] - kept[:, 1:-1])
-
-
-def test_memory_falls_from_what_was_carried():
-    kept = torch.tensor([[0.75, 0.5, 1.0]], dtype=torch.float64)
-    gates = 1 - torch.stack([kept - 0.1, kept + 0.1], dim=-1)  # of two channels, whose mean counts
-    fall, last = fall_of_memory(gates, torch.tensor([[1.0]], dtype=torch.float64))
-    torch.testing.assert_close(fall, torch.tensor([[[0.25], [0.25], [-0.5]]], dtype=torch.float64))
-    torch.testing.assert_close(last, torch.tensor([[1.0]], dtype=torch.float64))
 
 
 @every_strategy

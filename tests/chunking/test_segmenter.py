@@ -8,11 +8,18 @@ import time
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from hldm.chunking.segmenter import ChunkStream, Rule, Segmenter, SegmenterChunker, SegmenterState, Signaller
+from hldm.chunking.segmenter import (
+    ChunkStream,
+    Rule,
+    Segmenter,
+    SegmenterChunker,
+    SegmenterState,
+    SignalCutter,
+)
 from hldm.chunking.strategies import SEGMENTERS
-from hldm.config import ChunkingConfig, ModelStrategy, SegmenterConfig
+from hldm.config import ChunkingConfig, ModelStrategy, SegmenterConfig, to_dict
 
 LIMITS = [(1, 1), (1, 12), (4, 12), (3, 40), (1, 65_536), (9, 65_536)]
 RULES: tuple[Rule, ...] = ("level", "movement")
@@ -33,11 +40,11 @@ def random_text(b: int, t: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return text, torch.arange(t).expand(b, t) == 0
 
 
-class Told(nn.Module, Signaller):
+class Told(Segmenter):
     """Gives the signals of a table, in the order of the bytes of a document."""
 
     def __init__(self, table: np.ndarray, threshold: float, rule: Rule) -> None:
-        super().__init__()
+        super().__init__(to_dict(ChunkingConfig()))
         self.table = torch.from_numpy(table)
         self.threshold = torch.tensor(threshold, dtype=torch.float64)
         self.rule = rule
@@ -95,7 +102,7 @@ def test_a_chunk_starts_where_its_rule_says(rule, grid, monkeypatch):
         threshold = float(rng.choice([-1, 0, 1, 2, 3, 6] if grid else [0.7, 2, 4, 5]))
         expected = starts_by_loop(text, signal, threshold, rule, min_bytes, max_bytes)
         chunker = SegmenterChunker(Told(signal, threshold, rule), min_bytes, max_bytes)
-        assert chunker.cut(text, signal, threshold).tolist() == expected
+        assert SignalCutter(chunker, threshold).cut(text, signal).tolist() == expected
         monkeypatch.setattr(
             "hldm.chunking.segmenter.BLOCK_BYTES", 7 + seed % 20
         )  # the open chunk began blocks ago
@@ -111,7 +118,7 @@ def test_movement_is_measured_from_the_start_of_the_open_chunk():
     # in Euclidean distance: of (3, 4), 5 and not 7
     signal = np.array([[0, 0], [3, 4]], np.float64)
     for threshold, count in ((4.9, 2), (5.0, 1), (6.0, 1)):
-        assert chunker.cut(b"aa", signal, threshold).sum() == count
+        assert SignalCutter(chunker, threshold).cut(b"aa", signal).sum() == count
 
 
 def test_a_level_has_a_sign():
@@ -126,7 +133,7 @@ def test_movement_takes_time_that_grows_with_the_text_only(threshold):
     signal = random_signal(len(text), seed=0, grid=True)
     chunker = SegmenterChunker(Told(signal, threshold, "movement"), 1, 65_536)
     began = time.process_time()
-    found = chunker.cut(text, signal, threshold)
+    found = SignalCutter(chunker, threshold).cut(text, signal)
     assert time.process_time() - began < 2  # measured: 0.2 s; more, were each look as far as a chunk may go
     assert found.sum() == {-1.0: len(text), 1e9: 1}.get(threshold, found.sum())
 
@@ -141,7 +148,7 @@ def test_a_document_knows_nothing_of_the_one_before_from_its_second_byte_on(stra
     segmenter.calibrate([np.concatenate(documents)])
     chunker = segmenter.chunker(1, 12)
     alone = np.concatenate([chunker.chunk_start(document) for document in documents])
-    found = ChunkStream(chunker).push([(document.tobytes(), True) for document in documents])
+    found = ChunkStream(chunker).push(np.concatenate(documents).tobytes(), range(0, 600, 6))
     assert 110 < found.sum() < 500
     assert np.flatnonzero(found != alone).tolist() == []
 

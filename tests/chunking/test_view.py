@@ -12,6 +12,7 @@ from typing import get_args
 import pytest
 
 from hldm.chunking.chunker import TEXT_STRATEGIES
+from hldm.chunking.strategies import SEGMENTERS
 from hldm.chunking.view import as_json, as_page, as_text, cut_text
 from hldm.cli import main
 from hldm.config import ChunkingConfig, ConfigError, Strategy
@@ -45,7 +46,7 @@ def test_a_strategy_that_asks_a_model_takes_what_ships_a_run_or_minutes(tmp_path
         cut_text(TEXT, ["learned"], chunking=ChunkingConfig())
 
 
-@pytest.mark.parametrize("strategy", ["learned", "reinforce", "select"])
+@pytest.mark.parametrize("strategy", list(SEGMENTERS))
 def test_a_segmenter_that_ships_keeps_to_the_limits_it_is_given(strategy):
     text = b"And the king said to his servants, Let them go in peace. " * 20
     chunking = ChunkingConfig(min_bytes=3, max_bytes=20, target_bytes=8)

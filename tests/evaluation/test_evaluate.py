@@ -41,8 +41,8 @@ KEYS = {  # of every evaluation: the latent model's and the twin's
     "cost": "parameters train_seconds train_characters",
 }
 RECONSTRUCTION_KEYS = {
-    "reconstruction": "byte_accuracy chunk_accuracy written_accuracy noisy clean chunks",
-    "reconstruction.clean": "byte_accuracy chunk_accuracy written_accuracy",
+    "reconstruction": "byte_accuracy chunk_accuracy noisy clean chunks",
+    "reconstruction.clean": "byte_accuracy chunk_accuracy",
     "alive": "rank dimensions dead_dimensions weights_bits prototypes largest_bin complaints",
 }
 

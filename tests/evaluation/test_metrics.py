@@ -43,12 +43,12 @@ def test_rouge_of_unequal_numbers_is_refused(predictions, references):
 
 
 def test_a_uniform_guess_has_the_perplexity_of_its_choices():
-    values = perplexities(nats=10 * math.log(256), characters=10, words=5)
+    values = perplexities(nats=[10 * math.log(256)], characters=[10], words=[5])
     assert values["character_perplexity"] == pytest.approx(256)
     assert values["word_perplexity"] == pytest.approx(256**2)
-    assert perplexities(1e6, 1, 1)["word_perplexity"] == math.inf
+    assert perplexities([1e6], [1], [1])["word_perplexity"] == math.inf
     with pytest.raises(ValueError, match="0 characters"):
-        perplexities(1.0, 0, 0)
+        perplexities([1.0], [0], [0])
 
 
 def test_diversity_of_texts_with_known_counts():
@@ -91,7 +91,7 @@ def test_the_evaluate_metrics_give_the_same_numbers_batch_by_batch(tmp_path):
     perplexity = metrics.Perplexity(cache_dir=str(tmp_path))
     perplexity.add(nats=30.5, characters=10, words=2)
     assert perplexity.compute(nats=[1.5], characters=[6], words=[2]) == pytest.approx(
-        perplexities(32.0, 16, 4)
+        perplexities([30.5, 1.5], [10, 6], [2, 2])
     )
 
 

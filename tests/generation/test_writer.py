@@ -20,7 +20,7 @@ from hldm.config import (
 from hldm.generation.pipeline import HLDMPipeline, read_pipeline
 from hldm.generation.writer import (
     LatentWriter,
-    _cut,
+    _Budget,
     _prompt_windows,
     make_writer,
     next_context,
@@ -216,9 +216,13 @@ def test_the_twin_writes_what_it_scores():
     assert bytes(logits[0, len(prompt) :, :256].argmax(-1).tolist()) == text
 
 
-def test_cutting_never_splits_a_character():
+@pytest.mark.parametrize("size", [1, 2, 9])
+def test_a_budget_of_characters_never_splits_one_however_they_come(size):
     text = "añ👑b".encode()
-    assert [_cut(text, n).decode() for n in range(5)] == ["", "a", "añ", "añ👑", "añ👑b"]
+    for characters, wanted in enumerate(["", "a", "añ", "añ👑", "añ👑b"]):
+        budget = _Budget(characters)
+        taken = [budget.take(text[at : at + size]) for at in range(0, len(text), size)]
+        assert b"".join(taken).decode() == wanted
 
 
 @pytest.mark.parametrize("latent_dim", [0, 4])

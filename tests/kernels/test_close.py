@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hldm.kernels.close import can_close, close_chunk
+from hldm.kernels.close import close_chunk
 from hldm.model.autoencoder import Autoencoder
 from tests.generation.test_chunk import make_autoencoder, random_like
 
@@ -30,19 +30,8 @@ def test_latent_and_trunk_are_the_same_in_one_call(plain_torch, kind, rows):
     features, length, opens, state = random_chunks(autoencoder, rows)
     before = [part.clone() for block in state.trunk for part in block]
     with torch.no_grad():
-        assert can_close(autoencoder, rows)
         found = close_chunk(autoencoder, features, state.griffin, length, opens, state)
         torch.testing.assert_close([part for block in state.trunk for part in block], before, rtol=0, atol=0)
         with plain_torch():
-            assert not can_close(autoencoder, rows)
             expected = autoencoder.close_chunk(features, state.griffin, length, opens, state)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_what_one_call_cannot_do_is_left_to_torch(plain_torch):
-    autoencoder = make_autoencoder(reads_text=True, trunk_layers=1)
-    assert not can_close(autoencoder, 2)  # gradients
-    with torch.no_grad():
-        assert can_close(autoencoder, 2) and not can_close(autoencoder, 0)
-        autoencoder.to_trunk.double()
-        assert not can_close(autoencoder, 2)

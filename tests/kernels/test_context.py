@@ -15,7 +15,7 @@ from hldm.config import (
     changed,
 )
 from hldm.generation.footprint import kept_bytes
-from hldm.kernels.context import KeptContext, can_keep
+from hldm.kernels.context import KeptContext
 from hldm.model.mixture import MixturePredictor
 from hldm.model.prior import Prior
 from hldm.model.state import select_rows
@@ -89,14 +89,12 @@ def test_every_chunk_of_many_has_the_context_that_torch_gives_it(plain_torch, ki
     _, state = contextualiser(
         draw(rows, 5, Z), always.expand(-1, 5), ~always.expand(-1, 5), state, draw(rows, 5, f)
     )
-    assert can_keep(prior, rows)
     kept = KeptContext(prior, state)
     nothing, fresh = torch.zeros(rows, 0, dtype=torch.bool), prior.initial_state(rows)
     for _ in range(CHUNKS if rows < 64 else CHUNKS // 3):
         latents, after = draw(rows, 1, Z), draw(rows, 1, f)
         closed = torch.rand(rows, generator=generator) < 0.02
         with plain_torch():
-            assert not can_keep(prior, rows)
             _, state = contextualiser(latents, always, ~always, state, after)
             state = select_rows(closed, fresh, state)
             context, _ = contextualiser(latents[:, :0], nothing, nothing, state)
@@ -123,16 +121,3 @@ def test_what_is_kept_takes_the_memory_that_the_footprint_says(plain_torch):
     kept = KeptContext(prior, prior.initial_state(5))._call
     tensors = [kept.kept["level"], kept.kept["end"], *kept.kept["pairs"]]
     assert sum(tensor.numel() * tensor.element_size() for tensor in tensors) == 5 * kept_bytes(prior)
-
-
-def test_what_one_call_cannot_do_is_left_to_torch(plain_torch):
-    prior = make_prior(dropout=0.1)
-    assert not can_keep(prior, 2)  # gradients
-    with torch.no_grad():
-        assert can_keep(prior, 2) and not can_keep(prior, 0)
-        assert not can_keep(prior.train(), 2)
-        prior.eval()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert not can_keep(prior, 2)
-        prior.contextualiser.embed.double()
-        assert not can_keep(prior, 2)

@@ -15,7 +15,7 @@ from hldm.config import (
     changed,
 )
 from hldm.generation.writer import row_generators
-from hldm.kernels.denoise import MOST_STEPS, PlannedSteps, can_denoise
+from hldm.kernels.denoise import PlannedSteps
 from hldm.model.denoiser import Told
 from hldm.model.diffusion import draw_noise, sample, sampler_steps
 from hldm.model.mixture import MixturePredictor
@@ -76,25 +76,9 @@ def test_one_call_draws_what_torch_draws(plain_torch, scheduler, layers, own, ro
     generators = row_generators(1, rows)
     noise = draw_noise(6 if plan.draws else 1, (rows, Z), generators, 0.9, "cpu")
     with torch.no_grad():
-        assert can_denoise(prior, 5)
         planned = PlannedSteps(prior, plan)
         found = planned.draw(told, noise[0], noise[1:])
         torch.testing.assert_close(planned.draw(told, noise[0], noise[1:]), found, rtol=0, atol=0)
     with plain_torch(), torch.no_grad():
-        assert not can_denoise(prior, 5)
         expected = sample(denoise, (rows, Z), plan, row_generators(1, rows), temperature=0.9)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_what_one_call_cannot_do_is_left_to_torch(plain_torch):
-    prior = make_prior(dropout=0.1)
-    assert not can_denoise(prior, 2)  # gradients
-    with torch.no_grad():
-        assert can_denoise(prior, 2) and not can_denoise(prior, MOST_STEPS + 1)
-        assert not can_denoise(prior.train(), 2)
-        prior.eval()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert not can_denoise(prior, 2)
-        assert not can_denoise(make_prior(components=0), 2)  # without a mixture
-        prior.denoiser.inputs.double()
-        assert not can_denoise(prior, 2)

@@ -119,12 +119,12 @@ def test_a_model_that_the_kernels_cannot_write_is_said_once_with_the_reason(capl
 
 def test_why_the_kernels_write_none_of_a_text():
     autoencoder, prior = models(load_config(ROOT / "configs/tiny.yaml", SMALLER))
-    assert not why_plain(autoencoder, prior, 2)
+    assert not why_plain(autoencoder, prior)
     with torch.enable_grad():
-        assert "gradients" in why_plain(autoencoder, prior, 2)
+        assert "gradients" in why_plain(autoencoder, prior)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert "autocast" in why_plain(autoencoder, prior, 2)
-    assert "float32" in why_plain(autoencoder, prior.double(), 2)
+        assert "autocast" in why_plain(autoencoder, prior)
+    assert "float32" in why_plain(autoencoder, prior.double())
 
 
 def test_nothing_is_said_where_there_are_no_kernels(plain_torch, caplog):

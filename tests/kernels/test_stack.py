@@ -1,4 +1,4 @@
-"""A position in one call of C++ is a position in torch, and leaves what it was given alone."""
+"""Stacks of every shape are in C++ what they are in torch, their weights those of the moment."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from copy import deepcopy
 
 import pytest
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from hldm.config import GriffinConfig
+from hldm.generation import chunk
 from hldm.generation.pipeline import read_pipeline
-from hldm.kernels.stack import can_step
-from hldm.model.griffin import Griffin
+from hldm.kernels import write as fused
+from hldm.model.autoencoder import Autoencoder
 from hldm.runs.folder import shipped_run
+from tests.generation.test_chunk import make_autoencoder, write
 
 BLOCKS = ("recurrent", "attention", "recurrent")
-WINDOW = 5
 
 
 @pytest.fixture(autouse=True)
@@ -24,31 +24,23 @@ def with_kernels(plain_torch):
     """Only where there are kernels."""
 
 
-def make_griffin(width: int = 32, blocks: tuple[str, ...] = BLOCKS, **settings) -> Griffin:
-    """A Griffin whose every parameter is away from 0."""
-    torch.manual_seed(0)
-    model = Griffin(GriffinConfig(width=width, heads=4, blocks=blocks, **settings), WINDOW)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return model.eval()
+def make_model(width: int = 32, blocks: tuple[str, ...] = BLOCKS, **settings) -> Autoencoder:
+    """Encoder and decoder are such stacks, which carry their states from chunk to chunk."""
+    griffin = GriffinConfig(width=width, heads=4, blocks=blocks, **settings)
+    return make_autoencoder(reads_text=True, carry_state=True, encoder=griffin, decoder=griffin)
 
 
-def read(model: Griffin, b: int, t: int = 40) -> list[Tensor]:
-    """Outputs of t positions one by one, where documents and chunks start at random, and the last state."""
-    generator = torch.Generator().manual_seed(b)
-    state, outputs = model.initial_state(b), []
-    for _ in range(t):
-        x = torch.randn(b, 1, model.config.width, generator=generator)
-        doc_start = torch.rand(b, 1, generator=generator) < 0.1
-        chunk_start = torch.rand(b, 1, generator=generator) < 0.2
-        with torch.no_grad():
-            y, state = model(x, state, doc_start, chunk_start)
-        outputs.append(y)
-    return [*outputs, *tree_leaves(state)]
+def assert_as_in_torch(model: Autoencoder, rows: int) -> None:
+    """Chunks, features and states."""
+    found, expected = (tree_leaves(write(model, rows, form=form)) for form in (fused, chunk))
+    for ours, plain in zip(found, expected, strict=True):
+        if isinstance(ours, torch.Tensor):
+            torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+        else:
+            assert ours == plain
 
 
-@pytest.mark.parametrize("b", [1, 3, 17, 40])
+@pytest.mark.parametrize("rows", [1, 3, 17, 40])
 @pytest.mark.parametrize(
     ("width", "settings"),
     [
@@ -59,75 +51,30 @@ def read(model: Griffin, b: int, t: int = 40) -> list[Tensor]:
         (16, {"blocks": ("recurrent", "recurrent"), "conv_width": 2}),
     ],
 )
-def test_many_steps_agree_with_torch(plain_torch, width, settings, b):
-    model = make_griffin(width, **settings)
-    ours = read(model, b)
-    with plain_torch():
-        plain = read(model, b)
-    for found, expected in zip(ours, plain, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+def test_stacks_of_every_shape_agree_with_torch(width, settings, rows):
+    assert_as_in_torch(make_model(width, **settings), rows)
 
 
-def test_rows_are_the_same_on_more_threads():
-    model, before = make_griffin(), torch.get_num_threads()
-    one = read(model, 40)
-    try:
-        torch.set_num_threads(3)
-        three = read(model, 40)
-    finally:
-        torch.set_num_threads(before)
-    torch.testing.assert_close(one, three, rtol=1e-5, atol=1e-5)
-
-
-def test_the_state_that_was_passed_in_is_left_alone():
-    model = make_griffin()
-    state = tree_map(lambda part: torch.ones_like(part), model.initial_state(2))
-    before = deepcopy(state)
-    start = torch.tensor([[True], [False]])
-    with torch.no_grad():
-        assert can_step(model, torch.ones(2, 1, 32), state)
-        model(torch.ones(2, 1, 32), state, start, start)
-    torch.testing.assert_close(state, before, rtol=0, atol=0)
-
-
-def test_weights_are_those_of_the_moment(plain_torch):
-    model, other = make_griffin(), make_griffin()
-    read(model, 1)
+def test_weights_are_those_of_the_moment():
+    model, other = make_model(), make_model()
+    write(model, 1, form=fused)
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.mul_(1.1)
     changes = (
         lambda: [p.data.mul_(0.9) for p in model.parameters()],
         lambda: model.load_state_dict(other.state_dict()),
-        lambda: model.load_state_dict(make_griffin().state_dict(), assign=True),
+        lambda: model.load_state_dict(make_model().state_dict(), assign=True),
         lambda: model.double().float(),
     )
     for change in changes:
         change()
-        ours = read(model, 2, t=5)
-        with plain_torch():
-            torch.testing.assert_close(ours, read(model, 2, t=5), rtol=1e-5, atol=1e-5)
+        assert_as_in_torch(model, 2)
     copied = deepcopy(model)
     with torch.no_grad():
-        model.norm.scale.add_(1)
-    assert not torch.allclose(read(copied, 1, t=1)[0], read(model, 1, t=1)[0])
-
-
-def test_what_it_cannot_do_is_left_to_torch():
-    model, x = make_griffin(dropout=0.5), torch.ones(2, 1, 32)
-    state = model.initial_state(2)
-    assert not can_step(model, x, state)  # gradients
-    with torch.no_grad():
-        assert can_step(model, x, state)
-        assert not can_step(model, torch.ones(2, 2, 32), state)
-        assert not can_step(model, x.double(), state)
-        assert not can_step(model, x, model.initial_state(3))
-        assert not can_step(model, x, tree_map(lambda part: part.to(torch.bfloat16), state))
-        assert not can_step(model, x[:0], model.initial_state(0))
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert not can_step(model, x, state)
-        assert not can_step(model.train(), x, state)
-        assert not can_step(model.eval().double(), x, state)
+        model.decoder.norm.scale.add_(1)
+    assert_as_in_torch(model, 2)
+    assert_as_in_torch(copied, 2)
 
 
 @pytest.mark.parametrize("twin", [False, True])

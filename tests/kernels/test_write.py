@@ -9,7 +9,6 @@ from torch.utils._pytree import tree_leaves
 from hldm.config import changed
 from hldm.generation import chunk
 from hldm.kernels import write as fused
-from hldm.kernels.write import can_write
 from hldm.text.bytes import END_OF_DOCUMENT
 from tests.generation.test_chunk import SETTINGS, make_autoencoder, write
 
@@ -78,16 +77,3 @@ def test_the_twin_stops_where_its_document_ends():
     autoencoder.outputs.bias.data[END_OF_DOCUMENT] = 100.0
     pieces, *_ = write(autoencoder, 3, form=fused)
     assert all(piece.text == b"" and piece.ends_document for piece in pieces)
-
-
-def test_what_one_call_cannot_do_is_left_to_torch():
-    autoencoder = make_autoencoder(reads_text=True)
-    assert not can_write(autoencoder, 2)  # gradients
-    with torch.no_grad():
-        assert can_write(autoencoder, 2) and not can_write(autoencoder, 0)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert not can_write(autoencoder, 2)
-        autoencoder.outputs.double()
-        assert not can_write(autoencoder, 2)
-        autoencoder.float().encoder.double()
-        assert not can_write(autoencoder, 2)

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from conftest import plain_only
 
 from hldm.model.ops import (
     MAX_SQRT_GRADIENT,
@@ -14,7 +15,6 @@ from hldm.model.ops import (
     softmax_nats,
     sqrt_with_bounded_gradient,
 )
-from hldm.model.speed import plain_only
 
 
 @pytest.fixture(autouse=True)

@@ -7,10 +7,11 @@ from types import ModuleType
 
 import pytest
 import torch
+from conftest import plain_only
 from torch import Tensor
 
 from hldm.model import speed
-from hldm.model.speed import fastest, has_faster_form, plain_only
+from hldm.model.speed import fastest, has_faster_form
 
 
 @has_faster_form

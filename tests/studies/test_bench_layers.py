@@ -15,7 +15,6 @@ from hldm.studies import bench_layers
 def small(monkeypatch):
     for name in ("SCANS", "LAYERS", "ATTENTION"):
         monkeypatch.setattr(bench_layers, name, ((2, 40, 16),))
-    monkeypatch.setattr(bench_layers, "STEPS", (3,))
 
 
 def test_every_part_is_measured_with_and_without_kernels(tmp_path, capsys):
@@ -27,7 +26,6 @@ def test_every_part_is_measured_with_and_without_kernels(tmp_path, capsys):
         ("scan", "chunked"),
         ("RG-LRU", "transformers"),
         ("attention", "dense"),
-        ("byte", "torch"),
     ):
         assert f"{part} " in told
         for ways in found[part].values():

@@ -29,7 +29,7 @@ def make_objective(config: Config, stage: str) -> AutoencoderObjective | PriorOb
     for parameter in prior.parameters():
         if not parameter.any():  # what starts at zero lets no gradient through
             torch.nn.init.normal_(parameter, std=0.1)
-    return PriorObjective(prior, autoencoder, config.training.prior.joint)
+    return PriorObjective(prior, autoencoder)
 
 
 def make_windows(config: Config) -> Windows:
@@ -72,7 +72,7 @@ CHOICES = [
 @pytest.mark.parametrize("choice", CHOICES, ids=lambda choice: " ".join(choice) or "default")
 @pytest.mark.parametrize("stage", ["autoencoder", "prior"])
 def test_gradients_reach_every_part_under_every_choice(stage, choice):
-    config = small(*choice, "training.prior.joint=0.5")
+    config = small(*choice)
     objective = make_objective(config, stage)
     run(objective, config)
     untouched = [

@@ -1,14 +1,13 @@
-"""The learning-rate schedule, and the moving average: torch's, of what is trained."""
+"""The learning-rate schedule, and the moving average of the weights."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 
 from hldm.config import TrainingConfig
-from hldm.training.optimizers import Average, learning_rate
+from hldm.training.optimizers import learning_rate, make_average
 
 
 def test_the_learning_rate_warms_up_then_follows_a_cosine():
@@ -20,22 +19,18 @@ def test_the_learning_rate_warms_up_then_follows_a_cosine():
     assert learning_rate(config, 1.0) == pytest.approx(0.2)
 
 
-def test_it_is_torchs_average_with_a_decay_that_warms_up():
+def test_the_averages_decay_warms_up_and_frozen_weights_and_buffers_stay_the_models():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     model[2].requires_grad_(False)
-
-    def lerp(averaged, current, count):
-        torch._foreach_lerp_(averaged, current, 1 - min(0.3, (1 + int(count)) / (10 + int(count))))
-
-    ours, torchs = Average(model, 0.3), AveragedModel(model, multi_avg_fn=lerp)
-    for _ in range(8):
+    average, wanted = make_average(model, 0.3), torch.zeros(4, 3)
+    for n in range(8):
         with torch.no_grad():
-            for parameter in (*model[0].parameters(), *model[1].parameters()):
-                parameter.add_(torch.randn_like(parameter))
+            model[0].weight.add_(torch.randn(4, 3))
         model(torch.randn(5, 3))  # moves the buffers
-        ours.update_parameters(model)
-        torchs.update_parameters(model)
-    assert ours.state_dict().keys() == torchs.state_dict().keys()
-    for found, wanted in zip(ours.state_dict().values(), torchs.state_dict().values(), strict=True):
-        torch.testing.assert_close(found, wanted)
+        average.update_parameters(model)
+        wanted = wanted.lerp(model[0].weight, 1 - min(0.3, (1 + n) / (10 + n)) if n else 1.0)
+    torch.testing.assert_close(average.module[0].weight, wanted)
+    same = {name: value for name, value in model.state_dict().items() if name != "0.weight"}
+    found = {name: average.module.state_dict()[name] for name in same}
+    torch.testing.assert_close(found, same, rtol=0, atol=0)

@@ -42,7 +42,6 @@ OTHERS = [  # settings around configs/tiny.yaml that the shipped files do not sh
         "prior.heads=32",
         "prior.denoiser_layers=5",
         "autoencoder.decoder.mlp_ratio=1.37",
-        "training.prior.joint=0.5",
     ],
     ["autoencoder.reads_text=false", "prior.reads_text=false"],
     [
@@ -60,7 +59,7 @@ def objective_of(config: Config, stage: str) -> AutoencoderObjective | PriorObje
     if stage == "autoencoder":
         return AutoencoderObjective(autoencoder, config.autoencoder, 0.0)
     prior = Prior.from_settings(config.autoencoder, config.prior, config.hierarchy, config.diffusion)
-    return PriorObjective(prior, autoencoder, config.training.prior.joint)
+    return PriorObjective(prior, autoencoder)
 
 
 def bytes_of(tensors: Iterable[torch.Tensor]) -> int:

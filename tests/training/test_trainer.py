@@ -328,18 +328,6 @@ def test_a_run_is_never_overwritten_and_a_prior_never_gets_another_autoencoder(t
         train_diffusion(small_config, resume=True, root=tmp_path)
 
 
-@pytest.mark.parametrize("reads_text", [False, True])
-def test_joint_training_runs(tmp_path, small_config, reads_text):
-    small_config = changed(small_config, prior=changed(small_config.prior, reads_text=reads_text))
-    train_autoencoder(small_config, root=tmp_path)
-    before = (tmp_path / "small/autoencoder/model/diffusion_pytorch_model.safetensors").read_bytes()
-    joint = stage_training(small_config, "prior", joint=0.5)
-    folder = train_diffusion(joint, root=tmp_path)
-    after = (folder / "pipeline/autoencoder/diffusion_pytorch_model.safetensors").read_bytes()
-    assert before != after
-    assert (folder / "autoencoder/model/diffusion_pytorch_model.safetensors").read_bytes() == before
-
-
 def test_two_processes_train_what_one_does_and_say_no_more(tmp_path, small_overrides):
     plain = [o for o in small_overrides if "dropout" not in o]
     steps = ["training.autoencoder.steps=50"]

@@ -111,33 +111,7 @@ inline T gelu_slope(T x) {
     return s + x * s * (1 - s) * twice_root * (1 + 3 * T(0.044715) * x * x);
 }
 
-// The normal distribution at x: how much of it lies below, and its density. In float to 1e-7, absolute: erfc is
-// Abramowitz and Stegun's 7.1.26, as in torch.
-struct Normal {
-    float below, density;
-
-    explicit Normal(float x) {
-        const float e = exponential(-0.5f * x * x);
-        const float t = 1.0f / (1.0f + 0.3275911f * 0.70710678f * std::fabs(x));
-        float sum = 1.061405429f;
-        sum = sum * t - 1.453152027f;
-        sum = sum * t + 1.421413741f;
-        sum = sum * t - 0.284496736f;
-        sum = sum * t + 0.254829592f;
-        const float tail = 0.5f * sum * t * e;
-        below = x > 0 ? 1.0f - tail : tail;
-        density = 0.39894228f * e;
-    }
-};
-
-struct ExactNormal {
-    double below, density;
-
-    explicit ExactNormal(double x)
-        : below(0.5 * std::erfc(-0.70710678118654752 * x)), density(0.39894228040143268 * std::exp(-0.5 * x * x)) {}
-};
-
-// gelu itself
+// gelu itself, to 1e-7: erfc is Abramowitz and Stegun's 7.1.26, as in torch.
 inline float exact_gelu(float x) {
     const float y = std::fabs(x) * 0.70710678f;
     const float t = 1.0f / (1.0f + 0.3275911f * y);
@@ -149,9 +123,6 @@ inline float exact_gelu(float x) {
     const float half = 0.5f * x * sum * t * exponential(-y * y);
     return x < 0 ? half : x - half;
 }
-
-inline Normal normal_at(float x) { return Normal(x); }
-inline ExactNormal normal_at(double x) { return ExactNormal(x); }
 
 // log(1 + exp(x)) to a relative error of about 1e-6. With 1 + exp(x) = 2^k m: k ln 2 + 2 atanh((m - 1) / (m + 1)).
 inline float softplus(float x) {

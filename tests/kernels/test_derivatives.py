@@ -1,4 +1,4 @@
-"""The fused operators are the plain functions: values, gradients, threads, bad numbers, torch.compile."""
+"""Layers with C++ kernels are the same as without: values, gradients, threads, bad numbers, torch.compile."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from hldm.config import GriffinConfig
-from hldm.kernels import operators
 from hldm.model.griffin import RGLRU, Layout, RecurrentBlock
 from hldm.model.ops import gelu_gate, linear_scan
 
@@ -100,7 +99,7 @@ def test_a_bad_number_is_not_hidden(bad):
 @pytest.mark.filterwarnings(
     "ignore:.*should not be instantiated:DeprecationWarning"
 )  # torch.compile's own doing
-def test_torch_compile_sees_through_the_operators():
+def test_torch_compile_sees_the_plain_formulas():
     torch.manual_seed(0)
     unit, reset = RGLRU(16, 2), torch.zeros(2, 30)
 
@@ -111,32 +110,8 @@ def test_torch_compile_sees_through_the_operators():
     x, h0 = torch.randn(2, 30, 16, requires_grad=True), torch.randn(2, 16, requires_grad=True)
     compiled = torch.compile(work, backend="aot_eager", fullgraph=True)
     wanted = [x, h0, *unit.parameters()]
-    torch.testing.assert_close(
-        torch.autograd.grad(compiled(x, h0), wanted), torch.autograd.grad(work(x, h0), wanted)
-    )
-
-
-def test_what_the_operators_say_they_return_is_what_they_return():
-    b, t, d, h, k = 2, 7, 12, 3, 4
-    x, h0, reset, gates = (
-        torch.randn(b, t, d),
-        torch.randn(b, d),
-        torch.zeros(b, t),
-        torch.rand(h, b * t, 2 * d // h),
-    )
-    taps, weight, inside = torch.randn(b, k - 1, d), torch.randn(k, d), torch.ones(b, t, k)
-    radius = -torch.rand(d)
-    for operator, arguments in (
-        (operators.scan, (x, x, h0)),
-        (operators.scan_back, (x, h0, x, x, h0)),
-        (operators.gated_scan, (x, gates, torch.randn(2, h, d // h), radius, reset, h0)),
-        (operators.gated_scan_back, (x, gates, radius, reset, h0, x, x, h0, 5e-4)),
-        (operators.conv, (x, taps, weight, weight[0], inside)),
-        (operators.conv_back, (x, taps, weight, inside, x)),
-        (operators.gelu_gate, (x, x)),
-        (operators.gelu_gate_back, (x, x, x)),
-    ):
-        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+    found, expected = (torch.autograd.grad(f(x, h0), wanted) for f in (compiled, work))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -1,14 +1,21 @@
-// Passes over time for hldm.kernels.scan and hldm.kernels.derivatives. All arrays are contiguous; steps are t, channels d, rows b.
-// A pass takes whole rows of channels, step by step: the order in which memory is read and written fastest (measured:
-// the speed of a plain copying loop, where stretches of 64 channels reach half of it).
+// Passes over time and over rows for hldm.kernels.derivatives. All arrays are contiguous; steps are t, channels d, rows b.
+// A pass over time takes whole rows of channels, step by step: the order in which memory is read and written fastest
+// (measured: the speed of a plain copying loop, where stretches of 64 channels reach half of it). What is summed over rows
+// is summed by blocks that do not depend on the number of threads.
 
 #include <algorithm>
 #include <vector>
 
 #include "elementwise.h"
-#include "threads.h"
 
 namespace {
+
+constexpr int64_t NUMBERS_A_THREAD = 32768;  // as torch: fewer are not worth waking one
+constexpr int64_t ROWS_A_BLOCK = 64;         // hldm.kernels.derivatives has it, too
+
+inline int threads_for(int64_t at_most, int64_t numbers) {
+    return int(std::max<int64_t>(1, std::min(at_most, numbers / NUMBERS_A_THREAD)));
+}
 
 // How many threads `numbers` are worth, and into how many stretches of channels each of b rows must then be cut.
 struct Split {
@@ -30,47 +37,6 @@ void over_stretches(const Split& split, int64_t rows, int64_t d, const Work& wor
     for (int64_t row = 0; row < rows; row++)
         for (int64_t s = 0; s < split.stretches; s++)
             work(row, s * split.width, std::min(split.width, d - s * split.width));
-}
-
-template <typename T>
-void scan(const T* a, const T* b, const T* h0, T* h, int64_t rows, int64_t t, int64_t d, int64_t threads) {
-    over_stretches(Split(threads, rows, t, d, 1), rows, d, [=](int64_t row, int64_t first, int64_t width) {
-        const T* before = h0 + row * d + first;
-        for (int64_t step = 0; step < t; step++) {
-            const int64_t at = (row * t + step) * d + first;
-            const T* __restrict a_t = a + at;
-            const T* __restrict b_t = b + at;
-            const T* __restrict h_before = before;
-            T* __restrict h_t = h + at;
-#pragma omp simd
-            for (int64_t j = 0; j < width; j++) h_t[j] = a_t[j] * h_before[j] + b_t[j];
-            before = h_t;
-        }
-    });
-}
-
-template <typename T>
-void scan_back(const T* a, const T* h0, const T* h, const T* dh, const T* dh_last, T* da, T* db, T* dh0,
-               int64_t rows, int64_t t, int64_t d, int64_t threads) {
-    std::copy(dh_last, dh_last + rows * d, dh0);
-    over_stretches(Split(threads, rows, t, d, 1), rows, d, [=](int64_t row, int64_t first, int64_t width) {
-        T* __restrict flow = dh0 + row * d + first;  // dh_last on entry, a_{t+1} db_{t+1} on the way, dh0 in the end
-        for (int64_t step = t - 1; step >= 0; step--) {
-            const int64_t at = (row * t + step) * d + first;
-            const T* __restrict a_t = a + at;
-            const T* __restrict dh_t = dh + at;
-            const T* __restrict h_before = step ? h + at - d : h0 + row * d + first;
-            T* __restrict da_t = da + at;
-            T* __restrict db_t = db + at;
-#pragma omp simd
-            for (int64_t j = 0; j < width; j++) {
-                const T total = dh_t[j] + flow[j];
-                db_t[j] = total;
-                da_t[j] = total * h_before[j];
-                flow[j] = a_t[j] * total;
-            }
-        }
-    });
 }
 
 // ---- the RG-LRU after the products of its gates
@@ -135,7 +101,8 @@ void gated_scan_back(const T* x, const T* gates, const T* log_radius, const T* r
                 T* __restrict dinput = dgates + gate;
                 T* __restrict ddecay = dgates + gate + w;
                 T* __restrict dx_t = dx + at;
-                T* __restrict flow = dh0 + row * d + first;  // as in scan_back
+                // dh_last on entry, a_{t+1} dh_{t+1} on the way, dh0 in the end
+                T* __restrict flow = dh0 + row * d + first;
                 T* __restrict dinput_bias = dbias + row * 2 * d + first;
                 T* __restrict ddecay_bias = dbias + row * 2 * d + d + first;
                 T* __restrict dradius = dlog_radius + row * d + first;
@@ -243,15 +210,85 @@ void gelu_gate_back(const T* __restrict gate, const T* __restrict x, const T* __
     }
 }
 
+// ---- y = s / sqrt(mean s^2 + eps) (1 + scale) of s = x + branch, or of x where branch and sum are null
+
+template <typename T>
+void rms_norm(const T* x, const T* branch, const T* scale, T* sum, T* y, T* inverse, T eps, int64_t n, int64_t d,
+              int64_t threads) {
+#pragma omp parallel for num_threads(threads_for(threads, n * d))
+    for (int64_t i = 0; i < n; i++) {
+        const T* __restrict s = x + i * d;
+        T square = 0;
+        if (branch) {
+            const T* __restrict x_i = x + i * d;
+            const T* __restrict branch_i = branch + i * d;
+            T* __restrict sum_i = sum + i * d;
+#pragma omp simd reduction(+ : square)
+            for (int64_t j = 0; j < d; j++) {
+                const T total = x_i[j] + branch_i[j];
+                sum_i[j] = total;
+                square += total * total;
+            }
+            s = sum_i;
+        } else {
+#pragma omp simd reduction(+ : square)
+            for (int64_t j = 0; j < d; j++) square += s[j] * s[j];
+        }
+        const T scaled = 1 / std::sqrt(square / d + eps);
+        T* __restrict y_i = y + i * d;
+#pragma omp simd
+        for (int64_t j = 0; j < d; j++) y_i[j] = s[j] * scaled * (1 + scale[j]);
+        inverse[i] = scaled;
+    }
+}
+
+// Backward, towards s and by block of rows towards scale. dsum: what reaches s besides, or null
+template <typename T>
+void rms_norm_back(const T* s, const T* inverse, const T* scale, const T* dy, const T* dsum, T* ds, T* dscale,
+                   int64_t n, int64_t d, int64_t threads) {
+    const int64_t blocks = (n + ROWS_A_BLOCK - 1) / ROWS_A_BLOCK;
+#pragma omp parallel for num_threads(threads_for(threads, n * d))
+    for (int64_t block = 0; block < blocks; block++) {
+        T* __restrict dscale_b = dscale + block * d;
+        std::fill(dscale_b, dscale_b + d, T(0));
+        for (int64_t i = block * ROWS_A_BLOCK; i < std::min(n, (block + 1) * ROWS_A_BLOCK); i++) {
+            const T* __restrict s_i = s + i * d;
+            const T* __restrict dy_i = dy + i * d;
+            T* __restrict ds_i = ds + i * d;
+            const T scaled = inverse[i];
+            T along = 0;
+#pragma omp simd reduction(+ : along)
+            for (int64_t j = 0; j < d; j++) {
+                const T product = dy_i[j] * (s_i[j] * scaled);
+                dscale_b[j] += product;
+                along += product * (1 + scale[j]);
+            }
+            along /= d;
+#pragma omp simd
+            for (int64_t j = 0; j < d; j++) ds_i[j] = scaled * (dy_i[j] * (1 + scale[j]) - s_i[j] * scaled * along);
+            if (dsum) {
+                const T* __restrict dsum_i = dsum + i * d;
+#pragma omp simd
+                for (int64_t j = 0; j < d; j++) ds_i[j] += dsum_i[j];
+            }
+        }
+    }
+}
+
 }  // namespace
 
+// In both precisions, as pointers to functions: a template has no name in C.
+#define EXPORT(name)                           \
+    auto* hldm_##name##_float32 = name<float>; \
+    auto* hldm_##name##_float64 = name<double>;
+
 extern "C" {
-EXPORT(scan)
-EXPORT(scan_back)
 EXPORT(gated_scan)
 EXPORT(gated_scan_back)
 EXPORT(conv)
 EXPORT(conv_back)
 EXPORT(gelu_gate)
 EXPORT(gelu_gate_back)
+EXPORT(rms_norm)
+EXPORT(rms_norm_back)
 }
