@@ -14,7 +14,6 @@ from torch import Tensor
 from hldm.kernels.structs import run, struct
 from hldm.model.denoiser import Told
 from hldm.model.diffusion import Steps, alpha_sigma
-from hldm.model.mixture import MixturePredictor
 from hldm.model.prior import Prior
 
 MOST_STEPS = 1000  # whose noise is drawn beforehand
@@ -30,26 +29,6 @@ def _parameters(prior: Any) -> dict[str, list[Tensor]]:
     ]
     linears = {"inputs": [denoiser.inputs], "parameters": in_blocks, "outputs": [denoiser.outputs]}
     return {name: [p for part in parts for p in (part.weight, part.bias)] for name, parts in linears.items()}
-
-
-def _mixture_tables(mixture: MixturePredictor, gammas: Tensor) -> dict[str, Tensor]:
-    """The mixture at each noise level, by the names in `Denoising`; deviations may be shared or each prototype's own.
-
-    What all components have in common is left out of their shares: log N(z; alpha m, v) = z alpha m / v
-    - z^2 / 2 v - (alpha^2 m^2 / v + log v) / 2, summed over the dimensions.
-    """
-    alpha, sigma = (x.double()[:, None, None] for x in alpha_sigma(gammas))  # (steps 1 1)
-    prototypes = mixture.prototypes.double()
-    square = (2 * mixture.log_deviation.double()).exp().expand_as(prototypes)  # (k z)
-    variance = alpha.square() * square + sigma.square()  # (steps k z)
-    precision, gain = 1 / variance, alpha * square / variance
-    same = precision[:, :1]
-    tables = {
-        "to_share": torch.cat([alpha * precision * prototypes, -0.5 * (precision - same)], dim=-1),
-        "share": -0.5 * (alpha.square() * prototypes.square() * precision + variance.log()).sum(dim=-1),
-        "from_share": torch.cat([(1 - alpha * gain) * prototypes, gain], dim=-1),
-    }
-    return {name: table.float().contiguous() for name, table in tables.items()}
 
 
 class PlannedSteps:
@@ -70,9 +49,10 @@ class PlannedSteps:
             components=len(mixture.prototypes),
             hidden=denoiser.blocks[0].mlp[0].out_features,
             blocks=len(denoiser.blocks),
-            sigma=alpha_sigma(gammas)[1].contiguous(),
+            levels=torch.stack(alpha_sigma(gammas), dim=1).contiguous(),
             solver=plan.weights.contiguous(),
-            **_mixture_tables(mixture, gammas),
+            prototypes=mixture.prototypes,
+            square=(2 * mixture.log_deviation).exp(),
             by_level=[block.from_gamma(time) for block in denoiser.blocks],
             **_parameters(prior),
         )

@@ -27,7 +27,7 @@ LOGIT_CAP = 5.0
 
 
 class MixturePredictor(SavedModel):
-    """Weights from a feature of the text (... d), prototypes (k z), deviations (z), or (k z) of each prototype."""
+    """Weights from a feature of the text (... d), prototypes (k z), one variance a dimension."""
 
     @register_to_config
     def __init__(
@@ -36,12 +36,8 @@ class MixturePredictor(SavedModel):
         latent_dim: int,
         components: int,
         logit_cap: float = 0.0,
-        own_deviations: bool = False,
     ):
-        """logit_cap: the weights' logits l become c tanh(l / c) (Gemma 2, arXiv 2408.00118); 0 for no cap.
-
-        own_deviations: every prototype has a deviation of its own in each dimension
-        """
+        """logit_cap: the weights' logits l become c tanh(l / c) (Gemma 2, arXiv 2408.00118); 0 for no cap."""
         super().__init__()
         self.logit_cap = logit_cap
         self.weigh = nn.Sequential(
@@ -51,8 +47,7 @@ class MixturePredictor(SavedModel):
             nn.Linear(2 * feature_dim, components),
         )
         self.prototypes = nn.Parameter(torch.randn(components, latent_dim))  # mu has unit scale
-        shape = (components, latent_dim) if own_deviations else (latent_dim,)
-        self.log_deviation = nn.Parameter(torch.full(shape, math.log(0.5)))
+        self.log_deviation = nn.Parameter(torch.full((latent_dim,), math.log(0.5)))
 
     def log_weights(self, feature: Tensor) -> Tensor:
         """log w_k(h). (... d) -> (... k)."""
@@ -61,17 +56,9 @@ class MixturePredictor(SavedModel):
             logits = self.logit_cap * torch.tanh(logits / self.logit_cap)
         return F.log_softmax(logits, dim=-1)
 
-    @property
-    def owns_deviations(self) -> bool:
-        """Whether every prototype has deviations of its own."""
-        return self.log_deviation.ndim == 2
-
     def joint(self, z: Tensor, gamma: Tensor, log_weights: Tensor) -> Tensor:
         """log w_k + log N(z_gamma; alpha m_k, alpha^2 s^2 + sigma^2). (... z), (...) or (), (... k) -> (... k)."""
         alpha, sigma = (x.unsqueeze(-1) for x in alpha_sigma(gamma))
-        if self.owns_deviations:
-            level = (x.unsqueeze(-1).square() for x in (alpha, sigma))
-            return log_weights + self._log_normals(z, alpha, *level)
         variance = alpha.square() * (2 * self.log_deviation).exp() + sigma.square()  # (... z)
         precision = 1 / variance
         # |z - alpha m|^2 / variance, multiplied out: two products with the prototypes, nothing (... k z)
@@ -79,18 +66,6 @@ class MixturePredictor(SavedModel):
         square = (alpha.square() * precision) @ self.prototypes.square().T
         own = (z.square() * precision + variance.log() + math.log(2 * math.pi)).sum(-1, keepdim=True)
         return log_weights + cross - 0.5 * (square + own)
-
-    def _log_normals(self, z: Tensor, alpha: Tensor, signal: Tensor, noise: Tensor) -> Tensor:
-        """log N(z; alpha m_k, alpha^2 s_k^2 + sigma^2), every component with its own s. (... z) -> (... k).
-
-        alpha: (... 1);  signal, noise: alpha^2 and sigma^2 (... 1 1). One noise level for all makes no (... k z).
-        """
-        variance = signal * (2 * self.log_deviation).exp() + noise  # (... k z)
-        precision = 1 / variance
-        cross = torch.einsum("...z,...kz->...k", alpha * z, precision * self.prototypes)
-        square = torch.einsum("...z,...kz->...k", z.square(), precision)
-        own = (signal * precision * self.prototypes.square() + variance.log() + math.log(2 * math.pi)).sum(-1)
-        return cross - 0.5 * (square + own)
 
     def rate(self, mu: Tensor, noise: Tensor, gamma_0: float, log_weights: Tensor) -> Tensor:
         """KL(q(z_0 | x) || p(z_0 | h)) in nats, an unbiased estimate from one draw. (... z) -> (...)."""
@@ -122,23 +97,16 @@ class MixturePredictor(SavedModel):
         cdf = sharp.softmax(dim=-1).cumsum(dim=-1)
         chosen = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)[:, 0]
         alpha, sigma = (float(x) for x in alpha_sigma(torch.tensor(gamma, dtype=torch.float64)))
-        chosen = chosen.clamp(max=len(self.prototypes) - 1)
-        log_deviation = self.log_deviation[chosen] if self.owns_deviations else self.log_deviation
-        deviation = (alpha**2 * (2 * log_deviation).exp() + sigma**2).sqrt()
-        mean = alpha * self.prototypes[chosen]
+        deviation = (alpha**2 * (2 * self.log_deviation).exp() + sigma**2).sqrt()
+        mean = alpha * self.prototypes[chosen.clamp(max=len(self.prototypes) - 1)]
         return mean + temperature * deviation * noise
 
     def denoise(self, z: Tensor, gamma: Tensor, log_weights: Tensor) -> Tensor:
         """E[mu | z_gamma] under the mixture. z: (... z); gamma: (...); log_weights: (... k)."""
         alpha, sigma = (x.unsqueeze(-1) for x in alpha_sigma(gamma))
         share = self.joint(z, gamma, log_weights).softmax(dim=-1)
-        square = (2 * self.log_deviation).exp()
-        # each component corrects its prototype by a share of what it misses: m_k + g_k (z - alpha m_k)
-        if self.owns_deviations:
-            alpha, sigma = alpha.unsqueeze(-1), sigma.unsqueeze(-1)
-            gain = alpha * square / (alpha.square() * square + sigma.square())  # (... k z)
-            mean = torch.einsum("...k,...kz->...z", share, (1 - alpha * gain) * self.prototypes)
-            return mean + z * torch.einsum("...k,...kz->...z", share, gain)
         mean = share @ self.prototypes
+        square = (2 * self.log_deviation).exp()
+        # each component corrects its prototype by the same share of what it misses
         gain = alpha * square / (alpha.square() * square + sigma.square())
         return mean + gain * (z - alpha * mean)

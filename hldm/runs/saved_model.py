@@ -32,7 +32,6 @@ JSON_TYPES: dict[str, tuple[type, ...]] = {
     "int": (int,),
     "float": (int, float),
     "str": (str,),
-    "bool": (bool,),
 }
 
 M = TypeVar("M", bound="SavedModel")
@@ -82,7 +81,7 @@ def _describe(cls: type[SavedModel], path: Path) -> dict[str, Tensor]:
     for parameter in parameters:
         if parameter.name in arguments:
             value, types = arguments[parameter.name], JSON_TYPES[str(parameter.annotation)]
-            if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            if not isinstance(value, types) or isinstance(value, bool):
                 raise ValueError(
                     f"{path}: {parameter.name} must be of type {parameter.annotation}, got {value!r:.80}"
                 )

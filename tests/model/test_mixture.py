@@ -1,7 +1,6 @@
 import json
 import math
 
-import pytest
 import torch
 import torch.nn.functional as F
 
@@ -13,12 +12,7 @@ def make_mixture(components: int = 5, z: int = 2, **settings) -> MixturePredicto
     torch.manual_seed(0)
     mixture = MixturePredictor(8, z, components, **settings).double()
     mixture.log_deviation.data = torch.tensor([math.log(0.3), math.log(0.8)], dtype=torch.float64)[:z]
-    if settings.get("own_deviations"):
-        mixture.log_deviation.data = mixture.log_deviation + 0.5 * torch.randn(components, z).double()
     return mixture
-
-
-both_deviations = pytest.mark.parametrize("own", [False, True])
 
 
 def test_capped_logits_do_not_go_beyond_their_cap():
@@ -32,9 +26,8 @@ def test_capped_logits_do_not_go_beyond_their_cap():
     assert (found.amax(-1) - found.amin(-1)).max() <= 4
 
 
-@both_deviations
-def test_the_density_is_that_of_the_mixture_written_out(own):
-    mixture = make_mixture(own_deviations=own)
+def test_the_density_is_that_of_the_mixture_written_out():
+    mixture = make_mixture()
     z, gamma = torch.randn(7, 2, dtype=torch.float64), torch.linspace(-3, 3, 7, dtype=torch.float64)
     log_weights = mixture.log_weights(torch.randn(7, 8, dtype=torch.float64)).double()
     alpha, sigma = alpha_sigma(gamma)
@@ -47,10 +40,9 @@ def test_the_density_is_that_of_the_mixture_written_out(own):
         torch.testing.assert_close(alone, expected)
 
 
-@both_deviations
-def test_the_denoiser_is_the_slope_of_the_density(own):
+def test_the_denoiser_is_the_slope_of_the_density():
     """Tweedie: alpha E[mu | z] = z + sigma^2 d/dz log p(z)."""
-    mixture = make_mixture(own_deviations=own)
+    mixture = make_mixture()
     z = torch.randn(7, 2, dtype=torch.float64, requires_grad=True)
     gamma = torch.linspace(-3, 3, 7, dtype=torch.float64)
     log_weights = mixture.log_weights(torch.randn(7, 8, dtype=torch.float64)).double()
@@ -59,10 +51,9 @@ def test_the_denoiser_is_the_slope_of_the_density(own):
     torch.testing.assert_close(alpha * mixture.denoise(z, gamma, log_weights), z + sigma.square() * z.grad)
 
 
-@both_deviations
-def test_its_rate_is_the_diffusion_bound_under_its_denoiser(own):
+def test_its_rate_is_the_diffusion_bound_under_its_denoiser():
     """KL(q(z_0 | x) || p(z_0)) = 1/2 E[d gamma e^-gamma ||mu - mu_hat||^2] + the same KL at gamma_1."""
-    mixture = make_mixture(components=3, own_deviations=own)
+    mixture = make_mixture(components=3)
     torch.manual_seed(1)
     low, high, draws = -2.0, 8.0, 200_000
     mu = torch.tensor([0.7, -1.1], dtype=torch.float64).expand(draws, 2)
@@ -77,9 +68,8 @@ def test_its_rate_is_the_diffusion_bound_under_its_denoiser(own):
     torch.testing.assert_close(rates[0], integral + rates[1], rtol=0.01, atol=0.01)
 
 
-@both_deviations
-def test_samples_have_the_mean_and_spread_of_the_mixture_and_belong_to_their_generators(own):
-    mixture = make_mixture(components=3, own_deviations=own).float()
+def test_samples_have_the_mean_and_spread_of_the_mixture_and_belong_to_their_generators():
+    mixture = make_mixture(components=3).float()
     rows, gamma = 20_000, 0.5
     log_weights = mixture.log_weights(torch.randn(8)).expand(rows, -1)
     generators = [torch.Generator().manual_seed(seed) for seed in range(rows)]
@@ -89,7 +79,6 @@ def test_samples_have_the_mean_and_spread_of_the_mixture_and_belong_to_their_gen
         alpha, sigma = alpha_sigma(torch.tensor(gamma))
         mean = (w * alpha * mixture.prototypes).sum(0)
         within = alpha**2 * (2 * mixture.log_deviation).exp() + sigma**2
-        within = (w * within).sum(0) if own else within
         variance = within + (w * (alpha * mixture.prototypes - mean).square()).sum(0)
         torch.testing.assert_close(drawn.mean(0), mean, atol=0.03, rtol=0)
         torch.testing.assert_close(drawn.var(0), variance, rtol=0.03, atol=0)
@@ -99,17 +88,15 @@ def test_samples_have_the_mean_and_spread_of_the_mixture_and_belong_to_their_gen
         torch.testing.assert_close(coldest, (alpha * mixture.prototypes[w.argmax()]).expand(2, -1))
 
 
-def test_a_saved_mixture_keeps_its_cap_and_deviations_and_older_ones_have_neither(tmp_path):
-    mixture = make_mixture(logit_cap=3.0, own_deviations=True).float()
+def test_a_saved_mixture_keeps_its_cap_and_older_ones_have_none(tmp_path):
+    mixture = make_mixture(logit_cap=3.0).float()
     mixture.save_pretrained(tmp_path / "new")
     feature = torch.randn(4, 8)
     found = MixturePredictor.from_pretrained(tmp_path / "new")
     torch.testing.assert_close(found.log_weights(feature), mixture.log_weights(feature))
-    torch.testing.assert_close(found.log_deviation, mixture.log_deviation)
     make_mixture().float().save_pretrained(tmp_path / "old")
     path = tmp_path / "old" / "config.json"
     config = json.loads(path.read_text())
-    del config["logit_cap"], config["own_deviations"]
+    del config["logit_cap"]
     path.write_text(json.dumps(config))
-    old = MixturePredictor.from_pretrained(tmp_path / "old")
-    assert old.logit_cap == 0 and not old.owns_deviations
+    assert MixturePredictor.from_pretrained(tmp_path / "old").logit_cap == 0

@@ -86,7 +86,7 @@ def test_gradients_reach_every_part_under_every_choice(stage, choice):
 
 @pytest.mark.parametrize(
     "choice",
-    [*CHOICES, ["prior.context_dropout=0.01"], ["training.prior.joint=0.5"]],
+    [*CHOICES, ["prior.context_dropout=0.01"]],
     ids=lambda choice: " ".join(choice) or "default",
 )
 @pytest.mark.parametrize("stage", ["autoencoder", "prior"])

@@ -7,13 +7,11 @@ namespace {
 
 struct Denoising {
     int64_t rows, steps, z, d, width, heads, entries, components, hidden, blocks, threads;
-    const float* sigma;               // (steps)
+    const float* levels;              // (steps 2) alpha and sigma
     const float* solver;              // (steps 4) weights of z, x0, the x0 before and the noise
     const float* noise;               // (steps b z)
     const float* log_weights;         // (b k)
-    const float* to_share;            // (steps k 2z) of [z; z^2], towards the logarithm of a component's share
-    const float* share;               // (steps k) the same without them
-    const float* from_share;          // (steps k 2z) a component's estimate: what does not depend on z, factor of z
+    const float *prototypes, *square; // (k z), (z) variance of every component
     const float* const* inputs;       // weight (d 2z), bias (d)
     const float* const* outputs;      // weight (z d), bias (z)
     const float* const* parameters;   // of each block: query, its bias, attended, its bias, both of the MLP, with theirs
@@ -31,7 +29,7 @@ struct Denoiser {
 
     Denoiser(const Denoising& w, int64_t first, int64_t rows) : w(w), first(first), rows(rows) {
         const int64_t most = std::max({w.components, w.hidden, w.d, w.width, 2 * w.z});
-        numbers.assign((6 * w.z + 2 * w.d + most + w.width) * L, 0.0f);
+        numbers.assign((4 * w.z + 2 * w.d + 2 * most + w.width) * L, 0.0f);
         z = numbers.data();
         x0 = z + w.z * L;
         before = x0 + w.z * L;
@@ -39,30 +37,39 @@ struct Denoiser {
         x = estimate + w.z * L;
         y = x + w.d * L;
         wide = y + w.d * L;
-        query = wide + (2 * w.z + most) * L;
+        query = wide + 2 * most * L;
     }
 
     // E[mu | z] under the mixture: hldm.model.mixture.MixturePredictor.denoise
-    void ask_mixture(int64_t step) {
-        const int64_t k = w.components, n = w.z * L;
-        float *both = wide, *share = wide + 2 * n;
-        std::copy(z, z + n, both);
-        for (int64_t i = 0; i < n; i++) both[n + i] = z[i] * z[i];
-        multiply<L>(w.to_share + step * k * 2 * w.z, both, share, k, 2 * w.z);
-        for (int64_t row = 0; row < rows; row++)
-            for (int64_t i = 0; i < k; i++)
-                share[i * L + row] += w.log_weights[(first + row) * k + i] + w.share[step * k + i];
+    void ask_mixture(float alpha, float sigma) {
+        const int64_t k = w.components;
+        float *scaled = wide, *share = wide + w.z * L;
+        std::vector<float> precision(w.z), gain(w.z);
+        for (int64_t j = 0; j < w.z; j++) {
+            precision[j] = 1.0f / (alpha * alpha * w.square[j] + sigma * sigma);
+            gain[j] = alpha * w.square[j] * precision[j];
+            for (int l = 0; l < L; l++) scaled[j * L + l] = alpha * z[j * L + l] * precision[j];
+        }
+        multiply<L>(w.prototypes, scaled, share, k, w.z);
         float largest[L], total[L] = {};
         std::fill(largest, largest + L, -INFINITY);
-        for (int64_t i = 0; i < k; i++)
-            for (int l = 0; l < L; l++) largest[l] = std::max(largest[l], share[i * L + l]);
+        for (int64_t i = 0; i < k; i++) {
+            float own = 0;
+            for (int64_t j = 0; j < w.z; j++)
+                own += precision[j] * w.prototypes[i * w.z + j] * w.prototypes[i * w.z + j];
+            for (int64_t l = 0; l < L; l++) {
+                const float log_weight = l < rows ? w.log_weights[(first + l) * k + i] : 0.0f;
+                share[i * L + l] += log_weight - 0.5f * alpha * alpha * own;
+                largest[l] = std::max(largest[l], share[i * L + l]);
+            }
+        }
         for (int64_t i = 0; i < k; i++)
             for (int l = 0; l < L; l++) total[l] += share[i * L + l] = exponential(share[i * L + l] - largest[l]);
-        multiply_transposed<L>(w.from_share + step * k * 2 * w.z, share, both, 2 * w.z, k);
+        multiply_transposed<L>(w.prototypes, share, estimate, w.z, k);
         for (int64_t j = 0; j < w.z; j++)
             for (int l = 0; l < L; l++) {
-                const int64_t i = j * L + l;
-                estimate[i] = (both[i] + both[n + i] * z[i]) / total[l];
+                const float mean = estimate[j * L + l] / total[l];
+                estimate[j * L + l] = mean + gain[j] * (z[j * L + l] - alpha * mean);
             }
     }
 
@@ -101,7 +108,8 @@ struct Denoiser {
         const int64_t d = w.d;
         into_lanes<L>(w.latent + first * w.z, rows, w.z, z);
         for (int64_t step = 0; step < w.steps; step++) {
-            ask_mixture(step);
+            const float alpha = w.levels[2 * step], sigma = w.levels[2 * step + 1];
+            ask_mixture(alpha, sigma);
             std::copy(z, z + w.z * L, wide);
             std::copy(estimate, estimate + w.z * L, wide + w.z * L);
             linear<L>(w.inputs, wide, x, d, 2 * w.z);
@@ -125,7 +133,7 @@ struct Denoiser {
             for (int64_t j = 0; j < w.z; j++)
                 for (int64_t row = 0; row < rows; row++) {
                     const int64_t i = j * L + row;
-                    x0[i] = estimate[i] + w.sigma[step] * x0[i];
+                    x0[i] = estimate[i] + sigma * x0[i];
                     const float noise = w.noise[(step * w.rows + first + row) * w.z + j];
                     z[i] = solver[0] * z[i] + solver[1] * x0[i] + solver[2] * before[i] + solver[3] * noise;
                 }
