@@ -11,11 +11,14 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hldm.config import ConfigError, TrainingConfig
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 # How `accelerate launch` tells its processes that weights or optimizer states are to be split over them.
 SHARDING = {
