@@ -113,7 +113,7 @@ def write_chunks(
             live, symbol, latent, doc_start, opening, start, reading, writing, known = pick_rows(
                 (live, symbol, latent, doc_start, opening, start, reading, writing, known), ~done
             )
-        feature, reading = autoencoder.read_byte(symbol, opening, start, reading)
+        feature, reading = autoencoder.encoder(autoencoder.read(symbol), reading, opening, start)
         features[live, event] = feature[:, 0]
     return Written(pieces_of(symbols), features, *ends)
 
