@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hldm.config import HierarchyConfig
+from hldm.model.ops import take_rows
 
 
 class Entries(NamedTuple):
@@ -105,9 +106,8 @@ def summaries(
 
     def since(first: Tensor, last: Tensor, level: int) -> Tensor:
         """Sum of latents first .. last-1; before the window lies the carried partial sum."""
-        gather = lambda at: total.gather(1, at.clamp(min=0)[..., None].expand(-1, -1, z))  # noqa: E731
         carried = (first < 0)[..., None] * partial[:, None, level - 1]
-        return gather(last) - gather(first) + carried
+        return take_rows(total, last.clamp(min=0)) - take_rows(total, first.clamp(min=0)) + carried
 
     means, levels, ends, documents, left_open = [], [], [], [], []
     for level in range(1, config.levels + 1):
