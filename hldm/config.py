@@ -118,6 +118,10 @@ class GriffinConfig(Section):
 
     def check(self) -> None:
         _check_heads("width", self.width, self.heads)
+        if round(self.width * self.mlp_ratio) < 1:
+            raise ValueError(
+                f"mlp_ratio leaves no hidden unit of {self.width} x {self.mlp_ratio:g}; raise it"
+            )
 
 
 class AutoencoderConfig(Section):

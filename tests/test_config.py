@@ -388,3 +388,8 @@ def test_a_saved_section_is_refused_under_its_full_key():
         section_from_dict(PriorConfig, {"layer": 1})
     with pytest.raises(ConfigError, match=r"^settings: prior\.denoiser_width must be divisible"):
         section_from_dict(PriorConfig, {"denoiser_width": 6})
+
+
+def test_a_gated_mlp_without_a_hidden_unit_is_refused():
+    with pytest.raises(ConfigError, match=r"encoder.mlp_ratio leaves no hidden unit of 128 x 1e-30"):
+        load_config([], ["autoencoder.encoder.mlp_ratio=1e-30"])

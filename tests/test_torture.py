@@ -33,6 +33,9 @@ def figures(tmp_path: Path, faults: str, scale: float) -> dict:
         ("matrix", 0.03),
         ("signals", 0.1),
         ("fuzz", 0.01),
+        ("files,libraries", 0.05),
+        ("settings", 0.03),
+        ("environment", 0.01),
     ],
 )
 def test_a_few_of_each_fault_break_no_promise(tmp_path, faults, scale):

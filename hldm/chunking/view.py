@@ -44,6 +44,8 @@ def cut_text(
         are asked, their thresholds set on the built-in text
     Raises ConfigError for a strategy that is unknown, ValueError or OSError for a run.
     """
+    if not text:
+        raise ValueError("the text is empty: there is nothing to cut")
     known = (*TEXT_STRATEGIES, *SEGMENTERS)
     for strategy in strategies:
         if strategy not in known:

@@ -49,6 +49,7 @@ def choose_prompts(
     third = int(length.max()) // 3
     before, after = min(prompt_characters, third), min(max_characters, third)
     places_up_to = np.cumsum(np.maximum(length - before - after, 0))  # (documents,)
+    count = min(count, int(places_up_to[-1]))  # a place for every character at most
     prompts = {}
     for place in (np.arange(count) + 0.5) * places_up_to[-1] // max(count, 1):
         document = int(np.searchsorted(places_up_to, place, side="right"))

@@ -60,16 +60,30 @@ def _print_richly(table: Table) -> None:
     from rich.console import Console
     from rich.table import Table as RichTable
 
-    drawn = RichTable(box=box.SIMPLE_HEAD)
-    for number, name in enumerate(table.head):
-        drawn.add_column(printable(name), justify="right" if number else "left", no_wrap=True)
-    for cells in table.rows:
-        drawn.add_row(*map(printable, cells))
     console = Console(markup=False, emoji=False, highlight=False)
-    # as wide as it needs: lines longer than the terminal's wrap there, and no column is cut
-    needed = console.measure(drawn, options=console.options.update(width=10**6)).maximum
-    console.width = max(console.width, needed)
-    console.print(drawn)
+
+    def drawn(columns: Sequence[int]) -> RichTable:
+        found = RichTable(box=box.SIMPLE_HEAD)
+        for column in columns:
+            found.add_column(
+                printable(table.head[column]), justify="right" if column else "left", no_wrap=True
+            )
+        for cells in table.rows:
+            found.add_row(*(printable(cells[column]) for column in columns))
+        return found
+
+    def needed(columns: Sequence[int]) -> int:
+        return console.measure(drawn(columns), options=console.options.update(width=10**6)).maximum
+
+    # what is wider than the terminal goes on below, after the label again; no column is cut
+    blocks = [[0]]
+    for column in range(1, len(table.head)):
+        if len(blocks[-1]) > 1 and needed([*blocks[-1], column]) > console.width:
+            blocks.append([0])
+        blocks[-1].append(column)
+    console.width = max(console.width, *map(needed, blocks))
+    for block in blocks:
+        console.print(drawn(block))
 
 
 def cell(value: Any, form: str, scale: float = 1) -> str:

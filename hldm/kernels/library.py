@@ -16,6 +16,7 @@ import platform
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -117,6 +118,10 @@ def build(folder: Path) -> Path:
             except subprocess.CalledProcessError:
                 if tuning == TUNINGS[-1]:
                     raise
+        # in a process of its own: half a file, as a full disk leaves it, would end this one
+        _run(
+            sys.executable, "-c", "import ctypes, sys; ctypes.CDLL(sys.argv[1])", str(unfinished), seconds=60
+        )
         if found := _whole(folder, name):  # another process was faster
             return found
         path = folder / f"{name}-{_content(unfinished)}.so"

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
 
+BAR_WIDTH = 12  # columns of a terminal
 # of what trains (hldm.model.vitals), by name: as a line of progress shows it, if it does
 SIGNS = {
     "prototypes": "{:.0f} prototypes",
@@ -29,7 +30,9 @@ def describe(metrics: dict[str, float]) -> str:
     """Bits per character by name, their sum first when there are several, the speed, and signs of life."""
     skip = {"learning_rate", "gradient_norm", "characters_per_second", "seconds", *SIGNS}
     bits = {name: value for name, value in metrics.items() if name not in skip}
-    parts = [f"{sum(bits.values()):.3f} bits/char"]
+    # stage two trains the latents' terms of the bound alone
+    of_what = "" if "decoder" in bits else " in latents alone"
+    parts = [f"{sum(bits.values()):.3f} bits/char{of_what}"]
     if len(bits) > 1:
         parts.append("(" + " + ".join(f"{name} {value:.3f}" for name, value in bits.items()) + ")")
     parts.append(f"{metrics['characters_per_second']:,.0f} chars/s")
@@ -80,8 +83,16 @@ class Progress:
         if self.live:
             from rich.progress import BarColumn, TextColumn
             from rich.progress import Progress as Bar
+            from rich.table import Column
 
-            self.bar = Bar(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"))
+            # of what does not fit, the end of the note is cut
+            whole, rest = (
+                Column(no_wrap=True, min_width=len(self.stage)),
+                Column(no_wrap=True, overflow="ellipsis"),
+            )
+            bar = BarColumn(BAR_WIDTH, table_column=Column(no_wrap=True, min_width=BAR_WIDTH))
+            note = TextColumn("{task.fields[note]}", table_column=rest)
+            self.bar = Bar(TextColumn("{task.description}", table_column=whole), bar, note)
             self.bar.start()
             self.task = self.bar.add_task(self.stage, total=1.0, note="")
         return self
@@ -99,8 +110,10 @@ class Progress:
             self.began = (now, progress)
         done = progress - self.began[1]
         left = (now - self.began[0]) / done * (1 - progress) if done > 0 else 0.0
-        note = f"step {step} {progress:4.0%} {describe(metrics)} {clock(left)} left"
+        place, rest = f"step {step} {min(progress, 1.0):4.0%}", f"{clock(max(left, 0.0))} left"
         if self.bar is not None:
-            self.bar.update(self.task, completed=min(progress, 1.0), note=note)
+            self.bar.update(
+                self.task, completed=min(progress, 1.0), note=f"{place} {rest} {describe(metrics)}"
+            )
         elif step % every == 0:
-            self.say(f"{self.stage}: {note}")
+            self.say(f"{self.stage}: {place} {describe(metrics)} {rest}")

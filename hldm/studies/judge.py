@@ -116,13 +116,20 @@ def judge_run(
         raise ValueError(f"{folder} is a twin: it has no sampler to vary")
     for other in filter(None, (judge, twin)):
         require_shared_text(folder, other)
+    judging = None if judge is None else read_pipeline(judge / "pipeline")
+    if judging is not None and judging.prior is not None:
+        raise ValueError(f"--judge {judge} is no twin: of a model with latents there is only a bound")
+    if judge is not None and twin is not None and judge.resolve() == twin.resolve():
+        raise ValueError(
+            f"--judge {judge} would judge its own writing: take a twin trained with another seed"
+        )
     corpora = corpora_of_run(folder)
     chunker = prompt_chunker(pipeline.autoencoder)
     chosen = choose_prompts(corpora["test"], chunker, prompts, max_characters=max_characters)
     starts = [prompt.text for prompt in chosen]
     judges = _Judges(
         NGram(corpora["validation"].text.tobytes()),
-        None if judge is None else read_pipeline(judge / "pipeline"),
+        judging,
         TrainingText(corpora["train"].text.tobytes(), SPAN),
         starts,
     )

@@ -8,12 +8,17 @@ are rounded are said in one line; environment.json keeps them with the run.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hldm.config import ConfigError, TrainingConfig
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 # How `accelerate launch` tells its processes that weights or optimizer states are to be split over them.
 SHARDING = {
@@ -116,6 +121,16 @@ def check_training(config: TrainingConfig, section: str, environment: Mapping[st
                 f"accelerate was asked for {name}={asked}, but this run has {has}: "
                 f"{way_out}, and unset {name} or pass `accelerate launch` what the config says"
             )
+
+
+def wrapped(accelerator: Accelerator, objective: Any) -> Any:
+    """An objective as accelerate's processes share its gradients."""
+    if accelerator.ddp_handler is not None:  # looking for them costs a walk through the graph every step
+        accelerator.ddp_handler.find_unused_parameters = objective.may_leave_out
+    with warnings.catch_warnings():
+        # torch 2.13's new word for it, forward_sync_buffers, is not known to accelerate 1.15
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        return accelerator.prepare(objective)
 
 
 def rounding_variables(environment: Mapping[str, str] = os.environ) -> Iterator[str]:

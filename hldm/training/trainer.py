@@ -9,7 +9,6 @@ nothing but rounding. hldm.runs.checkpoints saves, accelerate sees to processes 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import replace
@@ -41,6 +40,7 @@ from hldm.runs.ranks import largest_of_ranks
 from hldm.runs.reports import save_report
 from hldm.runs.signals import Interrupt, Stopped
 from hldm.text.windows import Batch, Windows
+from hldm.training.environment import wrapped
 from hldm.training.optimizers import learning_rate, make_average, make_optimizers
 
 COUNTED = ("seconds", "characters", "prepared")  # of the totals, what a checkpoint carries
@@ -92,12 +92,7 @@ class Trainer:
         self.objective = objective
         self.average = make_average(objective, config.ema_decay) if config.ema_decay else None
         self.optimizers = make_optimizers(objective, config)
-        if accelerator.ddp_handler is not None:  # looking for them costs a walk through the graph every step
-            accelerator.ddp_handler.find_unused_parameters = objective.may_leave_out
-        with warnings.catch_warnings():
-            # torch 2.13's new word for it, forward_sync_buffers, is not known to accelerate 1.15
-            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            self.model = accelerator.prepare(objective)
+        self.model = wrapped(accelerator, objective)
         self.carries = [objective.initial_carry(self.rows, accelerator.device) for _ in range(parts)]
         self.totals = Totals(seconds=spent, prepared=spent)
         self.recent = Recent()

@@ -81,3 +81,9 @@ def test_the_command_prints_writes_a_page_and_spares_other_files(tmp_path, capsy
     assert main(["chunk", "--text", str(text), "--min-bytes", "20"]) == 2
     assert main(["chunk", "--text", str(Path("/nowhere"))]) == 2
     assert other.read_text() == "<p>"
+
+
+def test_an_empty_text_is_refused(tmp_path, capsys):
+    (tmp_path / "empty.txt").touch()
+    assert main(["chunk", "--text", str(tmp_path / "empty.txt")]) == 2
+    assert "empty" in capsys.readouterr().err

@@ -74,3 +74,10 @@ def test_prompts_come_from_the_split_of_a_config(tmp_path):
     prompts = choose_prompts(corpus, make_chunker(WORDS), 3, prompt_characters=40)
     at = [path.read_bytes().index(prompt.text) for prompt in prompts]
     assert len(at) == 3 and min(at) >= 0.9 * path.stat().st_size - 1000
+
+
+def test_more_prompts_than_a_text_has_places_are_those_it_has():
+    corpus = make_corpus("short", [b"some words in a row " * 4])
+    chunker = make_chunker(ChunkingConfig())
+    found = choose_prompts(corpus, chunker, 10**12, prompt_characters=10, max_characters=10)
+    assert 0 < len(found) <= 80

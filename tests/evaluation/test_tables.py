@@ -55,8 +55,10 @@ def test_a_terminal_gets_a_drawn_table_with_every_cell_whole(monkeypatch):
     os.close(mine)
     assert "|" not in shown and "─" in shown
     lines = [line.split() for line in shown.splitlines()]
-    assert ["model", "twin"] in lines and ["bits", "1.25", "10.5"] in lines
-    assert ["of", "it", "[red]latents", "-", "0"] in lines  # no markup, nothing cut
+    assert (
+        ["model"] in lines and ["twin"] in lines and ["bits", "1.25"] in lines and ["bits", "10.5"] in lines
+    )
+    assert ["of", "it", "[red]latents", "0"] in lines  # no markup, nothing cut
 
 
 NAMES = [
@@ -98,3 +100,21 @@ def test_columns_stand_below_each_other_whatever_is_in_them():
 )
 def test_a_number_fits_itscell(value, form, shown):
     assert cell(value, form) == shown
+
+
+@pytest.mark.parametrize("columns", [80, 30])
+def test_a_table_wider_than_the_terminal_goes_on_below(monkeypatch, columns):
+    ours, theirs = pty.openpty()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with os.fdopen(theirs, "w", encoding="utf-8") as terminal:
+        monkeypatch.setattr(sys, "stdout", terminal)
+        head = ["", *(f"measure {number}" for number in range(9))]
+        show(Table(head, [[name, *(f"{number}.25" for number in range(9))] for name in ("model", "twin")]))
+        text = ""
+        while text.count("8.25") < 2:
+            text += os.read(ours, 65536).decode()
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()
+    assert max(map(len, plain)) <= columns
+    assert all(sum(word in line for line in plain) == 1 for word in head[1:])
+    assert sum("twin" in line for line in plain) == {80: 2, 30: 9}[columns]

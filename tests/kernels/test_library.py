@@ -133,3 +133,12 @@ def test_a_damaged_library_is_built_anew_before_it_is_loaded(tiny_sources, damag
     assert ctypes.CDLL(str(again)).one() == 1 and list(tiny_sources.iterdir()) == [again]
     before = again.stat().st_mtime_ns
     assert kernels.build(tiny_sources) == again and again.stat().st_mtime_ns == before
+
+
+def test_half_a_library_from_the_compiler_is_never_loaded(monkeypatch, tmp_path, tiny_sources):
+    """As a full disk leaves it: loading it would end this process with SIGBUS."""
+    half = 'exec 2>&1; for last; do :; done; c++ "$@" && truncate -s 5000 "$last"'
+    monkeypatch.setenv("CXX", script(tmp_path / "c++", f'case "$1" in --version) echo 1;; *) {half};; esac'))
+    with pytest.raises(subprocess.CalledProcessError):
+        kernels.build(tiny_sources)
+    assert not list(tiny_sources.glob("*.so"))

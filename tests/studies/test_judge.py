@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -41,10 +42,10 @@ def twin(tmp_path_factory, corpus_path) -> Path:
     return train_run(changed(config, name="twin"), root=tmp_path_factory.mktemp("twin"))
 
 
-def test_true_text_stands_beside_the_model_the_twin_and_every_variation(trained_run, twin):
+def test_true_text_stands_beside_the_model_the_twin_and_every_variation(trained_run, twin, tmp_path):
     found = judge_run(
         trained_run,
-        judge=twin,
+        judge=Path(shutil.copytree(twin, tmp_path / "judge")),
         twin=twin,
         vary=["steps"],
         prompts=2,
@@ -75,3 +76,10 @@ def test_the_command_writes_json_and_refuses_what_it_cannot_do(trained_run, twin
         assert cli.main(["judge", *arguments]) == 2
         error = capsys.readouterr().err
         assert says in error and error.count("\n") == 1
+
+
+def test_a_judge_is_a_twin_that_wrote_none_of_it(trained_run, twin):
+    with pytest.raises(ValueError, match="is no twin"):
+        judge_run(trained_run, judge=trained_run, prompts=1)
+    with pytest.raises(ValueError, match="its own writing"):
+        judge_run(trained_run, judge=twin, twin=twin, prompts=1)

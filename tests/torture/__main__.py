@@ -14,7 +14,7 @@ import traceback
 from pathlib import Path
 
 FAULTS = ("strace", "enospc", "tmpfs", "flips", "truncations", "threads", "memory")
-FAULTS += ("signals", "matrix", "fuzz", "kill")
+FAULTS += ("signals", "matrix", "fuzz", "kill", "environment", "files", "settings", "libraries")
 
 
 def main() -> int:

@@ -20,6 +20,7 @@ from hldm.config import Config, ConfigError, changed, stage_training
 from hldm.model.autoencoder import Autoencoder
 from hldm.runs.checkpoints import newest_checkpoint
 from hldm.runs.exits import Interrupted
+from hldm.runs.progress import describe
 from hldm.sources.corpora import load_corpora
 from hldm.text.windows import Batch, Windows
 from hldm.training.objectives import AutoencoderObjective
@@ -360,3 +361,11 @@ def test_the_launch_that_silently_starts_one_process_is_refused(tmp_path, small_
         [*launch, *arguments, *small_overrides], cwd=tmp_path, capture_output=True, text=True, timeout=120
     )
     assert done.returncode != 0 and "--multi_gpu" in done.stderr
+
+
+def test_a_line_of_stage_two_calls_its_share_a_share():
+    speed = {"characters_per_second": 1.0, "seconds": 1.0}
+    assert describe({"decoder": 1.5, "latent": 0.5, **speed}).startswith("2.000 bits/char (decoder")
+    assert describe({"latent": 0.5, "end": 0.25, **speed}).startswith(
+        "0.750 bits/char in latents alone (latent"
+    )
