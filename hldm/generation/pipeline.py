@@ -136,13 +136,8 @@ class HLDMPipeline(DiffusionPipeline):
             self.autoencoder, self.prior, texts_so_far, num_return_sequences, max_characters
         )
         rows = [text for text in texts_so_far for _ in range(num_return_sequences)]
-        given: dict[str, Any] = {
-            "steps": num_inference_steps,
-            "guidance": guidance_scale,
-            "temperature": temperature,
-            "decoder_temperature": decoder_temperature,
-            "top_p": top_p,
-        }
+        given = dict(steps=num_inference_steps, guidance=guidance_scale, temperature=temperature)
+        given |= dict(decoder_temperature=decoder_temperature, top_p=top_p)
         if generator is not None:
             seed = int(torch.randint(2**31, (), generator=generator))
         settings = changed(self.settings, **{k: v for k, v in given.items() if v is not None})
