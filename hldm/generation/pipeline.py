@@ -55,9 +55,7 @@ class HLDMPipeline(DiffusionPipeline):
     ):
         """defaults: generation settings, used where a call names none."""
         super().__init__()
-        self.segmenter: Segmenter | None = (
-            None  # what cuts prompts, if that takes a model: see `with_segmenter`
-        )
+        self.segmenter: Segmenter | None = None  # what cuts prompts, if that takes one: see `with_segmenter`
         if prior is not None and prior.config["autoencoder"] != fingerprint(autoencoder.state_dict()):
             raise ValueError(
                 "this prior was trained on another autoencoder's latents: "
