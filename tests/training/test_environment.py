@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -14,10 +16,11 @@ from hldm.cli import main
 from hldm.config import ConfigError, LoggingConfig, TrainingConfig, changed
 from hldm.evaluation.evaluate import evaluate_run
 from hldm.runs.files import fingerprint
+from hldm.runs.folder import export_run
 from hldm.sources.notes import TextNote, note
 from hldm.training.environment import SHARDING, SIZES, check_launch, rounding_variables
 from hldm.training.stage import make_accelerator
-from hldm.training.stages import train_autoencoder, train_diffusion
+from hldm.training.stages import train_autoencoder, train_diffusion, train_run
 
 # What `accelerate launch` sets for a launch that asks for nothing special.
 LAUNCH = {
@@ -231,3 +234,18 @@ def test_a_run_without_a_step_is_refused(small_config, tmp_path):
     with pytest.raises(ConfigError, match="no step was taken"):
         train_autoencoder(config, root=tmp_path)
     assert not (tmp_path / "small" / "autoencoder" / "totals.json").exists()
+
+
+def test_a_run_saved_without_a_step_is_not_reused_measured_or_exported(small_config, trained_run, tmp_path):
+    run = tmp_path / "small"
+    shutil.copytree(trained_run, run)
+    totals = run / "prior/totals.json"
+    totals.write_text(json.dumps(json.loads(totals.read_text()) | {"steps": 0}))
+    for use in (
+        lambda: train_run(small_config, root=tmp_path),
+        lambda: evaluate_run(run, prompts=0),
+        lambda: export_run(run, tmp_path / "copy"),
+    ):
+        with pytest.raises(ConfigError, match="prior was saved without a step"):
+            use()
+    assert not (tmp_path / "copy").exists()
