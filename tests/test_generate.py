@@ -144,7 +144,7 @@ def test_a_prompt_far_longer_than_any_context_is_read(write):
 
 
 def test_a_prompt_is_read_from_standard_input(write, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"In the beginning\n")))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(b"In the beginning\n"))))
     assert write("--prompt-file", "-") == write("--prompt", "In the beginning")
 
 

@@ -51,29 +51,24 @@ def cut_text(
         if strategy not in known:
             raise ConfigError(f"--strategy takes {', '.join(known)}, got {strategy!r:.80}")
     corpus = load_corpus(DataConfig(), "train") if set(strategies) & SEGMENTERS.keys() else None
-    cuts: dict[str, list[bytes]] = {}
-
-    def cut(name: str, settings: ChunkingConfig, segmenter: Segmenter | None) -> None:
-        cuts[name] = split(text, make_chunker(settings, segmenter).chunk_start(text))
-
+    asked: dict[str, tuple[ChunkingConfig, Segmenter | None]] = {}
     for strategy in strategies:
         settings = changed(chunking, strategy=strategy)
         if strategy in ("sentence", "paragraph") and whole_bytes is not None:
             settings = changed(settings, max_bytes=whole_bytes)
-        if corpus is None or not settings.needs_segmenter:
-            cut(strategy, settings, None)
-        elif train is not None:
-            cut(strategy, settings, train(settings, corpus))
-        else:
-            cut(strategy, settings, shipped_segmenter(settings, sample_of(corpus, SAMPLE_BYTES)))
+        segmenter = None
+        if corpus is not None and settings.needs_segmenter:
+            sample = sample_of(corpus, SAMPLE_BYTES)
+            segmenter = shipped_segmenter(settings, sample) if train is None else train(settings, corpus)
+        asked[strategy] = settings, segmenter
     for run in runs:
         path = run / "autoencoder" / "config.yaml"
         if not path.is_file():
             raise FileNotFoundError(f"{run} holds no run: train_autoencoder.py makes one")
         settings = load_config(path).chunking
         segmenter = read_segmenter(run / "pipeline" / "segmenter", settings)
-        cut(f"{settings.strategy} ({run.name})", settings, segmenter)
-    return cuts
+        asked[f"{settings.strategy} ({run.name})"] = settings, segmenter
+    return {name: split(text, make_chunker(*parts).chunk_start(text)) for name, parts in asked.items()}
 
 
 def split(text: bytes, is_start: np.ndarray) -> list[bytes]:

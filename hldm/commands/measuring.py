@@ -171,7 +171,7 @@ def judge(
 def bench(
     *,
     config: Annotated[Path | None, Option(metavar="FILE", help="e.g. configs/tiny.yaml")] = None,
-    layers: Annotated[bool, Option("--layers", help="scan, layers and a byte's step instead")] = False,
+    layers: Annotated[bool, Option("--layers", help="scan, RG-LRU and attention instead")] = False,
     twin: Annotated[Path | None, Option(metavar="FILE", help="default: CONFIG-twin.yaml beside it")] = None,
     only: Annotated[Halves | None, Option(help="one half")] = None,
     long: Annotated[bool, Option("--long", help="write after 10^5 and 10^6 bytes, too: minutes")] = False,

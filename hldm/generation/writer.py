@@ -242,7 +242,21 @@ class Continuation:
 
     prompt: bytes
     chunks: list[bytes] = field(default_factory=list)
+    left: int = 0  # UTF-8 characters still to write; an invalid byte counts as one
     ended: bool = False  # the model closed the document
+
+    def __post_init__(self) -> None:
+        self._decoder = stream_decoder("surrogateescape")
+
+    def add(self, piece: bytes) -> bytes:
+        """As much of a piece as there are characters left, which may break inside of one."""
+        taken, _ = self._decoder.getstate()  # the start of a character whose rest has not come yet
+        fitting = self._decoder.decode(piece)[: self.left]
+        self.left -= len(fitting)
+        broken = self._decoder.getstate()[0] if self.left else b""
+        text = (fitting.encode("utf-8", "surrogateescape") + broken)[len(taken) :]
+        self.chunks += [text] if text else []
+        return text
 
     @property
     def text(self) -> bytes:
@@ -304,33 +318,11 @@ def write_on(
         raise ValueError("no prompt given: pass at least one, '' starts a document")
     if max_characters < 1:
         raise ValueError(f"max_characters must be at least 1, got {max_characters}")
-    rows = [Continuation(prompt) for prompt in prompts]
+    rows = [Continuation(prompt, left=max_characters) for prompt in prompts]
     writer = make_writer(autoencoder, prior, prompts, settings, row_generators(seed, len(prompts)))
-    left = [_Budget(max_characters) for _ in rows]
-    while True:
+    while any(row.left and not row.ended for row in rows):
         news = []
-        for row, budget, piece in zip(rows, left, writer.write(), strict=True):
-            text = b"" if row.ended else budget.take(piece.text)
-            if text:
-                row.chunks.append(text)
-            row.ended |= piece.ends_document and not through_ends and budget.characters > 0
-            news.append(text)
+        for row, piece in zip(rows, writer.write(), strict=True):
+            news.append(b"" if row.ended else row.add(piece.text))
+            row.ended |= piece.ends_document and not through_ends and row.left > 0
         yield rows, news, writer.calls
-        if all(row.ended or budget.characters == 0 for row, budget in zip(rows, left, strict=True)):
-            return
-
-
-class _Budget:
-    """Counts down UTF-8 characters over pieces that may break inside one; an invalid byte counts as one."""
-
-    def __init__(self, characters: int):
-        self.characters = characters  # still to write
-        self.decoder = stream_decoder("surrogateescape")
-
-    def take(self, piece: bytes) -> bytes:
-        """As much of the piece as fits."""
-        taken, _ = self.decoder.getstate()  # the start of a character whose rest has not come yet
-        fitting = self.decoder.decode(piece)[: self.characters]
-        self.characters -= len(fitting)
-        broken = self.decoder.getstate()[0] if self.characters else b""
-        return (fitting.encode("utf-8", "surrogateescape") + broken)[len(taken) :]

@@ -1,8 +1,8 @@
 """Faster forms of the linear recurrence h_t = a_t h_{t-1} + b_t, and nothing about what a and b mean.
 
-A dict of backends: the plain loop, a chunked form in torch that runs anywhere, and on a GPU one pass of Triton, where
-that can be compiled. None divides by a product of decays nor takes its logarithm, as the closed forms do: a decay of
-exactly 0 starts a document, and both would turn it into NaN. On a CPU the RG-LRU has a kernel of its own.
+A chunked form in torch that runs anywhere and, on a GPU, one pass of Triton where that can be compiled. Neither divides
+by a product of decays nor takes its logarithm, as the closed forms do: a decay of exactly 0 starts a document, and both
+would turn it into NaN. On a CPU the RG-LRU has a kernel of its own.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -30,35 +29,21 @@ def scan(a: Tensor, b: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
     """The fastest that can be had here; `hldm.model.ops.scan` says what of."""
     if a.shape[1] == 1:
         return NotImplemented  # one step of the plain loop
-    if can_run("triton", b):
-        return BACKENDS["triton"](a, b, h0)
+    if runs_in_triton(b):
+        return _in_triton(a, b, h0)
     # torch.compile sees the plain loop: it cannot see through tensors that are written into
-    return NotImplemented if torch.compiler.is_compiling() else BACKENDS["chunked"](a, b, h0)
+    return NotImplemented if torch.compiler.is_compiling() else ChunkedScan.apply(a, b, h0)
 
 
-def linear_scan_by(backend: str, a: Tensor, b: Tensor, h0: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`hldm.model.ops.linear_scan` by a backend of one's choice, to compare them.
-
-    Raises ValueError when the backend is unknown or cannot be had, and as `linear_scan` does.
-    """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {sorted(BACKENDS)}, got {backend!r}")
-    a, exact, h0 = ops.scan_inputs(a, b, h0)
-    if not can_run(backend, exact):
-        raise ValueError(f"backend {backend!r} needs a CUDA device and triton")
-    h, h_last = BACKENDS[backend](a, exact, h0)
-    return h.to(b.dtype), h_last
-
-
-def can_run(backend: str, x: Tensor) -> bool:
-    """Whether a backend takes x, in float32 or float64, on this machine."""
-    if backend != "triton":
-        return True
-    # On the CPU only its interpreter could, slowly, as the tests do.
+def runs_in_triton(x: Tensor) -> bool:
+    """Whether one pass of Triton takes x, in float32 or float64: on a GPU, or slowly in its interpreter, for tests."""
     return (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1") and _trust_triton(x.device, x.dtype)
 
 
-scan_by_loop = inspect.unwrap(ops.scan)  # the plain formula, which every other backend is tested against
+def _in_triton(a: Tensor, b: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
+    from hldm.kernels.triton_scan import OnePassScan
+
+    return OnePassScan.apply(a, b, h0)
 
 
 @torch.compiler.assume_constant_result
@@ -75,7 +60,7 @@ def _triton_agrees(device: torch.device, dtype: torch.dtype) -> bool:
             a, b = (x.view(3, 5, 34).requires_grad_() for x in (numbers, numbers.flip(0)))
             found, expected = (
                 torch.autograd.grad(scan(a, b, a[:, 1])[0].square().sum(), [a, b])
-                for scan in (BACKENDS["triton"], scan_by_loop)
+                for scan in (_in_triton, inspect.unwrap(ops.scan))
             )
         torch.testing.assert_close(found, expected)
     except Exception as error:  # whatever a compiler, a driver or a version of triton may raise
@@ -84,7 +69,7 @@ def _triton_agrees(device: torch.device, dtype: torch.dtype) -> bool:
     return True
 
 
-class _ChunkedScan(torch.autograd.Function):
+class ChunkedScan(torch.autograd.Function):
     """The recurrence over many chunks of time at once, joined by a scan over the chunks.
 
     Backward is the same recurrence in reverse: db_t = dh_t + a_{t+1} db_{t+1}, da_t = db_t h_{t-1}.
@@ -169,16 +154,3 @@ def _chunk_steps(h: Tensor) -> int:
     if batch * d >= NUMBERS_PER_CALL // 8:
         return t  # one step is work enough, and the loop reads a and b once instead of twice
     return min(max(t * batch * d // NUMBERS_PER_CALL, 8), 64)
-
-
-def _triton(a: Tensor, b: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
-    from hldm.kernels.triton_scan import OnePassScan
-
-    return OnePassScan.apply(a, b, h0)
-
-
-BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
-    "loop": scan_by_loop,
-    "chunked": _ChunkedScan.apply,
-    "triton": _triton,  # not run on a GPU yet
-}

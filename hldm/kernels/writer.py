@@ -77,7 +77,7 @@ def plain_steps(autoencoder: Autoencoder, prior: Prior, settings: GenerationConf
     pooling, hierarchy, denoiser = autoencoder.settings.pooling, prior.hierarchy, type(prior.denoiser)
     if pooling != "mean":
         found["close"] = (
-            f"autoencoder.pooling={pooling}: chunks are closed in plain torch, text takes a quarter longer"
+            f"autoencoder.pooling={pooling}: chunks are closed in plain torch, text takes about twice as long"
         )
     if not settings.steps:
         return found
@@ -89,12 +89,12 @@ def plain_steps(autoencoder: Autoencoder, prior: Prior, settings: GenerationConf
     if settings.guidance != 1:
         reason = f"generation.guidance={settings.guidance:g}"
     if reason:
-        longer = "twice" if settings.guidance == 1 else "4 times"
+        longer = "2.5 times" if settings.guidance == 1 else "4 times"
         found["denoise"] = f"{reason}: latents are denoised in plain torch, text takes about {longer} as long"
     if hierarchy.ratio**hierarchy.levels > MOST_CHUNKS:
         context = f"hierarchy.ratio^levels is above {MOST_CHUNKS}"
     if context:
-        found["context"] = f"{context}: contexts are made in plain torch, text takes about 4 times as long"
+        found["context"] = f"{context}: contexts are made in plain torch, text takes about 3 times as long"
     return found
 
 

@@ -27,7 +27,6 @@ from hldm.model.ops import (
     rg_lru,
     rms_norm,
 )
-from hldm.model.speed import has_faster_form
 from hldm.model.state import AttentionState, GriffinState, RecurrentState
 
 DECAY_POWER = 8.0  # c of Griffin, equation 4: a = radius^(c r)
@@ -333,13 +332,6 @@ class Griffin(nn.Module):
         Raises ValueError when the shapes disagree.
         """
         self._check(x, state, doc_start, chunk_start, length)
-        return self.run_blocks(x, state, doc_start, chunk_start, length)
-
-    @has_faster_form
-    def run_blocks(
-        self, x: Tensor, state: GriffinState, doc_start: Tensor, chunk_start: Tensor, length: Tensor | None
-    ) -> tuple[Tensor, GriffinState]:
-        """What `forward` returns, of arguments that it has checked."""
         layout = Layout.of(doc_start, chunk_start, length, self.config.conv_width)
         states, branch = [], None
         for block, carried in zip(self.blocks, state, strict=True):

@@ -110,10 +110,10 @@ class Progress:
             self.began = (now, progress)
         done = progress - self.began[1]
         left = (now - self.began[0]) / done * (1 - progress) if done > 0 else 0.0
-        done, rest = f"step {step} {min(progress, 1.0):4.0%}", f"{clock(max(left, 0.0))} left"
+        place, rest = f"step {step} {min(progress, 1.0):4.0%}", f"{clock(max(left, 0.0))} left"
         if self.bar is not None:
             self.bar.update(
-                self.task, completed=min(progress, 1.0), note=f"{done} {rest} {describe(metrics)}"
+                self.task, completed=min(progress, 1.0), note=f"{place} {rest} {describe(metrics)}"
             )
         elif step % every == 0:
-            self.say(f"{self.stage}: {done} {describe(metrics)} {rest}")
+            self.say(f"{self.stage}: {place} {describe(metrics)} {rest}")

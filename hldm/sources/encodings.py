@@ -102,7 +102,8 @@ def read_text(name: str | Path, limit: int) -> bytes:
 
 
 def _whole_text(file: Any, name: str, limit: int) -> bytes:
-    if not file.seekable():  # a pipe gives a few bytes at a time; a character of UTF-32 is four of them
+    # a pipe gives a few bytes at a time; a character of UTF-32 is four of them
+    if not (isinstance(file, io.BufferedReader) and file.seekable()):
         file = io.BufferedReader(io.BytesIO(read_up_to(file, 4 * limit + HEAD_BYTES)))
     with damage_named(name):
         text = read_up_to(open_text(file, name), limit + 1)

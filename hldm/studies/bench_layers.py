@@ -19,8 +19,8 @@ from torch import Tensor
 from hldm.config import GriffinConfig
 from hldm.evaluation.tables import Table, cell
 from hldm.kernels.library import kernels, library, without_kernels
-from hldm.kernels.scan import BACKENDS, can_run, linear_scan_by
 from hldm.model.griffin import RGLRU, AttentionBlock, Layout
+from hldm.model.ops import linear_scan
 from hldm.runs.clock import in_turns
 
 BYTES_FORWARD, BYTES_BOTH = 12, 32  # that a scan must move, of float32, an element
@@ -82,16 +82,14 @@ def _with_and_without_kernels(work: Callable[[], Tensor], wanted: Sequence[Tenso
 
 
 def time_scan(shape: tuple[int, int, int], repeats: int) -> dict[str, Any]:
-    """Forward, and forward and backward, of every backend but the loop, beside sums of arrays of the same size."""
+    """Forward, and forward and backward, beside sums of arrays of the same size."""
     a, b = (torch.rand(shape, requires_grad=True) for _ in range(2))
     x, y, z = (torch.rand(shape) for _ in range(3))
-    scans: Works = {
-        name: (partial(lambda backend: linear_scan_by(backend, a, b)[0], name), [a, b])
-        for name in BACKENDS
-        if name != "loop" and can_run(name, a)
+    works: Works = {
+        "stream": (lambda: torch.add(x, y, out=z), ()),
+        "scan": (lambda: linear_scan(a, b)[0], [a, b]),
     }
-    works = {"stream": (lambda: torch.add(x, y, out=z), ()), **scans}
-    found = _figures(works, "chunked", repeats)
+    found = _figures(works, "stream", repeats)
     for way, size in zip(WAYS, (BYTES_FORWARD, BYTES_BOTH), strict=True):
         for name, figures in found[way].items():
             moved = x.numel() * (BYTES_FORWARD if name == "stream" else size)

@@ -145,7 +145,7 @@ def memory_of(trainer: Trainer) -> dict[str, int] | None:
 # Who an operator works for is the first of these that knows it or one of its callers; see group_of.
 _CALLERS = {
     "optimizer": r"Optimizer\.|aten::_foreach_|aten::_fused_adam",  # clipping and averaging, too
-    "recurrence": r"_ChunkedScan|OnePassScan|GatedScanFunction|CausalConvFunction",
+    "recurrence": r"ChunkedScan|OnePassScan|GatedScanFunction|CausalConvFunction",
     "attention": r"scaled_dot_product|ScaledDotProduct|aten::_softmax",
     "norm": r"RMSNormFunction|layer_norm|LayerNorm|rms_norm",
     "embedding": r"(?i:embedding)",

@@ -110,13 +110,11 @@ def gpt2_contestant(parameters: int, corpus: Corpus, device: torch.device) -> Co
 
 def gpt2_shape(parameters: int) -> tuple[int, int]:
     """Width and layers, which are its heads, too: 64 times as wide as deep, as GPT-2, then the width that fits best."""
-
-    def size(width: int, layers: int) -> int:
-        block = 12 * width * width + 13 * width  # products and biases of attention and MLP, two norms
-        return layers * block + (OUTPUTS + GPT2_POSITIONS + 2) * width
-
-    layers = min(range(1, 97), key=lambda n: abs(math.log(size(64 * n, n) / parameters)))
-    return min(range(layers, 256 * layers, layers), key=lambda w: abs(size(w, layers) - parameters)), layers
+    layers = max(1, round((parameters / (12 * 64**2)) ** (1 / 3)))
+    # a d^2 + b d: products and biases of attention and MLP and two norms in each layer; embeddings
+    a, b = 12 * layers, 13 * layers + OUTPUTS + GPT2_POSITIONS + 2
+    width = (math.sqrt(b * b + 4 * a * parameters) - b) / (2 * a)
+    return layers * round(width / layers), layers
 
 
 class GPT2Writer:

@@ -11,12 +11,14 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
 
 from hldm.config import ConfigError, TrainingConfig
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 # How `accelerate launch` tells its processes that weights or optimizer states are to be split over them.
 SHARDING = {
@@ -30,14 +32,8 @@ SHARDING = {
 RANK, SIZES = "LOCAL_RANK", ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 # Those that `Accelerator` reads, by their beginnings: named where it cannot be made.
 READ = (
-    "ACCELERATE_",
-    "FSDP_",
-    "PARALLELISM_CONFIG_",
-    "FORK_LAUNCHED",
-    "TORCH_DISTRIBUTED_DEBUG",
-    RANK,
-    "RANK",
-    *SIZES,
+    *("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_", "FORK_LAUNCHED", "TORCH_DISTRIBUTED_DEBUG"),
+    *(RANK, "RANK", *SIZES),
 )
 # What torch and its libraries read themselves: faster or slower products, or products rounded otherwise.
 ROUNDING = (
@@ -105,44 +101,24 @@ def naming_variables(environment: Mapping[str, str] = os.environ) -> Iterator[No
         ) from error
 
 
-def check_accelerator(accelerator: Accelerator, config: TrainingConfig, section: str) -> None:
+def check_training(config: TrainingConfig, section: str, environment: Mapping[str, str] = os.environ) -> None:
     """Raise ConfigError where accelerate would train otherwise than the config says.
 
     section: of the config, e.g. training.prior, for the message
     """
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", config.mixed_precision)
-    compiles = getattr(accelerator.state.dynamo_plugin, "backend", "NO")
-    found = [
-        ("ACCELERATE_MIXED_PRECISION", precision, config.mixed_precision, f"set {section}.mixed_precision"),
-        (
-            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
-            accelerator.gradient_accumulation_steps,
-            1,
-            f"set {section}.accumulation, which keeps the gradient whole",
-        ),
-        (
-            "ACCELERATE_TORCH_DEVICE",
-            accelerator.device.type,
-            "cuda" if torch.cuda.is_available() else "cpu",
-            "other devices lack float64 or operators used here",
-        ),
-        (
-            "ACCELERATE_FP8_BACKEND",
-            os.environ.get("ACCELERATE_FP8_BACKEND", "NO").upper(),
-            "NO",
-            "fp8 is not used",
-        ),
-        (
-            "ACCELERATE_DYNAMO_BACKEND",
-            str(getattr(compiles, "value", compiles)).upper(),
-            "NO",
-            "this trainer compiles nothing",
-        ),
-    ]
-    for name, asked, wanted, way_out in found:
-        if asked != wanted:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for name, has, way_out in (
+        ("MIXED_PRECISION", config.mixed_precision, f"set {section}.mixed_precision"),
+        ("GRADIENT_ACCUMULATION_STEPS", "1", f"set {section}.accumulation, which keeps the gradient whole"),
+        ("TORCH_DEVICE", device, "other devices lack float64 or operators used here"),
+        ("FP8_BACKEND", "NO", "fp8 is not used"),
+        ("DYNAMO_BACKEND", "NO", "this trainer compiles nothing"),
+    ):
+        name = f"ACCELERATE_{name}"
+        asked = environment.get(name, has)
+        if asked.lower().partition(":")[0] != has.lower():  # cuda:1 is cuda
             raise ConfigError(
-                f"accelerate was asked for {name}={asked}, but this run has {wanted}: "
+                f"accelerate was asked for {name}={asked}, but this run has {has}: "
                 f"{way_out}, and unset {name} or pass `accelerate launch` what the config says"
             )
 

@@ -13,17 +13,13 @@ from hldm.config import TrainingConfig
 from hldm.model.speed import fastest
 
 
-def warmed_up_cosine(progress: float, warmup: float, final: float) -> float:
-    """Share of the peak: linear over the first `warmup` of the progress in [0, 1], then a cosine down to `final`."""
-    if progress < warmup:
-        return progress / warmup
-    done = min(1.0, (progress - warmup) / (1 - warmup))
-    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * done))
-
-
 def learning_rate(config: TrainingConfig, progress: float) -> float:
-    """The schedule of a stage; progress in [0, 1]."""
-    return config.learning_rate * warmed_up_cosine(progress, config.warmup, config.final_learning_rate)
+    """Linear over the first `warmup` of the progress in [0, 1], then a cosine down to `final_learning_rate`."""
+    if progress < config.warmup:
+        return config.learning_rate * progress / config.warmup
+    done = min(1.0, (progress - config.warmup) / (1 - config.warmup))
+    final = config.final_learning_rate
+    return config.learning_rate * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
 def make_optimizers(model: nn.Module, config: TrainingConfig) -> list[torch.optim.Optimizer]:

@@ -10,15 +10,13 @@ import torch
 
 from hldm.chunking.segmenter import Segmenter
 from hldm.chunking.strategies import SEGMENTERS, sample_of
-from hldm.config import ChunkingConfig, ConfigError, changed
+from hldm.config import ChunkingConfig, ConfigError, TrainingConfig, changed
 from hldm.model.state import map_carry
 from hldm.runs.clock import clock_named
 from hldm.text.corpus import Corpus
-from hldm.training.optimizers import warmed_up_cosine
+from hldm.training.optimizers import learning_rate, make_optimizers
 
-WARMUP, FINAL_LEARNING_RATE = 0.05, 0.05  # shares of the progress and of the peak, as training.* by default
-LEAST = 0.05  # of the peak: the first step learns, too
-CLIP_NORM, WEIGHT_DECAY = 1.0, 0.01  # the same
+LEAST = 0.05  # of the peak learning rate: the first step learns, too
 EVERY = 100  # steps between lines of progress
 
 
@@ -43,9 +41,8 @@ def train_segmenter(
         torch.manual_seed(seed)
         model = SEGMENTERS[chunking.strategy].from_settings(chunking)
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.97), weight_decay=WEIGHT_DECAY
-    )
+    training = TrainingConfig(optimizer="adamw", learning_rate=settings.learning_rate)
+    (optimizer,) = make_optimizers(model, training)
     # each lane starts at its own place of the text, carries its state, and goes on at the beginning after the end
     size, t = len(corpus.text), settings.window_bytes
     first = np.arange(settings.lanes) * size // settings.lanes
@@ -61,9 +58,7 @@ def train_segmenter(
         place = (first[:, None] + step * t + np.arange(t)) % size
         text = torch.from_numpy(corpus.text[place].astype(np.int64))
         for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * max(
-                LEAST, warmed_up_cosine(progress, WARMUP, FINAL_LEARNING_RATE)
-            )
+            group["lr"] = max(LEAST * training.learning_rate, learning_rate(training, progress))
         loss, state = model.loss(text, torch.from_numpy(is_doc_start[place]), state, progress, generator)
         if not math.isfinite(float(loss.detach())):
             raise ConfigError(
@@ -72,7 +67,7 @@ def train_segmenter(
             )
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), training.clip_norm)
         optimizer.step()
         state = map_carry(lambda tensor: tensor.detach(), state)
         step += 1

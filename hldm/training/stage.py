@@ -32,7 +32,7 @@ from hldm.runs.signals import Stopped
 from hldm.settings import dotted
 from hldm.text.corpus import Corpus
 from hldm.text.windows import Windows
-from hldm.training.environment import check_accelerator, check_launch, naming_variables, rounding_variables
+from hldm.training.environment import check_launch, check_training, naming_variables, rounding_variables
 from hldm.training.objectives import AutoencoderObjective, PriorObjective
 from hldm.training.segmenters import train_segmenter
 from hldm.training.trainer import Trainer
@@ -184,8 +184,9 @@ def make_accelerator(
     Raises ConfigError where that environment asks for another training than the config's section.
     """
     check_launch()
+    check_training(config, section)
     with naming_variables():
-        accelerator = Accelerator(
+        return Accelerator(
             cpu=not torch.cuda.is_available(),  # other accelerators lack float64 or operators used here
             mixed_precision=config.mixed_precision,
             log_with=list(logging.trackers) or None,
@@ -196,8 +197,6 @@ def make_accelerator(
                 InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_s)),
             ],
         )
-    check_accelerator(accelerator, config, section)
-    return accelerator
 
 
 @contextmanager

@@ -16,17 +16,19 @@ from torch import nn
 
 from hldm.chunking.chunker import Chunker, make_chunker
 from hldm.chunking.strategies import attach_segmenter, chunker_of, read_segmenter
-from hldm.config import Config, ConfigError, changed, to_dict
-from hldm.generation.chunk import write_chunks
+from hldm.config import Config, ConfigError, to_dict
 from hldm.generation.pipeline import HLDMPipeline
-from hldm.generation.writer import row_generators, write_on
+from hldm.generation.writer import write_on
 from hldm.model.autoencoder import Autoencoder
+from hldm.model.diffusion import alpha_sigma
+from hldm.model.likelihood import read_chunks
 from hldm.model.mixture import MixturePredictor
 from hldm.model.prior import Prior
 from hldm.runs.files import fingerprint
 from hldm.runs.folder import check_settings, code_fingerprint, read_totals, require_same_text
 from hldm.runs.identity import MAY_CHANGE_ONCE_TRAINED, SHOWN, TEXT_SETTINGS, trained_by
 from hldm.sources.corpora import load_corpora
+from hldm.text.bytes import END_OF_CHUNK
 from hldm.text.corpus import Corpus
 from hldm.text.windows import window_of
 from hldm.training.objectives import AutoencoderObjective, PriorObjective
@@ -182,21 +184,13 @@ def _continue(autoencoder: Autoencoder, prior: Prior | None, prompt: bytes, conf
 
 @torch.no_grad()
 def _reconstruct(autoencoder: Autoencoder, text: bytes, config: Config) -> str:
-    """A sample of stage one: validation text, read into latents and written back from them."""
+    """A sample of stage one: validation text, and what the decoder finds likeliest, from latents without noise."""
     device = next(autoencoder.parameters()).device
     window = window_of([text], [chunker_of(autoencoder).chunk_start(text)], [True], device)
     encoding, _ = autoencoder.encode(window, autoencoder.encoder_state(1, device))
-    n = encoding.latents.shape[1]
-    # every chunk on its own, side by side, from its noise-free latent
-    alpha = torch.sigmoid(torch.tensor(-config.diffusion.gamma_0)).sqrt().to(device)
-    pieces = write_chunks(
-        autoencoder,
-        alpha * encoding.latents[0],
-        autoencoder.encoder_state(n, device),
-        autoencoder.decoder_state(n, device),
-        [True] * n,
-        changed(config.generation, decoder_temperature=0.0),
-        row_generators(config.seed, n),
-    ).pieces
-    written = b"".join(piece.text for piece in pieces)
+    alpha, _ = alpha_sigma(torch.tensor(config.diffusion.gamma_0, device=device))
+    decoder = autoencoder.decoder_state(1, device)
+    reading, _ = read_chunks(autoencoder, window, alpha * encoding.latents, decoder, encoding)
+    symbols = reading.logits.argmax(dim=-1)[reading.events.mask].tolist()
+    written = bytes(symbol for symbol in symbols if symbol < END_OF_CHUNK)
     return f"{text.decode(errors='replace')}\n{written.decode(errors='replace')}"

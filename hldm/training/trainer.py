@@ -43,6 +43,7 @@ from hldm.text.windows import Batch, Windows
 from hldm.training.environment import wrapped
 from hldm.training.optimizers import learning_rate, make_average, make_optimizers
 
+COUNTED = ("seconds", "characters", "prepared")  # of the totals, what a checkpoint carries
 CLIP_EPS = 1e-6  # what torch's clipping adds to the norm
 YOUNG = 0.1  # of the progress: before it a model may yet come alive
 MAX_SKIPPED_STEPS = 3  # non-finite steps in a row before a run gives up
@@ -79,7 +80,7 @@ class Trainer:
         """extras: JSON that every checkpoint carries, and that must be the same on resume;  spent: seconds before."""
         self.config, self.checkpoint, self.logging = config, checkpoint, logging
         self.run, self.seed, self.windows, self.accelerator = run, seed, windows, accelerator
-        self.extras = extras or {}
+        self.extras = {"seed": seed, **(extras or {})}
         ranks, parts = accelerator.num_processes, config.accumulation
         if windows.lanes % (ranks * parts):
             raise ConfigError(
@@ -127,13 +128,10 @@ class Trainer:
             if self.average is not None:
                 tensors["average"] = self.average.state_dict()
             state = {
-                "seconds": self.totals.seconds,
-                "characters": self.totals.characters,
-                "prepared": self.totals.prepared,
+                **{name: getattr(self.totals, name) for name in COUNTED},
                 "optimizers": groups,
                 "threads": torch.get_num_threads(),
                 "processes": self.accelerator.num_processes,
-                "seed": self.seed,
                 "gradient_norms": list(self.spikes.norms),
                 **self.extras,
             }
@@ -164,9 +162,7 @@ class Trainer:
             for name, tensor in named_tensors(self.carries[part]):
                 tensor.copy_(saved.tensors["carry"][name][first : first + self.rows])
         self.spikes.norms.extend(saved.state.get("gradient_norms", []))  # only what is said depends on it
-        self.totals = Totals(
-            saved.step, saved.state["seconds"], saved.state["characters"], saved.state.get("prepared", 0.0)
-        )
+        self.totals = Totals(saved.step, **{name: saved.state.get(name, 0) for name in COUNTED})
         return True
 
     def _check(self, saved: Checkpoint, states: list[dict[str, Any]], say: Callable[[str], None]) -> None:
@@ -177,8 +173,6 @@ class Trainer:
                     f"{saved.path} was trained with {key} {saved.state.get(key)}, this run has {value}: "
                     "resume with what it was trained with, or choose another --name"
                 )
-        if saved.state["seed"] != self.seed:
-            raise ConfigError(f"{saved.path} was trained with seed {saved.state['seed']}, got {self.seed}")
         groups = [
             [[len(group["params"]) for group in state["param_groups"]] for state in some]
             for some in (states, [optimizer.state_dict() for optimizer in self.optimizers])

@@ -19,8 +19,8 @@ from hldm.config import (
 )
 from hldm.generation.pipeline import HLDMPipeline, read_pipeline
 from hldm.generation.writer import (
+    Continuation,
     LatentWriter,
-    _Budget,
     _prompt_windows,
     make_writer,
     next_context,
@@ -220,9 +220,9 @@ def test_the_twin_writes_what_it_scores():
 def test_a_budget_of_characters_never_splits_one_however_they_come(size):
     text = "añ👑b".encode()
     for characters, wanted in enumerate(["", "a", "añ", "añ👑", "añ👑b"]):
-        budget = _Budget(characters)
-        taken = [budget.take(text[at : at + size]) for at in range(0, len(text), size)]
-        assert b"".join(taken).decode() == wanted
+        row = Continuation(b"", left=characters)
+        taken = [row.add(text[at : at + size]) for at in range(0, len(text), size)]
+        assert b"".join(taken) == row.text and row.text.decode() == wanted
 
 
 @pytest.mark.parametrize("latent_dim", [0, 4])

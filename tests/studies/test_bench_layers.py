@@ -23,7 +23,7 @@ def test_every_part_is_measured_with_and_without_kernels(tmp_path, capsys):
     told = capsys.readouterr().out
     found = json.loads(target.read_text())
     for part, against in (
-        ("scan", "chunked"),
+        ("scan", "stream"),
         ("RG-LRU", "transformers"),
         ("attention", "dense"),
     ):
@@ -34,7 +34,7 @@ def test_every_part_is_measured_with_and_without_kernels(tmp_path, capsys):
                 assert all(0 < f["ms_least"] <= f["ms_median"] for f in figures.values())
     with without_kernels():
         plain = bench_layers.time_scan((2, 40, 16), repeats=1)
-    assert list(plain["forward"]) == ["stream", "chunked"]
+    assert list(plain["forward"]) == ["stream", "scan"]
 
 
 def test_config_and_layers_exclude_each_other(capsys):
