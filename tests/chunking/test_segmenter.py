@@ -148,7 +148,7 @@ def test_a_document_knows_nothing_of_the_one_before_from_its_second_byte_on(stra
     segmenter.calibrate([np.concatenate(documents)])
     chunker = segmenter.chunker(1, 12)
     alone = np.concatenate([chunker.chunk_start(document) for document in documents])
-    found = ChunkStream(chunker).push(np.concatenate(documents).tobytes(), range(0, 600, 6))
+    found = ChunkStream(chunker).push([(document.tobytes(), True) for document in documents])
     assert 110 < found.sum() < 500
     assert np.flatnonzero(found != alone).tolist() == []
 

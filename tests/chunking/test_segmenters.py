@@ -82,7 +82,7 @@ def test_a_byte_at_a_time_gives_the_chunks_of_the_whole_and_later_bytes_none_oth
     chunker = untrained(strategy).chunker(*limit)
     whole = chunker.chunk_start(text).tolist()
     stream = ChunkStream(chunker)
-    assert [bool(stream.push(text[t : t + 1], [] if t else [0])[0]) for t in range(len(text))] == whole
+    assert [bool(stream.push([(text[t : t + 1], t == 0)])[0]) for t in range(len(text))] == whole
     assert chunker.chunk_start(text + more)[: len(text)].tolist() == whole
 
 
