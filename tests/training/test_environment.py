@@ -170,6 +170,13 @@ def test_what_has_no_effect_changes_no_weight(usual, tmp_path):
     assert train(launched, overrides, **LAUNCH) == expected
 
 
+def test_a_tracker_that_is_not_installed_is_refused(fresh_accelerate, tmp_path):
+    with pytest.raises(ConfigError, match="trackers names swanlab"):
+        make_accelerator(TrainingConfig(), LoggingConfig(trackers=("swanlab",)), str(tmp_path))
+    made = make_accelerator(TrainingConfig(), LoggingConfig(trackers=("tensorboard",)), str(tmp_path))
+    assert len(made.log_with) == 1
+
+
 def test_mixed_precision_of_launch_and_config_may_agree(fresh_accelerate, monkeypatch, tmp_path):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     made = make_accelerator(TrainingConfig(mixed_precision="bf16"), LoggingConfig(), str(tmp_path))
