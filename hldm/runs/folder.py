@@ -192,8 +192,11 @@ def open_run(
 
 
 def read_totals(folder: Path) -> Totals:
-    """What a stage cost, from its totals.json."""
-    return Totals(**json.loads((folder / "totals.json").read_text(encoding="utf-8")))
+    """What a stage cost, from its totals.json. Raises ConfigError for one that was saved untrained."""
+    totals = Totals(**json.loads((folder / "totals.json").read_text(encoding="utf-8")))
+    if totals.steps < 1:
+        raise ConfigError(f"{folder} was saved without a step of training: remove it, and train it anew")
+    return totals
 
 
 def write_totals(folder: Path, totals: Totals) -> None:
@@ -250,6 +253,7 @@ def export_run(folder: Path, target: Path) -> None:
         shutil.copytree(folder / "pipeline", fresh / "pipeline")
         for stage in folder.iterdir():
             if (stage / "totals.json").is_file():
+                read_totals(stage)
                 (fresh / stage.name).mkdir()
                 for name in ("config.yaml", "environment.json", "totals.json"):
                     shutil.copyfile(stage / name, fresh / stage.name / name)

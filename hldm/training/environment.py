@@ -90,7 +90,9 @@ def check_launch(environment: Mapping[str, str] = os.environ) -> None:
 def naming_variables(environment: Mapping[str, str] = os.environ) -> Iterator[None]:
     """Within: whatever accelerate says of its environment becomes one line that names the variables it read."""
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`log_with=")  # refused by the caller
+            yield
     except (ImportError, AssertionError, LookupError, TypeError, ValueError, RuntimeError) as error:
         found = [f"{name}={environment[name]}" for name in sorted(environment) if name.startswith(READ)]
         if isinstance(error, ConfigError) or not found:

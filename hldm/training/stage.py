@@ -184,7 +184,7 @@ def make_accelerator(
     check_launch()
     check_training(config, section)
     with naming_variables():
-        return Accelerator(
+        accelerator = Accelerator(
             cpu=not torch.cuda.is_available(),  # other accelerators lack float64 or operators used here
             mixed_precision=config.mixed_precision,
             log_with=list(logging.trackers) or None,
@@ -195,6 +195,10 @@ def make_accelerator(
                 InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_s)),
             ],
         )
+    there = {getattr(tracker, "value", tracker) for tracker in accelerator.log_with}
+    if missing := sorted(set(logging.trackers) - there - {"all"}):
+        raise ConfigError(f"logging.trackers names {missing[0]}, which is not installed: install it or leave it out")
+    return accelerator
 
 
 @contextmanager

@@ -97,7 +97,16 @@ REFUSED: dict[str, Callable[[str], bytes]] = {
 
 
 def torture(trial: Trial) -> None:
+    before = Path.cwd()
     os.chdir(trial.folder)  # sockets take short names alone
+    try:
+        read_all(trial)
+    finally:
+        os.chdir(before)
+
+
+def read_all(trial: Trial) -> None:
+    """Folders with what is left beside a text, then files of every encoding."""
     home = trial.folder / "plain"
     home.mkdir()
     (home / "a.txt").write_text(TEXT)

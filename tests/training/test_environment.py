@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -14,10 +16,11 @@ from hldm.cli import main
 from hldm.config import ConfigError, LoggingConfig, TrainingConfig, changed
 from hldm.evaluation.evaluate import evaluate_run
 from hldm.runs.files import fingerprint
+from hldm.runs.folder import export_run
 from hldm.sources.notes import TextNote, note
 from hldm.training.environment import SHARDING, SIZES, check_launch, rounding_variables
 from hldm.training.stage import make_accelerator
-from hldm.training.stages import train_autoencoder, train_diffusion
+from hldm.training.stages import train_autoencoder, train_diffusion, train_run
 
 # What `accelerate launch` sets for a launch that asks for nothing special.
 LAUNCH = {
@@ -167,6 +170,13 @@ def test_what_has_no_effect_changes_no_weight(usual, tmp_path):
     assert train(launched, overrides, **LAUNCH) == expected
 
 
+def test_a_tracker_that_is_not_installed_is_refused(fresh_accelerate, tmp_path):
+    with pytest.raises(ConfigError, match="trackers names swanlab"):
+        make_accelerator(TrainingConfig(), LoggingConfig(trackers=("swanlab",)), str(tmp_path))
+    made = make_accelerator(TrainingConfig(), LoggingConfig(trackers=("tensorboard",)), str(tmp_path))
+    assert len(made.log_with) == 1
+
+
 def test_mixed_precision_of_launch_and_config_may_agree(fresh_accelerate, monkeypatch, tmp_path):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     made = make_accelerator(TrainingConfig(mixed_precision="bf16"), LoggingConfig(), str(tmp_path))
@@ -231,3 +241,18 @@ def test_a_run_without_a_step_is_refused(small_config, tmp_path):
     with pytest.raises(ConfigError, match="no step was taken"):
         train_autoencoder(config, root=tmp_path)
     assert not (tmp_path / "small" / "autoencoder" / "totals.json").exists()
+
+
+def test_a_run_saved_without_a_step_is_not_reused_measured_or_exported(small_config, trained_run, tmp_path):
+    run = tmp_path / "small"
+    shutil.copytree(trained_run, run)
+    totals = run / "prior/totals.json"
+    totals.write_text(json.dumps(json.loads(totals.read_text()) | {"steps": 0}))
+    for use in (
+        lambda: train_run(small_config, root=tmp_path),
+        lambda: evaluate_run(run, prompts=0),
+        lambda: export_run(run, tmp_path / "copy"),
+    ):
+        with pytest.raises(ConfigError, match="prior was saved without a step"):
+            use()
+    assert not (tmp_path / "copy").exists()
