@@ -44,7 +44,7 @@ def test_two_thousand_random_inputs_are_read_or_refused():
     [
         (b"seed: !!python/object/apply:os.system ['true']", ":1:7: anchors, aliases and tags"),
         (b"a: &a [x, x]\nb: [*a, *a]", ":1:4: anchors"),
-        (b"data: " + b"[" * 5000, ":1:57: nested deeper"),
+        (b"data: " + b"[" * 5000, ":1:8: expected a single value"),
         (b"{a: " * 5000, "nested deeper"),
         (b"seed: 1\nseed: 2", ":2:1: duplicate key"),
         (b"sede: 1", ":1:7: unknown key 'sede'"),

@@ -71,9 +71,8 @@ def _patterns() -> tuple[Any, ...]:
     import regex
 
     scripts = "".join(map(r"\p{{{}}}".format, _UNSPACED))
-    unspaced = (
-        rf"(?=[{scripts}\p{{scx=Hiragana}}])\p{{L}}"  # scx: marks of length and repetition, which kana share
-    )
+    # scx: marks of length and repetition, which kana share
+    unspaced = rf"(?=[{scripts}\p{{scx=Hiragana}}])\p{{L}}"
     mark = r"[\p{M}\u200c\u200d]"  # and joiners
     one, other = f"(?:{unspaced}{mark}*)", f"(?!{unspaced})"
     return (

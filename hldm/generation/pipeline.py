@@ -55,9 +55,7 @@ class HLDMPipeline(DiffusionPipeline):
     ):
         """defaults: generation settings, used where a call names none."""
         super().__init__()
-        self.segmenter: Segmenter | None = (
-            None  # what cuts prompts, if that takes a model: see `with_segmenter`
-        )
+        self.segmenter: Segmenter | None = None  # what cuts prompts, if that takes one: see `with_segmenter`
         if prior is not None and prior.config["autoencoder"] != fingerprint(autoencoder.state_dict()):
             raise ValueError(
                 "this prior was trained on another autoencoder's latents: "
@@ -136,13 +134,8 @@ class HLDMPipeline(DiffusionPipeline):
             self.autoencoder, self.prior, texts_so_far, num_return_sequences, max_characters
         )
         rows = [text for text in texts_so_far for _ in range(num_return_sequences)]
-        given: dict[str, Any] = {
-            "steps": num_inference_steps,
-            "guidance": guidance_scale,
-            "temperature": temperature,
-            "decoder_temperature": decoder_temperature,
-            "top_p": top_p,
-        }
+        given = dict(steps=num_inference_steps, guidance=guidance_scale, temperature=temperature)
+        given |= dict(decoder_temperature=decoder_temperature, top_p=top_p)
         if generator is not None:
             seed = int(torch.randint(2**31, (), generator=generator))
         settings = changed(self.settings, **{k: v for k, v in given.items() if v is not None})

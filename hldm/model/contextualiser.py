@@ -24,6 +24,7 @@ from hldm.model.hierarchy import (
     visible,
     walk,
 )
+from hldm.model.ops import take_rows
 from hldm.model.state import ContextState
 
 
@@ -39,7 +40,7 @@ class Context(NamedTuple):
 
     def of(self, chunk: Tensor) -> Context:
         """The context of some chunks only. chunk: (b k) positions in the window."""
-        return self._by_chunk(lambda x: x.gather(1, chunk[..., None].expand(-1, -1, x.shape[2])))
+        return self._by_chunk(lambda x: take_rows(x, chunk))
 
     def first(self, chunks: int) -> Context:
         """The context of the first chunks of the window."""

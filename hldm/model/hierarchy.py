@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hldm.config import HierarchyConfig
+from hldm.model.ops import take_rows
 
 
 class Entries(NamedTuple):
@@ -100,27 +101,23 @@ def summaries(
     """
     b, n, z = latents.shape
     total = torch.cat([latents.new_zeros(b, 1, z), (latents * mask[..., None]).cumsum(dim=1)], dim=1)
-    index = torch.arange(n, device=latents.device).expand(b, n)
     count = mask.sum(dim=1)
 
     def since(first: Tensor, last: Tensor, level: int) -> Tensor:
         """Sum of latents first .. last-1; before the window lies the carried partial sum."""
-        gather = lambda at: total.gather(1, at.clamp(min=0)[..., None].expand(-1, -1, z))  # noqa: E731
         carried = (first < 0)[..., None] * partial[:, None, level - 1]
-        return gather(last) - gather(first) + carried
+        return take_rows(total, last.clamp(min=0)) - take_rows(total, first.clamp(min=0)) + carried
 
     means, levels, ends, documents, left_open = [], [], [], [], []
     for level in range(1, config.levels + 1):
         size = config.ratio**level
         completes = mask & ((steps.position[:, :n] + 1) % size == 0)
         slots = n // size + 1  # at most one block completes every `size` chunks
-        order = (~completes).to(torch.int8).argsort(dim=1, stable=True)[:, :slots]
-        at = index.gather(1, order)
-        real = completes.gather(1, order)
+        at = (~completes).to(torch.int8).argsort(dim=1, stable=True)[:, :slots]
         means.append(since(at + 1 - size, at + 1, level) / size)
         levels.append(torch.full_like(at, level))
-        ends.append(steps.position.gather(1, order) + 1)
-        documents.append(torch.where(real, steps.document.gather(1, order), -1))
+        ends.append(steps.position.gather(1, at) + 1)
+        documents.append(torch.where(completes.gather(1, at), steps.document.gather(1, at), -1))
         open_length = steps.written % size
         left_open.append(since((count - open_length)[:, None], count[:, None], level)[:, 0])
     if not means:

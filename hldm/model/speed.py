@@ -58,7 +58,7 @@ def _fill() -> bool:
     spec = find_spec("hldm.kernels")
     if (
         spec is None or spec.origin is None
-    ):  # None: a folder without the package, such as a left-over __pycache__
+    ):  # None: a folder without the package, as of a left-over __pycache__
         return False
     _FORMS.update(import_module("hldm.kernels.forms").FORMS)  # an error in there is not hidden
     return True

@@ -32,9 +32,7 @@ from hldm.sources.notes import note, one_line
 from hldm.sources.rows import good_rows, read_jsonl, read_parquet
 from hldm.text.corpus import SPLITS, Corpus, Split, make_corpus
 
-ENOUGH_STEPS = (
-    10  # optimizer steps that training text must hold; with less, a model learns it by heart at once
-)
+ENOUGH_STEPS = 10  # optimizer steps that training text must hold: less is learnt by heart at once
 
 
 def load_corpus(config: DataConfig, split: Split) -> Corpus:

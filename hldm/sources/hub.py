@@ -22,13 +22,8 @@ from hldm.sources.rows import text_of
 
 HUB_TIMEOUT_S = 4.0
 _OTHER_WAYS = "set data.path to files you have, or leave both empty for the built-in corpus"
-_FILE_VARIABLES = (
-    "file",
-    "filepath",
-    "file_path",
-    "filename",
-    "original_file",
-)  # as builders of datasets name it
+# as builders of datasets name it
+_FILE_VARIABLES = ("file", "filepath", "file_path", "filename", "original_file")
 
 
 def read_dataset(config: DataConfig) -> Iterator[bytes | ValueError]:

@@ -25,12 +25,8 @@ from hldm.runs.clock import in_turns
 
 BYTES_FORWARD, BYTES_BOTH = 12, 32  # that a scan must move, of float32, an element
 WARM_UP = 2
-SCANS = (
-    (1, 1024, 128),
-    (16, 256, 128),
-    (16, 1024, 256),
-    (16, 1024, 512),
-)  # (b t d); the last two beyond most caches
+# (b t d); the last two beyond most caches
+SCANS = ((1, 1024, 128), (16, 256, 128), (16, 1024, 256), (16, 1024, 512))
 LAYERS = ((1, 1024, 128), (16, 256, 128))
 ATTENTION = ((1, 1024, 128), (16, 256, 128))
 WAYS = ("forward", "forward and backward")

@@ -28,9 +28,7 @@ STRATEGIES = (*get_args(Strategy), "strided")
 TARGETS = (6, 12)  # bytes a latent
 FITTED_BYTES = 200_000  # of training text, on which the limits of strategies without a threshold are set
 CORRUPTED_BYTES = 30_000  # of test text whose bound is taken once clean and once for each corruption
-GATE_MINUTES = (
-    0.25  # of teaching gates; kinds of chunks: 15.1 % then, 15.0 % after 0.5 minutes, 20.0 % after 0.12
-)
+GATE_MINUTES = 0.25  # of teaching gates; kinds of chunks: 15.1 % then, 15.0 % after 0.5, 20.0 % after 0.12
 PROMPTS = 16  # written on from, for speed and for the agreement of what is written
 COLUMNS: Mapping[str, tuple[str, str]] = {  # of the table: key and format
     "chunker": ("name", ""),

@@ -43,13 +43,8 @@ COLUMNS: Mapping[str, tuple[str, str]] = {  # of the table: key and format
     "characters a chunk": ("characters_per_chunk", ".1f"),
     "parameters": ("parameters", ",.0f"),
 }
-BITS = (
-    "bound",
-    "standard_error",
-    "standard_error_text",
-    "latent",
-    "decoder",
-)  # of an evaluation, that are kept
+# of an evaluation, that are kept
+BITS = ("bound", "standard_error", "standard_error_text", "latent", "decoder")
 # Spent outside this repository on the test books of the built-in text, whole, by programs that were given its training
 # text; COMPRESSED: its fingerprint.
 COMPRESSORS = {"zpaq -m5": 1.306, "PPMd, order 8": 1.375}

@@ -57,7 +57,6 @@ class Stage:
         self,
         objective: AutoencoderObjective | PriorObjective,
         windows: Windows,
-        parts: dict[str, nn.Module],
         on_sample: Callable[[nn.Module], str],
         bound_to: dict[str, str] | None = None,
     ) -> Totals:
@@ -82,9 +81,8 @@ class Stage:
             trainer.restore(self.say)
             self.run.rewind(trainer.totals.steps or -1)
             self.say(f"resuming {self.run.folder} at step {trainer.totals.steps}")
-        sizes = ", ".join(
-            f"{name} {sum(p.numel() for p in part.parameters()):,}" for name, part in parts.items()
-        )
+        trained = [(name, part) for name, part in objective.named_children() if part.training]
+        sizes = ", ".join(f"{name} {sum(p.numel() for p in part.parameters()):,}" for name, part in trained)
         minutes, steps = self.training.minutes, self.training.steps
         self.say(
             f"{self.run.folder}: {f'{minutes:g} minutes' if minutes else f'{steps} steps'}, "

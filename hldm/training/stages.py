@@ -9,10 +9,11 @@ runs/<name>/pipeline/     both, as a diffusers pipeline
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
 
 from hldm.chunking.chunker import Chunker, make_chunker
 from hldm.chunking.strategies import attach_segmenter, chunker_of, read_segmenter
@@ -55,17 +56,10 @@ def train_autoencoder(config: Config, *, resume: bool = False, root: Path = Path
             attach_segmenter(autoencoder, segmenter)
         if stage.training.gradient_checkpointing:
             autoencoder.enable_gradient_checkpointing()
-        parts: dict[str, nn.Module] = {"autoencoder": autoencoder}
         objective = AutoencoderObjective(autoencoder, config.autoencoder, config.diffusion.gamma_0)
-
-        def on_sample(model: nn.Module) -> str:
-            assert isinstance(model, AutoencoderObjective)
-            if config.is_twin:
-                return _continue(model.autoencoder, None, sample_text, config)
-            return _reconstruct(model.autoencoder, sample_text, config)
-
+        on_sample = partial(_sample, text=sample_text, config=config)
         bound_to = {} if segmenter is None else {"segmenter": autoencoder.config["segmenter"]}
-        totals = stage.fit(objective, windows, parts, on_sample, bound_to)
+        totals = stage.fit(objective, windows, on_sample, bound_to)
         stage.export(autoencoder, stage.run.folder / "model")
         if objective.mixture is not None:
             stage.export(objective.mixture, stage.run.folder / "rate")
@@ -94,12 +88,8 @@ def train_diffusion(config: Config, *, resume: bool = False, root: Path = Path("
         windows = stage.windows(corpora["train"], segmenter)
         prior = _first_prior(folder, config)
         objective = PriorObjective(prior, autoencoder)
-
-        def on_sample(model: nn.Module) -> str:
-            assert isinstance(model, PriorObjective)
-            return _continue(model.autoencoder, model.prior, sample_text, config)
-
-        totals = stage.fit(objective, windows, {"prior": prior}, on_sample, {"autoencoder": binding})
+        on_sample = partial(_sample, text=sample_text, config=config)
+        totals = stage.fit(objective, windows, on_sample, {"autoencoder": binding})
         prior.register_to_config(autoencoder=binding)
         stage.export(prior, stage.run.folder / "model")
         pipeline = HLDMPipeline.assemble(autoencoder, prior, config.generation).with_segmenter(segmenter)
@@ -175,16 +165,18 @@ def _first_prior(folder: Path, config: Config) -> Prior:
     return prior
 
 
-def _continue(autoencoder: Autoencoder, prior: Prior | None, prompt: bytes, config: Config) -> str:
-    """A sample: the prompt and what the model makes of it."""
-    parts = autoencoder, prior, [prompt], config.generation
-    *_, (rows, _, _) = write_on(*parts, max_characters=200, seed=config.seed)
-    return f"{prompt.decode(errors='replace')} | {rows[0].text.decode(errors='replace')}"
-
-
 @torch.no_grad()
-def _reconstruct(autoencoder: Autoencoder, text: bytes, config: Config) -> str:
-    """A sample of stage one: validation text, and what the decoder finds likeliest, from latents without noise."""
+def _sample(objective: Any, text: bytes, config: Config) -> str:
+    """What a stage in training makes of validation text.
+
+    Stage one says what its decoder finds likeliest, from latents without noise; the others write on.
+    """
+    autoencoder, prior = objective.autoencoder, getattr(objective, "prior", None)
+    shown = text.decode(errors="replace")
+    if prior is not None or config.is_twin:
+        parts = autoencoder, prior, [text], config.generation
+        *_, (rows, _, _) = write_on(*parts, max_characters=200, seed=config.seed)
+        return f"{shown} | {rows[0].text.decode(errors='replace')}"
     device = next(autoencoder.parameters()).device
     window = window_of([text], [chunker_of(autoencoder).chunk_start(text)], [True], device)
     encoding, _ = autoencoder.encode(window, autoencoder.encoder_state(1, device))
@@ -193,4 +185,4 @@ def _reconstruct(autoencoder: Autoencoder, text: bytes, config: Config) -> str:
     reading, _ = read_chunks(autoencoder, window, alpha * encoding.latents, decoder, encoding)
     symbols = reading.logits.argmax(dim=-1)[reading.events.mask].tolist()
     written = bytes(symbol for symbol in symbols if symbol < END_OF_CHUNK)
-    return f"{text.decode(errors='replace')}\n{written.decode(errors='replace')}"
+    return f"{shown}\n{written.decode(errors='replace')}"

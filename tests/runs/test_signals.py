@@ -304,7 +304,7 @@ def test_a_signal_in_a_phase_of_training_loses_no_step(
 
 @pytest.mark.parametrize(("every", "step"), [(4, 4), (0, 12)])
 def test_a_signal_ends_a_sample_and_saves(every, step, train, monkeypatch):
-    monkeypatch.setattr(stages, "_reconstruct", endlessly)
+    monkeypatch.setattr(stages, "_sample", endlessly)
     code, error = train(f"logging.sample_every={every}")
     assert code == 143 and error.count("\n") == 1 and f"step-{step:09d}" in error
     assert newest_checkpoint(Path("runs/small/autoencoder")).step == step
