@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hldm.training.stages  # noqa: F401 - here, not in every child
 from tests.conftest import ROOT
 from tests.torture import children, small
 from tests.torture.trial import Trial
@@ -68,6 +69,7 @@ READ_EARLY = (
     ),
 )
 STAGE = "autoencoder"
+FEW = (small.UNSAVED, f"training.{STAGE}.steps=3")
 BARE = ("ACCELERATE_", "MASTER_", "PMI_", "OMPI_", "SLURM_")  # of none of these is there one to begin with
 
 
@@ -75,19 +77,19 @@ def torture(trial: Trial) -> None:
     for name in [name for name in os.environ if name.startswith(BARE)]:
         del os.environ[name]
     text = small.write_text(trial.folder)
-    straight = small.train_straight(trial.folder / "straight", text, (STAGE,))
+    straight = small.train_straight(trial.folder / "straight", text, (STAGE,), *FEW)
     weights = small.outcome(straight, STAGE)["exported"]
     late = trial.sample([(name, value) for name in READ_LATE for value in VALUES])
     ends: dict[str, int] = {}
     for number, (name, value) in enumerate(late):
         folder, log = trial.folder / f"late-{number}", trial.folder / f"late-{number}.log"
         small.start_folder(folder, STAGE)
-        work = small.train(folder, text, STAGE, small.UNSAVED)
+        work = small.train(folder, text, STAGE, *FEW)
         code = children.wait(children.fork(work, log, {name: value}), 120)
         check(trial, name, value, code, log.read_text(errors="replace"), folder, weights, ends)
     for number, (name, value) in enumerate(trial.sample(READ_EARLY)):
         folder = small.start_folder(trial.folder / f"early-{number}", STAGE)
-        command = [sys.executable, str(small.SCRIPTS[STAGE]), *small.arguments(text, STAGE, small.UNSAVED)]
+        command = [sys.executable, str(small.SCRIPTS[STAGE]), *small.arguments(text, STAGE, *FEW)]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), name: value}
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, timeout=600)
         said = (done.stdout + done.stderr).replace(b"\0", b"").decode(errors="replace")

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hldm.training.stages  # noqa: F401 - here, not in every child
 from hldm import cli
 from hldm.config import ConfigError, load_config, to_dict
 from hldm.settings import dotted
