@@ -197,7 +197,9 @@ def make_accelerator(
         )
     there = {getattr(tracker, "value", tracker) for tracker in accelerator.log_with}
     if missing := sorted(set(logging.trackers) - there - {"all"}):
-        raise ConfigError(f"logging.trackers names {missing[0]}, which is not installed: install it or leave it out")
+        raise ConfigError(
+            f"logging.trackers names {missing[0]}, which is not installed: install it or leave it out"
+        )
     return accelerator
 
 
