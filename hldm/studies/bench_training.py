@@ -184,7 +184,7 @@ def group_of(names: Sequence[str]) -> str:
             return group
     if own == STEP:
         return "between operators"
-    if own.startswith("GeluGateFunction"):
+    if "GeluGateFunction" in own:  # or its backward
         return "elementwise"
     if not own.startswith("aten::") or _VIEW.fullmatch(own):
         return "other"

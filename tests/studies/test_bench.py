@@ -207,6 +207,7 @@ def test_a_profile_counts_the_products_of_a_step_exactly():
         ("aten::layer_norm aten::native_layer_norm", "norm"),
         ("aten::embedding aten::index_select", "embedding"),
         ("aten::gelu", "elementwise"),
+        ("autograd::engine::evaluate_function: GeluGateFunctionBackward", "elementwise"),
         ("GeluGateFunction", "elementwise"),
         ("aten::contiguous aten::clone aten::copy_", "copies"),
         ("RMSNormFunction", "norm"),
