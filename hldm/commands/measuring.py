@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from typer import Option
 
 from hldm.commands import options
-from hldm.config import ConfigError, load_config
+from hldm.config import load_config
 from hldm.evaluation.tables import compare, show
 from hldm.runs.folder import shipped_run
 from hldm.runs.reports import check_picture_path, check_report_path, save_report
@@ -170,8 +170,7 @@ def judge(
 
 def bench(
     *,
-    config: Annotated[Path | None, Option(metavar="FILE", help="e.g. configs/tiny.yaml")] = None,
-    layers: Annotated[bool, Option("--layers", help="scan, RG-LRU and attention instead")] = False,
+    config: Annotated[Path, Option(metavar="FILE", help="e.g. configs/tiny.yaml")],
     twin: Annotated[Path | None, Option(metavar="FILE", help="default: CONFIG-twin.yaml beside it")] = None,
     only: Annotated[Halves | None, Option(help="one half")] = None,
     long: Annotated[bool, Option("--long", help="write after 10^5 and 10^6 bytes, too: minutes")] = False,
@@ -182,17 +181,12 @@ def bench(
 
     Several processes: accelerate launch ... -m hldm bench --only training ...
     """
-    if layers == (config is not None):
-        raise ConfigError("pass --config FILE, or --layers without it")
     if json is not None:
-        check_report_path(json, "RG-LRU" if layers else "bytes_per_step")
-    from hldm.studies import bench, bench_layers
+        check_report_path(json, "bytes_per_step")
+    from hldm.studies import bench
 
-    if config is None:
-        found = bench_layers.measure(repeats=steps)
-    else:
-        other = twin or config.with_name(f"{config.stem}-twin{config.suffix}")
-        found = bench.measure(load_config(config), load_config(other), steps=steps, only=only, long=long)
+    other = twin or config.with_name(f"{config.stem}-twin{config.suffix}")
+    found = bench.measure(load_config(config), load_config(other), steps=steps, only=only, long=long)
     if is_first_rank():
-        show(*(bench_layers if layers else bench).report(found))
+        show(*bench.report(found))
         _save(json, lambda path: save_report(path, found))
