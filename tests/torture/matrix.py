@@ -195,7 +195,7 @@ def two_one_two(trial: Trial, text: Path, trained: Path, epoch: int) -> list[str
     train_ranks(mixed, text, one, *NO_DROPOUT, resume=True, kill_at=(epoch + 5, 0))
     wrong += finish(mixed, text, two, *NO_DROPOUT, resume=True)
     losses = [
-        np.array([[line["decoder"], line["latent"]] for line in small.metrics(folder, "autoencoder")])
+        np.array([[line["decoder"], line["latent"]] for line in small.metrics(folder, "autoencoder", False)])
         for folder in (straight, mixed)
     ]
     if losses[0].shape != losses[1].shape:

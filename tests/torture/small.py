@@ -58,10 +58,10 @@ def start_folder(folder: Path, stage: str, straight: Path | None = None) -> Path
     folder.mkdir(parents=True)
     if stage == "prior":
         assert straight is not None
+        source, target = (stage_folder(root, "autoencoder") for root in (straight, folder))
         for part in ("model", "rate"):
-            shutil.copytree(
-                stage_folder(straight, "autoencoder") / part, stage_folder(folder, "autoencoder") / part
-            )
+            shutil.copytree(source / part, target / part)
+        shutil.copyfile(source / "config.yaml", target / "config.yaml")
     return folder
 
 
@@ -101,11 +101,12 @@ def differences(folder: Path, other: Path, stage: str) -> list[str]:
     return wrong
 
 
-def metrics(folder: Path, stage: str) -> list[dict[str, float]]:
-    """The whole lines of metrics.jsonl."""
+def metrics(folder: Path, stage: str, events: bool = True) -> list[dict[str, float]]:
+    """The whole lines of metrics.jsonl, with those of events or without."""
     path = stage_folder(folder, stage) / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith(b"\n")]
+    found = [json.loads(line) for line in lines if line.endswith(b"\n")]
+    return [line for line in found if events or "event" not in line]
 
 
 def newest_step(folder: Path, stage: str, wrong: list[str]) -> int:
