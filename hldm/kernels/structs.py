@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hldm.kernels.library import SOURCES, kernels
+from hldm.kernels.library import SOURCES, library
 
 _KINDS: dict[str, Any] = {"int64_t": ctypes.c_int64, "double": ctypes.c_double}
 
@@ -69,7 +69,7 @@ def struct(source: str, name: str) -> Any:
 
 def run(kernel: str, call: Any) -> None:
     """A kernel with as many threads as torch has; call: the struct that it takes."""
-    compiled = kernels().library
+    compiled = library()
     assert compiled is not None
     call.threads = torch.get_num_threads()
     getattr(compiled, kernel)(ctypes.byref(call))
