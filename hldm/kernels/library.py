@@ -54,9 +54,7 @@ def kernels() -> Kernels:
     try:
         path = build(cache_folder())
         found = Kernels(ctypes.CDLL(str(path)), f"{path}")
-    except (
-        Exception
-    ) as error:  # no home, no compiler, words that are no text: torch does the same, only slower
+    except Exception as error:  # no home, no compiler, words that are no text: torch does the same, slower
         found = Kernels(None, f"none, torch does the same ({_in_one_line(error)})")
     logger.debug("C++ kernels: %s", found.told)
     return found

@@ -2,7 +2,6 @@
 // every row has ended. A row that has ended leaves the groups, and its state stays as it is. Then the chunks' latents, and
 // the trunk's step.
 
-#include <limits>
 #include <numeric>
 
 #include "stack.h"
@@ -22,9 +21,9 @@ struct Writing {
     const float* const* from_text;     // weight (d w), bias; none where bytes are not read
     const float* const* to_latent;     // both layers, each with its bias, place, mean, deviation; none: not by their mean
     const float* const* to_trunk;      // weight (. 2w), bias; none without a trunk
-    const float *known, *inner;        // (b d) or none: told every event; (b placed) of the latent
+    const float *known, *inner;        // (b d) what the trunk adds to every event, or none; (b placed) of the latent
     const float* u;                    // (b events) in [0, 1)
-    const uint8_t *doc_start, *resets, *starts;      // (b) of the first event: a document's; the decoder's
+    const uint8_t *doc_start, *resets, *starts;  // (b) of the first event: a document's; the decoder's
     const int64_t* symbol;             // (b) before the first event
     int64_t* emitted;                  // (b events)
     float *feature, *features;         // (b w) of the encoder at the last byte, in and out; (b events-1 w) at each written
@@ -97,13 +96,12 @@ struct Writer {
         group.run();
         linear<L>(w.outputs, group.normed, logits, OUTPUTS, d);
 
-        const float never_drawn = -std::numeric_limits<float>::infinity();
         for (int64_t row = 0; row < rows; row++) {
             float own[OUTPUTS];
             for (int64_t i = 0; i < OUTPUTS; i++) own[i] = logits[i * L + row];
-            if (!w.from_latent) own[END_OF_CHUNK] = never_drawn;
-            if (w.from_latent && e == 0) std::fill(own + END_OF_CHUNK, own + OUTPUTS, never_drawn);  // no chunk is empty
-            if (w.from_latent && e == w.events - 1) std::fill(own, own + END_OF_CHUNK, never_drawn);  // none is longer
+            if (!w.from_latent) own[END_OF_CHUNK] = -INFINITY;
+            if (w.from_latent && e == 0) std::fill(own + END_OF_CHUNK, own + OUTPUTS, -INFINITY);  // no chunk is empty
+            if (w.from_latent && e == w.events - 1) std::fill(own, own + END_OF_CHUNK, -INFINITY);  // none is longer
             const int64_t at = index[row] * w.events + e;
             w.emitted[at] = symbol[index[row]] = pick(own, w.u[at], w.temperature, w.top_p);
         }
