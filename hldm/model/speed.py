@@ -56,11 +56,9 @@ def _find_forms() -> bool:
 @cache
 def _fill() -> bool:
     spec = find_spec("hldm.kernels")
-    if (
-        spec is None or spec.origin is None
-    ):  # None: a folder without the package, as of a left-over __pycache__
+    if spec is None or spec.origin is None:  # a folder without the package, as of a left-over __pycache__
         return False
-    _FORMS.update(import_module("hldm.kernels.forms").FORMS)  # an error in there is not hidden
+    _FORMS.update(import_module("hldm.kernels.forms").current())  # an error in there is not hidden
     return True
 
 

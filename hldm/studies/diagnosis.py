@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from hldm.evaluation.bound import held_out_windows
-from hldm.evaluation.context_length import by_distance
 from hldm.evaluation.reconstruction import read_windows
 from hldm.evaluation.tables import Table
 from hldm.generation.pipeline import read_pipeline
@@ -29,6 +28,7 @@ from hldm.model.diffusion import alpha_sigma, sample, sampler_steps
 from hldm.model.likelihood import noisy_latents, read_chunks
 from hldm.model.prior import Prior, price_latents
 from hldm.model.state import Encoding
+from hldm.model.vitals import effective_rank
 from hldm.runs.folder import corpora_of_run
 from hldm.text.corpus import Split
 from hldm.text.windows import Batch, Windows, draw_normal
@@ -46,12 +46,6 @@ LATENT_BITS = {"latent bits": ("bits", ".4f"), "mean square error": ("error", ".
 BY_LEVEL = {"log SNR": ("log_snr", ".2f"), **LATENT_BITS}
 SYMBOL_BITS = {"symbols": ("symbols", ",.0f"), "bits a symbol": ("bits", ".4f")}
 BY_PLACE = {"place in the chunk": ("place", ""), **SYMBOL_BITS}
-BOTH_BITS = {"latent bits": ("latent", ".4f"), "decoder bits": ("decoder", ".4f")}
-BY_DISTANCE = {
-    "bytes from the document's start": ("name", ""),
-    "characters": ("characters", ",.0f"),
-    **BOTH_BITS,
-}
 
 
 def diagnose_run(
@@ -85,7 +79,7 @@ def diagnose(
     rows = windows.lanes
     memory, decoder = prior.initial_state(rows, device), autoencoder.decoder_state(rows, device)
     latents: list[Tensor] = []
-    nats = np.zeros((2, windows.chunks))  # latent (diffusion and end terms), decoder; of every chunk
+    nats = np.zeros(2)  # latent (diffusion and end terms), decoder
     places = np.zeros(
         (2, autoencoder.chunking.max_bytes + 1)
     )  # nats and number of symbols by place in the chunk
@@ -100,9 +94,7 @@ def diagnose(
         z_0 = noisy_latents(encoding, prior.diffusion.gamma_0, batch, generator)
         before = decoder
         reading, decoder = read_chunks(autoencoder, batch, z_0, decoder, encoding)
-        chunk = batch.chunk_index[encoding.mask].cpu().numpy()
-        for total, term in zip(nats, (paid.latent + paid.end, reading.nats), strict=True):
-            total[chunk] = term[encoding.mask].double().cpu().numpy()
+        nats += [float((paid.latent + paid.end).sum()), float(reading.nats.sum())]
         is_symbol = reading.events.mask
         place = reading.events.place[is_symbol].cpu().numpy()
         symbol_nats = reading.symbol_nats[is_symbol].double().cpu().numpy()
@@ -114,9 +106,9 @@ def diagnose(
                 read, _ = read_chunks(autoencoder, batch, latent, before, encoding)
                 sums = (read.nats.sum(), read.correct.sum(), read.events.mask.sum(), batch.characters)
                 reads[name] = reads.get(name, np.zeros(4)) + [float(x) for x in sums]
-        seen += len(chunk)
+        seen += int(encoding.mask.sum())
     characters, mu = windows.characters, torch.cat(latents)
-    bits = nats.sum(axis=1) / math.log(2) / characters
+    bits = nats / math.log(2) / characters
     return {
         "characters": characters,
         "chunks": seen,
@@ -130,44 +122,23 @@ def diagnose(
             for k, (total, count) in enumerate(places.T)
             if count
         ],
-        "by_distance": bits_by_distance(nats[0], nats[1], windows),
         "neighbours": _neighbours(mu[:ENOUGH_CHUNKS], windows),
     }
-
-
-def bits_by_distance(latent: np.ndarray, decoder: np.ndarray, windows: Windows) -> list[dict[str, float]]:
-    """Bits per character in octaves of the distance from the document's start, in bytes; nats (chunks,) of either."""
-    octaves = [0, *(2**k for k in range(6, int(np.diff(windows.corpus.offsets).max()).bit_length()))]
-    one, other = (by_distance(nats, windows, octaves) for nats in (latent, decoder))
-    return [
-        {
-            "from": first,
-            "to": 2 * first or 64,
-            "characters": near["characters"],
-            "latent": near["bits_per_character"],
-            "decoder": far["bits_per_character"],
-        }
-        for first in octaves
-        if (near := one[str(first)]) and (far := other[str(first)])
-    ]
 
 
 def _statistics(mu: Tensor, prior: Prior) -> dict[str, Any]:
     """Deviation, effective rank and capacity of latents mu (k z).
 
-    effective rank: exp of the entropy of the covariance's normalised eigenvalues (Roy and Vetterli 2007);
     capacity: sum of 0.5 log2(1 + SNR_0 variance) over the covariance's eigenvalues, the most bits that
     z_0 can say of mu if mu were Gaussian.
     """
     covariance = torch.cov(mu.double().T).reshape(mu.shape[1], mu.shape[1])
     eigenvalues = torch.linalg.eigvalsh(covariance).clamp(min=0)
-    share = eigenvalues / eigenvalues.sum()
-    entropy = -(share * share.clamp(min=1e-12).log()).sum()
     snr = math.exp(-prior.diffusion.gamma_0)
     return {
         "deviation": mu.std(dim=0).tolist(),
         "mean": mu.mean(dim=0).tolist(),
-        "effective_rank": float(entropy.exp()),
+        "effective_rank": effective_rank(mu),
         "capacity_bits": float(0.5 * (1 + snr * eigenvalues).log2().sum()),
     }
 
@@ -306,7 +277,6 @@ def summary(diagnosis: Mapping[str, Any]) -> list[str | Table]:
         + " ".join(f"{x:.3f}" for x in sorted(diagnosis["latent_by_dimension"], reverse=True)),
     ]
     readers = [{"name": name, **row} for name, row in diagnosis["decoder"]["with_latents"].items()]
-    distances = [{"name": f"{row['from']}..{row['to']}", **row} for row in diagnosis["by_distance"]]
     near = [f"  {row['chunk']!r}: {', '.join(map(repr, row['nearest']))}" for row in diagnosis["neighbours"]]
     return [
         "\n".join(head),
@@ -314,6 +284,5 @@ def summary(diagnosis: Mapping[str, Any]) -> list[str | Table]:
         Table.of_records(diagnosis["latent_by_level"], BY_LEVEL),
         Table.of_records(diagnosis["decoder"]["against_noise"], AGAINST_NOISE),
         Table.of_records(diagnosis["by_place"], BY_PLACE),
-        Table.of_records(distances, BY_DISTANCE),
         "\n".join(["nearest chunks in latent space", *near]),
     ]

@@ -24,8 +24,9 @@ def _stacked(
 
 
 def plot_diagnosis(diagnosis: Mapping[str, Any], path: Path) -> None:
-    """Six panels of what `hldm.studies.diagnosis.diagnose` measured."""
-    figure, ((dims, levels, variants), (noise, places, far)) = _panels(2, 3, (13, 8))
+    """Five panels of what `hldm.studies.diagnosis.diagnose` measured."""
+    figure, ((dims, levels, variants), (noise, places, spare)) = _panels(2, 3, (13, 8))
+    spare.axis("off")
 
     found = sorted(diagnosis["latent_by_dimension"], reverse=True)
     dims.bar(range(len(found)), found, color=LATENT)
@@ -56,12 +57,6 @@ def plot_diagnosis(diagnosis: Mapping[str, Any], path: Path) -> None:
         title="decoder bits by place in the chunk", xlabel="symbol of the chunk", ylabel="bits a symbol"
     )
 
-    by_distance = diagnosis["by_distance"]
-    names = [f"{first}" for first in _column(by_distance, "from")]
-    _stacked(far, names, _column(by_distance, "latent"), _column(by_distance, "decoder"))
-    far.set(title="by distance from the document's start", xlabel="bytes, from")
-    far.tick_params(axis="x", rotation=45)
-    far.legend(loc="lower left")
     _save(figure, path)
 
 

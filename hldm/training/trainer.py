@@ -133,6 +133,7 @@ class Trainer:
                 "threads": torch.get_num_threads(),
                 "processes": self.accelerator.num_processes,
                 "gradient_norms": list(self.spikes.norms),
+                "dead": sorted(self.quiet_signs),
                 **self.extras,
             }
             folder, keep = self.run.folder, self.checkpoint.keep
@@ -161,7 +162,8 @@ class Trainer:
             self.carries[part] = map_carry(torch.clone, self.carries[part])  # no two share memory
             for name, tensor in named_tensors(self.carries[part]):
                 tensor.copy_(saved.tensors["carry"][name][first : first + self.rows])
-        self.spikes.norms.extend(saved.state.get("gradient_norms", []))  # only what is said depends on it
+        self.spikes.norms.extend(saved.state.get("gradient_norms", []))  # only what is said depends on these
+        self.quiet_signs.update(saved.state.get("dead", []))
         self.totals = Totals(saved.step, **{name: saved.state.get(name, 0) for name in COUNTED})
         return True
 
@@ -324,9 +326,8 @@ class Trainer:
                     f"{self.run.folder}: no step was taken, for what came before took {self.totals.prepared:.0f} s of "
                     f"{self.config.minutes:g} minutes: give it more, or a segmenter less (chunking.segmenter.minutes)"
                 )
-            if self.accelerator.is_main_process:
-                self.quiet_signs.clear()  # what is dead at the end is said again
-                self._signs(self.totals.steps, 1.0, say)
+            for line in complaints(self.objective.signs()).values():
+                say(f"at the end: {line}")
             path = self.save(say)
             if self.average is not None:
                 self.objective.load_state_dict(self.average.module.state_dict())

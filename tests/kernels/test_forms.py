@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -12,6 +13,7 @@ import torch
 from conftest import plain_only, without_kernels
 from torch import Tensor
 
+from hldm.kernels import forms
 from hldm.kernels.forms import FORMS
 from hldm.model import ops
 from hldm.model.ops import (
@@ -101,6 +103,25 @@ def test_forms_take_what_the_plain_ones_take():
         if not inspect.isclass(plain):
             taken, takes = (list(inspect.signature(function).parameters) for function in (plain, form))
             assert len(taken) == len(takes)
+
+
+def test_what_the_forms_were_written_after_is_recorded():
+    edited = [
+        name for name, found in forms.code().items() if json.loads(forms.RECORD.read_bytes())[name] != found
+    ]
+    assert not edited, "change the faster forms alike, if need be, then: python -m hldm.kernels.forms"
+
+
+@pytest.mark.parametrize("name", ["rg_lru", "model/denoiser.py"])
+def test_an_edited_formula_is_the_one_that_runs(name, monkeypatch, tmp_path, caplog):
+    record = tmp_path / "plain.json"
+    found = forms.code()
+    record.write_text(json.dumps(found | {name: "another"}))
+    monkeypatch.setattr(forms, "code", lambda: found)
+    monkeypatch.setattr(forms, "RECORD", record)
+    left_out = {plain.__name__ for plain in FORMS.keys() - forms.current().keys()}
+    assert left_out == {"make_writer"} | ({name} & {"rg_lru"})
+    assert caplog.text.count("\n") == 1 and f"{name}: edited since" in caplog.text
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
 from hldm import cli
-from hldm.studies.diagnosis import _statistics, bits_by_distance, diagnose_run, summary
-from hldm.text.corpus import Corpus
+from hldm.studies.diagnosis import _statistics, diagnose_run, summary
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +25,6 @@ def test_the_parts_add_up_to_the_bound(diagnosis):
         assert sum(parts) == pytest.approx(bits["latent"], rel=0.15)
     places = sum(row["bits"] * row["symbols"] for row in diagnosis["by_place"])
     assert places / unit == pytest.approx(bits["decoder"], rel=1e-4)
-    for term in ("latent", "decoder"):
-        far = sum(row[term] * row["characters"] for row in diagnosis["by_distance"])
-        assert far / unit == pytest.approx(bits[term], rel=1e-4)
     own = diagnosis["decoder"]["with_latents"]["own"]["bits"]
     assert own == pytest.approx(bits["decoder"], rel=0.05)
 
@@ -68,15 +62,3 @@ def test_effective_rank_and_capacity_of_known_latents():
     assert found["capacity_bits"] == pytest.approx(4 * 0.5, rel=0.02)  # 0.5 log2(1 + 1) a dimension
     copies = _statistics(drawn[:, :1].expand(-1, 4), prior)
     assert copies["effective_rank"] == pytest.approx(1, rel=0.01)
-
-
-def test_distance_is_told_in_octaves():
-    places = [0, 31, 100, 5000]
-    text = np.full(5005, ord("a"), np.uint8)
-    windows = SimpleNamespace(
-        corpus=Corpus("a", text, np.array([0, 5005])), chunk_start=np.isin(np.arange(5005), places)
-    )
-    characters = np.diff([*places, 5005])
-    found = bits_by_distance(characters * math.log(2), 2 * characters * math.log(2), windows)
-    assert [(row["from"], row["to"]) for row in found] == [(0, 64), (64, 128), (4096, 8192)]
-    assert found[0] == pytest.approx({"from": 0, "to": 64, "characters": 100, "latent": 1, "decoder": 2})
