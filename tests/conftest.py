@@ -56,6 +56,16 @@ def plain_only() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """No C++ within, as on a machine without a compiler: forms in torch remain."""
+    from hldm.kernels import library
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(library, "kernels", lambda: library.Kernels(None, "off"))
+        yield
+
+
 @pytest.fixture(scope="session")
 def corpus_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twenty short documents of the built-in text."""
@@ -106,7 +116,7 @@ def plain_torch() -> Callable[[], AbstractContextManager[None]]:
 
     if kernels.library() is None:
         pytest.skip(f"C++ kernels: {kernels.kernels().told}")
-    return kernels.without_kernels
+    return without_kernels
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The bytes of a chunk, or of a stretch of the twin's text: one decoder step and one draw at a time.
+"""A chunk, or a stretch of the twin's text: one decoder step and one draw at a time; then the chunk's latent.
 
 Functions of states: what is carried comes in as a value and goes out as a new one. Every row draws from its own
 generator. `hldm.kernels.write` does the same in one call.
@@ -15,7 +15,7 @@ from torch import Tensor
 from hldm.config import GenerationConfig
 from hldm.generation.finite import require_finite
 from hldm.model.autoencoder import Autoencoder
-from hldm.model.state import DecoderState, EncoderState, GriffinState, pick_rows, put_rows
+from hldm.model.state import DecoderState, EncoderState, pick_rows, put_rows
 from hldm.text.bytes import END_OF_CHUNK, END_OF_DOCUMENT, START
 
 
@@ -30,9 +30,9 @@ class Written(NamedTuple):
     """Chunks as written, and what the models know after them, so that nothing is read twice."""
 
     pieces: list[Piece]
-    features: Tensor  # (b l w) the encoder's, at each byte; 0 after the last
-    encoder: GriffinState  # after the last byte
-    decoder: GriffinState  # after the last symbol
+    latents: Tensor  # (b 1 z) of the chunks, as the encoder reads them
+    encoder: EncoderState
+    decoder: DecoderState
 
 
 def pick(logits: Tensor, u: Tensor, temperature: float, top_p: float) -> Tensor:
@@ -83,7 +83,7 @@ def write_chunks(
     first_opens = torch.tensor(opens, device=device)[:, None]
     known = known_of_text(autoencoder, encoder, first_opens)
     symbols = torch.full((rows, most + 1), END_OF_CHUNK, device=device)  # what each event emits
-    features = latent.new_zeros(rows, most, encoder.feature.shape[1])
+    features = latent.new_zeros(rows, most, encoder.feature.shape[1])  # the encoder's, at each byte
     ends = (encoder.griffin, decoder.griffin)  # states of every row after its chunk
 
     # of the rows still writing
@@ -115,7 +115,11 @@ def write_chunks(
             )
         feature, reading = autoencoder.encoder(autoencoder.read(symbol), reading, opening, start)
         features[live, event] = feature[:, 0]
-    return Written(pieces_of(symbols), features, *ends)
+    reading, writing = ends
+    length = (symbols < END_OF_CHUNK).sum(dim=1)
+    last = symbols.gather(1, length[:, None] - 1)[:, 0]
+    closed = autoencoder.close_chunk(features, reading, length, first_opens, encoder)
+    return Written(pieces_of(symbols), *closed, DecoderState(writing, last))
 
 
 def known_of_text(autoencoder: Autoencoder, encoder: EncoderState, opens: Tensor) -> Tensor | None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hldm.chunking.strategies import chunker_of
 from hldm.config import GenerationConfig
-from hldm.generation.chunk import Piece, Written, write_bytes, write_chunks
+from hldm.generation.chunk import Piece, write_bytes, write_chunks
 from hldm.generation.finite import require_finite
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.contextualiser import Context
@@ -28,7 +28,7 @@ from hldm.model.denoiser import Told
 from hldm.model.diffusion import sample, sampler_steps
 from hldm.model.prior import Prior
 from hldm.model.speed import has_faster_form
-from hldm.model.state import ContextState, DecoderState, EncoderState, select_rows
+from hldm.model.state import ContextState, DecoderState, select_rows
 from hldm.text.bytes import PROMPT_WINDOW, stream_decoder
 from hldm.text.windows import Window, window_of
 
@@ -130,14 +130,11 @@ class LatentWriter:
             self.generators,
         )
         pieces = written.pieces
-        length = torch.tensor([len(piece.text) for piece in pieces], device=self.device)
-        last = torch.tensor([piece.text[-1] for piece in pieces], device=self.device)
         closed = torch.tensor([piece.ends_document for piece in pieces], device=self.device)
         opens = torch.tensor(self.opens, device=self.device)[:, None]
-        latents, self.encoder = self.close_chunks(written, length, opens)
-        self.decoder = DecoderState(written.decoder, last)
+        self.encoder, self.decoder = written.encoder, written.decoder
         if self.settings.steps:
-            self.add_chunks(latents, opens, closed)
+            self.add_chunks(written.latents, opens, closed)
         self.opens = [piece.ends_document for piece in pieces]
         return pieces
 
@@ -165,10 +162,6 @@ class LatentWriter:
             blind = self.prior.denoise(z, gamma, self.blind)
             x0 = blind + self.settings.guidance * (x0 - blind)
         return x0[:, 0, 0]
-
-    def close_chunks(self, written: Written, length: Tensor, opens: Tensor) -> tuple[Tensor, EncoderState]:
-        """The latents (b 1 z) of the chunks just written, and the state after them. length (b), opens (b 1)."""
-        return self.autoencoder.close_chunk(written.features, written.encoder, length, opens, self.encoder)
 
     def add_chunks(self, latents: Tensor, opens: Tensor, closed: Tensor) -> None:
         """Take in one chunk a row more: what the denoiser is told of the next.

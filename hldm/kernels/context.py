@@ -12,16 +12,12 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from hldm.kernels.structs import run, struct
+from hldm.kernels.structs import run, struct, weights_of
 from hldm.model.denoiser import BlockContext, Told
 from hldm.model.prior import Prior
 from hldm.model.state import ContextState
 
 MOST_CHUNKS = 2**40  # that a summary may stand for
-
-
-def _of(*modules: Any) -> list[Tensor | None]:
-    return [parameter for module in modules for parameter in (module.weight, module.bias)]
 
 
 def _parameters(prior: Any) -> dict[str, list[Tensor | None]]:
@@ -31,15 +27,17 @@ def _parameters(prior: Any) -> dict[str, list[Tensor | None]]:
     blocks: list[Tensor | None] = []
     for layer in context.layers:
         attention = (layer.norm, layer.query, layer.key_value, layer.out)
-        layers += [*_of(*attention, layer.mlp[0], layer.mlp[1], layer.mlp[3]), layer.bias.table]
+        layers += [*weights_of(*attention, layer.mlp[0], layer.mlp[1], layer.mlp[3]), layer.bias.table]
     for block in prior.denoiser.blocks:
-        blocks += [*_of(block.key_value, block.from_context), block.bias.table]
+        blocks += [*weights_of(block.key_value, block.from_context), block.bias.table]
     feature = None if context.embed_feature is None else context.embed_feature.weight
     return {
-        "ends": [*_of(context.embed), context.level.weight, *_of(context.norm), feature],
+        "ends": [*weights_of(context.embed), context.level.weight, *weights_of(context.norm), feature],
         "layer": layers,
         "block": blocks,
-        "mixture": [] if mixture is None else _of(mixture.weigh[0], mixture.weigh[1], mixture.weigh[3]),
+        "mixture": []
+        if mixture is None
+        else weights_of(mixture.weigh[0], mixture.weigh[1], mixture.weigh[3]),
     }
 
 

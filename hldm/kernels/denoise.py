@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hldm.kernels.structs import run, struct
+from hldm.kernels.structs import run, struct, weights_of
 from hldm.model.denoiser import Told
 from hldm.model.diffusion import Steps, alpha_sigma
 from hldm.model.prior import Prior
@@ -19,16 +19,15 @@ from hldm.model.prior import Prior
 MOST_STEPS = 1000  # whose noise is drawn beforehand
 
 
-def _parameters(prior: Any) -> dict[str, list[Tensor]]:
+def _parameters(prior: Any) -> dict[str, list[Tensor | None]]:
     """What the denoiser does products with, by the names in `Denoising` of hldm/kernels/cpp/denoise.cpp."""
     denoiser = prior.denoiser
-    in_blocks = [
-        linear
-        for block in denoiser.blocks
-        for linear in (block.query, block.attended, block.mlp[0], block.mlp[2])
-    ]
-    linears = {"inputs": [denoiser.inputs], "parameters": in_blocks, "outputs": [denoiser.outputs]}
-    return {name: [p for part in parts for p in (part.weight, part.bias)] for name, parts in linears.items()}
+    in_blocks = [(block.query, block.attended, block.mlp[0], block.mlp[2]) for block in denoiser.blocks]
+    return {
+        "inputs": weights_of(denoiser.inputs),
+        "parameters": [weight for linears in in_blocks for weight in weights_of(*linears)],
+        "outputs": weights_of(denoiser.outputs),
+    }
 
 
 class PlannedSteps:

@@ -21,9 +21,8 @@ from hldm.kernels.library import library
 from hldm.model import ops
 
 _FLOATS: dict[torch.dtype, Any] = {torch.float32: ctypes.c_float, torch.float64: ctypes.c_double}
-ROWS_A_BLOCK = (
-    64  # whose sums over rows the kernels return apart; hldm/kernels/cpp/derivatives.cpp has it, too
-)
+# Sums over rows come apart for blocks of so many; hldm/kernels/cpp/derivatives.cpp has the number, too.
+ROWS_A_BLOCK = 64
 
 
 def _can_take(*tensors: Tensor) -> bool:
@@ -179,11 +178,10 @@ class GatedScanFunction(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, log_radius: Tensor, reset: Tensor, h0: Tensor
     ) -> tuple[Tensor, Tensor]:
         h, w, _ = weight.shape
-        gates = torch.bmm(x.reshape(-1, h, w).transpose(0, 1), weight)  # (h bt 2w), logits so far
+        # (h bt 2w): logits, which the kernel turns into the gates themselves
+        gates = torch.bmm(x.reshape(-1, h, w).transpose(0, 1), weight)
         states = x.new_empty(x.shape)
-        _run(
-            "gated_scan", [x, gates, bias, log_radius, reset, h0, states], [*x.shape[:2], h, w]
-        )  # gates themselves
+        _run("gated_scan", [x, gates, bias, log_radius, reset, h0, states], [*x.shape[:2], h, w])
         ctx.save_for_backward(x, weight, log_radius, reset, h0, gates, states)
         return states, states[:, -1].clone()
 
@@ -197,13 +195,8 @@ class GatedScanFunction(torch.autograd.Function):
         dx, dgates, dbias = x.new_empty(x.shape), gates.new_empty(gates.shape), x.new_empty(len(x), 2 * h * w)
         dlog_radius, dh0 = h0.new_empty(h0.shape), h0.new_empty(h0.shape)
         given = [x, gates, log_radius, reset, h0, states, dstates, dlast]
-        returned = [
-            dx,
-            dgates,
-            dbias,
-            dlog_radius,
-            dh0,
-        ]  # sums over time by row; dx without what goes through gates
+        # sums over time by row; dx without what goes through gates
+        returned = [dx, dgates, dbias, dlog_radius, dh0]
         sizes = [*x.shape[:2], h, w]
         _run("gated_scan_back", [*given, *returned], sizes, 0.5 / ops.MAX_SQRT_GRADIENT)
         dweight = torch.bmm(x.reshape(-1, h, w).permute(1, 2, 0), dgates)

@@ -33,17 +33,11 @@ FORMS: dict[Any, Any] = {
 }
 
 # Files whose formulas the writers' C++ holds, too.
-MIRRORED = (
-    *("generation/chunk.py", "generation/writer.py", "model/autoencoder.py", "model/contextualiser.py"),
-    *(
-        "model/denoiser.py",
-        "model/diffusion.py",
-        "model/griffin.py",
-        "model/hierarchy.py",
-        "model/mixture.py",
-    ),
-    *("model/prior.py", "model/readouts.py"),
-)
+MIRRORED = [
+    *(f"generation/{name}.py" for name in ("chunk", "writer")),
+    *(f"model/{name}.py" for name in ("autoencoder", "contextualiser", "denoiser", "diffusion", "griffin")),
+    *(f"model/{name}.py" for name in ("hierarchy", "mixture", "prior", "readouts")),
+]
 RECORD = Path(__file__).with_name("plain.json")
 
 

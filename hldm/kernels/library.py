@@ -18,9 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from contextvars import ContextVar
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -32,8 +30,6 @@ FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno",
 # What the compiler may do beyond the architecture's common ground; the second where it knows no first.
 TUNINGS = (("-march=native",), ())
 SECONDS = 900  # for the compiler, at most; measured: 16, and 336 on a machine with much else to do
-
-_WANTED = ContextVar("wanted", default=True)
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +43,7 @@ class Kernels(NamedTuple):
 
 def library() -> ctypes.CDLL | None:
     """The kernels' functions, built at the first call in a process; None where there are none."""
-    return kernels().library if _WANTED.get() else None
+    return kernels().library
 
 
 @lru_cache(maxsize=1)
@@ -58,22 +54,10 @@ def kernels() -> Kernels:
     try:
         path = build(cache_folder())
         found = Kernels(ctypes.CDLL(str(path)), f"{path}")
-    except (
-        Exception
-    ) as error:  # no home, no compiler, words that are no text: torch does the same, only slower
+    except Exception as error:  # no home, no compiler, words that are no text: torch does the same, slower
         found = Kernels(None, f"none, torch does the same ({_in_one_line(error)})")
     logger.debug("C++ kernels: %s", found.told)
     return found
-
-
-@contextmanager
-def without_kernels() -> Iterator[None]:
-    """Torch alone within, as on a machine without a compiler: to compare with."""
-    token = _WANTED.set(False)
-    try:
-        yield
-    finally:
-        _WANTED.reset(token)
 
 
 def cache_folder() -> Path:

@@ -6,16 +6,14 @@ operators on a few numbers each, and nearly all of its time is their overhead.
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
 
 from hldm.kernels.structs import is_plain, pointers_to, struct
 from hldm.model.griffin import Griffin, ResidualBlock
-from hldm.model.state import GriffinState
+from hldm.model.state import GriffinState, map_carry
 
 
 class Stack:
@@ -26,51 +24,44 @@ class Stack:
         # the parameters, which may be replaced by others
         modules = [module._parameters for module in model.modules()]
         self.places = [(module, name) for module in modules for name, p in module.items() if p is not None]
-        self.is_recurrent = torch.tensor([kind == "recurrent" for kind in model.config.blocks])
-        self.hidden = cast("ResidualBlock", model.blocks[0]).mlp.gate.out_features
         self.addresses: list[int] = []
         self.pointers: Any = None
+        config = model.config
+        self.sizes = dict(
+            d=config.width,
+            heads=config.heads,
+            hidden=cast("ResidualBlock", model.blocks[0]).mlp.gate.out_features,
+            taps=config.conv_width,
+            window=model.window,
+            blocks=len(config.blocks),
+            is_recurrent=torch.tensor([kind == "recurrent" for kind in config.blocks]),
+        )
 
-    def find(self) -> bool:
-        """Look where the parameters are now; False when the kernel cannot read them."""
+    def find(self) -> Any:
+        """Pointers to where the parameters are now.
+
+        Raises RuntimeError where weights that the kernels could read have become others that they cannot.
+        """
         parameters = [place[name] for place, name in self.places]
         addresses = [0 if p is None else p.data_ptr() for p in parameters]
         if addresses != self.addresses:
-            self.pointers = pointers_to(parameters) if all(is_plain(p) for p in parameters) else None
-            self.addresses = addresses
-        return self.pointers is not None
-
-    def shape(self, model: Griffin, batch: int) -> Any:
-        """Sizes in the order of `Shape` in hldm/kernels/cpp/stack.h."""
-        config = model.config
-        sizes = [batch, config.width, config.heads, self.hidden, config.conv_width, model.window]
-        return struct("stack.h", "Shape")(*sizes, len(config.blocks), torch.get_num_threads())
+            if not all(is_plain(p) for p in parameters):
+                raise RuntimeError("the model's weights were moved or cast while a text was being written")
+            self.pointers, self.addresses = pointers_to(parameters), addresses
+        return self.pointers
 
 
 _STACKS: WeakKeyDictionary[Griffin, Stack] = WeakKeyDictionary()
 
 
-def _refilled(state: GriffinState, tensors: list[Tensor]) -> GriffinState:
-    """The state with these tensors in place of its own."""
-    left = iter(tensors)
-    return tuple(type(part)(*(next(left) for _ in part)) for part in state)
-
-
-def stack_call(model: Griffin, state: GriffinState, rows: int) -> tuple[Any, GriffinState]:
-    """A stack as a kernel takes it, and a copy of its state, which the kernel writes over.
-
-    Raises RuntimeError where weights that the kernels could read have become others that they cannot.
-    """
+def stack_call(model: Griffin, state: GriffinState) -> tuple[Any, GriffinState]:
+    """A stack as a kernel takes it, and a copy of its state, which the kernel writes over."""
     stack = _STACKS.get(model) or _STACKS.setdefault(model, Stack(model))
-    if not stack.find():  # anew at every call: an address that is no longer theirs must not be read
-        raise RuntimeError("the model's weights were moved or cast while a text was being written")
-    copies = [tensor.clone(memory_format=torch.contiguous_format) for part in state for tensor in part]
+    after = map_carry(lambda x: x.clone(memory_format=torch.contiguous_format), state)
     call = struct("stack.h", "Stack")(
-        shape=stack.shape(model, rows),
-        is_recurrent=stack.is_recurrent,
-        weights=ctypes.addressof(stack.pointers),
+        weights=stack.find(),  # anew at every call: an address that is no longer theirs must not be read
         rotation=model.rotation(),
-        state=copies,
+        state=[tensor for part in after for tensor in part],
+        **stack.sizes,
     )
-    call.arrays["weights"] = stack.pointers
-    return call, _refilled(state, copies)
+    return call, after

@@ -11,39 +11,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hldm.kernels.library import SOURCES, kernels
+from hldm.kernels.library import SOURCES, library
 
 _KINDS: dict[str, Any] = {"int64_t": ctypes.c_int64, "double": ctypes.c_double}
 
 
 class Struct(ctypes.Structure):
-    """A struct whose fields are set to numbers, tensors, lists of tensors (None: not there) and other structs.
+    """A struct whose fields are set to numbers, tensors, lists of tensors, arrays and other structs; None: not there.
 
     All of it is kept alive as long as the struct is.
     """
 
-    def __init__(self, *numbers: int, **values: Any):
-        self.kept = values
+    def __init__(self, **values: Any):
+        self.kept: dict[str, Any] = {}
         self.arrays: dict[str, Any] = {}
         # all at once: field by field took a tenth of the time to write a chunk
-        super().__init__(*numbers, **self._in_c(values))
+        super().__init__(**self._in_c(values))
 
     def fill(self, **values: Any) -> None:
-        self.kept |= values
         for name, value in self._in_c(values).items():
             setattr(self, name, value)
 
     def _in_c(self, values: dict[str, Any]) -> dict[str, Any]:
         found = {}
         for name, value in values.items():
+            self.kept[name] = value
+            if isinstance(value, list):
+                value = self.arrays[name] = pointers_to(value)
             if isinstance(value, Tensor):
                 assert value.is_contiguous()
-                found[name] = value.data_ptr()
-            elif isinstance(value, list):
-                self.arrays[name] = array = pointers_to(value)
-                found[name] = ctypes.addressof(array)
-            else:
-                found[name] = value
+                value = value.data_ptr()
+            found[name] = ctypes.addressof(value) if isinstance(value, ctypes.Array) else value
         return found
 
 
@@ -51,6 +49,11 @@ def pointers_to(tensors: Sequence[Tensor | None]) -> Any:
     """An array of the addresses of tensors, which must outlive it; null for None."""
     assert all([x is None or x.is_contiguous() for x in tensors])
     return (ctypes.c_void_p * len(tensors))(*[None if x is None else x.data_ptr() for x in tensors])
+
+
+def weights_of(*modules: Any) -> list[Tensor | None]:
+    """Weight and bias of each module, as the kernels take them."""
+    return [parameter for module in modules for parameter in (module.weight, module.bias)]
 
 
 @cache
@@ -69,7 +72,7 @@ def struct(source: str, name: str) -> Any:
 
 def run(kernel: str, call: Any) -> None:
     """A kernel with as many threads as torch has; call: the struct that it takes."""
-    compiled = kernels().library
+    compiled = library()
     assert compiled is not None
     call.threads = torch.get_num_threads()
     getattr(compiled, kernel)(ctypes.byref(call))

@@ -15,9 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hldm.config import GenerationConfig
-from hldm.generation.chunk import Written
 from hldm.generation.writer import ByteWriter, LatentWriter, Writer
-from hldm.kernels.close import close_chunk
 from hldm.kernels.context import MOST_CHUNKS, KeptContext
 from hldm.kernels.denoise import MOST_STEPS, PlannedSteps
 from hldm.kernels.library import library
@@ -27,9 +25,8 @@ from hldm.model.autoencoder import Autoencoder
 from hldm.model.denoiser import Denoiser
 from hldm.model.diffusion import draw_noise
 from hldm.model.prior import Prior
-from hldm.model.state import EncoderState
 
-Step = Literal["close", "denoise", "context"]
+Step = Literal["denoise", "context"]
 
 logger = logging.getLogger(__name__)
 
@@ -54,9 +51,6 @@ def make_writer(
     return FusedLatentWriter(autoencoder, prior, prompts, settings, generators)
 
 
-# How much longer text takes: one continuation with the shapes of configs/small.yaml, measured.
-
-
 def why_plain(autoencoder: Autoencoder, prior: Prior | None) -> str:
     """Why the kernels cannot write text of this model, in words; '' where they can."""
     if torch.is_grad_enabled():
@@ -71,14 +65,13 @@ def why_plain(autoencoder: Autoencoder, prior: Prior | None) -> str:
     return "" if plain else "weights are not all contiguous float32"
 
 
-def plain_steps(autoencoder: Autoencoder, prior: Prior, settings: GenerationConfig) -> dict[Step, str]:
-    """The steps from chunk to chunk that stay in plain torch: why, in words, and what that costs."""
+def plain_steps(prior: Prior, settings: GenerationConfig) -> dict[Step, str]:
+    """The steps from chunk to chunk that stay in plain torch: why, in words, and what that costs.
+
+    How much longer text takes: one continuation with the shapes of configs/small.yaml, measured.
+    """
     found: dict[Step, str] = {}
-    pooling, hierarchy, denoiser = autoencoder.settings.pooling, prior.hierarchy, type(prior.denoiser)
-    if pooling != "mean":
-        found["close"] = (
-            f"autoencoder.pooling={pooling}: chunks are closed in plain torch, text takes about twice as long"
-        )
+    hierarchy, denoiser = prior.hierarchy, type(prior.denoiser)
     if not settings.steps:
         return found
     context = reason = "" if denoiser is Denoiser else f"the denoiser is a {denoiser.__name__}"
@@ -112,7 +105,7 @@ class FusedLatentWriter(LatentWriter):
     def __init__(self, autoencoder: Autoencoder, prior: Prior, *arguments: Any):
         """Arguments are those of `LatentWriter`."""
         super().__init__(autoencoder, prior, *arguments)
-        self.plain: Mapping[Step, str] = plain_steps(autoencoder, prior, self.settings)
+        self.plain: Mapping[Step, str] = plain_steps(prior, self.settings)
         for line in self.plain.values():
             _say(line)
         self.planned: PlannedSteps | None = None  # None: plain, or no steps at all
@@ -131,11 +124,6 @@ class FusedLatentWriter(LatentWriter):
         shape, temperature = (rows, self.prior.latent_dim), self.settings.temperature
         noise = draw_noise(draws, shape, self.generators, temperature, self.device)
         return self.planned.draw(self.told, noise[0], noise[1:])
-
-    def close_chunks(self, written: Written, length: Tensor, opens: Tensor) -> tuple[Tensor, EncoderState]:
-        if "close" in self.plain:
-            return super().close_chunks(written, length, opens)
-        return close_chunk(self.autoencoder, written.features, written.encoder, length, opens, self.encoder)
 
     def add_chunks(self, latents: Tensor, opens: Tensor, closed: Tensor) -> None:
         if self.kept is None:

@@ -34,6 +34,9 @@ def make_autoencoder(latent_dim: int = 3, width: int = 16, **settings) -> Autoen
         for parameter in autoencoder.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
         autoencoder.outputs.bias[256:] += 3
+        if latent_dim:
+            autoencoder.normaliser.mean.normal_()
+            autoencoder.normaliser.deviation.uniform_(0.5, 2.0)
     return autoencoder.eval()
 
 
@@ -72,8 +75,7 @@ def write(
             latent = torch.randn(rows, autoencoder.latent_dim)
             written = form.write_chunks(autoencoder, latent, encoder, decoder, opens, settings, generators)
             opens = [piece.ends_document for piece in written.pieces]
-            encoder = encoder._replace(griffin=written.encoder)
-            decoder = decoder._replace(griffin=written.decoder)
+            encoder, decoder = written.encoder, written.decoder
             found.append(written)
     return found
 

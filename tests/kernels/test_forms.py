@@ -10,12 +10,11 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import plain_only
+from conftest import plain_only, without_kernels
 from torch import Tensor
 
 from hldm.kernels import forms
 from hldm.kernels.forms import FORMS
-from hldm.kernels.library import without_kernels
 from hldm.model import ops
 from hldm.model.ops import (
     add_rms_norm,

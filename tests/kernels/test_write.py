@@ -20,7 +20,8 @@ KINDS = [
     dict(reads_text=True),
     TRUNK,
     dict(reads_text=True, **TRUNK),
-    dict(carry_state=True, reads_text=True, **TRUNK),
+    dict(carry_state=True, reads_text=True, trunk_layers=2),
+    dict(pooling="strided", **TRUNK),
 ]
 
 

@@ -7,55 +7,50 @@
 
 namespace {
 
-struct Shape {
-    int64_t batch, d, heads, hidden, taps, window, blocks, threads;
-};
-
 // A stack of blocks; its state is written over. hldm.kernels.structs reads this struct, and those of the other kernels.
 struct Stack {
-    Shape shape;
+    int64_t d, heads, hidden, taps, window, blocks;
     const uint8_t* is_recurrent;
     const float* const* weights;
     const float* rotation;
     float* const* state;
 };
 
-// What a group of L rows works with: `rows` of the batch, named by `index`; lanes beyond them hold zeros. The state
-// afterwards may be written over the state before.
+// What a group of L rows works with: `rows` of the batch, named by `index`; lanes beyond them hold zeros.
 template <int L>
 struct Group {
-    const Shape& shape;
+    const Stack& stack;
     const int64_t* index;
     int64_t rows;
     const uint8_t *doc_start, *chunk_start;  // (b)
     float *x, *normed, *temporal, *wide, *wide_up;  // (d, L) three times, (max(hidden, 3 d), L) twice
 
-    Group(const Shape& shape, const int64_t* index, int64_t rows, const uint8_t* doc_start,
+    Group(const Stack& stack, const int64_t* index, int64_t rows, const uint8_t* doc_start,
           const uint8_t* chunk_start)
-        : shape(shape), index(index), rows(rows), doc_start(doc_start), chunk_start(chunk_start) {
+        : stack(stack), index(index), rows(rows), doc_start(doc_start), chunk_start(chunk_start) {
         static thread_local std::vector<float> numbers;
-        numbers.assign((3 * shape.d + 2 * std::max(shape.hidden, 3 * shape.d)) * L + FLOATS, 0.0f);
+        numbers.assign((3 * stack.d + 2 * std::max(stack.hidden, 3 * stack.d)) * L + FLOATS, 0.0f);
         x = numbers.data() + (64 - uintptr_t(numbers.data()) % 64) / sizeof(float);  // a line of the cache
-        normed = x + shape.d * L;
-        temporal = normed + shape.d * L;
-        wide = temporal + shape.d * L;
-        wide_up = wide + std::max(shape.hidden, 3 * shape.d) * L;
+        normed = x + stack.d * L;
+        temporal = normed + stack.d * L;
+        wide = temporal + stack.d * L;
+        wide_up = wide + std::max(stack.hidden, 3 * stack.d) * L;
     }
 
     // Rows of the batch, `by_row` numbers apart, into (d, L), and back.
     void spread(const float* from, int64_t by_row, float* lanes) const {
         for (int64_t row = 0; row < rows; row++)
-            for (int64_t i = 0; i < shape.d; i++) lanes[i * L + row] = from[index[row] * by_row + i];
+            for (int64_t i = 0; i < stack.d; i++) lanes[i * L + row] = from[index[row] * by_row + i];
     }
     void collect(const float* lanes, int64_t by_row, float* to) const {
         for (int64_t row = 0; row < rows; row++)
-            for (int64_t i = 0; i < shape.d; i++) to[index[row] * by_row + i] = lanes[i * L + row];
+            for (int64_t i = 0; i < stack.d; i++) to[index[row] * by_row + i] = lanes[i * L + row];
     }
 
     // weights: conv, its bias, linear_y, its bias, linear_x, its bias, gates, their bias, a_param, linear_out, its bias
     // state: hidden (b d), taps (b k-1 d)
-    void recur(const float* const* weights, const float* const* state, float* const* after) {
-        const int64_t d = shape.d, k = shape.taps, w = d / shape.heads;
+    void recur(const float* const* weights, float* const* state) {
+        const int64_t d = stack.d, k = stack.taps, w = d / stack.heads;
         float *u = wide, *mixed = wide + d * L, *y = wide + 2 * d * L, *gates = wide_up, *carried = wide_up + 2 * d * L;
         float* radius = temporal;
         float keep[L];
@@ -71,15 +66,14 @@ struct Group {
                 for (int l = 0; l < L; l++) mixed[i * L + l] += weights[0][tap * d + i] * keep[l] * carried[i * L + l];
         }
         for (int64_t row = 0; k > 1 && row < rows; row++) {
-            const float* taps = state[1] + index[row] * (k - 1) * d;
-            float* taps_after = after[1] + index[row] * (k - 1) * d;
-            for (int64_t i = 0; i < (k - 2) * d; i++) taps_after[i] = doc_start[index[row]] ? 0.0f : taps[d + i];
+            float* taps = state[1] + index[row] * (k - 1) * d;
+            for (int64_t i = 0; i < (k - 2) * d; i++) taps[i] = doc_start[index[row]] ? 0.0f : taps[d + i];
         }
-        if (k > 1) collect(u, (k - 1) * d, after[1] + (k - 2) * d);
+        if (k > 1) collect(u, (k - 1) * d, state[1] + (k - 2) * d);
 
         for (int64_t i = 0; i < d; i++) radius[i] = -8.0f * softplus(weights[8][i]);  // Griffin, equation 4
         spread(state[0], d, carried);
-        for (int64_t head = 0; head < shape.heads; head++) {
+        for (int64_t head = 0; head < stack.heads; head++) {
             float *input = gates, *decay = gates + w * L;
             multiply_transposed<L>(weights[6] + head * w * 2 * w, mixed + head * w * L, gates, 2 * w, w);
             for (int64_t j = 0; j < w; j++) {
@@ -95,33 +89,27 @@ struct Group {
                 }
             }
         }
-        collect(carried, d, after[0]);
+        collect(carried, d, state[0]);
         add_bias<L>(weights[3], y, d);
         gelu_gate(y, carried, d * L);
         linear<L>(weights + 9, y, temporal, d, d);
     }
 
-    // The newer s - 1 of s rows of d numbers, moved to the front of `to`; returns the place of a new last one.
-    static float* push(const float* from, float* to, int64_t s, int64_t d) {
-        std::memmove(to, from + d, (s - 1) * d * sizeof(float));
-        return to + (s - 1) * d;
-    }
-
     // weights: query, key, value, linear_out, its bias;  rotation (s+1, e/4, 2): cos and sin by distance
     // state: keys, values (b s h e), live (b s)
-    void attend(const float* const* weights, const float* const* state, float* const* after, const float* rotation) {
-        const int64_t d = shape.d, s = shape.window, e = d / shape.heads, pairs = e / 4;
+    void attend(const float* const* weights, float* const* state) {
+        const int64_t d = stack.d, s = stack.window, e = d / stack.heads, pairs = e / 4;
         float *q = wide, *k = wide + d * L, *v = wide + 2 * d * L, *y = wide_up;
         multiply<L>(weights[0], normed, q, d, d);
         multiply<L>(weights[1], normed, k, d, d);
         multiply<L>(weights[2], normed, v, d, d);
-        std::vector<float> scores((s + 1) * shape.heads), turned(d), own(d), attended(d);
+        std::vector<float> scores((s + 1) * stack.heads), turned(d), own(d), attended(d);
         std::vector<float> newest_key(d), newest_value(d);
         for (int64_t row = 0; row < rows; row++) {
             const bool opens = doc_start[index[row]] || chunk_start[index[row]];
             const int64_t at = index[row] * s;
-            const float *keys = state[0] + at * d, *values = state[1] + at * d;
-            const uint8_t* live = (const uint8_t*)state[2] + at;
+            float *keys = state[0] + at * d, *values = state[1] + at * d;
+            uint8_t* live = (uint8_t*)state[2] + at;
             for (int64_t i = 0; i < d; i++) {
                 newest_key[i] = k[i * L + row];
                 newest_value[i] = v[i * L + row];
@@ -133,8 +121,8 @@ struct Group {
             for (int64_t j = 0; j <= s; j++) {
                 if (!seen(j)) continue;
                 const float* key = j == s ? newest_key.data() : keys + j * d;
-                const float* turn = rotation + (s - j) * pairs * 2;
-                for (int64_t head = 0; head < shape.heads; head++) {
+                const float* turn = stack.rotation + (s - j) * pairs * 2;
+                for (int64_t head = 0; head < stack.heads; head++) {
                     const float* o = own.data() + head * e;
                     float* r = turned.data();
                     for (int64_t p = 0; p < pairs; p++) {
@@ -146,7 +134,7 @@ struct Group {
                 }
             }
             std::fill(attended.begin(), attended.end(), 0.0f);
-            for (int64_t head = 0; head < shape.heads; head++) {
+            for (int64_t head = 0; head < stack.heads; head++) {
                 float *score = &scores[head * (s + 1)], *out = attended.data() + head * e;
                 float largest = score[s], total = 0;
                 for (int64_t j = 0; j < s; j++)
@@ -162,36 +150,36 @@ struct Group {
             }
             for (int64_t i = 0; i < d; i++) y[i * L + row] = attended[i];
 
-            // One step back for everyone, last of all: this may be the memory that was read above.
-            uint8_t* live_after = (uint8_t*)after[2] + at;
-            std::copy(newest_key.begin(), newest_key.end(), push(keys, after[0] + at * d, s, d));
-            std::copy(newest_value.begin(), newest_value.end(), push(values, after[1] + at * d, s, d));
-            for (int64_t j = 1; j < s; j++) live_after[j - 1] = !opens && live[j];
-            live_after[s - 1] = 1;
+            // One step back for everyone, last of all: this is the memory that was read above.
+            std::copy(newest_key.begin(), newest_key.end(), std::copy(keys + d, keys + s * d, keys));
+            std::copy(newest_value.begin(), newest_value.end(), std::copy(values + d, values + s * d, values));
+            for (int64_t j = 1; j < s; j++) live[j - 1] = !opens && live[j];
+            live[s - 1] = 1;
         }
         linear<L>(weights + 3, y, temporal, d, d);
     }
 
     // weights: gate, up, down
     void mlp(const float* const* weights) {
-        multiply<L>(weights[0], normed, wide, shape.hidden, shape.d);
-        multiply<L>(weights[1], normed, wide_up, shape.hidden, shape.d);
-        gelu_gate(wide, wide_up, shape.hidden * L);
-        multiply<L>(weights[2], wide, temporal, shape.d, shape.hidden);
+        multiply<L>(weights[0], normed, wide, stack.hidden, stack.d);
+        multiply<L>(weights[1], normed, wide_up, stack.hidden, stack.d);
+        gelu_gate(wide, wide_up, stack.hidden * L);
+        multiply<L>(weights[2], wide, temporal, stack.d, stack.hidden);
     }
 
     // From x to `normed`, by way of all blocks.
-    void run(const uint8_t* is_recurrent, const float* const* weights, const float* rotation,
-             const float* const* state, float* const* after) {
-        const int64_t d = shape.d;
-        for (int64_t block = 0; block < shape.blocks; block++) {
+    void run() {
+        const int64_t d = stack.d;
+        const float* const* weights = stack.weights;
+        float* const* state = stack.state;
+        for (int64_t block = 0; block < stack.blocks; block++) {
             normalise<L>(x, *weights++, normed, d);
-            if (is_recurrent[block]) {
-                recur(weights, state, after);
-                weights += 11, state += 2, after += 2;
+            if (stack.is_recurrent[block]) {
+                recur(weights, state);
+                weights += 11, state += 2;
             } else {
-                attend(weights, state, after, rotation);
-                weights += 5, state += 3, after += 3;
+                attend(weights, state);
+                weights += 5, state += 3;
             }
             for (int64_t i = 0; i < d * L; i++) x[i] += temporal[i];
             normalise<L>(x, *weights++, normed, d);

@@ -1,7 +1,7 @@
 // Symbols of a whole chunk, or of a stretch of the twin's, for hldm.kernels.write: decoder, draw and encoder in turns until
-// every row has ended. A row that has ended leaves the groups, and its state stays as it is.
+// every row has ended. A row that has ended leaves the groups, and its state stays as it is. Then the chunks' latents, and
+// the trunk's step.
 
-#include <limits>
 #include <numeric>
 
 #include "stack.h"
@@ -10,20 +10,24 @@ namespace {
 
 constexpr int64_t OUTPUTS = 258, END_OF_CHUNK = 256;  // and 257, the end of the document
 
+// d, w: widths of decoder and encoder
 struct Writing {
-    int64_t rows, events, places, threads;
+    int64_t rows, events, z, placed, pooled, threads;  // placed, pooled: widths within the readouts from and to latents
     double temperature, top_p;
-    Stack decoder, encoder;
-    const float *write, *known;                      // (v d) embedding, (b d) or none: what the trunk tells every event
-    const float *inner, *place, *outer, *outer_bias; // (b k) or none for the twin, (events k), (d k), (d): told by latents
-    const float *outputs, *outputs_bias;             // (258 d), (258)
-    const float *read, *from_text, *from_text_bias;  // (v w) embedding, (d w), (d); none where bytes are not read
-    const float* u;                                  // (b events) in [0, 1)
-    const uint8_t *doc_start, *resets, *starts;      // (b) of the first event: a document's; the decoder's
-    const int64_t* symbol;                           // (b) before the first event
-    float* feature;                                  // (b w) of the encoder at the last byte
-    int64_t* emitted;                                // (b events)
-    float* features;                                 // (b events-1 w) of the encoder at each byte written
+    Stack decoder, encoder, trunk;     // the twin has the decoder alone
+    const float *write, *read;         // (v d), (v w) embeddings
+    const float* const* outputs;       // weight (258 d), bias
+    const float* const* from_latent;   // place (events placed), weight (d placed), bias; none for the twin
+    const float* const* from_text;     // weight (d w), bias; none where bytes are not read
+    const float* const* to_latent;     // both layers, each with its bias, place, mean, deviation; none: not by their mean
+    const float* const* to_trunk;      // weight (. 2w), bias; none without a trunk
+    const float *known, *inner;        // (b d) what the trunk adds to every event, or none; (b placed) of the latent
+    const float* u;                    // (b events) in [0, 1)
+    const uint8_t *doc_start, *resets, *starts;  // (b) of the first event: a document's; the decoder's
+    const int64_t* symbol;             // (b) before the first event
+    int64_t* emitted;                  // (b events)
+    float *feature, *features;         // (b w) of the encoder at the last byte, in and out; (b events-1 w) at each written
+    float *latents, *trunk_output;     // (b z), (b .) of the chunks written
 };
 
 // hldm.generation.chunk.pick: by inverse CDF over symbols from the likeliest down, which is where the search most often ends.
@@ -56,31 +60,31 @@ int64_t pick(const float* logits, float u, double temperature, double top_p) {
 struct Writer {
     const Writing& w;
     std::vector<uint8_t> never;  // flags of all events but the first
-    std::vector<int64_t> symbol;
+    std::vector<int64_t> symbol, length;  // the latest, and how many bytes were read back
 
-    explicit Writer(const Writing& w) : w(w), never(w.rows, 0), symbol(w.symbol, w.symbol + w.rows) {}
+    explicit Writer(const Writing& w)
+        : w(w), never(w.rows, 0), symbol(w.symbol, w.symbol + w.rows), length(w.rows, 0) {}
 
     // Event e of a group: one position of the decoder, and a symbol for each row.
     template <int L>
     void emit(int64_t e, const int64_t* index, int64_t rows) {
-        const int64_t d = w.decoder.shape.d, width = w.encoder.shape.d, k = w.places;
+        const int64_t d = w.decoder.d, width = w.encoder.d, k = w.placed;
         static thread_local std::vector<float> lanes;
         lanes.assign((width + 2 * d + k + OUTPUTS) * L, 0.0f);
         float *feature = lanes.data(), *text = feature + width * L, *logits = text + d * L;
         float *placed = logits + OUTPUTS * L, *told = placed + k * L;
-        Group<L> group(w.decoder.shape, index, rows, e ? never.data() : w.resets, e ? never.data() : w.starts);
+        Group<L> group(w.decoder, index, rows, e ? never.data() : w.resets, e ? never.data() : w.starts);
         if (w.from_text) {
             for (int64_t row = 0; row < rows; row++)
                 for (int64_t i = 0; i < width; i++) feature[i * L + row] = w.feature[index[row] * width + i];
-            multiply<L>(w.from_text, feature, text, d, width);
-            add_bias<L>(w.from_text_bias, text, d);
+            linear<L>(w.from_text, feature, text, d, width);
         }
-        if (w.inner) {  // hldm.model.readouts.PlacedReadout
+        if (w.from_latent) {  // hldm.model.readouts.PlacedReadout
             for (int64_t row = 0; row < rows; row++)
-                for (int64_t i = 0; i < k; i++) placed[i * L + row] = w.inner[index[row] * k + i] + w.place[e * k + i];
+                for (int64_t i = 0; i < k; i++)
+                    placed[i * L + row] = w.inner[index[row] * k + i] + w.from_latent[0][e * k + i];
             gelu_all(placed, k * L);
-            multiply<L>(w.outer, placed, told, d, k);
-            add_bias<L>(w.outer_bias, told, d);
+            linear<L>(w.from_latent + 1, placed, told, d, k);
         }
         for (int64_t row = 0; row < rows; row++) {
             const float* embedded = w.write + symbol[index[row]] * d;
@@ -89,16 +93,15 @@ struct Writer {
             for (int64_t i = 0; i < d; i++)
                 group.x[i * L + row] = embedded[i] + told[i * L + row] + (known ? known[i] : 0) + (reads ? text[i * L + row] : 0);
         }
-        group.run(w.decoder.is_recurrent, w.decoder.weights, w.decoder.rotation, w.decoder.state, w.decoder.state);
-        multiply<L>(w.outputs, group.normed, logits, OUTPUTS, d);
+        group.run();
+        linear<L>(w.outputs, group.normed, logits, OUTPUTS, d);
 
-        const float never_drawn = -std::numeric_limits<float>::infinity();
         for (int64_t row = 0; row < rows; row++) {
             float own[OUTPUTS];
-            for (int64_t i = 0; i < OUTPUTS; i++) own[i] = logits[i * L + row] + w.outputs_bias[i];
-            if (!w.inner) own[END_OF_CHUNK] = never_drawn;
-            if (w.inner && e == 0) std::fill(own + END_OF_CHUNK, own + OUTPUTS, never_drawn);  // no chunk is empty
-            if (w.inner && e == w.events - 1) std::fill(own, own + END_OF_CHUNK, never_drawn);  // none is longer
+            for (int64_t i = 0; i < OUTPUTS; i++) own[i] = logits[i * L + row];
+            if (!w.from_latent) own[END_OF_CHUNK] = -INFINITY;
+            if (w.from_latent && e == 0) std::fill(own + END_OF_CHUNK, own + OUTPUTS, -INFINITY);  // no chunk is empty
+            if (w.from_latent && e == w.events - 1) std::fill(own, own + END_OF_CHUNK, -INFINITY);  // none is longer
             const int64_t at = index[row] * w.events + e;
             w.emitted[at] = symbol[index[row]] = pick(own, w.u[at], w.temperature, w.top_p);
         }
@@ -107,20 +110,74 @@ struct Writer {
     // The byte just written, through the encoder.
     template <int L>
     void read(int64_t e, const int64_t* index, int64_t rows) {
-        const int64_t width = w.encoder.shape.d;
-        Group<L> group(w.encoder.shape, index, rows, e ? never.data() : w.doc_start, e ? never.data() : w.starts);
+        const int64_t width = w.encoder.d;
+        Group<L> group(w.encoder, index, rows, e ? never.data() : w.doc_start, e ? never.data() : w.starts);
         for (int64_t row = 0; row < rows; row++)
             for (int64_t i = 0; i < width; i++) group.x[i * L + row] = w.read[symbol[index[row]] * width + i];
-        group.run(w.encoder.is_recurrent, w.encoder.weights, w.encoder.rotation, w.encoder.state, w.encoder.state);
+        group.run();
         group.collect(group.normed, width, w.feature);
+        for (int64_t row = 0; row < rows; row++) {
+            std::copy_n(w.feature + index[row] * width, width, feature_at(index[row], e));
+            length[index[row]] = e + 1;
+        }
+    }
+
+    float* feature_at(int64_t row, int64_t e) const { return w.features + (row * (w.events - 1) + e) * w.encoder.d; }
+
+    // hldm.model.readouts.MeanReadout: every byte's part in the mean, whoever's it is, L bytes at a time.
+    void find_latents(int64_t begin, int64_t rows) {
+        const int64_t width = w.encoder.d, k = w.pooled;
+        const float* const* p = w.to_latent;
+        std::vector<std::pair<int64_t, int64_t>> bytes;
+        for (int64_t row = begin; row < begin + rows; row++)
+            for (int64_t e = 0; e < length[row]; e++) bytes.push_back({row, e});
+        std::vector<float> pooled(rows * k), raw(w.z);
+        in_groups(bytes.size(), [&](auto lanes, int64_t from, int64_t count) {
+            constexpr int L = decltype(lanes)::value;
+            std::vector<float> read((width + k) * L, 0.0f);
+            float* placed = read.data() + width * L;
+            for (int64_t lane = 0; lane < count; lane++) {
+                const float* feature = feature_at(bytes[from + lane].first, bytes[from + lane].second);
+                for (int64_t i = 0; i < width; i++) read[i * L + lane] = feature[i];
+            }
+            linear<L>(p, read.data(), placed, k, width);
+            for (int64_t lane = 0; lane < count; lane++)
+                for (int64_t i = 0; i < k; i++) placed[i * L + lane] += p[4][bytes[from + lane].second * k + i];
+            gelu_all(placed, k * L);
+            for (int64_t lane = 0; lane < count; lane++) {
+                const int64_t row = bytes[from + lane].first;
+                const float share = 1.0f / length[row];
+                for (int64_t i = 0; i < k; i++) pooled[(row - begin) * k + i] += share * placed[i * L + lane];
+            }
+        });
+        for (int64_t row = 0; row < rows; row++) {
+            linear<1>(p + 2, &pooled[row * k], raw.data(), w.z, k);
+            for (int64_t j = 0; j < w.z; j++) w.latents[(begin + row) * w.z + j] = (raw[j] - p[5][j]) / p[6][j];
+        }
+    }
+
+    // The trunk reads the feature at the last byte and the mean over all.
+    template <int L>
+    void step_trunk(const int64_t* index, int64_t rows) {
+        const int64_t width = w.encoder.d;
+        std::vector<float> summary(2 * width * L, 0.0f);
         for (int64_t row = 0; row < rows; row++)
-            std::copy_n(w.feature + index[row] * width, width,
-                        w.features + (index[row] * (w.events - 1) + e) * width);
+            for (int64_t i = 0; i < width; i++) {
+                float sum = 0;
+                for (int64_t e = 0; e < length[index[row]]; e++) sum += feature_at(index[row], e)[i];
+                summary[i * L + row] = w.feature[index[row] * width + i];
+                summary[(width + i) * L + row] = sum / length[index[row]];
+            }
+        Group<L> group(w.trunk, index, rows, w.doc_start, w.doc_start);
+        linear<L>(w.to_trunk, summary.data(), group.x, w.trunk.d, 2 * width);
+        group.run();
+        group.collect(group.normed, w.trunk.d, w.trunk_output);
     }
 
     void run(int64_t begin, int64_t rows) {
-        std::vector<int64_t> live(rows);
-        std::iota(live.begin(), live.end(), begin);
+        std::vector<int64_t> all(rows);
+        std::iota(all.begin(), all.end(), begin);
+        std::vector<int64_t> live = all;
         for (int64_t e = 0; e < w.events && !live.empty(); e++) {
             in_groups(live.size(), [&](auto lanes, int64_t first, int64_t count) {
                 emit<decltype(lanes)::value>(e, &live[first], count);
@@ -132,6 +189,11 @@ struct Writer {
                 read<decltype(lanes)::value>(e, &live[first], count);
             });
         }
+        if (w.to_latent) find_latents(begin, rows);
+        if (w.to_trunk)
+            in_groups(rows, [&](auto lanes, int64_t first, int64_t count) {
+                step_trunk<decltype(lanes)::value>(&all[first], count);
+            });
     }
 };
 
