@@ -180,4 +180,5 @@ def test_the_policy_comes_to_earn_more(monkeypatch):
 
     before, after = reward(began[0]), reward(trained)
     assert after[0] > before[0] + 0.1  # measured: 0.34
-    assert after[1] * language.mean_bytes == pytest.approx(1, rel=0.5)  # no gain from cutting all or nothing
+    # no gain from cutting all (4.9) or nothing; measured over four seeds: 0.95 to 1.52
+    assert after[1] * language.mean_bytes == pytest.approx(1, rel=0.75)
