@@ -15,20 +15,14 @@ if TYPE_CHECKING:
 
 
 BAR_WIDTH = 12  # columns of a terminal
-# of what trains (hldm.model.vitals), by name: as a line of progress shows it, if it does
-SIGNS = {
-    "prototypes": "{:.0f} prototypes",
-    "rank": "rank {:.1f}",
-    "weights_bits": "",
-    "dimensions": "",
-    "dead_dimensions": "",
-    "largest_bin": "",
-}
+# signs of life of what trains (hldm.model.vitals): those that a line of progress shows, and the others
+SIGNS = {"prototypes": "{:.0f} prototypes", "rank": "rank {:.1f}"}
+OTHER_SIGNS = {"weights_bits", "dimensions", "dead_dimensions", "largest_bin"}
 
 
 def describe(metrics: dict[str, float]) -> str:
     """Bits per character by name, their sum first when there are several, the speed, and signs of life."""
-    skip = {"learning_rate", "gradient_norm", "characters_per_second", "seconds", *SIGNS}
+    skip = {"learning_rate", "gradient_norm", "characters_per_second", "seconds"} | SIGNS.keys() | OTHER_SIGNS
     bits = {name: value for name, value in metrics.items() if name not in skip}
     # stage two trains the latents' terms of the bound alone
     of_what = "" if "decoder" in bits else " in latents alone"
@@ -36,7 +30,7 @@ def describe(metrics: dict[str, float]) -> str:
     if len(bits) > 1:
         parts.append("(" + " + ".join(f"{name} {value:.3f}" for name, value in bits.items()) + ")")
     parts.append(f"{metrics['characters_per_second']:,.0f} chars/s")
-    parts += [form.format(metrics[name]) for name, form in SIGNS.items() if form and name in metrics]
+    parts += [form.format(metrics[name]) for name, form in SIGNS.items() if name in metrics]
     return " ".join(parts)
 
 

@@ -14,6 +14,9 @@ class TextNote(UserWarning):
     """The text can be used, but something about it should be known."""
 
 
+warnings.simplefilter("always", TextNote)  # a line, and no error, whatever PYTHONWARNINGS says of warnings
+
+
 def note(message: str) -> None:
     """Warn in one line. Other ranks read the same text and say nothing."""
     if os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ:  # a RANK that a shell exports

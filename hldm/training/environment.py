@@ -53,13 +53,14 @@ YES = ("1", "true", "yes", "y", "t", "on")  # as accelerate reads a flag
 
 
 def launched_number(name: str, default: int, environment: Mapping[str, str] = os.environ) -> int:
-    """What a launcher's variable says, such as WORLD_SIZE. Raises ConfigError where it is no number."""
+    """What a launcher's variable says, such as WORLD_SIZE. Raises ConfigError where that cannot be."""
     try:
-        return int(environment.get(name, default))
+        number = int(environment.get(name, default))
     except ValueError:
-        raise ConfigError(
-            f"{name}={environment[name]} is not a number: unset it, or start by a launcher"
-        ) from None
+        number = default - 1
+    if number < default:  # which is the least that a launcher sets
+        raise ConfigError(f"{name}={environment[name]} is not what launchers set: unset it, or start by one")
+    return number
 
 
 def check_launch(environment: Mapping[str, str] = os.environ) -> None:

@@ -19,6 +19,7 @@ from hldm.runs.files import fingerprint
 from hldm.runs.folder import export_run
 from hldm.sources.notes import TextNote, note
 from hldm.training.environment import SHARDING, SIZES, check_launch, rounding_variables
+from hldm.training.sizes import require_room
 from hldm.training.stage import make_accelerator
 from hldm.training.stages import train_autoencoder, train_diffusion, train_run
 
@@ -120,9 +121,24 @@ def test_what_accelerate_cannot_read_is_refused_by_name(name, value, fresh_accel
 
 @pytest.mark.parametrize("name", [*SIZES, "LOCAL_RANK"])
 def test_half_of_what_a_launcher_sets_is_refused_by_name(name):
-    for value in ("2", "junk"):
+    for value in ("2", "junk", "-3"):
         with pytest.raises(ConfigError, match=f"{name}={value}"):
             check_launch({name: value})
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "LOCAL_WORLD_SIZE"])
+def test_no_processes_are_refused_by_name(name, small_config, monkeypatch, tmp_path):
+    monkeypatch.setenv(name, "0")
+    with pytest.raises(ConfigError, match=f"{name}=0"):
+        require_room(small_config, "autoencoder", tmp_path)
+
+
+def test_a_note_is_no_error_where_warnings_are():
+    program = "from hldm.sources.notes import note\nnote('the text is short')"
+    ran = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, cwd=ROOT
+    )
+    assert ran.returncode == 0 and ran.stderr.endswith("the text is short\n")
 
 
 def test_a_rank_that_a_shell_exports_silences_nothing(monkeypatch, capsys):
