@@ -27,8 +27,8 @@ def effective_rank(mu: Tensor) -> float:
 
 
 def signs_of_latents(mu: Tensor) -> dict[str, float]:
-    """Of latents mu (k z): `rank`, `dimensions`, and how many of them are dead. Nothing of too few."""
-    if len(mu) < LEAST_CHUNKS:
+    """Of latents mu (k z): `rank`, `dimensions`, and how many of them are dead. Nothing of too few, or of a nan."""
+    if len(mu) < LEAST_CHUNKS or not bool(mu.isfinite().all()):
         return {}
     dead = float((mu.std(dim=0) < DEVIATION).sum())
     return {"rank": effective_rank(mu), "dimensions": mu.shape[1], "dead_dimensions": dead}

@@ -62,6 +62,12 @@ def test_what_lives_is_left_in_peace():
     assert complaints(signs_of_latents(torch.randn(64, 1))) == {}  # one number has one direction
 
 
+def test_numbers_that_ran_away_are_no_sign():
+    """The last batch of a training may be one whose step was skipped."""
+    broken = torch.randn(64, 4).index_fill(0, torch.tensor([3]), float("nan"))
+    assert signs_of_latents(broken) == {} and complaints(signs_of_weights(broken.log_softmax(dim=1))) == {}
+
+
 def test_a_schedule_that_is_stuck_is_seen():
     schedule = Schedule(DiffusionConfig())
     gamma = torch.full((4096,), 0.5)

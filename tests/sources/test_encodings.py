@@ -92,18 +92,6 @@ REFUSED = {
 }
 
 
-@pytest.fixture
-def refused(capsys):
-    """Check that a command ends with code 2 and one line on standard error, and return the line."""
-
-    def check(code: int) -> str:
-        error = capsys.readouterr().err
-        assert code == 2 and error.startswith("hldm: ") and error.count("\n") == 1, (code, error)
-        return error
-
-    return check
-
-
 @pytest.mark.parametrize("ending", [".txt", ".txt.gz"])
 @pytest.mark.parametrize("kind", READ)
 def test_text_is_the_same_however_it_is_stored_and_wherever_it_is_used(tmp_path, kind, ending):
