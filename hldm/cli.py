@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 import hldm
+from hldm.commands import jepa as jepa_commands
 from hldm.commands import measuring, training, writing
 from hldm.config import ConfigError
 from hldm.doctor import doctor
@@ -38,6 +39,7 @@ for command in (  # in the order of the help
     doctor,
 ):
     app.command()(command)
+app.add_typer(jepa_commands.app, name="jepa")
 
 
 def _print_version(is_asked: bool) -> None:
@@ -71,6 +73,11 @@ train_autoencoder = partial(_run_script, training.train_autoencoder, "train_auto
 train_diffusion = partial(_run_script, training.train_diffusion, "train_diffusion.py")
 generate = partial(_run_script, writing.generate, "generate.py")
 evaluate = partial(_run_script, measuring.evaluate, "python -m hldm.evaluation")
+
+
+def jepa(argv: Sequence[str] | None = None) -> int:
+    """`python -m hldm.jepa`."""
+    return _run(jepa_commands.app, "python -m hldm.jepa", argv)
 
 
 def _run(commands: typer.Typer, name: str, argv: Sequence[str] | None) -> int:

@@ -10,7 +10,7 @@ from hldm.config import Config, load_config
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.prior import Prior
 
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+CONFIGS = sorted(p for p in (ROOT / "configs").glob("*.yaml") if not p.stem.startswith("jepa-"))
 
 
 def parameters(config: Config) -> int:

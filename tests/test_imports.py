@@ -34,13 +34,13 @@ FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
 
 # A package that is slow to import or that everything could come to depend on, and the rooms that may.
 ALLOWED_IN = {
-    "diffusers": {"runs", "model", "chunking", "generation"},
+    "diffusers": {"runs", "model", "chunking", "generation", "jepa"},
     "accelerate": {"training"},
     "datasets": {"sources", "evaluation"},
     "evaluate": {"evaluation"},
     "rouge_score": {"evaluation"},
     "transformers": {"generation", "studies"},
-    "pydantic": {"settings", "config"},
+    "pydantic": {"settings", "config", "jepa"},
     "triton": {"kernels"},
     "matplotlib": {"studies"},
     "yaml": {"settings", "config", "runs"},

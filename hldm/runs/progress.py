@@ -16,8 +16,20 @@ if TYPE_CHECKING:
 
 BAR_WIDTH = 12  # columns of a terminal
 # signs of life of what trains (hldm.model.vitals): those that a line of progress shows, and the others
-SIGNS = {"prototypes": "{:.0f} prototypes", "rank": "rank {:.1f}"}
-OTHER_SIGNS = {"weights_bits", "dimensions", "dead_dimensions", "largest_bin"}
+SIGNS = {
+    "prototypes": "{:.0f} prototypes",
+    "distance": "distance {:.3f}",
+    "rank": "rank {:.1f}",
+    "least_deviation": "deviation {:.2f}",
+    "mean_cosine": "cosine {:.2f}",
+    "r2_beyond_length": "R2 {:.2f}",
+    "shuffle_gap": "gap {:.2f}",
+}
+OTHER_SIGNS = {"weights_bits", "dimensions", "dead_dimensions", "largest_bin", "r2", "untrained_rank"} | {
+    f"{whose}_{sign}"
+    for whose in ("predicted", "target")
+    for sign in ("rank", "least_deviation", "mean_cosine")
+}
 
 
 def describe(metrics: dict[str, float]) -> str:
@@ -25,8 +37,9 @@ def describe(metrics: dict[str, float]) -> str:
     skip = {"learning_rate", "gradient_norm", "characters_per_second", "seconds"} | SIGNS.keys() | OTHER_SIGNS
     bits = {name: value for name, value in metrics.items() if name not in skip}
     # stage two trains the latents' terms of the bound alone
-    of_what = "" if "decoder" in bits else " in latents alone"
-    parts = [f"{sum(bits.values()):.3f} bits/char{of_what}"]
+    of_what = " in latents alone" if "latent" in bits and "decoder" not in bits else ""
+    # an encoder that is trained on latents alone writes no bytes
+    parts = [f"{sum(bits.values()):.3f} bits/char{of_what}"] if bits else []
     if len(bits) > 1:
         parts.append("(" + " + ".join(f"{name} {value:.3f}" for name, value in bits.items()) + ")")
     parts.append(f"{metrics['characters_per_second']:,.0f} chars/s")

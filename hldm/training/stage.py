@@ -20,6 +20,7 @@ from hldm.chunking.segmenter import Segmenter
 from hldm.chunking.strategies import cached_starts, read_segmenter
 from hldm.config import Config, ConfigError, LoggingConfig, TrainingConfig, to_dict
 from hldm.model.speed import why_plain
+from hldm.model.vitals import complaints
 from hldm.runs.checkpoints import checkpoints_in
 from hldm.runs.clock import clock_named
 from hldm.runs.exits import Interrupted
@@ -33,9 +34,8 @@ from hldm.settings import dotted
 from hldm.text.corpus import Corpus
 from hldm.text.windows import Windows
 from hldm.training.environment import check_launch, check_training, naming_variables, rounding_variables
-from hldm.training.objectives import AutoencoderObjective, PriorObjective
 from hldm.training.segmenters import train_segmenter
-from hldm.training.trainer import Trainer
+from hldm.training.trainer import Complaints, Trainer
 
 MAY_CHANGE = (*MAY_CHANGE_ONCE_TRAINED, "training.")  # on resume
 SEGMENTER_SHARE = 0.2  # of stage one's minutes, at most, for what cuts its text
@@ -55,10 +55,11 @@ class Stage:
 
     def fit(
         self,
-        objective: AutoencoderObjective | PriorObjective,
+        objective: nn.Module,
         windows: Windows,
         on_sample: Callable[[nn.Module], str],
         bound_to: dict[str, str] | None = None,
+        complaints: Complaints = complaints,
     ) -> Totals:
         """Train an objective from its start or newest checkpoint; `bound_to` must not change in between.
 
@@ -76,6 +77,7 @@ class Stage:
             accelerator=self.accelerator,
             extras={"corpus": windows.corpus.fingerprint, **(bound_to or {})},
             spent=clock_named(self.training.clock)() - self.opened,
+            complaints=complaints,
         )
         if self.resume:
             trainer.restore(self.say)
