@@ -20,7 +20,7 @@ from hldm.chunking.strategies import chunker_of
 from hldm.config import ConfigError
 from hldm.generation.pipeline import read_pipeline
 from hldm.jepa.config import JepaConfig
-from hldm.jepa.encoder import JepaEncoder, encode_texts, mean_over
+from hldm.jepa.encoder import JepaEncoder, encode_texts, mean_over, read_texts
 from hldm.jepa.train import read_encoder
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.griffin import Griffin
