@@ -64,7 +64,7 @@ def sigreg(vectors: Tensor, generator: torch.Generator) -> Tensor:
 
 def spread(vectors: Tensor) -> dict[str, float]:
     """Effective rank of vectors (k z), the least deviation over their RMS, and their mean pairwise cosine."""
-    vectors = vectors.double()
+    vectors = vectors.detach().double()
     size = vectors.square().mean().sqrt().clamp(min=1e-300)
     unit = F.normalize(vectors, dim=-1)
     k = len(vectors)
@@ -86,7 +86,7 @@ class Skill(NamedTuple):
 
 def skill(predicted: Tensor, target: Tensor, kind: Tensor) -> Skill:
     """kind: (k) int64, what can be told from outside: the length of each chunk."""
-    predicted, target = predicted.double(), target.double()
+    predicted, target = predicted.detach().double(), target.detach().double()
     mean = target.mean(dim=0)
     # the regression on the kind is the mean target of each kind
     number = int(kind.max()) + 1

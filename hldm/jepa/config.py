@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from pydantic import Field
 
@@ -94,22 +94,46 @@ class ObjectiveConfig(Section):
         return bool(self.variance or self.covariance or self.sigreg)
 
 
+# Views that leave every chunk in its place, and those that make another text of it.
+PlacedView = Literal["null-spans", "null-chunks", "null-bytes", "random-chars", "case", "none"]
+TextView = Literal["word-drop", "order", "sentence-order", "typos", "crop", "back-off", "translation"]
+
+
 class ViewsConfig(Section):
     """What is done to the text before the context encoder reads it."""
 
-    kind: Literal["null-spans", "null-chunks", "null-bytes", "random-chars", "case", "none"] = "null-spans"
+    kind: Literal[PlacedView, TextView] = "null-spans"
     share: float = Field(
         default=0.4, ge=0, le=0.7
-    )  # r: of chunks hidden; of null-bytes and random-chars, of bytes
+    )  # r: of the chunks, bytes, letters or words that it changes
     span: float = Field(default=4.0, ge=1, le=64)  # mean chunks of a hidden span
     hole_bytes: int = Field(
         default=6, ge=0, le=64
     )  # NULLs in place of a hidden chunk; 0: as many as it has bytes
+    translations: tuple[Literal["asv", "kjv", "web", "ylt"], ...] = ("asv", "web")  # of kind=translation
+
+    def check(self) -> None:
+        if self.kind == "translation" and not self.translations:
+            raise ValueError("translations must name one at least, got none")
 
     @property
     def hides_chunks(self) -> bool:
         """Whether some chunks cannot be read at all, and those alone are predicted."""
         return self.kind in ("null-spans", "null-chunks")
+
+
+class SentencesConfig(Section):
+    """Sentences, where one vector stands for each."""
+
+    context: int = Field(default=4, gt=0, le=64)  # k, sentences before the one that is predicted
+    min_bytes: Count = 16  # a sentence ends only once it holds so many bytes
+    max_bytes: int = Field(default=400, gt=0, le=65_536)  # a longer one is cut
+
+    def check(self) -> None:
+        if self.min_bytes > self.max_bytes:
+            raise ValueError(
+                f"min_bytes must not exceed max_bytes, got {self.min_bytes} and {self.max_bytes}"
+            )
 
 
 class JepaStages(Section):
@@ -124,6 +148,8 @@ class JepaConfig(Section):
 
     name: str = ""  # folder below runs/; empty: the config file's name
     seed: int = Field(default=0, ge=0, lt=2**63)
+    # What is predicted: hidden chunks of a window; a sentence from a view of it; the next sentence from those before.
+    task: Literal["chunks", "views", "sentences"] = "chunks"
     vector: Width = 64  # z, numbers in the vector of a chunk
     data: DataConfig = DataConfig()
     chunking: ChunkingConfig = ChunkingConfig()
@@ -132,6 +158,7 @@ class JepaConfig(Section):
     decoder: GriffinConfig = GriffinConfig(blocks=("recurrent",))
     objective: ObjectiveConfig = ObjectiveConfig()
     views: ViewsConfig = ViewsConfig()
+    sentences: SentencesConfig = SentencesConfig()
     training: JepaStages = JepaStages()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
@@ -142,7 +169,16 @@ class JepaConfig(Section):
                 f"views.hole_bytes must not exceed chunking.max_bytes, got {self.views.hole_bytes} and "
                 f"{self.chunking.max_bytes}"
             )
-        if self.objective.has_predictor and not self.views.share:
+        if self.task == "chunks" and self.views.kind in get_args(TextView):
+            raise ValueError(
+                f"views.kind={self.views.kind} moves the chunks, so that none can be predicted in its place: set "
+                "task=views, which predicts whole sentences"
+            )
+        if self.task != "chunks" and self.objective.terms.predicted:
+            raise ValueError(
+                f"objective.option={self.objective.option} writes bytes from a predicted chunk: it needs task=chunks"
+            )
+        if self.task == "chunks" and self.objective.has_predictor and not self.views.share:
             raise ValueError(
                 f"views.share must be above 0, or nothing is hidden to be predicted: objective.option="
                 f"{self.objective.option} predicts"

@@ -12,7 +12,7 @@ hldm.training.objectives; `hldm.training.trainer` knows no more than those.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -76,7 +76,7 @@ class JepaObjective(nn.Module):
         self.register_buffer("letters", letters)
         self.register_buffer("untrained_rank", torch.zeros((), dtype=torch.float64))
         self.momentum = self.settings.momentum
-        self.held_out: Batch | None = None
+        self.held_out: Any = None  # a batch
 
     @property
     def has_follower(self) -> bool:
@@ -113,11 +113,19 @@ class JepaObjective(nn.Module):
         """What the target encoder makes of the clean text, not yet normalised."""
         if self.settings.reset_targets:
             window = reset_before(window, wanted)
-        if state is None:
-            state = self.encoder.initial_state(len(window.bytes), window.bytes.device)
+        return self.read_target(window, state)
+
+    def read_target(self, window: Window, state: GriffinState | None = None) -> Encoded:
+        """The target encoder on a window, from a fresh state when None."""
         encoder = self.encoder if self.target is None else self.target
+        if state is None:
+            state = self.fresh_state(window)
         with torch.set_grad_enabled(self.settings.target == "gradient" and torch.is_grad_enabled()):
             return encoder(window, state)
+
+    def fresh_state(self, window: Window) -> GriffinState:
+        """The encoder's state before any text, for the rows of a window."""
+        return self.encoder.initial_state(len(window.bytes), window.bytes.device)
 
     def normalised(self, targets: Tensor) -> Tensor:
         """Targets (... z) at the scale that they are predicted at."""
@@ -170,20 +178,13 @@ class JepaObjective(nn.Module):
         self, batch: Batch, carry: JepaCarry, generator: torch.Generator, progress: float
     ) -> JepaStep:
         """Loss of one window."""
-        settings, views = self.settings, self.config.views
-        share = views.share if views.hides_chunks else 1.0  # of the chunks that are predicted
-        self.momentum = momentum_at(settings.momentum, progress)
+        settings, share = self.settings, self.predicted_share
+        self.set_progress(progress)
         view = make_view(batch, self.config.views, generator, self.letters)
         context = self.encoder(view.window, carry.context)
         losses: list[Tensor] = []
         nats: dict[str, Tensor] = {}
         target_state = carry.target
-
-        def add_nats(name: str, found: tuple[Tensor, Tensor], expected_bytes: float) -> None:
-            losses.append(settings.decoder_weight * found[0] / expected_bytes)
-            # as many bytes were asked for as were counted: bits a character of those alone
-            nats[name] = found[0].detach() * batch.length.sum() / found[1].clamp(min=1)
-
         if self.predictor is not None:
             predicted = self.predict(view, context.vectors)
             if self.terms.latent:
@@ -195,20 +196,49 @@ class JepaObjective(nn.Module):
                 expected_chunks = share * batch.total_bytes / self.bytes_a_chunk
                 losses.append(settings.latent_weight * distance.sum() / expected_chunks)
             if self.terms.predicted:
-                found = self.byte_nats(batch, predicted, view.wanted)
-                add_nats("predicted", found, share * batch.total_bytes)
+                self.add_nats("predicted", self.byte_nats(batch, predicted, view.wanted), batch, losses, nats)
+        visible = batch.is_chunk & ~view.hidden
         if self.terms.own:
-            visible = batch.is_chunk & ~view.hidden
-            visible_bytes = batch.total_bytes * (1 - views.share if views.hides_chunks else 1.0)
-            add_nats("own", self.byte_nats(batch, context.vectors, visible), visible_bytes)
+            self.add_nats("own", self.byte_nats(batch, context.vectors, visible), batch, losses, nats)
         if settings.next_byte_weight:
-            next_nats, count = self.next_byte_nats(view.window, context.features)
-            losses.append(settings.next_byte_weight * next_nats / batch.total_bytes)
-            nats["next_byte"] = next_nats.detach() * batch.length.sum() / count.clamp(min=1)
-        seen = batch.is_chunk & ~view.hidden
-        losses.append(self.regulariser(context.vectors, seen, generator))
+            found = self.next_byte_nats(view.window, context.features)
+            self.add_nats("next_byte", found, batch, losses, nats)
+        losses.append(self.regulariser(context.vectors, visible, generator))
         carried = map_carry(torch.detach, JepaCarry(context.state, target_state))
         return JepaStep(torch.stack(losses).sum(), nats, batch.characters, carried)
+
+    @property
+    def predicted_share(self) -> float:
+        """Of all chunks, those that are predicted, about."""
+        views = self.config.views
+        return views.share if views.hides_chunks else 1.0
+
+    def set_progress(self, progress: float) -> None:
+        """Where on its schedule the moving average is at the end of this step."""
+        self.momentum = momentum_at(self.settings.momentum, progress)
+
+    def add_nats(
+        self,
+        term: Literal["predicted", "own", "next_byte"],
+        found: tuple[Tensor, Tensor],
+        batch: Batch,
+        losses: list[Tensor],
+        nats: dict[str, Tensor],
+    ) -> None:
+        """Add a term of the loss, nats over the bytes that it is expected to have in the global batch.
+
+        found: its nats, and how many bytes it has here
+        """
+        settings, hides = self.settings, self.config.views.hides_chunks
+        share = {
+            "predicted": self.predicted_share,
+            "own": 1 - self.predicted_share if hides else 1.0,
+            "next_byte": 1.0,
+        }[term]
+        weight = settings.next_byte_weight if term == "next_byte" else settings.decoder_weight
+        losses.append(weight * found[0] / (share * batch.total_bytes))
+        # as if it had all of the part's bytes: the trainer divides by their characters
+        nats[term] = found[0].detach() * batch.length.sum() / found[1].clamp(min=1)
 
     def predict(self, view: View, vectors: Tensor) -> Tensor:
         """p (b n z) from the context's vectors (b n z)."""
@@ -219,16 +249,10 @@ class JepaObjective(nn.Module):
     # --- figures on held-out text --------------------------------------------------------------
 
     @torch.no_grad()
-    def watch(self, held_out: Batch) -> None:
-        """Keep the text that `signs` looks at, and the rank that the untrained encoder has on it."""
+    def watch(self, held_out: Any) -> None:
+        """Keep the batch that `signs` looks at, and the rank that the untrained encoder has on it."""
         self.held_out = held_out
-        vectors = self.clean_vectors(held_out)
-        self.untrained_rank.fill_(spread(vectors[held_out.is_chunk])["rank"])
-
-    def clean_vectors(self, window: Window) -> Tensor:
-        """The encoder's vectors (b n z) of a window without holes, from a fresh state."""
-        state = self.encoder.initial_state(len(window.bytes), window.bytes.device)
-        return self.encoder(window, state).vectors
+        self.untrained_rank.fill_(spread(self.own_vectors(held_out))["rank"])
 
     @torch.no_grad()
     def signs(self) -> dict[str, float]:
@@ -237,26 +261,31 @@ class JepaObjective(nn.Module):
         if batch is None:
             return {}
         self.eval()
-        signs = spread(self.clean_vectors(batch)[batch.is_chunk])
+        signs = spread(self.own_vectors(batch))
         signs["untrained_rank"] = float(self.untrained_rank)
         if self.predictor is not None:
-            view, state = (
-                self.held_out_view(batch),
-                self.encoder.initial_state(len(batch.bytes), batch.bytes.device),
-            )
-            predicted = self.predict(view, self.encoder(view.window, state).vectors)[view.wanted]
-            # the masked language model has no targets: its own vectors stand in, for figures alone
-            target = self.normalised(self.targets(batch, view.wanted, None).vectors[view.wanted])
+            predicted, target, length = self.predictions(batch)
             signs |= {f"predicted_{name}": value for name, value in spread(predicted).items()}
             signs |= {f"target_{name}": value for name, value in spread(target).items()}
             if self.terms.latent:
                 signs["distance"] = float(self.distance(predicted, target).mean())
                 if self.settings.distance == "cosine":  # which leaves the size open
                     predicted, target = F.normalize(predicted, dim=-1), F.normalize(target, dim=-1)
-                length = chunk_bytes(batch, view.wanted)[1]
                 signs |= skill(predicted, target, length)._asdict()
         self.train(was_training)
         return signs
+
+    def own_vectors(self, window: Any) -> Tensor:
+        """The encoder's vectors (k z) of the chunks of a window without holes, from a fresh state."""
+        return self.encoder(window, self.fresh_state(window)).vectors[window.is_chunk]
+
+    def predictions(self, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Of held-out chunks: predicted vectors (k z), normalised targets (k z), and lengths (k) in bytes."""
+        view = self.held_out_view(batch)
+        predicted = self.predict(view, self.encoder(view.window, self.fresh_state(batch)).vectors)
+        # a masked language model has no targets: its own vectors stand in, for figures alone
+        target = self.normalised(self.targets(batch, view.wanted, None).vectors[view.wanted])
+        return predicted[view.wanted], target, chunk_bytes(batch, view.wanted)[1]
 
     def held_out_view(self, batch: Batch) -> View:
         """The same holes at every call."""

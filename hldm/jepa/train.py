@@ -6,6 +6,7 @@ runs/<name>/decoder/  a decoder trained afterwards on the frozen encoder: checkp
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -15,25 +16,37 @@ from torch import Tensor
 
 from hldm.chunking.chunker import make_chunker
 from hldm.chunking.strategies import read_segmenter
-from hldm.config import Config, to_dict
+from hldm.config import Config, ConfigError, to_dict
 from hldm.jepa.collapse import complaints
 from hldm.jepa.config import JepaConfig, load_jepa_config
 from hldm.jepa.decoder import ChunkDecoder, chunk_bytes
 from hldm.jepa.encoder import JepaEncoder
 from hldm.jepa.objective import DecoderObjective, JepaObjective, letters_of
 from hldm.jepa.predictor import Predictor
+from hldm.jepa.sentences import SentenceObjective
+from hldm.jepa.text_pairs import PairBatch, TextPairs, pairs_of
 from hldm.runs.files import fingerprint
 from hldm.runs.folder import check_settings, require_same_text
 from hldm.runs.identity import TEXT_SETTINGS
 from hldm.sources.corpora import load_corpora
-from hldm.text.corpus import Corpus
-from hldm.text.windows import Batch, Windows
-from hldm.training.stage import open_stage
+from hldm.text.corpus import Corpus, Split
+from hldm.text.windows import Batch, Window, Windows
+from hldm.training.stage import Stage, open_stage
 
 WATCHED_LANES, WATCHED_BYTES = 8, 512  # of validation text, for figures while it trains: about 700 chunks
+WATCHED_PAIRS = 128
 SAMPLE_ROWS = 2  # of those lanes, shown in samples.txt
 # What a decoder trained afterwards must agree on with its encoder.
-SHARED_SETTINGS = ("vector", "chunking.", "encoder.", "predictor.", "objective.", "views.", *TEXT_SETTINGS)
+SHARED_SETTINGS = (
+    "task",
+    "vector",
+    "chunking.",
+    "encoder.",
+    "predictor.",
+    "objective.",
+    "views.",
+    *TEXT_SETTINGS,
+)
 
 
 def train_jepa(config: JepaConfig, *, resume: bool = False, root: Path = Path("runs")) -> Path:
@@ -41,13 +54,13 @@ def train_jepa(config: JepaConfig, *, resume: bool = False, root: Path = Path("r
     corpora = load_corpora(config.data)  # before the folder is opened: a mistake leaves none
     with open_jepa_stage(config, "jepa", resume, root) as stage:
         segmenter = stage.segmenter(corpora["train"])
-        windows = stage.windows(corpora["train"], segmenter)
-        objective = make_objective(config, corpora["train"], windows).to(stage.accelerator.device)
+        windows = laid_out(stage, config, corpora["train"], segmenter)
+        objective = make_objective(config, windows).to(stage.accelerator.device)
         bound_to = {}
         if segmenter is not None:
             bound_to = {"segmenter": fingerprint(segmenter.state_dict())}
             objective.encoder.register_to_config(**bound_to)
-        held_out = watched(config, corpora["validation"], segmenter).to(stage.accelerator.device)
+        held_out = watched(config, corpora, segmenter).to(stage.accelerator.device)
         objective.watch(held_out)
         totals = stage.fit(objective, windows, partial(_sample, batch=held_out), bound_to, complaints)
         parts = {"model": objective.encoder, "predictor": objective.predictor, "decoder": objective.decoder}
@@ -64,6 +77,8 @@ def train_jepa(config: JepaConfig, *, resume: bool = False, root: Path = Path("r
 def train_decoder(config: JepaConfig, *, resume: bool = False, root: Path = Path("runs")) -> Path:
     """A decoder for the frozen encoder of the same run. Returns the run's folder."""
     folder = root / config.name
+    if config.task != "chunks":
+        raise ConfigError(f"a decoder of chunks needs a run of task=chunks, got task={config.task}")
     jepa = read_objective(folder, config)
     binding = fingerprint(jepa.state_dict())
     corpora = load_corpora(config.data)
@@ -73,7 +88,7 @@ def train_decoder(config: JepaConfig, *, resume: bool = False, root: Path = Path
         windows = stage.windows(corpora["train"], segmenter)
         decoder = ChunkDecoder.from_settings(config.decoder, config.chunking, config.vector)
         objective = DecoderObjective(jepa, decoder)
-        held_out = watched(config, corpora["validation"], segmenter).to(stage.accelerator.device)
+        held_out = watched(config, corpora, segmenter).to(stage.accelerator.device)
         on_sample = partial(_sample, batch=held_out)
         totals = stage.fit(objective, windows, on_sample, {"jepa": binding})
         stage.export(decoder, stage.run.folder / "model")
@@ -86,14 +101,26 @@ def open_jepa_stage(config: JepaConfig, name: str, resume: bool, root: Path) -> 
     return open_stage(cast(Config, config), name, resume, root)
 
 
-def make_objective(config: JepaConfig, corpus: Corpus, windows: Windows) -> JepaObjective:
-    """The objective that a config describes, for a corpus laid out in windows."""
-    return JepaObjective(config, letters_of(corpus.text), len(corpus.text) / windows.chunks)
+def laid_out(stage: Stage, config: JepaConfig, corpus: Corpus, segmenter: Any) -> Windows | TextPairs:
+    """The training text as the task reads it: windows of many lanes, or pairs of texts."""
+    if config.task == "chunks":
+        return stage.windows(corpus, segmenter)
+    return pairs_of(config, corpus, corpus, make_chunker(config.chunking, segmenter), config.data.lanes)
 
 
-def watched(config: JepaConfig, corpus: Corpus, segmenter: Any = None) -> Batch:
-    """The held-out text whose figures are followed, the same in every run of this chunking."""
-    chunker = make_chunker(config.chunking, segmenter)
+def make_objective(config: JepaConfig, windows: Windows | TextPairs) -> JepaObjective:
+    """The objective that a config describes, for a text that is laid out."""
+    letters = letters_of(windows.corpus.text)
+    if isinstance(windows, TextPairs):
+        return SentenceObjective(config, letters, 1.0)
+    return JepaObjective(config, letters, len(windows.corpus.text) / windows.chunks)
+
+
+def watched(config: JepaConfig, corpora: Mapping[Split, Corpus], segmenter: Any = None) -> Batch | PairBatch:
+    """The held-out text whose figures are followed, the same in every run of this chunking and task."""
+    chunker, corpus = make_chunker(config.chunking, segmenter), corpora["validation"]
+    if config.task != "chunks":
+        return pairs_of(config, corpus, corpora["train"], chunker, WATCHED_PAIRS).batch(0)
     size = max(WATCHED_BYTES, 2 * config.chunking.max_bytes)
     return Windows(corpus, chunker, lanes=WATCHED_LANES, window_bytes=size).batch(0)
 
@@ -109,7 +136,8 @@ def read_objective(folder: Path, config: JepaConfig) -> JepaObjective:
             f"{folder} has no trained encoder: hldm jepa train makes it, with this --config"
         )
     check_settings(stage, to_dict(config), only=SHARED_SETTINGS)
-    objective = JepaObjective(config, torch.ones(256, dtype=torch.long), 1.0)
+    kind = JepaObjective if config.task == "chunks" else SentenceObjective
+    objective = kind(config, torch.ones(256, dtype=torch.long), 1.0)
     objective.encoder.load_state_dict(JepaEncoder.from_pretrained(stage / "model").state_dict())
     if objective.predictor is not None:
         objective.predictor.load_state_dict(Predictor.from_pretrained(stage / "predictor").state_dict())
@@ -133,8 +161,10 @@ def read_encoder(run: Path, which: str = "model") -> tuple[JepaEncoder, JepaConf
 
 
 @torch.no_grad()
-def _sample(objective: Any, batch: Batch) -> str:
+def _sample(objective: Any, batch: Batch | PairBatch) -> str:
     """Held-out text with its holes: [hidden>written from the prediction], or without a decoder the nearest chunk."""
+    if isinstance(batch, PairBatch):
+        return _sample_of_pairs(objective, batch)
     jepa: JepaObjective = getattr(objective, "jepa", objective)
     view, decoder = jepa.held_out_view(batch), objective.decoder
     state = jepa.encoder.initial_state(len(batch.bytes), batch.bytes.device)
@@ -156,6 +186,20 @@ def _sample(objective: Any, batch: Batch) -> str:
             found = jepa.predictor.at_encoder_scale(found)
         written = decoder.write_chunks(found)
     return _shown(batch, wanted, written)
+
+
+def _sample_of_pairs(objective: SentenceObjective, batch: PairBatch) -> str:
+    """The first texts, and of all the held-out sentences the one nearest to what is predicted from each."""
+    if objective.predictor is None:
+        return "nothing is predicted"
+    predicted, target, _ = objective.predictions(batch)
+    nearest = torch.cdist(predicted[None], target[None])[0].argmin(dim=1).tolist()
+
+    def text(window: Window, row: int) -> str:
+        return bytes(window.bytes[row, : int(window.length[row])].tolist()).decode(errors="replace")
+
+    rows = range(min(SAMPLE_ROWS, len(nearest)))
+    return "\n".join(f"{text(batch.context, row)} [{text(batch.target, nearest[row])}]" for row in rows)
 
 
 def _shown(batch: Batch, wanted: Tensor, written: list[bytes]) -> str:

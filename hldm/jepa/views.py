@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from hldm.jepa.config import ViewsConfig
+from hldm.jepa.config import PlacedView, ViewsConfig
 from hldm.jepa.encoder import NULL
 from hldm.text.windows import Batch, Window, draw_uniform
 
 LONGEST_SPAN = 10  # chunks
 LEAST_VISIBLE = 0.3  # of the chunks of a row: what is hidden is to be predicted from something
+PLACED = frozenset(get_args(PlacedView))
 SPANS_OF_A_ROW = 64  # tried, at most
 
 
@@ -33,7 +34,7 @@ class View(NamedTuple):
 def make_view(batch: Batch, views: ViewsConfig, generator: torch.Generator, letters: Tensor) -> View:
     """The view that the settings name. letters: (256) how often each byte stands in the training text."""
     none = torch.zeros_like(batch.is_chunk)
-    if views.kind == "none":
+    if views.kind not in PLACED or views.kind == "none":  # the text itself is the view
         return View(batch, batch.is_chunk, none)
     if views.kind in ("null-spans", "null-chunks"):
         choose = hidden_spans if views.kind == "null-spans" else _hidden_chunks

@@ -56,7 +56,7 @@ class Stage:
     def fit(
         self,
         objective: nn.Module,
-        windows: Windows,
+        windows: Any,
         on_sample: Callable[[nn.Module], str],
         bound_to: dict[str, str] | None = None,
         complaints: Complaints = complaints,

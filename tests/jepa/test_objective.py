@@ -10,7 +10,7 @@ import torch
 from jepa_small import objective_of, small, windows_of
 
 from hldm.config import ConfigError
-from hldm.jepa.config import OPTIONS, ObjectiveConfig, ViewsConfig
+from hldm.jepa.config import OPTIONS, ObjectiveConfig, PlacedView
 from hldm.jepa.decoder import ChunkDecoder, chunk_bytes
 from hldm.jepa.objective import DecoderObjective, JepaObjective
 from hldm.jepa.predictor import Predictor
@@ -24,7 +24,7 @@ SWITCHES = [
     ["objective.reset_targets=false", "predictor.kind=griffin", "views.hole_bytes=0"],
     ["objective.variance=1", "objective.covariance=0.04", "objective.sigreg=0.02"],
     ["objective.option=latents", "objective.next_byte_weight=1"],
-    *([f"views.kind={kind}"] for kind in get_args(ViewsConfig.model_fields["kind"].annotation)),
+    *([f"views.kind={kind}"] for kind in get_args(PlacedView)),
 ]
 
 
