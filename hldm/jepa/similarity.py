@@ -28,6 +28,7 @@ from hldm.jepa.representations import (
     tfidf,
     untrained_source,
 )
+from hldm.jepa.texts import typing_errors
 from hldm.jepa.train import read_encoder
 from hldm.jepa.translations import genre_of, is_held_out, verses_of
 from hldm.model.vitals import effective_rank
@@ -36,6 +37,10 @@ FITTED, TESTED = (
     0.8,
     0.2,
 )  # of the sample of training verses: probes are fitted on the one, tested on the other
+GRADED, TYPOS = (
+    500,
+    0.1,
+)  # verses whose neighbours are graded by nearness; letters touched in their altered copy
 STS_PARTS = 3  # columns of a line: score from 0 to 5, and two sentences
 TERMS: dict[str, Callable[[str], list[str]]] = {
     "TF-IDF characters": characters_3_to_5,
@@ -50,6 +55,8 @@ class Verses(NamedTuple):
     texts: dict[str, list[str]]  # of each translation, the built-in one first
     sample: list[int]  # of training verses, for whitening and probes
     sample_texts: list[str]
+    graded: np.ndarray  # (m 5) places of a verse, the next, one of its chapter, of its book, of another book
+    altered: list[str]  # the m verses with typing errors
 
 
 class Pairs(NamedTuple):
@@ -71,7 +78,31 @@ def choose_verses(translations: Sequence[str], sample: int, seed: int = 0) -> Ve
     training = [n for n in sorted(built_in) if not is_held_out(n)]
     chosen = np.random.default_rng(seed).choice(len(training), min(sample, len(training)), replace=False)
     sampled = [training[index] for index in chosen]
-    return Verses(numbers, texts, sampled, [built_in[n] for n in sampled])
+    graded = draw_graded(numbers, seed)
+    rng = np.random.default_rng(seed)
+    altered = [typing_errors(texts["bbe"][at].encode(), TYPOS, rng).decode() for at in graded[:, 0]]
+    return Verses(numbers, texts, sampled, [built_in[n] for n in sampled], graded, altered)
+
+
+def draw_graded(numbers: Sequence[int], seed: int = 0) -> np.ndarray:
+    """Places (m 5) of verses: one, the next, another of its chapter, of another chapter of its book, of another book.
+
+    numbers: of all verses, BBCCCVVV in order;  m: GRADED, or as many verses as have all the others
+    """
+    rng = np.random.default_rng(seed)
+    number = np.array(numbers)
+    book, chapter = number // 1_000_000, number // 1000
+    rows = []
+    for at in rng.permutation(len(number)):
+        kinds = (
+            number == number[at] + 1,
+            (chapter == chapter[at]) & (np.abs(number - number[at]) > 1),
+            (book == book[at]) & (chapter != chapter[at]),
+            book != book[at],
+        )
+        if len(rows) < GRADED and all(kind.any() for kind in kinds):
+            rows.append([at, *(rng.choice(np.flatnonzero(kind)) for kind in kinds)])
+    return np.array(rows).reshape(-1, 5)
 
 
 def read_pairs(folder: Path) -> list[Pairs]:
@@ -149,6 +180,7 @@ def measure(
     for source in sources:
         say(f"measuring {source.name}")
         texts = [text for part in verses.texts.values() for text in part] + verses.sample_texts
+        texts += verses.altered
         texts += [text for pairs in sts for text in (*pairs.first, *pairs.second)]
         for kind, vectors in source.encode(texts).items():
             records.append({"source": source.name, "kind": kind} | _measure_vectors(vectors, verses, sts))
@@ -165,31 +197,57 @@ def _measure_terms(
         }
         for other in others
     }
-    correlations = {}
-    for pairs in sts:
-        a, b = tfidf(terms, pairs.first, pairs.second)
-        correlations[pairs.name] = {
-            "raw": spearman(torch.sparse.sum(a * b, dim=1).to_dense().numpy(), pairs.scores)
-        }
-    return {"source": name, "kind": "", "retrieval": found, "sts": correlations}
+
+    def compare(first: Sequence[str], second: Sequence[str]) -> np.ndarray:
+        a, b = tfidf(terms, first, second)
+        return torch.sparse.sum(a * b, dim=1).to_dense().numpy()
+
+    by_place = np.array(verses.texts[built_in], dtype=object)
+    anchors = list(by_place[verses.graded[:, 0]])
+    near = [
+        anchors,
+        verses.altered,
+        list(np.array(verses.texts[others[0]], dtype=object)[verses.graded[:, 0]]),
+    ]
+    near += [list(column) for column in by_place[verses.graded[:, 1:]].T]
+    graded = nearness(np.stack([compare(anchors, texts) for texts in near], axis=1))
+    correlations = {
+        pairs.name: {"raw": spearman(compare(pairs.first, pairs.second), pairs.scores)} for pairs in sts
+    }
+    return {"source": name, "kind": "", "retrieval": found, "graded": {"raw": graded}, "sts": correlations}
+
+
+def nearness(cosine: np.ndarray) -> float:
+    """Mean rank correlation of a verse's cosines (m 7) with how near the texts are: itself, altered, translated,
+
+    the next verse, one of its chapter, of its book, of another book.
+    """
+    grade = np.arange(cosine.shape[1])[::-1]
+    found = [spearman(row, grade) for row in cosine]
+    return float(np.nanmean(found)) if np.isfinite(found).any() else math.nan
 
 
 def _measure_vectors(vectors: Tensor, verses: Verses, sts: Sequence[Pairs]) -> dict[str, Any]:
     """vectors: of the verses, translation by translation, then of the sample, then of the pairs."""
     k = len(verses.numbers)
-    parts = list(
-        vectors.split([k] * len(verses.texts) + [len(verses.sample)] + [2 * len(p.first) for p in sts])
-    )
-    by_translation = dict(zip(verses.texts, parts, strict=False))
-    sample = parts[len(verses.texts)]
+    sizes = [k] * len(verses.texts) + [len(verses.sample), len(verses.altered)]
+    parts = vectors.split(sizes + [2 * len(pairs.first) for pairs in sts])
+    built_in, *others = parts[: len(verses.texts)]
+    sample, altered, *graded_pairs = parts[len(verses.texts) :]
     seen_from = frames(sample)
-    built_in, *others = (by_translation[name] for name in verses.texts)
+    place = torch.from_numpy(verses.graded)
 
     def retrieval(other: Tensor, frame: Frame) -> dict[str, float]:
         return retrieve(frame(built_in) @ frame(other).T)._asdict()
 
+    def graded(frame: Frame) -> float:
+        verse = frame(built_in[place[:, 0]])
+        near = [verse, frame(altered), frame(others[0][place[:, 0]])]
+        near += [frame(built_in[column]) for column in place[:, 1:].T]
+        return nearness(torch.stack([(verse * other).sum(dim=1) for other in near], dim=1).numpy())
+
     correlations = {}
-    for pairs, part in zip(sts, parts[len(verses.texts) + 1 :], strict=True):
+    for pairs, part in zip(sts, graded_pairs, strict=True):
         first, second = part.split(len(pairs.first))
         correlations[pairs.name] = {
             name: spearman((frame(first) * frame(second)).sum(dim=1).numpy(), pairs.scores)
@@ -202,6 +260,7 @@ def _measure_vectors(vectors: Tensor, verses: Verses, sts: Sequence[Pairs]) -> d
             name: {at: retrieval(other, frame) for at, frame in seen_from.items()}
             for name, other in zip(list(verses.texts)[1:], others, strict=True)
         },
+        "graded": {name: graded(frame) for name, frame in seen_from.items()},
         "probes": _probes(sample, built_in, verses),
         "sts": correlations,
     }
@@ -251,7 +310,7 @@ def table_of(records: Sequence[dict[str, Any]]) -> Table:
     translations = list(records[0]["retrieval"]) if records else []
     heads = ["representation", "rank"]
     heads += [f"{name} {at}" for name in translations for at in ("raw", "centred", "whitened")]
-    heads += ["MRR", "book", "genre", "next", "STS raw", "STS whitened"]
+    heads += ["MRR", "graded", "book", "genre", "next", "STS raw", "STS whitened"]
 
     def cell(value: float | None, form: str = ".3f") -> str:
         return "-" if value is None or math.isnan(value) else format(value, form)
@@ -269,6 +328,7 @@ def table_of(records: Sequence[dict[str, Any]]) -> Table:
             row += [cell(found[name].get(at, {}).get("recall_1")) for at in ("raw", "centred", "whitened")]
         best = found[translations[-1]]
         row.append(cell(best.get("whitened", best["raw"])["mrr"]))
+        row.append(cell(record["graded"].get("whitened", record["graded"]["raw"])))
         row += [cell(probes.get(name)) for name in ("book", "genre", "next_verse")]
         row += [cell(correlation(record, at)) for at in ("raw", "whitened")]
         rows.append(row)

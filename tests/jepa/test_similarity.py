@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -20,7 +22,7 @@ from hldm.jepa.representations import (
     tfidf,
     transformer_source,
 )
-from hldm.jepa.similarity import Verses, choose_verses, measure, read_pairs, table_of
+from hldm.jepa.similarity import Verses, choose_verses, draw_graded, measure, nearness, read_pairs, table_of
 from hldm.jepa.translations import genre_of, installed, is_held_out, verses_of
 
 TEXTS = [
@@ -39,7 +41,11 @@ def invented(repeats: int = 3) -> Verses:
     texts = [f"{text} {number}" for text, number in zip(TEXTS * 4, numbers, strict=True)]
     sample = [1_001_001 + 1_000_000 * (index % 5) for index in range(repeats * 20)]
     translations = {"bbe": texts, "other": [text.upper() for text in texts]}
-    return Verses(numbers, translations, sample, [f"sample {index}" for index in range(len(sample))])
+    graded = draw_graded(numbers)
+    altered = [texts[at][1:] for at in graded[:, 0]]
+    return Verses(
+        numbers, translations, sample, [f"sample {index}" for index in range(len(sample))], graded, altered
+    )
 
 
 def by_hash(texts):
@@ -75,6 +81,22 @@ def test_tfidf_by_hand():
     torch.testing.assert_close(found, torch.tensor([[0.0, 1], [1, 0]], dtype=torch.float64))
 
 
+def test_neighbours_are_where_their_names_say():
+    verses = invented()
+    number = np.array(verses.numbers)[verses.graded]
+    verse, after, same_chapter, same_book, other_book = number.T
+    assert len(number) and (after == verse + 1).all()
+    assert (same_chapter // 1000 == verse // 1000).all() and (np.abs(same_chapter - verse) > 1).all()
+    assert (same_book // 10**6 == verse // 10**6).all() and (same_book // 1000 != verse // 1000).all()
+    assert (other_book // 10**6 != verse // 10**6).all()
+
+
+def test_nearness_is_one_in_the_right_order_and_minus_one_in_the_wrong_one():
+    right = np.tile(np.linspace(1, 0, 7), (3, 1))
+    assert nearness(right) == pytest.approx(1) and nearness(right[:, ::-1]) == pytest.approx(-1)
+    assert math.isnan(nearness(np.ones((3, 7))))
+
+
 def test_a_common_word_counts_for_less():
     a, b = tfidf(lower_words, ["the king", "the stone", "the sea"], ["the king", "the sky", "the city"])
     found = cosines(a, b)
@@ -106,7 +128,11 @@ def test_verses_are_those_that_both_translations_have():
     verses = choose_verses([other], 50)
     assert len(verses.numbers) == len(verses.texts["bbe"]) == len(verses.texts[other]) > 1000
     assert not any(is_held_out(number) for number in verses.sample) and len(set(verses.sample)) == 50
-    assert verses == choose_verses([other], 50) != choose_verses([other], 50, seed=1)
+    assert verses.sample == choose_verses([other], 50).sample != choose_verses([other], 50, seed=1).sample
+    assert (
+        len(verses.graded) == len(verses.altered) == 500
+        and verses.altered[0] != verses.texts["bbe"][verses.graded[0, 0]]
+    )
     assert not any("[" in text or "  " in text or "`" in text for text in verses.texts[other])
 
 
