@@ -58,6 +58,28 @@ app.command("train")(_train("jepa", "Train an encoder: options, controls and swi
 app.command("decoder")(_train("decoder", "Train a decoder afterwards, on the frozen encoder of a run."))
 
 
+@app.command("concepts")
+def concepts(
+    *,
+    run: Annotated[Path, Option(help="folder of a run with task=sentences or views, and its decoder")],
+    sentences: Annotated[int, Option(min=2, help="held-out sentences to write")] = 200,
+    json: Report = None,
+) -> None:
+    """Write held-out sentences from one vector each, and score them."""
+    from hldm.evaluation.tables import show
+    from hldm.runs.reports import check_report_path, save_report
+
+    if json is not None:
+        check_report_path(json, "concepts")
+    from hldm.jepa.concepts import concepts_table
+    from hldm.jepa.train import score_run
+
+    records = score_run(run, sentences)
+    show(concepts_table(records))
+    if json is not None:
+        save_report(json, {"concepts": records, "run": run.name})
+
+
 def similarity(
     *,
     run: Annotated[list[Path] | None, Option(help="folder of a run, of either kind; may repeat")] = None,

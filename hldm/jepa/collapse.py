@@ -18,6 +18,7 @@ from hldm.model.vitals import effective_rank
 
 VARIANCE_EPS = 1e-4  # VICReg, equation 1
 KNOTS, LAST_KNOT, SLICES = 17, 3.0, 256  # LeJEPA: of the integral, and random directions
+LEAST_OF_A_KIND = 8  # vectors whose mean is a regression, and not what they are themselves
 RANK_SHARE = 0.5  # of the untrained encoder's rank; below it a run has collapsed
 SKILL = 0.05  # R^2 below which a predictor predicts nothing
 
@@ -88,8 +89,9 @@ def skill(predicted: Tensor, target: Tensor, kind: Tensor) -> Skill:
     """kind: (k) int64, what can be told from outside: the length of each chunk."""
     predicted, target = predicted.detach().double(), target.detach().double()
     mean = target.mean(dim=0)
-    # the regression on the kind is the mean target of each kind
-    number = int(kind.max()) + 1
+    # the regression on the kind is the mean target of each kind; those too rare for a mean share one
+    kind, number = kind + 1, int(kind.max()) + 2
+    kind = kind.masked_fill(torch.bincount(kind, minlength=number)[kind] < LEAST_OF_A_KIND, 0)
     size = torch.zeros(number, dtype=torch.float64, device=target.device).index_add(
         0, kind, target.new_ones(len(kind))
     )

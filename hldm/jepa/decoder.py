@@ -14,6 +14,7 @@ from hldm.config import ChunkingConfig, GriffinConfig, section_from_dict, to_dic
 from hldm.model.griffin import Griffin
 from hldm.model.ops import softmax_nats
 from hldm.model.readouts import PlacedReadout
+from hldm.model.state import GriffinState
 from hldm.runs.saved_model import SavedModel
 from hldm.text.bytes import END_OF_CHUNK, OUTPUTS, START, VOCABULARY
 from hldm.text.windows import Window
@@ -54,13 +55,21 @@ class ChunkDecoder(SavedModel):
 
     def logits(self, vectors: Tensor, symbols: Tensor, length: Tensor | None = None) -> Tensor:
         """Of the next symbol (k l 258), from vectors (k z) and the symbols before (k l), START first."""
-        place = torch.arange(symbols.shape[1], device=symbols.device).expand_as(symbols)
-        row = torch.zeros_like(place)
-        told = self.from_vector.features(self.from_vector.inner(vectors)[:, None], row, place)
-        opens = place == 0
         state = self.decoder.initial_state(len(symbols), symbols.device)
+        return self._go_on(vectors, symbols, 0, state, length)[0]
+
+    def _go_on(
+        self, vectors: Tensor, symbols: Tensor, first: int, state: GriffinState, length: Tensor | None = None
+    ) -> tuple[Tensor, GriffinState]:
+        """The same from the state after `first` symbols, and the state after these."""
+        place = first + torch.arange(symbols.shape[1], device=symbols.device).expand_as(symbols)
+        told = self.from_vector.features(
+            self.from_vector.inner(vectors)[:, None], torch.zeros_like(place), place
+        )
+        opens = place == 0
         x = self.write(symbols) + self.from_vector.outer(told)
-        return self.outputs(self.decoder(x, state, opens, opens, length)[0])
+        y, state = self.decoder(x, state, opens, opens, length)
+        return self.outputs(y), state
 
     def nats(self, vectors: Tensor, text: Tensor, length: Tensor) -> Tensor:
         """-log p of each chunk's bytes and its end (k), from vectors (k z), bytes (k l) and lengths (k)."""
@@ -77,10 +86,17 @@ class ChunkDecoder(SavedModel):
     @torch.no_grad()
     def write_chunks(self, vectors: Tensor) -> list[bytes]:
         """The likeliest bytes of each vector (k z), one by one, until the end or the longest chunk."""
-        symbols = torch.full((len(vectors), 1), START, device=vectors.device)
-        for _ in range(self.chunking.max_bytes if len(vectors) else 0):
-            symbol = self.logits(vectors, symbols)[:, -1].argmax(dim=-1, keepdim=True)
-            symbols = torch.cat([symbols, symbol], dim=1)
-        rows = (row[1:] for row in symbols.tolist())
-        ends = ((row, next((i for i, s in enumerate(row) if s >= END_OF_CHUNK), len(row))) for row in rows)
-        return [bytes(row[:end]) for row, end in ends]
+        if not len(vectors):
+            return []
+        symbol = torch.full((len(vectors), 1), START, device=vectors.device)
+        state = self.decoder.initial_state(len(vectors), vectors.device)
+        written: list[Tensor] = []
+        has_ended = torch.zeros_like(symbol, dtype=torch.bool)
+        while len(written) < self.chunking.max_bytes and not has_ended.all():
+            logits, state = self._go_on(vectors, symbol, len(written), state)
+            symbol = logits.argmax(dim=-1)
+            has_ended |= symbol >= END_OF_CHUNK
+            written.append(symbol)
+        rows = torch.cat(written, dim=1).tolist()
+        ends = (next((i for i, s in enumerate(row) if s >= END_OF_CHUNK), len(row)) for row in rows)
+        return [bytes(row[:end]) for row, end in zip(rows, ends, strict=True)]

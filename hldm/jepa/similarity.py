@@ -18,17 +18,9 @@ from torch import Tensor
 from hldm.config import ConfigError
 from hldm.evaluation.tables import Table
 from hldm.jepa.meaning import Frame, frames, pair_features, probe, retrieve, spearman
-from hldm.jepa.representations import (
-    Source,
-    characters_3_to_5,
-    cosines,
-    jepa_source,
-    lower_words,
-    stage_one_source,
-    tfidf,
-    untrained_source,
-)
+from hldm.jepa.representations import Source, jepa_source, stage_one_source, untrained_source
 from hldm.jepa.texts import typing_errors
+from hldm.jepa.tfidf import characters_3_to_5, cosines, lower_words, tfidf
 from hldm.jepa.train import read_encoder
 from hldm.jepa.translations import genre_of, is_held_out, verses_of
 from hldm.model.vitals import effective_rank
@@ -92,7 +84,7 @@ def draw_graded(numbers: Sequence[int], seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
     number = np.array(numbers)
     book, chapter = number // 1_000_000, number // 1000
-    rows = []
+    rows: list[list[int]] = []
     for at in rng.permutation(len(number)):
         kinds = (
             number == number[at] + 1,
@@ -101,7 +93,7 @@ def draw_graded(numbers: Sequence[int], seed: int = 0) -> np.ndarray:
             book != book[at],
         )
         if len(rows) < GRADED and all(kind.any() for kind in kinds):
-            rows.append([at, *(rng.choice(np.flatnonzero(kind)) for kind in kinds)])
+            rows.append([int(at), *(int(rng.choice(np.flatnonzero(kind))) for kind in kinds)])
     return np.array(rows).reshape(-1, 5)
 
 

@@ -18,6 +18,7 @@ from hldm.chunking.chunker import make_chunker
 from hldm.chunking.strategies import read_segmenter
 from hldm.config import Config, ConfigError, to_dict
 from hldm.jepa.collapse import complaints
+from hldm.jepa.concepts import ConceptObjective, concept_decoder, concepts_of, score_concepts
 from hldm.jepa.config import JepaConfig, load_jepa_config
 from hldm.jepa.decoder import ChunkDecoder, chunk_bytes
 from hldm.jepa.encoder import JepaEncoder
@@ -75,25 +76,49 @@ def train_jepa(config: JepaConfig, *, resume: bool = False, root: Path = Path("r
 
 
 def train_decoder(config: JepaConfig, *, resume: bool = False, root: Path = Path("runs")) -> Path:
-    """A decoder for the frozen encoder of the same run. Returns the run's folder."""
+    """A decoder of chunks, or of sentences, for the frozen encoder of the same run. Returns the run's folder."""
     folder = root / config.name
-    if config.task != "chunks":
-        raise ConfigError(f"a decoder of chunks needs a run of task=chunks, got task={config.task}")
     jepa = read_objective(folder, config)
     binding = fingerprint(jepa.state_dict())
     corpora = load_corpora(config.data)
     require_same_text(folder / "jepa", corpora["train"])
     with open_jepa_stage(config, "decoder", resume, root) as stage:
         segmenter = stage.segmenter(corpora["train"])
-        windows = stage.windows(corpora["train"], segmenter)
-        decoder = ChunkDecoder.from_settings(config.decoder, config.chunking, config.vector)
-        objective = DecoderObjective(jepa, decoder)
+        windows = laid_out(stage, config, corpora["train"], segmenter)
+        objective: DecoderObjective
+        if isinstance(jepa, SentenceObjective):
+            objective = ConceptObjective(jepa, concept_decoder(config))
+        else:
+            decoder = ChunkDecoder.from_settings(config.decoder, config.chunking, config.vector)
+            objective = DecoderObjective(jepa, decoder)
         held_out = watched(config, corpora, segmenter).to(stage.accelerator.device)
         on_sample = partial(_sample, batch=held_out)
         totals = stage.fit(objective, windows, on_sample, {"jepa": binding})
-        stage.export(decoder, stage.run.folder / "model")
+        stage.export(objective.decoder, stage.run.folder / "model")
         stage.finish(totals, corpora["train"])
     return folder
+
+
+def score_run(run: Path, sentences: int, split: Split = "test") -> list[dict[str, Any]]:
+    """What a run's decoder writes of held-out sentences, from true, predicted and shuffled concepts."""
+    config = read_encoder(run)[1]
+    if config.task == "chunks":
+        raise ConfigError(
+            f"{run} predicts chunks: concepts are those of runs with task=sentences or task=views"
+        )
+    if not (run / "decoder" / "model").is_dir():
+        raise FileNotFoundError(
+            f"{run} has no decoder: hldm jepa decoder trains one, with the same --config and --name"
+        )
+    jepa = read_objective(run, config).eval()
+    assert isinstance(jepa, SentenceObjective)
+    corpora = load_corpora(config.data)
+    require_same_text(run / "jepa", corpora["train"])
+    chunker = make_chunker(config.chunking, read_segmenter(run / "segmenter" / "model", config.chunking))
+    pairs = pairs_of(config, corpora[split], corpora["train"], chunker, sentences)
+    pairs.lanes = min(sentences, pairs.count)
+    decoder = ChunkDecoder.from_pretrained(run / "decoder" / "model").eval()
+    return score_concepts(jepa, decoder, pairs.batch(0))
 
 
 def open_jepa_stage(config: JepaConfig, name: str, resume: bool, root: Path) -> Any:
@@ -188,18 +213,26 @@ def _sample(objective: Any, batch: Batch | PairBatch) -> str:
     return _shown(batch, wanted, written)
 
 
-def _sample_of_pairs(objective: SentenceObjective, batch: PairBatch) -> str:
-    """The first texts, and of all the held-out sentences the one nearest to what is predicted from each."""
-    if objective.predictor is None:
+def _sample_of_pairs(objective: Any, batch: PairBatch) -> str:
+    """The first contexts, each with the sentence written from its predicted concept; without a decoder, the nearest."""
+    jepa: SentenceObjective = getattr(objective, "jepa", objective)
+    if jepa.predictor is None:
         return "nothing is predicted"
-    predicted, target, _ = objective.predictions(batch)
-    nearest = torch.cdist(predicted[None], target[None])[0].argmin(dim=1).tolist()
+    rows = range(min(SAMPLE_ROWS, len(batch.target.bytes)))
 
     def text(window: Window, row: int) -> str:
         return bytes(window.bytes[row, : int(window.length[row])].tolist()).decode(errors="replace")
 
-    rows = range(min(SAMPLE_ROWS, len(nearest)))
-    return "\n".join(f"{text(batch.context, row)} [{text(batch.target, nearest[row])}]" for row in rows)
+    if objective is not jepa:
+        _, concepts = concepts_of(jepa, batch, torch.Generator().manual_seed(0))
+        assert concepts is not None
+        lines = objective.decoder.write_chunks(concepts[: len(rows)])
+        written = [line.decode(errors="replace") for line in lines]
+    else:
+        predicted, target, _ = jepa.predictions(batch)
+        nearest = torch.cdist(predicted[None], target[None])[0].argmin(dim=1).tolist()
+        written = [text(batch.target, nearest[row]) for row in rows]
+    return "\n".join(f"{text(batch.context, row)} [{text(batch.target, row)}>{written[row]}]" for row in rows)
 
 
 def _shown(batch: Batch, wanted: Tensor, written: list[bytes]) -> str:

@@ -40,6 +40,12 @@ def test_skill_of_perfect_of_mean_and_of_length_alone():
     assert leak.r2 > 0.3 and leak.r2_beyond_length == pytest.approx(0, abs=1e-9)
 
 
+def test_lengths_that_are_rare_explain_nothing():
+    target = normal(100, 4)
+    found = skill(target + 0.1 * normal(100, 4, seed=1), target, torch.arange(100))
+    assert found.r2_beyond_length == pytest.approx(found.r2) and found.r2 > 0.9
+
+
 def test_a_rank_that_halves_is_said():
     assert complaints({"rank": 9.0, "untrained_rank": 20.0}).keys() == {"rank"}
     assert complaints({"rank": 11.0, "untrained_rank": 20.0, "r2_beyond_length": 0.4}) == {}

@@ -14,15 +14,9 @@ from jepa_small import SMALL
 
 from hldm import cli
 from hldm.config import ConfigError
-from hldm.jepa.representations import (
-    Source,
-    characters_3_to_5,
-    cosines,
-    lower_words,
-    tfidf,
-    transformer_source,
-)
+from hldm.jepa.representations import Source, transformer_source
 from hldm.jepa.similarity import Verses, choose_verses, draw_graded, measure, nearness, read_pairs, table_of
+from hldm.jepa.tfidf import characters_3_to_5, cosines, lower_words, tfidf
 from hldm.jepa.translations import genre_of, installed, is_held_out, verses_of
 
 TEXTS = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from jepa_small import small, validation_text
@@ -153,8 +155,8 @@ def test_settings_that_cannot_be_are_refused(override, says):
         small(*override.split())
 
 
-def test_the_command_trains_and_resumes_on_pairs_of_the_built_in_text(
-    tmp_path, monkeypatch, refused, corpus_path
+def test_the_command_trains_resumes_and_then_writes_sentences(
+    tmp_path, monkeypatch, capsys, refused, corpus_path
 ):
     monkeypatch.chdir(tmp_path)
     from conftest import ROOT
@@ -171,4 +173,16 @@ def test_the_command_trains_and_resumes_on_pairs_of_the_built_in_text(
     assert cli.jepa([*arguments, "--name", "next", "--steps", "4", "logging.every=4"]) == 0
     assert cli.jepa([*arguments, "--name", "next", "--steps", "6", "--resume", "logging.every=4"]) == 0
     assert "[" in (tmp_path / "runs/next/jepa/samples.txt").read_text()
-    assert "needs a run of task=chunks" in refused(cli.jepa(["decoder", *arguments[1:], "--name", "next"]))
+    assert cli.jepa(["decoder", *arguments[1:], "--name", "next", "--steps", "2", "logging.every=2"]) == 0
+    capsys.readouterr()
+    assert cli.jepa(["concepts", "--run", "runs/next", "--sentences", "5", "--json", "found.json"]) == 0
+    out = capsys.readouterr().out
+    assert "| predicted, shuffled |" in out and "edit similarity" in out
+    records = json.loads((tmp_path / "found.json").read_text())["concepts"]
+    assert [record["concepts"] for record in records] == [
+        "true",
+        "shuffled",
+        "predicted",
+        "predicted, shuffled",
+    ]
+    assert "has no trained jepa/model" in refused(cli.jepa(["concepts", "--run", "nowhere"]))
