@@ -147,7 +147,7 @@ def read_corpora(config: JepaConfig) -> dict[str, Corpus]:
     Raises ConfigError, FileNotFoundError, or ValueError for a row that is no pair.
     """
     if config.task != "pairs" or config.pairs.source == "halves":
-        return {**load_corpora(config.data)}
+        return {str(split): corpus for split, corpus in load_corpora(config.data).items()}
     pairs = config.pairs
     if pairs.source == "jsonl":
         rows = read_views(Path(pairs.train))
