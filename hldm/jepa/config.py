@@ -20,6 +20,7 @@ from hldm.config import (
     GriffinConfig,
     LoggingConfig,
     NotNegative,
+    Positive,
     Share,
     TrainingConfig,
     Width,
@@ -74,6 +75,7 @@ class ObjectiveConfig(Section):
     latent_weight: NotNegative = 1.0
     decoder_weight: NotNegative = 1.0  # against 1 of a nat per byte
     next_byte_weight: NotNegative = 0.0  # of predicting the next byte from the context's features
+    weight_decay_growth: Positive = 1.0  # weight decay at the end over that at the start; a cosine between
     variance: NotNegative = 0.0  # weight of VICReg's hinge on the deviation of each dimension
     covariance: NotNegative = 0.0  # of its squared covariances
     sigreg: NotNegative = 0.0  # of SIGReg's distance to a standard normal, over random directions

@@ -66,7 +66,14 @@ def train_jepa(config: JepaConfig, *, resume: bool = False, root: Path = Path("r
             objective.parts()["model"].register_to_config(**bound_to)
         held_out = watched(config, corpora, segmenter).to(stage.accelerator.device)
         objective.watch(held_out)
-        totals = stage.fit(objective, windows, partial(_sample, batch=held_out), bound_to, complaints)
+        totals = stage.fit(
+            objective,
+            windows,
+            partial(_sample, batch=held_out),
+            bound_to,
+            complaints,
+            config.objective.weight_decay_growth,
+        )
         for name, part in objective.parts().items():
             stage.export(part, stage.run.folder / name)
         stage.finish(totals, corpora["train"])

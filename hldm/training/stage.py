@@ -60,6 +60,7 @@ class Stage:
         on_sample: Callable[[nn.Module], str],
         bound_to: dict[str, str] | None = None,
         complaints: Complaints = complaints,
+        decay_growth: float = 1.0,
     ) -> Totals:
         """Train an objective from its start or newest checkpoint; `bound_to` must not change in between.
 
@@ -78,6 +79,7 @@ class Stage:
             extras={"corpus": windows.corpus.fingerprint, **(bound_to or {})},
             spent=clock_named(self.training.clock)() - self.opened,
             complaints=complaints,
+            decay_growth=decay_growth,
         )
         if self.resume:
             trainer.restore(self.say)
