@@ -35,6 +35,7 @@ from hldm.runs.identity import TEXT_SETTINGS
 from hldm.text.corpus import Corpus, Split
 from hldm.text.windows import Batch, Window, Windows
 from hldm.training.stage import Stage, open_stage
+from hldm.training.stages import train_autoencoder
 
 WATCHED_LANES, WATCHED_BYTES = 8, 512  # of validation text, for figures while it trains: about 700 chunks
 WATCHED_PAIRS = 128
@@ -102,6 +103,30 @@ def train_decoder(config: JepaConfig, *, resume: bool = False, root: Path = Path
         stage.export(objective.decoder, stage.run.folder / "model")
         stage.finish(totals, corpora["train"])
     return folder
+
+
+def train_stage_one(
+    config: Config, jepa: Path, *, which: str = "model", resume: bool = False, root: Path = Path("runs")
+) -> Path:
+    """Stage one, whose encoder starts as that of a run of the family ("model"), or its average ("target").
+
+    Raises ConfigError where the two encoders differ in shape.
+    """
+    start, settings, _ = read_encoder(jepa, which)
+    if config.is_twin or (config.autoencoder.encoder, config.chunking) != (
+        settings.encoder,
+        settings.chunking,
+    ):
+        raise ConfigError(
+            f"{jepa} has another encoder or chunking than the config: autoencoder.encoder and chunking must be "
+            "those of its encoder and chunking"
+        )
+
+    def begin(autoencoder: Autoencoder) -> None:
+        autoencoder.read.load_state_dict(start.read.state_dict())
+        autoencoder.encoder.load_state_dict(start.encoder.state_dict())
+
+    return train_autoencoder(config, resume=resume, root=root, begin=begin)
 
 
 def match_run(run: Path, split: str = "test", most: int = 0) -> dict[str, Any]:

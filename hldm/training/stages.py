@@ -8,6 +8,7 @@ runs/<name>/pipeline/     both, as a diffusers pipeline
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -41,8 +42,17 @@ SHARED_SETTINGS = ("autoencoder.", "chunking.", "diffusion.gamma_0", *TEXT_SETTI
 SAMPLE_BYTES = 160  # of validation text: what samples reconstruct or go on from
 
 
-def train_autoencoder(config: Config, *, resume: bool = False, root: Path = Path("runs")) -> Path:
-    """Stage one, or the twin. Returns the run's folder."""
+def train_autoencoder(
+    config: Config,
+    *,
+    resume: bool = False,
+    root: Path = Path("runs"),
+    begin: Callable[[Autoencoder], None] = lambda autoencoder: None,
+) -> Path:
+    """Stage one, or the twin. Returns the run's folder.
+
+    begin: called on the new autoencoder before its first step, such as to give it weights
+    """
     folder = root / config.name
     require_room(config, "autoencoder", root)
     corpora = load_corpora(config.data)  # before the folder is opened: a mistake leaves none
@@ -52,6 +62,7 @@ def train_autoencoder(config: Config, *, resume: bool = False, root: Path = Path
         chunker = make_chunker(config.chunking, segmenter)
         sample_text = opening(chunker, corpora["validation"])
         autoencoder = Autoencoder.from_settings(config.autoencoder, config.chunking, config.diffusion.gamma_0)
+        begin(autoencoder)
         if segmenter is not None:
             attach_segmenter(autoencoder, segmenter)
         if stage.training.gradient_checkpointing:
