@@ -210,9 +210,9 @@ def _measure_terms(
 
 
 def nearness(cosine: np.ndarray) -> float:
-    """Mean rank correlation of a verse's cosines (m 7) with how near the texts are: itself, altered, translated,
+    """Mean rank correlation of cosines (m 7) with how near the texts of a row are to its verse.
 
-    the next verse, one of its chapter, of its book, of another book.
+    Itself, altered, translated, the next verse, one of its chapter, of its book, of another book.
     """
     grade = np.arange(cosine.shape[1])[::-1]
     found = [spearman(row, grade) for row in cosine]
