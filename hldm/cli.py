@@ -16,6 +16,7 @@ import typer
 
 import hldm
 from hldm.commands import measuring, training, writing
+from hldm.commands.report import report
 from hldm.config import ConfigError
 from hldm.doctor import doctor
 from hldm.runs.exits import guarded
@@ -31,6 +32,7 @@ for command in (  # in the order of the help
     measuring.rate_curve,
     measuring.chunkers,
     measuring.judge,
+    report,
     writing.chunk,
     measuring.bench,
     training.export,
