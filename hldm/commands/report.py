@@ -16,7 +16,9 @@ MARK = b"<!doctype html><!-- hldm report -->"  # hldm.app.report.build.PAGE_MARK
 def report(
     run: Annotated[Path, Argument(metavar="RUN", help="folder of the run, e.g. runs/demo")],
     *,
-    against: Annotated[Path | None, Option(metavar="RUN", help="another run beside it, e.g. its twin")] = None,
+    against: Annotated[
+        Path | None, Option(metavar="RUN", help="another run beside it, e.g. its twin")
+    ] = None,
     html: Annotated[Path | None, Option(metavar="FILE", help="default: NAME-report.html")] = None,
     text: Annotated[Path | None, Option(metavar="FILE", help="held-out text to read instead")] = None,
     measure: Annotated[bool, Option("--measure", help="though there is an evaluation.json")] = False,

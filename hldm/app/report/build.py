@@ -15,7 +15,11 @@ from hldm.config import to_yaml
 from hldm.evaluation.tables import compare
 
 PAGE_MARK = b"<!doctype html><!-- hldm report -->"  # how such a page begins
-AXES = {"seconds": ("minutes of training", 60.0), "characters": ("characters read", 1.0), "step": ("steps", 1.0)}
+AXES = {
+    "seconds": ("minutes of training", 60.0),
+    "characters": ("characters read", 1.0),
+    "step": ("steps", 1.0),
+}
 BITS = {"latent": "latents", "decoder": "decoder", "end": "end", "validation": "held out"}
 COLOURS = {"latent": "latent", "decoder": "decoder", "validation": "total"}
 # other panels: key, title, format of the last value, whether the axis is logarithmic
@@ -48,22 +52,23 @@ def build_report(
         names = [str(one.folder) for one in runs]
     measured = {name: one.evaluation for name, one in zip(names, runs, strict=True) if one.evaluation}
     table = compare(measured) if measured else None
+    origin = origin_of(run)
     seen = look(run, other, seed=seed)
     parts = parts_of(run)
     data = {key: seen[key] for key in ("passage", "map", "paths")}
     return fill(
         "report/report.html",
-        mark=Markup(PAGE_MARK.decode()),
+        mark=Markup(PAGE_MARK.decode()),  # noqa: S704 - our own
         names=names,
         run=run,
         is_twin=run.pipeline is not None and run.pipeline.prior is None,
         headline=_headline(run, other),
-        curves=curves(runs, names),
+        curves=curves(runs),
         table=table,
         parts=[] if parts is None else tables_of_parts(parts),
         **seen,
         faults=[(name, faults_of(one)) for name, one in zip(names, runs, strict=True)],
-        origin=origin_of(run),
+        origin=origin,
         settings="" if run.config is None else to_yaml(run.config),
         data=finite(data),
     )
@@ -79,14 +84,15 @@ def _headline(run: Run, other: Run | None) -> list[dict[str, str]]:
     found = [_figure(f"{bits['bound']:.3f}", first, f"± {error:.3f}" if error else "")]
     if other is not None and other.evaluation is not None:
         theirs = other.evaluation["bits_per_character"]["bound"]
-        found.append(_figure(f"{theirs:.3f}", f"of {other.name}", f"{bits['bound'] / theirs:.2f} times as many"))
+        found.append(_figure(f"{theirs:.3f}", f"of {other.name}", f"× {bits['bound'] / theirs:.2f}"))
     if bits.get("latent"):
         found.append(_figure(f"{bits['latent'] / bits['bound']:.0%}", "of the bits are in the latents"))
     if (length := run.evaluation.get("characters_per_chunk")) is not None:
         found.append(_figure(f"{length:.1f}", "characters a chunk"))
     if cost := run.evaluation.get("cost"):
         found.append(_figure(f"{cost['parameters'] / 1e6:.2f} M", "parameters"))
-        found.append(_figure(f"{cost['train_seconds'] / 60:.0f}", "minutes of training"))
+        minutes = cost["train_seconds"] / 60
+        found.append(_figure(f"{minutes:.{1 if minutes < 10 else 0}f}", "minutes of training"))
     return found
 
 
@@ -101,13 +107,13 @@ def faults_of(run: Run) -> list[str]:
     return [*run.notes, *alive.get("complaints", []), *noted]
 
 
-def curves(runs: list[Run], names: list[str]) -> list[dict[str, Any]]:
+def curves(runs: list[Run]) -> list[dict[str, Any]]:
     """Charts of each stage: the bits first, then other panels; each over every axis that its lines have."""
     found = []
     for stage in dict.fromkeys(log.stage for run in runs for log in run.logs):
         panels = []
         for title, keys, form, log in _panels(runs, stage):
-            charts = {axis: _chart(runs, names, stage, title, keys, axis, form, log) for axis in AXES}
+            charts = {axis: _chart(runs, stage, title, keys, axis, form, log) for axis in AXES}
             drawn = {axis: chart for axis, chart in charts.items() if chart}
             if drawn:
                 panels.append({"title": title, "charts": drawn})
@@ -118,42 +124,36 @@ def curves(runs: list[Run], names: list[str]) -> list[dict[str, Any]]:
 
 def _panels(runs: list[Run], stage: str) -> list[tuple[str, dict[str, str], str, bool]]:
     """Title, keys with the names of their lines, format and kind of axis of the panels that a stage has."""
-    present = {key for run in runs for log in run.logs if log.stage == stage for row in log.rows for key in row}
+    present = {
+        key for run in runs for log in run.logs if log.stage == stage for row in log.rows for key in row
+    }
     bits = {key: name for key, name in BITS.items() if key in present}
     # bits of a split as training may measure them: validation_bits and the like
-    bits |= {key: key.replace("_", " ") for key in sorted(present) if key.startswith("validation") and key not in BITS}
+    bits |= {
+        key: key.replace("_", " ")
+        for key in sorted(present)
+        if key.startswith("validation") and key not in BITS
+    }
     found = [("bits per character", bits, ".3f", False)] if bits else []
     return found + [(title, {key: ""}, form, log) for key, title, form, log in PANELS if key in present]
 
 
 def _chart(
-    runs: list[Run],
-    names: list[str],
-    stage: str,
-    title: str,
-    keys: dict[str, str],
-    axis: str,
-    form: str,
-    log: bool,
+    runs: list[Run], stage: str, title: str, keys: dict[str, str], axis: str, form: str, log: bool
 ) -> Markup:
     """One panel over one axis; the second run dashed."""
     x_name, unit = AXES[axis]
     lines = []
-    for index, (run, name) in enumerate(zip(runs, names, strict=True)):
+    for index, run in enumerate(runs):
         for found in (one for one in run.logs if one.stage == stage):
             drawn = {key: found.curve(key, axis) for key in keys}
-            if {"latent", "decoder"} <= drawn.keys():
+            if drawn.get("latent") and drawn.get("decoder"):
                 both = _sum(drawn["latent"], drawn["decoder"])
-                lines.append(Line(_label("sum", name, runs), _scaled(both, unit), "total", index > 0))
+                lines.append(Line("sum", _scaled(both, unit), "total", index > 0))
             for key, points in drawn.items():
-                label = _label(keys[key], name, runs)
-                lines.append(Line(label, _scaled(points, unit), COLOURS.get(key, "other"), index > 0))
+                colour = COLOURS.get(key, "other")
+                lines.append(Line(keys[key], _scaled(points, unit), colour, index > 0))
     return line_chart(f"{stage}: {title}", lines, x_name, form, log)
-
-
-def _label(line: str, name: str, runs: list[Run]) -> str:
-    """The name at the end of a line: what it shows, and whose it is where there are two runs."""
-    return line if len(runs) == 1 else f"{line} {name}".strip()[:18]
 
 
 def _scaled(points: list[tuple[float, float]], unit: float) -> list[tuple[float, float]]:

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from markupsafe import Markup, escape
 
-WIDTH, HEIGHT = 420, 230
-LEFT, RIGHT, TOP, BOTTOM = 52, 92, 12, 34  # margins: ticks, names of lines, nothing, the axis' name
+WIDTH, HEIGHT = 400, 225
+LEFT, RIGHT, TOP, BOTTOM = 46, 104, 12, 34  # margins: ticks, names of lines, nothing, the axis' name
 MOST_POINTS = 300  # of a line: more than pixels shows nothing more
 OPENING = 0.1  # share of a curve, its beginning, that may leave the frame
 NAME_HEIGHT = 12  # of a line's name, so that two do not overlap
@@ -27,7 +27,9 @@ class Line(NamedTuple):
     is_dashed: bool = False  # of the run that is compared with
 
 
-def line_chart(title: str, lines: Sequence[Line], x_name: str, y_form: str = "g", log: bool = False) -> Markup:
+def line_chart(
+    title: str, lines: Sequence[Line], x_name: str, y_form: str = "g", log: bool = False
+) -> Markup:
     """An SVG of several curves over one x axis; nothing for curves without two points.
 
     log: of the y axis, where all values are positive
@@ -47,7 +49,7 @@ def line_chart(title: str, lines: Sequence[Line], x_name: str, y_form: str = "g"
     def y_at(y: float) -> float:
         return TOP + (high - scaled(y)) / max(high - low, 1e-12) * (HEIGHT - TOP - BOTTOM)
 
-    y_ticks = [10**t for t in ticks(low, high, 4)] if log else ticks(low, high, 5)
+    y_ticks = log_ticks(10**low, 10**high) if log else ticks(low, high, 5)
     parts = [_axis_y(y_at(y), tick_name(y)) for y in y_ticks]
     parts += [_axis_x(x_at(x), tick_name(x)) for x in ticks(x_least, x_most, 5)]
     parts.append(
@@ -62,13 +64,17 @@ def line_chart(title: str, lines: Sequence[Line], x_name: str, y_form: str = "g"
         parts.append(f'<polyline class="curve {line.colour}{dashes}" points="{path}"/>')
         parts.append(
             f'<text class="name {line.colour}" x="{min(end_x, WIDTH - RIGHT) + 5:.1f}" y="{place + 3:.1f}">'
-            f"{escape(line.name)} {line.points[-1][1]:{y_form}}</text>"
+            f"{escape(_named(line, y_form))}</text>"
         )
-    ends = "; ".join(f"{line.name} ends at {line.points[-1][1]:{y_form}}" for line in lines)
+    ends = "; ".join(f"{_named(line, y_form)} at the end" for line in lines)
     return Markup(  # noqa: S704 - numbers, and names escaped above
         f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)} over '
         f'{escape(x_name)}: {escape(ends)}"><title>{escape(title)}</title>{"".join(parts)}</svg>'
     )
+
+
+def _named(line: Line, form: str) -> str:
+    return f"{line.name} {line.points[-1][1]:{form}}".strip()
 
 
 def _axis_y(y: float, name: str) -> str:
@@ -113,6 +119,15 @@ def ticks(low: float, high: float, about: int) -> list[float]:
     return [round((first + k) * step, 12) for k in range(count)]
 
 
+def log_ticks(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten within [low, high]; every power alone where there are more than four."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    fine = [factor * 10.0**power for power in powers for factor in (1, 2, 5)]
+    found = [value for value in fine if low <= value <= high]
+    whole = [10.0**power for power in powers if low <= 10.0**power <= high]
+    return found if len(found) <= 4 or len(whole) < 2 else whole
+
+
 def tick_name(value: float) -> str:
     """12k for 12000, 0.001 as it is."""
     for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -127,7 +142,7 @@ def _spread(places: Sequence[float]) -> list[float]:
     found = list(places)
     for above, below in zip(order, order[1:], strict=False):
         found[below] = max(found[below], found[above] + NAME_HEIGHT)
-    limit = HEIGHT - BOTTOM
+    limit = float(HEIGHT - BOTTOM)
     for index in reversed(order):
         found[index] = min(found[index], limit)
         limit = found[index] - NAME_HEIGHT

@@ -21,7 +21,7 @@ from hldm.app.report.passage import Chunks, describe_passage, latent_map, openin
 from hldm.app.report.samples import samples_by_temperature
 from hldm.config import Config, ConfigError, load_config
 from hldm.evaluation.evaluate import MAX_TEXT_BYTES, evaluate_run
-from hldm.evaluation.tables import Table
+from hldm.evaluation.tables import Table, compare
 from hldm.generation.pipeline import HLDMPipeline, read_pipeline
 from hldm.runs.folder import corpora_of_run, read_totals
 from hldm.sources.encodings import read_text as read_file
@@ -100,9 +100,10 @@ def read_evaluation(path: Path) -> dict[str, Any] | None:
         return None
     try:
         found = json.loads(path.read_bytes()[:MAX_JSON_BYTES])
+        compare({"run": found})  # it has what a table takes
         if float(found["bits_per_character"]["bound"]) > 0:
             return dict(found)
-    except (ValueError, LookupError, TypeError, RecursionError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         pass
     raise ValueError(f"{path} is no evaluation: delete it, and the report measures the run anew")
 

@@ -211,7 +211,7 @@
       at("at").textContent = `step ${step} of ${steps.length - 1}, log SNR ${steps[step].log_snr.toFixed(2)}`;
       [...body.children].forEach((row, index) => {
         row.setAttribute("aria-current", index === step);
-        if (index === step && timer) body.parentElement.parentElement.scrollTop = row.offsetTop - 120;
+        if (index === step) body.parentElement.parentElement.scrollTop = row.offsetTop - 120;
       });
     };
     const stop = () => {

@@ -36,9 +36,7 @@ def samples_by_temperature(pipeline: HLDMPipeline, prompt: bytes, *, seed: int =
     return found
 
 
-def _written(
-    pipeline: HLDMPipeline, prompt: bytes, settings: GenerationConfig, seed: int
-) -> dict[str, Any]:
+def _written(pipeline: HLDMPipeline, prompt: bytes, settings: GenerationConfig, seed: int) -> dict[str, Any]:
     """Chunks of one continuation, and whether the model ended the document."""
     models = pipeline.autoencoder, pipeline.prior
     *_, (rows, _, _) = write_on(*models, [prompt], settings, max_characters=CHARACTERS, seed=seed)
