@@ -16,6 +16,7 @@ import typer
 
 import hldm
 from hldm.commands import measuring, training, writing
+from hldm.commands.playground import playground
 from hldm.commands.report import report
 from hldm.config import ConfigError
 from hldm.doctor import doctor
@@ -33,6 +34,7 @@ for command in (  # in the order of the help
     measuring.chunkers,
     measuring.judge,
     report,
+    playground,
     writing.chunk,
     measuring.bench,
     training.export,
