@@ -289,12 +289,10 @@ def test_closing_ends_what_is_being_written(pipeline, monkeypatch):
     assert not client.is_alive() and 1 <= len(lines(found[0][2])) < 300
 
 
-def test_a_model_that_runs_away_is_one_line(playground):
+def test_a_model_that_runs_away_is_one_line(playground, monkeypatch):
     asked = {"prompt": "In the", "count": 3, "settings": {"steps": 1, "guidance": 100, "temperature": 100}}
-    monkey = pytest.MonkeyPatch()
-    with monkey.context() as patch:
-        patch.setattr("hldm.generation.finite.LARGEST", 1e-6)
-        status, _, body = ask(playground, body=json.dumps(asked).encode())
+    monkeypatch.setattr("hldm.generation.finite.LARGEST", 1e-6)
+    status, _, body = ask(playground, body=json.dumps(asked).encode())
     assert status == 400 and "lower generation.guidance" in json.loads(body)["error"]
 
 

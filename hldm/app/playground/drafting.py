@@ -31,7 +31,10 @@ class Chunk(NamedTuple):
 
 
 def chunk_generator(seed: int, place: int, draw: int) -> torch.Generator:
-    """What the chunk at a place of a draft draws from, the draw-th time: a text stopped and gone on with is the same."""
+    """What the chunk at a place of a draft draws from, the draw-th time.
+
+    So a text that is stopped and gone on with is the same.
+    """
     return torch.Generator().manual_seed((seed + 1_000_003 * place + 7_919 * draw) % 2**62)
 
 

@@ -225,16 +225,19 @@
   });
   const act = { r: redraw, s: () => about.latent_dim && same(), c: () => chosen >= 0 && candidates(chosen), h: () => about.latent_dim && hold(chunks[chosen]), x: () => cut(chosen) };
   const move = { ArrowRight: (k) => k + 1, ArrowLeft: (k) => k - 1, Home: () => 0, End: () => chunks.length - 1 };
+  const isPlain = (event) => !(event.ctrlKey || event.metaKey || event.altKey || chosen < 0);
   at("chunks").addEventListener("keydown", (event) => {
-    if (event.ctrlKey || event.metaKey || event.altKey || chosen < 0) return;
-    if (move[event.key]) {
-      event.preventDefault();
-      choose(Math.min(Math.max(move[event.key](chosen), 0), chunks.length - 1), true);
-    } else if (act[event.key] && !running) {
+    if (!isPlain(event) || !move[event.key]) return;
+    event.preventDefault();
+    choose(Math.min(Math.max(move[event.key](chosen), 0), chunks.length - 1), true);
+  });
+  for (const place of [at("chunks"), at("chosen")]) {
+    place.addEventListener("keydown", (event) => {
+      if (!isPlain(event) || !act[event.key] || running) return;
       event.preventDefault();
       act[event.key]();
-    }
-  });
+    });
+  }
   for (const [id, work] of [["redraw", redraw], ["same", same], ["instead", act.c], ["hold", act.h], ["cut", act.x]]) at(id)?.addEventListener("click", () => work());
   at("release")?.addEventListener("click", () => hold(null));
   document.addEventListener("keydown", (event) => {
