@@ -224,10 +224,22 @@ def _sampled(prior: Prior, mu: Tensor, context: Context, generator: torch.Genera
     def denoise(state: Tensor, gamma: Tensor) -> Tensor:
         return prior.denoise(state.view(b, n, 1, z), gamma.view(b, n, 1), told).view(b * n, z)
 
+    def spread(state: Tensor, gamma: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        flat = told._replace(log_weights=told.log_weights.view(b * n, 1, 1, -1))
+        return prior.spread(state, gamma, flat, u)
+
     seeds = torch.randint(2**62, (b * n,), generator=generator).tolist()
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     plan = sampler_steps("ancestral", prior.schedule, 16)
-    return sample(denoise, (b * n, z), plan, generators, device=mu.device).view(b, n, z)
+    drawn = sample(
+        denoise,
+        (b * n, z),
+        plan,
+        generators,
+        device=mu.device,
+        spread=None if told.log_weights is None else spread,
+    )
+    return drawn.view(b, n, z)
 
 
 def _bits_by_variant(reads: Mapping[str | float, np.ndarray]) -> dict[str, Any]:
