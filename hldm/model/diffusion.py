@@ -25,6 +25,8 @@ from hldm.config import ConfigError, DiffusionConfig
 Target = Literal["x0", "v"]
 SchedulerName = Literal["ancestral", "ddim", "dpm"]
 Scheduler: TypeAlias = DDIMScheduler | DPMSolverMultistepScheduler
+# (z (b z), gamma (b), uniform (b)) -> how far a draw of x0 lies from its estimate, and the variance around that
+Spread: TypeAlias = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 BINS = 32  # measured on the toy of the tests: 16 follow a little worse, 64 take longer to see rare errors
 UNIFORM_SHARE = 0.1  # no weight 1/p exceeds 10x the uniform one; raises E[(f/p)^2] by 1/0.9 at most
@@ -281,14 +283,13 @@ def sample(
     generators: Sequence[torch.Generator],
     temperature: float = 1.0,
     device: torch.device | str = "cpu",
-    spread: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+    spread: Spread | None = None,
 ) -> Tensor:
     """Draw latents z_0 at gamma_0, as the decoder reads them, starting from N(0, I) as the bound charges.
 
     denoise: (z (b z), gamma (b,)) -> estimate of x0 (b z);  shape: (b, z);  plan: `sampler_steps`
     generators: one a row, so that a batch equals its rows;  temperature: scales all noise, first and later
-    spread: (z, gamma, uniform (b)) -> how far a draw of x0 lies from its estimate (b z), and the variance around
-    that: steps then draw x0 instead of taking its mean, so few of them lose no variance; for plans that draw.
+    spread: steps then draw x0 instead of taking its mean, so few of them lose no variance; for plans that draw
     Returns (b z) float32. Raises ValueError unless there is one generator a row.
     """
     if len(generators) != shape[0]:
@@ -296,7 +297,9 @@ def sample(
     uniform, noise = draw_numbers(plan, shape, generators, temperature, device)
     z = noise[0]
     before = torch.zeros_like(z)
-    for step, (gamma, weights) in enumerate(zip(plan.gammas[:-1].to(device), plan.weights.tolist(), strict=True)):
+    for step, (gamma, weights) in enumerate(
+        zip(plan.gammas[:-1].to(device), plan.weights.tolist(), strict=True)
+    ):
         gamma = gamma.expand(shape[0])
         x0_hat = denoise(z, gamma).to(z)
         after = weights[0] * z + weights[1] * x0_hat + weights[2] * before

@@ -63,7 +63,8 @@ def read(prior: Prior, rows: int) -> Told:
 @pytest.mark.parametrize("rows", [1, 3, 12, 40])
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize(
-    "scheduler, temperature", [("ancestral", 1.0), ("ancestral", 0.6), ("ancestral", 0.0), ("ddim", 0.9), ("dpm", 0.9)]
+    "scheduler, temperature",
+    [("ancestral", 1.0), ("ancestral", 0.6), ("ancestral", 0.0), ("ddim", 0.9), ("dpm", 0.9)],
 )
 def test_one_call_draws_what_torch_draws(plain_torch, scheduler, temperature, layers, rows):
     prior = make_prior(layers)
