@@ -40,7 +40,7 @@ def evaluate(
     json: options.Report = None,
     prompts: Annotated[int, Option(help="to continue; 0: none")] = 24,
     max_characters: options.MaxCharacters = 200,
-    draws: Draws = 16,
+    draws: Draws = 8,
     samples: Annotated[int, Option(help="also the bound by so many importance-weighted draws")] = 0,
     context: Annotated[list[int] | None, Context] = None,
     seed: options.Seed = 0,

@@ -41,7 +41,7 @@ def evaluate_run(
     *,
     split: Split = "test",
     text: Path | None = None,
-    draws: int = 16,
+    draws: int = 8,
     samples: int = 0,
     contexts: Sequence[int] = (),
     prompts: int = 24,
