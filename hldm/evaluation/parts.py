@@ -13,13 +13,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hldm.evaluation.reconstruction import ENOUGH_CHUNKS, read_windows
+from hldm.evaluation.reconstruction import read_windows
 from hldm.evaluation.sampled import sampled_latents
 from hldm.evaluation.worth import Clusters, clusters_of, paired_worth
 from hldm.model.autoencoder import Autoencoder
@@ -34,7 +35,9 @@ from hldm.model.state import ContextState, DecoderState, Encoding
 from hldm.text.windows import Batch, Windows, draw_normal, draw_uniform
 
 NEAREST = 4  # chunks that are left when all farther ones are hidden
-SAMPLER_STEPS = 16  # of the latents that are drawn in place of true ones, where there is no mixture to draw from
+SAMPLER_STEPS = (
+    16  # of the latents that are drawn in place of true ones, where there is no mixture to draw from
+)
 UNSEEN = -1e9  # a bias that leaves nothing of a weight, and unlike -inf no NaN where nothing else is seen
 SHORT = ("denoiser", "context", "far", "text", "trunk", "latent", "bytes")  # of the table that is cheap
 SHORT_DRAWS = 4
@@ -62,7 +65,11 @@ class Reading:
     memories: dict[str, ContextState]
     decoders: dict[str, DecoderState]
     known: dict[str, Tensor]
-    context: Context  # the whole model's
+
+    @cached_property
+    def context(self) -> Context:
+        """What the whole model knows before each chunk."""
+        return self.context_of("")
 
     def context_of(
         self,
@@ -100,7 +107,10 @@ class Reading:
         return diffuse(latents, gamma, self.noise_0)
 
     def decoder(self, name: str, z_0: Tensor | None = None, encoding: Encoding | None = None) -> Tensor:
-        """The decoder's term (b n) given z_0 (b n z) and what it is told of the text before; the model's own if None."""
+        """The decoder's term (b n) given z_0 (b n z) and what it is told of the text before: the model's own if None.
+
+        name: under which its state is carried
+        """
         before = self.decoders.get(name)
         if before is None:
             before = self.autoencoder.decoder_state(len(self.batch.length), self.encoding.latents.device)
@@ -176,6 +186,14 @@ def _without_entries(prior: Prior, name: str, hides: Callable[[Tensor, Tensor], 
     return Part(name, "", cost)
 
 
+def _is_of_level(hidden: int, level: Tensor, distance: Tensor) -> Tensor:
+    return (level == hidden).expand_as(distance)
+
+
+def _is_far(level: Tensor, distance: Tensor) -> Tensor:
+    return (level > 0) | (distance >= NEAREST)
+
+
 def _without_latents_of_entries(reading: Reading) -> Cost:
     none = torch.zeros_like(reading.encoding.latents)
     return Cost(latent=reading.latent(reading.context_of("entry-latents", latents=none)))
@@ -183,7 +201,7 @@ def _without_latents_of_entries(reading: Reading) -> Cost:
 
 def _without_features_of_entries(reading: Reading) -> Cost:
     none = torch.zeros_like(reading.encoding.after)
-    context = reading.context_of("entry-features", after=none)
+    context = reading.context_of("entry-text", after=none)
     return Cost(latent=reading.latent(context._replace(feature=reading.context.feature)))
 
 
@@ -255,9 +273,9 @@ def parts_in(autoencoder: Autoencoder, prior: Prior) -> list[Part]:
     found.append(Part("context", "context of the denoiser, all of it", _without_context))
     for level in range(1, prior.hierarchy.levels + 1):
         chunks = prior.hierarchy.ratio**level
-        part = _without_entries(prior, f"level-{level}", lambda at, _, level=level: at == level)
+        part = _without_entries(prior, f"level-{level}", partial(_is_of_level, level))
         found.append(part._replace(hidden=f"  pyramid level {level}, means of {chunks:,} chunks"))
-    part = _without_entries(prior, "far", lambda at, distance: (at > 0) | (distance >= NEAREST))
+    part = _without_entries(prior, "far", _is_far)
     found.append(part._replace(hidden=f"  all but the {NEAREST} nearest chunks"))
     found.append(Part("entry-latents", "  latents of its entries", _without_latents_of_entries))
     if prior.settings.reads_text:
@@ -266,7 +284,9 @@ def parts_in(autoencoder: Autoencoder, prior: Prior) -> list[Part]:
         found.append(Part("text", "text features, from the mixture", _without_features_of_mixture))
     if prior.mixture is not None and prior.settings.reads_text:
         found.append(Part("prior-text", "text features, from all of the prior", _without_features_in_prior))
-    found.append(Part("everything", "everything before the chunk, from the prior", _without_anything_in_prior))
+    found.append(
+        Part("everything", "everything before the chunk, from the prior", _without_anything_in_prior)
+    )
     if autoencoder.settings.trunk_layers:
         found.append(Part("trunk", "memory of the trunk beyond the last chunk", _without_memory_of_trunk))
     found += [
@@ -325,9 +345,7 @@ def measure(
             memories=memories,
             decoders=decoders,
             known=known,
-            context=None,  # type: ignore[arg-type]  # made next
         )
-        reading.context = reading.context_of("")
         whole = Cost(reading.latent(reading.context), reading.decoder(""))
         chunk = batch.chunk_index[batch.is_chunk].cpu().numpy()
         is_measured[chunk] = True
@@ -341,15 +359,17 @@ def measure(
     return Costs(nats.pop(""), nats, clusters_of(windows, is_measured))
 
 
-def hidden_rows(costs: Costs, parts: Sequence[Part]) -> list[dict[str, Any]]:
-    """What the bound loses without each part, in bits a character: both terms, their sum, its paired error."""
+def hidden_rows(costs: Costs, parts: Sequence[Part]) -> dict[str, dict[str, Any]]:
+    """What the bound loses without each part, in bits a character: its terms, their sum, the paired error of that."""
     clusters = costs.clusters
-    whole = [clusters.sums(term) for term in costs.whole]
-    rows = []
+    whole = np.stack([clusters.sums(term) for term in costs.whole])  # (2 k)
+    rows = {}
     for part in parts:
-        without = [clusters.sums(term) for term in costs.without[part.name]]
-        terms = [paired_worth(a, b, clusters.characters).bits for a, b in zip(without, whole, strict=True)]
-        worth = paired_worth(sum(without), sum(whole), clusters.characters)  # type: ignore[arg-type]
-        hidden = {**worth.as_json(), "latent": terms[0], "decoder": terms[1]}
-        rows.append({"name": part.name, "part": part.hidden, "hidden": hidden, "retrained": None})
+        without = np.stack([clusters.sums(term) for term in costs.without[part.name]])
+        latent, decoder, both = (
+            paired_worth(a, b, clusters.characters)
+            for a, b in ((without[0], whole[0]), (without[1], whole[1]), (without.sum(0), whole.sum(0)))
+        )
+        hidden = {**both.as_json(), "latent": latent.bits, "decoder": decoder.bits}
+        rows[part.name] = {"part": part.hidden, "hidden": hidden, "retrained": None, "worth": both.as_json()}
     return rows

@@ -19,7 +19,7 @@ from hldm.evaluation.parts import SHORT, SHORT_DRAWS, Costs, hidden_rows, measur
 from hldm.evaluation.reconstruction import ENOUGH_CHUNKS
 from hldm.evaluation.sampled import STEPS, agreement, deviations, finite_steps, share_sure
 from hldm.evaluation.tables import Table, cell
-from hldm.evaluation.worth import Worth, clusters_of, from_json, least, paired_worth
+from hldm.evaluation.worth import clusters_of, from_json, least, paired_worth
 from hldm.generation.pipeline import read_pipeline
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.prior import Prior
@@ -59,7 +59,9 @@ def parts_of_run(
     names = [part.name for part in parts_in(autoencoder, prior)]
     for name, other in without.items():
         if name not in names:
-            raise ValueError(f"{folder} has no part {name!r:.80} to be without: its parts are {', '.join(names)}")
+            raise ValueError(
+                f"{folder} has no part {name!r:.80} to be without: its parts are {', '.join(names)}"
+            )
         _check_other(folder, other)
     if twin is not None:
         _check_other(folder, twin)
@@ -70,14 +72,13 @@ def parts_of_run(
         raise ValueError(f"{twin} has latents: --twin takes the run of a plain autoregressive model")
 
     found, costs = _measured(autoencoder, prior, windows, draws, seed, short and not without)
-    rows = {row["name"]: row for row in found["rows"]}
+    rows = found["rows"]
     for name, other in without.items():
         if name not in rows:  # of a short table
             raise ValueError(f"the short table has no row {name}: it has {', '.join(rows)}")
-        rows[name]["retrained"] = _retrained(costs, corpus, windows, other, draws, seed)
-    for row in rows.values():
-        again = row["retrained"]
-        row["worth"] = least(from_json(row["hidden"]), again and from_json(again)).as_json()
+        again = _retrained(costs, corpus, windows, other, draws, seed)
+        worth = least(from_json(rows[name]["hidden"]), from_json(again))
+        rows[name] |= {"retrained": again, "worth": worth.as_json()}
     found |= {"run": folder.resolve().name, "split": split if text is None else str(text)}
     found |= {"text": corpus.fingerprint, "minutes": _minutes(folder)}
     if not short:
@@ -91,11 +92,7 @@ def parts_of_run(
 
 def short_parts(autoencoder: Autoencoder, prior: Prior, windows: Windows, seed: int) -> dict[str, Any]:
     """The short table of a loaded model, as JSON: part of every evaluation."""
-    began = time.monotonic()
-    found, _ = _measured(autoencoder, prior, windows, SHORT_DRAWS, seed, short=True)
-    for row in found["rows"]:
-        row["worth"] = from_json(row["hidden"]).as_json()
-    return {**found, "seconds": time.monotonic() - began}
+    return _measured(autoencoder, prior, windows, SHORT_DRAWS, seed, short=True)[0]
 
 
 def _measured(
@@ -190,23 +187,28 @@ def tables(parts: Mapping[str, Any]) -> list[str | Table]:
     return shown
 
 
+def short_tables(parts: Mapping[str, Any] | None) -> list[str | Table]:
+    """The same of an evaluation's block; nothing for a twin, whose block is None."""
+    return [] if parts is None else tables(parts)
+
+
 def _signed(worth: Mapping[str, Any] | None) -> str:
     """A worth and its standard error."""
     if worth is None:
         return "-"
-    found = Worth(worth["bits"], worth["standard_error"])
-    return f"{found.bits:+.4f} ± {cell(found.standard_error, '.4f')}"
+    bits = round(worth["bits"], 4) or 0.0  # no -0.0000
+    return f"{bits:.4f} ± {cell(worth['standard_error'], '.4f')}"
 
 
 def _worth_table(parts: Mapping[str, Any]) -> Table:
     """A row a part; the columns of retrained models only where there are any."""
     rows = parts["rows"]
-    has_others = any(row["retrained"] for row in rows)
+    has_others = any(row["retrained"] for row in rows.values())
     head = ["hidden, bits per character", "name", "hidden"]
     head += ["retrained", "worth"] if has_others else []
     cells = []
-    for row in rows:
-        line = [row["part"], row["name"], _signed(row["hidden"])]
+    for name, row in rows.items():
+        line = [row["part"], name, _signed(row["hidden"])]
         if has_others:
             line += [_signed(row["retrained"]), _signed(row["worth"]) if row["retrained"] else "-"]
         cells.append(line)
@@ -216,12 +218,12 @@ def _worth_table(parts: Mapping[str, Any]) -> Table:
 def _remarks(parts: Mapping[str, Any]) -> list[str]:
     """Retrained models whose minutes were not the model's."""
     said = []
-    for row in parts["rows"]:
+    for name, row in parts["rows"].items():
         again = row["retrained"]
         if again and abs(again["minutes"] - parts["minutes"]) > EQUAL_MINUTES * parts["minutes"]:
             said.append(
                 f"{again['run']} was trained for {again['minutes']:.1f} minutes, {parts['run']} for "
-                f"{parts['minutes']:.1f}: the retrained worth of {row['name']} is not at equal minutes"
+                f"{parts['minutes']:.1f}: the retrained worth of {name} is not at equal minutes"
             )
     return said
 

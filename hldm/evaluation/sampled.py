@@ -224,7 +224,9 @@ def agreement(
     window = window_of(following, starts, [False] * len(texts), device)
     encoding, _ = autoencoder.encode(window, writer.encoder)
     noise = torch.randn(len(texts), prior.latent_dim, generator=generator).to(device)
-    z_0 = diffuse(encoding.latents[:, 0], torch.full((len(texts),), prior.diffusion.gamma_0, device=device), noise)
+    z_0 = diffuse(
+        encoding.latents[:, 0], torch.full((len(texts),), prior.diffusion.gamma_0, device=device), noise
+    )
     shares: list[float] = []
     for first in range(0, len(texts), PLACES_AT_ONCE):
         places = torch.arange(first, min(first + PLACES_AT_ONCE, len(texts)), device=device)

@@ -1,12 +1,13 @@
 """What a text costs more without a part of the model: a paired difference with its standard error.
 
-Both costs are of the same bytes, with the same noise where the model draws any, so most of the spread of either cancels.
-Chunks near each other are not independent, so errors are taken over clusters: stretches of a document. Knows no model.
+Both costs are of the same bytes, and share their noise where the model draws any, so most of the spread cancels. Chunks
+near each other are not independent, so errors are taken over clusters: stretches of a document. Knows no model.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +15,9 @@ import numpy as np
 from hldm.evaluation.metrics import ratio_error
 from hldm.text.windows import Windows
 
-STRETCH_BYTES = 400  # some 65 chunks of 6 bytes: long against a sentence, and 300 of them in the built-in test books
+STRETCH_BYTES = (
+    400  # some 65 chunks of 6 bytes: long against a sentence, and 300 of them in the built-in test books
+)
 
 
 class Worth(NamedTuple):
@@ -70,14 +73,14 @@ def paired_worth(without: np.ndarray, whole: np.ndarray, characters: np.ndarray)
     return Worth(float(difference.sum() / unit.sum()), ratio_error(difference, unit))
 
 
-def least(hidden: Worth, retrained: Worth | None) -> Worth:
+def least(hidden: Worth, retrained: Worth) -> Worth:
     """The worth of a part: the lesser of what hiding it costs and what a model trained without it loses.
 
     Hiding alone overstates it: a network misses whatever it was trained with.
     """
-    return hidden if retrained is None or hidden.bits <= retrained.bits else retrained
+    return hidden if hidden.bits <= retrained.bits else retrained
 
 
-def from_json(found: dict[str, Any]) -> Worth:
+def from_json(found: Mapping[str, Any]) -> Worth:
     """What `as_json` gave."""
     return Worth(found["bits"], found["standard_error"])
