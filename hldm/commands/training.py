@@ -114,6 +114,7 @@ def demo(
     train_run(twin)
 
     from hldm.evaluation.evaluate import evaluate_run
+    from hldm.evaluation.parts_table import short_tables
     from hldm.runs.reports import save_report
 
     columns = {}
@@ -122,7 +123,7 @@ def demo(
         columns[label] = evaluate_run(folder)
         save_report(folder / "evaluation.json", columns[label])
     _write_samples(model, folders["model"])
-    show(compare(columns))
+    show(compare(columns), *short_tables(columns["model"].get("parts")))
     minutes = (time.monotonic() - began) / 60
     print(f"\n{minutes:.1f} minutes. Everything is in {folders['model']} and {folders['twin']}.")
     print(f'Next: python generate.py --run {folders["model"]} --prompt "And the king said"')

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hldm.evaluation.bound import evaluate_bound, held_out_windows
+from hldm.evaluation.bound import chosen_text, evaluate_bound, held_out_windows
 from hldm.evaluation.context_length import by_distance, compare_contexts, cut_documents
 from hldm.evaluation.continuations import continue_prompts
 from hldm.evaluation.metrics import compute
+from hldm.evaluation.parts_table import short_parts
 from hldm.evaluation.prompts import choose_prompts, prompt_chunker
 from hldm.evaluation.reconstruction import ENOUGH_CHUNKS, read_windows, reconstruct
 from hldm.evaluation.words import count_words
@@ -29,11 +30,8 @@ from hldm.model.autoencoder import Autoencoder
 from hldm.model.prior import Prior
 from hldm.model.vitals import complaints, signs_of_latents, signs_of_schedule, signs_of_weights
 from hldm.runs.folder import corpora_of_run, read_totals
-from hldm.sources.encodings import is_blank, read_text
-from hldm.text.corpus import Split, make_corpus
+from hldm.text.corpus import Split
 from hldm.text.windows import Windows
-
-MAX_TEXT_BYTES = 10**9  # as data.max_bytes: more text would take days
 
 
 def evaluate_run(
@@ -59,17 +57,12 @@ def evaluate_run(
     for name, value, least in (*limits, ("seed", seed, 0), *(("context", length, 2) for length in contexts)):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
-    given = None if text is None else read_text(text, MAX_TEXT_BYTES)
-    if given == b"":
-        raise ValueError(f"{text} is empty: there is nothing to measure")
     pipeline = read_pipeline(folder / "pipeline")
     if torch.cuda.is_available():
         pipeline.to("cuda")
     autoencoder, prior = pipeline.autoencoder, pipeline.prior
     corpora = corpora_of_run(folder)
-    corpus = corpora[split] if given is None else make_corpus(str(text), [given])
-    if is_blank(corpus.text.tobytes()):
-        raise ValueError(f"{corpus.name} holds nothing but white space: there is nothing to measure")
+    corpus = chosen_text(corpora, split, text)
     generator = torch.Generator().manual_seed(seed)
     windows = held_out_windows(autoencoder, corpus)
     samples = 0 if prior is None else samples  # the twin's likelihood needs no bound
@@ -96,6 +89,7 @@ def evaluate_run(
             None if prior is None else reconstruct(autoencoder, windows, prior.diffusion.gamma_0, generator)
         ),
         "alive": None if prior is None else signs_of_life(autoencoder, prior, windows),
+        "parts": None if prior is None else short_parts(autoencoder, prior, windows, seed),
         **continue_prompts(
             pipeline,
             choose_prompts(corpus, prompt_chunker(autoencoder), prompts, max_characters=max_characters),
