@@ -42,7 +42,7 @@ def write(trained_run, capsysbinary):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--run", "nowhere", "--prompt", "a"], "nowhere/pipeline holds no trained model: run train_auto"),
+        (["--run", "nowhere", "--prompt", "a"], "nowhere holds no trained model: run train_auto"),
         ([], "no prompt given: pass --prompt TEXT"),
         (["--prompt-file", "nowhere.txt"], "nowhere.txt: No such file"),
         (["--prompt-file", "."], "Is a directory"),
@@ -79,21 +79,6 @@ def test_without_a_run_the_shipped_one_writes_if_there_is_one(trained_run, monke
     monkeypatch.setattr(writing, "shipped_run", lambda: trained_run)
     assert cli.generate(["--prompt", "a", "--max-chars", "5"]) == 0
     assert capsysbinary.readouterr().out.startswith(b"a")
-
-
-def test_an_exported_run_writes_and_evaluates_like_the_run(trained_run, capsys, refused):
-    assert cli.main(["export", "--run", str(trained_run), "--to", "slim"]) == 0
-    assert capsys.readouterr().out == "wrote slim\n"
-    assert {path.name for path in Path("slim").iterdir()} == {"autoencoder", "prior", "pipeline"}
-    assert not list(Path("slim").rglob("checkpoints")) and not list(Path("slim").rglob("metrics.jsonl"))
-    capsys.readouterr()
-    tables = []
-    for run in (str(trained_run), "slim"):
-        assert cli.main(["evaluate", "--run", run, "--draws", "2", "--prompts", "0"]) == 0
-        tables.append(capsys.readouterr().out.splitlines()[1:])
-    assert tables[0] == tables[1]
-    assert "is there already" in refused(cli.main(["export", "--run", str(trained_run), "--to", "slim"]))
-    assert "no finished run" in refused(cli.main(["export", "--run", "nowhere", "--to", "other"]))
 
 
 def test_generation_refuses_a_run_without_its_second_stage(run_copy, refused):

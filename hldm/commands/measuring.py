@@ -12,6 +12,7 @@ from hldm.commands import options
 from hldm.config import load_config
 from hldm.evaluation.tables import compare, show
 from hldm.runs.folder import shipped_run
+from hldm.runs.location import find_model
 from hldm.runs.reports import check_picture_path, check_report_path, save_report
 from hldm.runs.signals import is_first_rank
 
@@ -36,7 +37,7 @@ def evaluate(
     run: options.RunOrShipped = None,
     twin: Annotated[bool, Option("--twin", help="the shipped run's twin")] = False,
     split: Annotated[options.Split | None, Option(help="of the run's data (default: test)")] = None,
-    text: Annotated[Path | None, Option(help="measure this file instead, as one document")] = None,
+    text: options.Text = None,
     json: options.Report = None,
     prompts: Annotated[int, Option(help="to continue; 0: none")] = 24,
     max_characters: options.MaxCharacters = 200,
@@ -53,12 +54,11 @@ def evaluate(
         check_report_path(json, "bits_per_character")
     if twin and run is not None:
         raise ValueError("--twin is the shipped run's twin: give it or --run, not both")
-    if split is not None and text is not None:
-        raise ValueError("--split is of the run's own data: give it or --text, not both")
+    options.check_split(split, text)
     from hldm.evaluation.evaluate import evaluate_run
 
     evaluation = evaluate_run(
-        run or shipped_run(twin),
+        shipped_run(twin) if run is None else find_model(run),
         split=split or "test",
         text=text,
         draws=draws,
@@ -75,7 +75,8 @@ def evaluate(
 def diagnose(
     *,
     run: options.Run,
-    split: Annotated[options.Split, Option(help="of the run's data")] = "validation",
+    split: Annotated[options.Split | None, Option(help="of the run's data (default: validation)")] = None,
+    text: options.Text = None,
     draws: Draws = 8,
     seed: options.Seed = 0,
     json: options.Report = None,
@@ -86,10 +87,11 @@ def diagnose(
         check_report_path(json, "latent_by_dimension")
     if png is not None:
         check_picture_path(png)
+    options.check_split(split, text)
     from hldm.studies.diagnosis import diagnose_run, summary
     from hldm.studies.plots import plot_diagnosis
 
-    diagnosis = diagnose_run(run, split=split, draws=draws, seed=seed)
+    diagnosis = diagnose_run(find_model(run), split=split or "validation", text=text, draws=draws, seed=seed)
     show(*summary(diagnosis))
     _save(json, lambda path: save_report(path, diagnosis))
     _save(png, lambda path: plot_diagnosis(diagnosis, path))
@@ -141,6 +143,7 @@ def judge(
     run: Annotated[Path, Option(help="whose writing is judged")],
     judge: Annotated[Path | None, Option(metavar="RUN", help="a twin trained with another seed")] = None,
     twin: Annotated[Path | None, Option(metavar="RUN", help="its writing is judged, too")] = None,
+    text: options.Text = None,
     vary: Annotated[list[str] | None, Option(help="steps, scheduler, ...; may repeat")] = None,
     prompts: Annotated[int, Option(help="continuations")] = 48,
     max_characters: options.MaxCharacters = 400,
@@ -156,9 +159,10 @@ def judge(
     from hldm.studies.judge import judge_run, table
 
     found = judge_run(
-        run,
+        find_model(run),
         judge=judge,
         twin=twin,
+        text=text,
         vary=vary or [],
         prompts=prompts,
         max_characters=max_characters,
