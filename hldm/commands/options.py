@@ -34,7 +34,9 @@ RunOrShipped = Annotated[
 ]
 Text = Annotated[Path | None, Option(metavar="FILE", help="use this file instead, as one document")]
 Split = Literal["validation", "test"]
-Configs = Annotated[list[Path], Option("--config", metavar="FILE", help="YAML; may repeat")]
+Configs = Annotated[
+    list[Path], Option("--config", metavar="FILE", help="YAML, or tiny, small, ...; may repeat")
+]
 Paired = Annotated[Path, Option(metavar="FILE", help="its twin is NAME-twin.yaml beside it")]
 Overrides = Annotated[list[str] | None, Argument(metavar="a.b=c", help="any setting, e.g. data.lanes=64")]
 Minutes = Annotated[float, Option(callback=check_minutes, help="of training, each")]
