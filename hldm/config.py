@@ -380,9 +380,9 @@ def find_config(path: str | Path) -> Path:
 def load_config(paths: Sequence[str | Path] | str | Path, overrides: Sequence[str] = ()) -> Config:
     """Defaults, then the YAML files in order, then the command line's `a.b=c`; later wins.
 
-    A file may be named as `find_config` takes it. It may open with `base: other.yaml` (relative to it) and say only what differs. A config without
-    a name takes the last file's. ConfigError, one line, for anything that is not a known key with a value of
-    its type and range.
+    A file may be named as `find_config` takes it. It may open with `base: other.yaml` (relative to it) and say only
+    what differs. A config without a name takes the last file's. ConfigError, one line, for anything that is not a
+    known key with a value of its type and range.
     """
     files = [find_config(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
     config = _build(Config, read_settings(files, overrides))
