@@ -160,8 +160,8 @@ def judge(
 
     found = judge_run(
         find_model(run),
-        judge=judge,
-        twin=twin,
+        judge=None if judge is None else find_model(judge),
+        twin=None if twin is None else find_model(twin),
         text=text,
         vary=vary or [],
         prompts=prompts,

@@ -17,6 +17,7 @@ from hldm.config import ChunkingConfig, GenerationConfig, Strategy, changed
 from hldm.runs.folder import shipped_run
 from hldm.runs.location import find_model, pipeline_of
 from hldm.runs.signals import Stopped
+from hldm.sources.corpora import typed_bytes
 from hldm.sources.encodings import read_text
 from hldm.text.bytes import MAX_PROMPT_BYTES, shows_colour
 
@@ -40,7 +41,9 @@ def generate(
     temperature: Annotated[float | None, Option(help="scale of the latents' noise")] = None,
     decoder_temperature: Annotated[float | None, Option(help="of the bytes; 0 takes the likeliest")] = None,
     top_p: Annotated[float | None, Option(help="nucleus of the bytes")] = None,
-    stop: Annotated[list[str] | None, Option(help="end before the first of these; may repeat")] = None,
+    stop: Annotated[
+        list[str] | None, Option(help=r"end before the first of these, e.g. \n; may repeat")
+    ] = None,
     seed: Seed = 0,
     show_chunks: Annotated[bool, Option("--show-chunks", help="tint chunks, or mark them with |")] = False,
     as_json: Annotated[bool, Option("--json", help="one JSON object a continuation")] = False,
@@ -67,7 +70,7 @@ def generate(
     require_room_to_write(pipeline.autoencoder, pipeline.prior, prompts, num_samples, max_characters)
     wanted = [text for text in prompts for _ in range(num_samples)]
     settings = changed(pipeline.settings, **given)
-    stops = stop_bytes([os.fsencode(text) for text in stop or []])
+    stops = stop_bytes([typed_bytes(text) for text in stop or []])
     _write(pipeline, wanted, settings, max_characters, stops, seed, show_chunks, as_json, raw)
 
 

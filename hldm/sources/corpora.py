@@ -246,7 +246,7 @@ def _read_path(config: DataConfig) -> Generator[bytes, None, None]:
     """Documents of files, and how the separator fared in one line."""
     cuts = 0
     files = matching_files(config.path)
-    separator = _separator(config.separator)
+    separator = typed_bytes(config.separator)
     for path in files:
         with closing(_read_file(path, config.max_bytes, config.field, separator)) as documents:
             for index, document in enumerate(documents):
@@ -261,8 +261,8 @@ def _read_path(config: DataConfig) -> Generator[bytes, None, None]:
         )
 
 
-def _separator(typed: str) -> bytes:
-    r"""The separator with the line ends of texts as they are read, and `\n`, `\r`, `\t` of a shell as what they mean.
+def typed_bytes(typed: str) -> bytes:
+    r"""A word as typed in a shell, its line ends those of texts as they are read, `\n`, `\r` and `\t` what they mean.
 
     Not where a letter follows: `\newpage` and `\textbf` are themselves.
     """
