@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 import hldm
-from hldm.commands import measuring, training, writing
+from hldm.commands import measuring, sharing, training, writing
 from hldm.config import ConfigError
 from hldm.doctor import doctor
 from hldm.runs.exits import guarded
@@ -33,7 +33,7 @@ for command in (  # in the order of the help
     measuring.judge,
     writing.chunk,
     measuring.bench,
-    training.export,
+    sharing.export,
     training.sizes,
     doctor,
 ):

@@ -360,14 +360,31 @@ def stage_training(config: Config, stage: str, **changes: Any) -> Config:
     return changed(config, training=changed(config.training, **{stage: training}))
 
 
+def find_config(path: str | Path) -> Path:
+    """A config file as it is given, or one that comes with hldm by its name: tiny, tiny.yaml or configs/tiny.yaml.
+
+    Raises ConfigError for a name that is neither.
+    """
+    path = Path(path)
+    if path.parent not in (Path(), Path("configs")) or (path.exists() and not path.is_dir()):
+        return path
+    inside = Path(__file__).parent / "configs"  # of an installed wheel; a clone has them beside the package
+    shipped = inside if inside.is_dir() else inside.parents[1] / "configs"
+    found = shipped / f"{path.name.removesuffix('.yaml')}.yaml"
+    if found.is_file():
+        return found
+    names = ", ".join(sorted(file.stem for file in shipped.glob("*.yaml")))
+    raise ConfigError(f"{path}: cannot be read as a config: no such file, nor one of those of hldm: {names}")
+
+
 def load_config(paths: Sequence[str | Path] | str | Path, overrides: Sequence[str] = ()) -> Config:
     """Defaults, then the YAML files in order, then the command line's `a.b=c`; later wins.
 
-    A file may open with `base: other.yaml` (relative to it) and say only what differs. A config without
-    a name takes the last file's. ConfigError, one line, for anything that is not a known key with a value of
-    its type and range.
+    A file may be named as `find_config` takes it. It may open with `base: other.yaml` (relative to it) and say only
+    what differs. A config without a name takes the last file's. ConfigError, one line, for anything that is not a
+    known key with a value of its type and range.
     """
-    files = [paths] if isinstance(paths, str | Path) else list(paths)
+    files = [find_config(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
     config = _build(Config, read_settings(files, overrides))
     return changed(config, name=Path(files[-1]).stem) if files and not config.name else config
 

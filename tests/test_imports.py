@@ -35,6 +35,7 @@ FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
 # A package that is slow to import or that everything could come to depend on, and the rooms that may.
 ALLOWED_IN = {
     "diffusers": {"runs", "model", "chunking", "generation"},
+    "huggingface_hub": {"runs"},
     "accelerate": {"training"},
     "datasets": {"sources", "evaluation"},
     "evaluate": {"evaluation"},

@@ -12,6 +12,7 @@ from hldm.commands import options
 from hldm.config import load_config
 from hldm.evaluation.tables import compare, show
 from hldm.runs.folder import shipped_run
+from hldm.runs.location import find_model
 from hldm.runs.reports import check_picture_path, check_report_path, save_report
 from hldm.runs.signals import is_first_rank
 
@@ -40,7 +41,7 @@ def evaluate(
     run: options.RunOrShipped = None,
     twin: Annotated[bool, Option("--twin", help="the shipped run's twin")] = False,
     split: Annotated[options.Split | None, Option(help="of the run's data (default: test)")] = None,
-    text: Annotated[Path | None, Option(help="measure this file instead, as one document")] = None,
+    text: options.Text = None,
     json: options.Report = None,
     prompts: Annotated[int, Option(help="to continue; 0: none")] = 24,
     max_characters: options.MaxCharacters = 200,
@@ -57,12 +58,11 @@ def evaluate(
         check_report_path(json, "bits_per_character")
     if twin and run is not None:
         raise ValueError("--twin is the shipped run's twin: give it or --run, not both")
-    if split is not None and text is not None:
-        raise ValueError("--split is of the run's own data: give it or --text, not both")
+    options.check_split(split, text)
     from hldm.evaluation.evaluate import evaluate_run
 
     evaluation = evaluate_run(
-        run or shipped_run(twin),
+        shipped_run(twin) if run is None else find_model(run),
         split=split or "test",
         text=text,
         draws=draws,
@@ -82,6 +82,7 @@ def diagnose(
     split: Annotated[
         options.Split | None, Option(help="of the run's data (default: validation, with --parts test)")
     ] = None,
+    text: options.Text = None,
     draws: Draws = 8,
     seed: options.Seed = 0,
     json: options.Report = None,
@@ -101,17 +102,21 @@ def diagnose(
         check_report_path(json, "rows" if parts else "latent_by_dimension")
     if png is not None:
         check_picture_path(png)
+    options.check_split(split, text)
     from hldm.studies.diagnosis import diagnose_run, summary
     from hldm.studies.plots import plot_diagnosis, plot_parts
 
+    model = find_model(run)
     draw: Callable[..., None]
     if parts:
         from hldm.evaluation.parts_table import parts_of_run, tables
 
-        found = parts_of_run(run, split=split or "test", twin=twin, without=others, draws=draws, seed=seed)
+        found = parts_of_run(
+            model, split=split or "test", text=text, twin=twin, without=others, draws=draws, seed=seed
+        )
         shown, draw = tables(found), plot_parts
     else:
-        found = diagnose_run(run, split=split or "validation", draws=draws, seed=seed)
+        found = diagnose_run(model, split=split or "validation", text=text, draws=draws, seed=seed)
         shown, draw = summary(found), plot_diagnosis
     show(*shown)
     _save(json, lambda path: save_report(path, found))
@@ -177,6 +182,7 @@ def judge(
     run: Annotated[Path, Option(help="whose writing is judged")],
     judge: Annotated[Path | None, Option(metavar="RUN", help="a twin trained with another seed")] = None,
     twin: Annotated[Path | None, Option(metavar="RUN", help="its writing is judged, too")] = None,
+    text: options.Text = None,
     vary: Annotated[list[str] | None, Option(help="steps, scheduler, ...; may repeat")] = None,
     prompts: Annotated[int, Option(help="continuations")] = 48,
     max_characters: options.MaxCharacters = 400,
@@ -192,9 +198,10 @@ def judge(
     from hldm.studies.judge import judge_run, table
 
     found = judge_run(
-        run,
-        judge=judge,
-        twin=twin,
+        find_model(run),
+        judge=None if judge is None else find_model(judge),
+        twin=None if twin is None else find_model(twin),
+        text=text,
         vary=vary or [],
         prompts=prompts,
         max_characters=max_characters,

@@ -1,4 +1,4 @@
-"""Commands that train, and what belongs to it: memory and disk beforehand, a copy to keep afterwards."""
+"""Commands that train, and what belongs to it: memory and disk beforehand."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from typing import Annotated
 
 from typer import Option
 
-from hldm.commands.options import Configs, Overrides, Paired, Run, check_minutes
+from hldm.commands.options import Configs, Overrides, Paired, check_minutes
 from hldm.config import Config, changed, load_config, stage_training, to_yaml
 from hldm.evaluation.tables import compare, show
-from hldm.runs.folder import export_run
 from hldm.runs.identity import check_pair
 
 DEMO_PROMPTS = 3  # continued by `hldm demo`
@@ -80,12 +79,6 @@ def sizes(
     found = survey(load_config(config, overrides or []))
     print(json.dumps(found, indent=1) if as_json else report(found))
     return 0 if found["fits"] else 2
-
-
-def export(*, run: Run, to: Annotated[Path, Option(help="a folder that is not there yet")]) -> None:
-    """Copy a trained run, without what only training needs."""
-    export_run(run, to)
-    print(f"wrote {to}")
 
 
 def demo(

@@ -10,8 +10,7 @@ tighter by as many draws as one likes (`importance_nats`).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -26,25 +25,12 @@ from hldm.model.likelihood import noisy_latents, read_chunks
 from hldm.model.mixture import MixturePredictor
 from hldm.model.prior import Prior, price_latents
 from hldm.model.state import ContextState, DecoderState, EncoderState, Encoding
-from hldm.sources.encodings import is_blank, read_text
 from hldm.text.bytes import count_characters
-from hldm.text.corpus import Corpus, Split, make_corpus
+from hldm.text.corpus import Corpus
 from hldm.text.windows import Batch, Windows, draw_normal
 
 LANES, WINDOW_BYTES = 16, 512  # measured, configs/tiny.yaml on a CPU: 256 and 1024 bytes take longer
 PASSES = 2  # independent estimates of the latent model's terms: the least that shows how far they differ
-MAX_TEXT_BYTES = 10**9  # as data.max_bytes: more text would take days
-
-
-def chosen_text(corpora: Mapping[Split, Corpus], split: Split, text: Path | None) -> Corpus:
-    """A split of a run's text, or the file `text` as one document. Raises ValueError where it holds none."""
-    given = None if text is None else read_text(text, MAX_TEXT_BYTES)
-    if given == b"":
-        raise ValueError(f"{text} is empty: there is nothing to measure")
-    corpus = corpora[split] if given is None else make_corpus(str(text), [given])
-    if is_blank(corpus.text.tobytes()):
-        raise ValueError(f"{corpus.name} holds nothing but white space: there is nothing to measure")
-    return corpus
 
 
 def held_out_windows(

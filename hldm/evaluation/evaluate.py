@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hldm.evaluation.bound import chosen_text, evaluate_bound, held_out_windows
+from hldm.evaluation.bound import evaluate_bound, held_out_windows
 from hldm.evaluation.context_length import by_distance, compare_contexts, cut_documents
 from hldm.evaluation.continuations import continue_prompts
 from hldm.evaluation.metrics import compute
@@ -29,7 +29,12 @@ from hldm.generation.pipeline import HLDMPipeline, read_pipeline
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.prior import Prior
 from hldm.model.vitals import complaints, signs_of_latents, signs_of_schedule, signs_of_weights
-from hldm.runs.folder import corpora_of_run, read_totals
+from hldm.runs.export import stages_of
+from hldm.runs.files import fingerprint
+from hldm.runs.folder import corpora_of_run, read_totals, training_text_of
+from hldm.runs.location import pipeline_of
+from hldm.sources.corpora import corpus_of_file
+from hldm.sources.encodings import is_blank
 from hldm.text.corpus import Split
 from hldm.text.windows import Windows
 
@@ -57,12 +62,19 @@ def evaluate_run(
     for name, value, least in (*limits, ("seed", seed, 0), *(("context", length, 2) for length in contexts)):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
-    pipeline = read_pipeline(folder / "pipeline")
+    given = None if text is None else corpus_of_file(text)
+    pipeline = read_pipeline(pipeline_of(folder))
     if torch.cuda.is_available():
         pipeline.to("cuda")
     autoencoder, prior = pipeline.autoencoder, pipeline.prior
-    corpora = corpora_of_run(folder)
-    corpus = chosen_text(corpora, split, text)
+    training_text: bytes | None
+    if given is None:
+        corpora = corpora_of_run(folder)
+        corpus, training_text = corpora[split], corpora["train"].text.tobytes()
+        if is_blank(corpus.text.tobytes()):
+            raise ValueError(f"{corpus.name} holds nothing but white space: there is nothing to measure")
+    else:
+        corpus, training_text = given, training_text_of(folder) if prompts else None
     generator = torch.Generator().manual_seed(seed)
     windows = held_out_windows(autoencoder, corpus)
     samples = 0 if prior is None else samples  # the twin's likelihood needs no bound
@@ -77,6 +89,7 @@ def evaluate_run(
         "run": folder.resolve().name,
         "split": split if text is None else str(text),
         "text": corpus.fingerprint,
+        "model": weights_of(pipeline),
         "commit": _commit(folder),
         "seed": seed,
         "draws": draws,
@@ -93,7 +106,7 @@ def evaluate_run(
         **continue_prompts(
             pipeline,
             choose_prompts(corpus, prompt_chunker(autoencoder), prompts, max_characters=max_characters),
-            corpora["train"].text.tobytes(),
+            training_text,
             max_characters=max_characters,
             seed=seed,
         ),
@@ -130,22 +143,28 @@ def _perplexity(nats: float, windows: Windows) -> dict[str, float | None]:
     return {unit: value if math.isfinite(value) else None for unit, value in found.items()}
 
 
-def _stages(folder: Path) -> list[Path]:
-    return [folder / stage for stage in ("autoencoder", "prior") if (folder / stage).is_dir()]
+def weights_of(pipeline: HLDMPipeline) -> str:
+    """A fingerprint of a pipeline's weights."""
+    parts = {"autoencoder": pipeline.autoencoder, "prior": pipeline.prior}
+    return fingerprint(
+        {f"{name}.{k}": v for name, part in parts.items() if part for k, v in part.state_dict().items()}
+    )
 
 
-def _cost(folder: Path, pipeline: HLDMPipeline) -> dict[str, float]:
-    """Parameters, and seconds and characters of training, summed over the stages."""
-    totals = [read_totals(stage) for stage in _stages(folder)]
+def _cost(folder: Path, pipeline: HLDMPipeline) -> dict[str, float | None]:
+    """Parameters, and seconds and characters of training, summed over the stages; None of a pipeline alone."""
+    totals = [read_totals(stage) for stage in stages_of(folder)]
     parts = [part for part in (pipeline.autoencoder, pipeline.prior) if part is not None]
     return {
         "parameters": sum(p.numel() for part in parts for p in part.parameters()),
-        "train_seconds": sum(total.seconds for total in totals),
-        "train_characters": sum(total.characters for total in totals),
+        "train_seconds": sum(total.seconds for total in totals) if totals else None,
+        "train_characters": sum(total.characters for total in totals) if totals else None,
     }
 
 
 def _commit(folder: Path) -> str | None:
     """The commit that the run's last stage last started from, if it was a clone's."""
-    path = _stages(folder)[-1] / "environment.json"
-    return json.loads(path.read_text(encoding="utf-8"))[-1].get("commit") if path.exists() else None
+    for stage in reversed(stages_of(folder)):
+        path = stage / "environment.json"
+        return json.loads(path.read_text(encoding="utf-8"))[-1].get("commit") if path.exists() else None
+    return None

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from hldm.config import GenerationConfig
-from hldm.evaluation.bound import chosen_text, evaluate_bound, held_out_windows
+from hldm.evaluation.bound import evaluate_bound, held_out_windows
 from hldm.evaluation.parts import SHORT, SHORT_DRAWS, Costs, hidden_rows, measure, parts_in
 from hldm.evaluation.reconstruction import ENOUGH_CHUNKS
 from hldm.evaluation.sampled import STEPS, agreement, deviations, finite_steps, share_sure
@@ -25,6 +25,8 @@ from hldm.model.autoencoder import Autoencoder
 from hldm.model.prior import Prior
 from hldm.runs.folder import corpora_of_run, read_totals
 from hldm.runs.identity import require_shared_text
+from hldm.runs.location import pipeline_of
+from hldm.sources.corpora import corpus_of_file
 from hldm.text.corpus import Corpus, Split
 from hldm.text.windows import Windows
 
@@ -65,7 +67,7 @@ def parts_of_run(
         _check_other(folder, other)
     if twin is not None:
         _check_other(folder, twin)
-    corpus = chosen_text(corpora_of_run(folder), split, text)
+    corpus = corpora_of_run(folder)[split] if text is None else corpus_of_file(text)
     windows = held_out_windows(autoencoder, corpus)
     other_twin = None if twin is None else _read_models(twin)
     if other_twin is not None and other_twin[1] is not None:
@@ -133,7 +135,7 @@ def _of_latents(
 
 def _read_models(folder: Path) -> tuple[Autoencoder, Prior | None, GenerationConfig]:
     """The models of a run, on CUDA where there is one."""
-    pipeline = read_pipeline(folder / "pipeline")
+    pipeline = read_pipeline(pipeline_of(folder))
     if torch.cuda.is_available():
         pipeline.to("cuda")
     return pipeline.autoencoder, pipeline.prior, pipeline.settings
@@ -143,7 +145,7 @@ def _check_other(folder: Path, other: Path) -> None:
     """Raise ConfigError or ValueError for a run that is not to be compared with this one."""
     if other.resolve() == folder.resolve():
         raise ValueError(f"{other} is the run itself: pass another one to compare it with")
-    read_pipeline(other / "pipeline")  # says what is missing before settings are compared
+    read_pipeline(pipeline_of(other))  # says what is missing before settings are compared
     require_shared_text(folder, other)
 
 
