@@ -360,15 +360,22 @@ def stage_training(config: Config, stage: str, **changes: Any) -> Config:
     return changed(config, training=changed(config.training, **{stage: training}))
 
 
-def load_config(paths: Sequence[str | Path] | str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    paths: Sequence[str | Path] | str | Path,
+    overrides: Sequence[str] = (),
+    inherited: Sequence[str | Path] = (),
+) -> Config:
     """Defaults, then the YAML files in order, then the command line's `a.b=c`; later wins.
 
     A file may open with `base: other.yaml` (relative to it) and say only what differs. A config without
     a name takes the last file's. ConfigError, one line, for anything that is not a known key with a value of
     its type and range.
+    inherited: files whose settings, but for the name, lie below all of these: the config.yaml of a run
     """
     files = [paths] if isinstance(paths, str | Path) else list(paths)
-    config = _build(Config, read_settings(files, overrides))
+    settings = read_settings(inherited)
+    settings.pop("name", None)
+    config = _build(Config, settings | read_settings(files, overrides))
     return changed(config, name=Path(files[-1]).stem) if files and not config.name else config
 
 

@@ -14,7 +14,8 @@ from hldm.commands.options import Configs, Overrides, Paired, Run, check_minutes
 from hldm.config import Config, changed, load_config, stage_training, to_yaml
 from hldm.evaluation.tables import compare, show
 from hldm.runs.folder import export_run
-from hldm.runs.identity import check_pair
+from hldm.runs.identity import check_pair, inherited
+from hldm.runs.signals import is_first_rank
 
 DEMO_PROMPTS = 3  # continued by `hldm demo`
 
@@ -39,6 +40,10 @@ def _train(stage: str, name: str, summary: str) -> Callable[..., None]:
         print_config: PrintConfig = False,
     ) -> None:
         resolved = load_config(config, overrides or [])
+        if stage == "prior":
+            resolved, told = inherited(resolved, config, overrides or [], name or resolved.name)
+            if told and not print_config and is_first_rank():
+                print(told, flush=True)
         changes: dict[str, float] = {}
         if steps is not None:
             # the one that is given alone lifts the config's other limit
@@ -106,12 +111,13 @@ def demo(
     folders = {"model": Path("runs") / name, "twin": Path("runs") / twin.name}
 
     from hldm.training.sizes import require_room
-    from hldm.training.stages import train_run
+    from hldm.training.stages import plan, train_run
 
     for planned, stage in ((model, "autoencoder"), (model, "prior"), (twin, "autoencoder")):
         require_room(planned, stage)  # before the first of them takes an hour
-    train_run(model)
-    train_run(twin)
+    parts = plan(model, twin)
+    train_run(model, parts=parts[:-1])
+    train_run(twin, parts=parts[-1:])
 
     from hldm.evaluation.evaluate import evaluate_run
     from hldm.runs.reports import save_report

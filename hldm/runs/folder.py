@@ -191,6 +191,16 @@ def open_run(
     return run
 
 
+def last_sample(run: Path) -> str:
+    """The text that the last stage of a run wrote last, as samples.txt holds it; "" where there is none."""
+    for stage in ("prior", "autoencoder"):
+        path = run / stage / "samples.txt"
+        if path.is_file():
+            *_, text = SAMPLE_HEADER.split(path.read_bytes())
+            return text.decode("utf-8", "replace").strip().replace("\n    ", "\n")
+    return ""
+
+
 def read_totals(folder: Path) -> Totals:
     """What a stage cost, from its totals.json. Raises ConfigError for one that was saved untrained."""
     totals = Totals(**json.loads((folder / "totals.json").read_text(encoding="utf-8")))

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -46,6 +46,20 @@ def say_line(line: str) -> None:
         print(line, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class Part(NamedTuple):
+    """Which of the trainings that were asked for: stage 1 of 2."""
+
+    number: int  # from 1
+    of: int
+    later_minutes: float | None  # of those that follow; None: some have no limit in minutes
+
+    def __str__(self) -> str:
+        return f"stage {self.number} of {self.of}"
+
+
+ALONE = Part(1, 1, 0.0)
 
 
 class Recent:

@@ -8,6 +8,7 @@ runs/<name>/pipeline/     both, as a diffusers pipeline
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,25 +29,32 @@ from hldm.model.prior import Prior
 from hldm.runs.files import fingerprint
 from hldm.runs.folder import check_settings, code_fingerprint, read_totals, require_same_text
 from hldm.runs.identity import MAY_CHANGE_ONCE_TRAINED, SHOWN, TEXT_SETTINGS, trained_by
+from hldm.runs.progress import Part
+from hldm.runs.signals import is_first_rank
 from hldm.sources.corpora import load_corpora
 from hldm.text.bytes import END_OF_CHUNK
 from hldm.text.corpus import Corpus
 from hldm.text.windows import window_of
 from hldm.training.objectives import AutoencoderObjective, PriorObjective
 from hldm.training.sizes import require_room
-from hldm.training.stage import open_stage
+from hldm.training.stage import open_stage, plan, stages_of
 
-# What both stages must agree on: the model and, of the data section, which text is read and how it is split.
-SHARED_SETTINGS = ("autoencoder.", "chunking.", "diffusion.gamma_0", *TEXT_SETTINGS)
+# What both stages must agree on of the settings. They must read the same text, too, wherever it lies.
+SHARED_SETTINGS = ("autoencoder.", "chunking.", "diffusion.gamma_0")
 SAMPLE_BYTES = 160  # of validation text: what samples reconstruct or go on from
 
 
-def train_autoencoder(config: Config, *, resume: bool = False, root: Path = Path("runs")) -> Path:
-    """Stage one, or the twin. Returns the run's folder."""
+def train_autoencoder(
+    config: Config, *, resume: bool = False, root: Path = Path("runs"), part: Part | None = None
+) -> Path:
+    """Stage one, or the twin. Returns the run's folder.
+
+    part: which of how many trainings this is, for what is shown; the run's own stages when None
+    """
     folder = root / config.name
     require_room(config, "autoencoder", root)
     corpora = load_corpora(config.data)  # before the folder is opened: a mistake leaves none
-    with open_stage(config, "autoencoder", resume, root) as stage:
+    with open_stage(config, "autoencoder", resume, root, part) as stage:
         segmenter = stage.segmenter(corpora["train"])
         windows = stage.windows(corpora["train"], segmenter)
         chunker = make_chunker(config.chunking, segmenter)
@@ -70,8 +78,10 @@ def train_autoencoder(config: Config, *, resume: bool = False, root: Path = Path
     return folder
 
 
-def train_diffusion(config: Config, *, resume: bool = False, root: Path = Path("runs")) -> Path:
-    """Stage two, on the autoencoder of the same run. Returns the run's folder."""
+def train_diffusion(
+    config: Config, *, resume: bool = False, root: Path = Path("runs"), part: Part | None = None
+) -> Path:
+    """Stage two, on the autoencoder of the same run. Returns the run's folder. part: see `train_autoencoder`"""
     if config.is_twin:
         raise ConfigError("autoencoder.latent_dim is 0: the twin has no latents and so no second stage")
     folder = root / config.name
@@ -82,9 +92,9 @@ def train_diffusion(config: Config, *, resume: bool = False, root: Path = Path("
     if segmenter is not None:
         attach_segmenter(autoencoder, segmenter)
     corpora = load_corpora(config.data)
-    require_same_text(folder / "autoencoder", corpora["train"])
+    _require_text_of(folder / "autoencoder", config, corpora["train"])
     sample_text = opening(chunker_of(autoencoder), corpora["validation"])
-    with open_stage(config, "prior", resume, root) as stage:
+    with open_stage(config, "prior", resume, root, part) as stage:
         windows = stage.windows(corpora["train"], segmenter)
         prior = _first_prior(folder, config)
         objective = PriorObjective(prior, autoencoder)
@@ -98,27 +108,31 @@ def train_diffusion(config: Config, *, resume: bool = False, root: Path = Path("
     return folder
 
 
-def train_run(config: Config, *, root: Path = Path("runs")) -> Path:
+def train_run(
+    config: Config, *, root: Path = Path("runs"), resume: bool = True, parts: Sequence[Part] | None = None
+) -> Path:
     """Both stages of a run, or the twin's one: each trained, gone on with, or said to be there already.
 
+    resume: go on with what has begun; otherwise that is refused
+    parts: of what is trained in all, those of this run's stages; when None it is all
     Raises ValueError where what is there was trained with other settings.
     """
-    for stage, train in (("autoencoder", train_autoencoder), ("prior", train_diffusion)):
+    train = {"autoencoder": train_autoencoder, "prior": train_diffusion}
+    for stage, part in zip(stages_of(config), parts or plan(config), strict=True):
         folder = root / config.name / stage
-        if stage == "prior" and config.is_twin:
-            continue
         if (folder / "totals.json").is_file():
             check_settings(folder, to_dict(config), MAY_CHANGE_ONCE_TRAINED)
             _check_reuse(folder, config)
-        else:
-            train(config, resume=folder.is_dir(), root=root)  # whatever it was stopped at
+        else:  # whatever it was stopped at
+            train[stage](config, resume=resume and folder.is_dir(), root=root, part=part)
     return root / config.name
 
 
 def _check_reuse(folder: Path, config: Config) -> None:
     """Say that a finished stage is reused; raise ConfigError where its text or its stage one is another by now."""
     totals, minutes = read_totals(folder), read_totals(folder).seconds / 60
-    print(f"reusing {folder}, trained in {minutes:.1f} minutes (remove it to train again)", flush=True)
+    say = print if is_first_rank() else (lambda line, flush: None)
+    say(f"reusing {folder}, trained in {minutes:.1f} minutes (remove it to train again)", flush=True)
     if totals.corpus:
         require_same_text(folder, load_corpora(config.data)["train"])
     if totals.autoencoder:
@@ -132,7 +146,18 @@ def _check_reuse(folder: Path, config: Config) -> None:
     code = trained_by(folder.parent)
     if code and code != code_fingerprint():
         named = " and ".join(part[:SHOWN] for part in code.split(" and "))
-        print(f"{folder} was trained by code {named}, this is {code_fingerprint()[:SHOWN]}", flush=True)
+        say(f"{folder} was trained by code {named}, this is {code_fingerprint()[:SHOWN]}", flush=True)
+
+
+def _require_text_of(stage: Path, config: Config, corpus: Corpus) -> None:
+    """Raise ValueError unless this is the text of a stage; the setting that names another is said.
+
+    A text is what it holds: a file may have moved since.
+    """
+    path = stage / "totals.json"
+    if not path.is_file() or read_totals(stage).corpus != corpus.fingerprint:
+        check_settings(stage, to_dict(config), only=TEXT_SETTINGS)
+    require_same_text(stage, corpus)
 
 
 def read_autoencoder(folder: Path, config: Config) -> Autoencoder:

@@ -35,7 +35,7 @@ from hldm.runs.clock import clock_named
 from hldm.runs.exits import Interrupted, RunEnded
 from hldm.runs.folder import Run, Totals, finite_or_text
 from hldm.runs.health import Spikes, gradients, nonfinite_names
-from hldm.runs.progress import Progress, Recent
+from hldm.runs.progress import ALONE, Part, Progress, Recent
 from hldm.runs.ranks import largest_of_ranks
 from hldm.runs.reports import save_report
 from hldm.runs.signals import Interrupt, Stopped
@@ -76,8 +76,12 @@ class Trainer:
         accelerator: Accelerator,
         extras: dict[str, Any] | None = None,
         spent: float = 0.0,
+        part: Part = ALONE,
     ):
-        """extras: JSON that every checkpoint carries, and that must be the same on resume;  spent: seconds before."""
+        """extras: JSON that every checkpoint carries, and that must be the same on resume;  spent: seconds before.
+
+        part: which of the trainings that were asked for, for what is shown
+        """
         self.config, self.checkpoint, self.logging = config, checkpoint, logging
         self.run, self.seed, self.windows, self.accelerator = run, seed, windows, accelerator
         self.extras = {"seed": seed, **(extras or {})}
@@ -88,6 +92,7 @@ class Trainer:
                 f"{ranks} processes, accumulation {parts}"
             )
         self.rows = windows.lanes // (ranks * parts)
+        self.part = part
         objective.to(accelerator.device)
         self.objective = objective
         self.average = make_average(objective, config.ema_decay) if config.ema_decay else None
