@@ -226,6 +226,9 @@ class TrainingConfig(Section):
     ema_decay: Share = 0.99  # 0: no averaged weights
     mixed_precision: Literal["no", "bf16"] = "no"
     gradient_checkpointing: bool = False
+    # Validations in a row without a better one, after which training stops; the weights of the best are then what is
+    # kept. 0: it trains to the end, and its last weights are kept.
+    patience: int = Field(default=0, ge=0, lt=2**63)
     # How long ranks wait for one that hangs. What rank 0 does alone, saving and sampling, must take less: seconds
     # for configs/*.yaml. accelerate's default is 30 minutes (10 on CUDA), which a cluster would be paid for.
     timeout_s: Positive = 300.0
@@ -254,6 +257,8 @@ class LoggingConfig(Section):
 
     every: Count = 50  # optimizer steps between metrics
     sample_every: int = Field(default=1000, ge=0, lt=2**63)  # steps between samples; 0: only at the end
+    validate_every: int = Field(default=250, ge=0, lt=2**63)  # steps between validations; 0: none
+    validation_bytes: Count = 8192  # of held-out text, of which a validation takes the bound
     trackers: tuple[str, ...] = Field(default=(), max_length=64)  # accelerate's trackers, e.g. [tensorboard]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +11,7 @@ from typer import Option
 
 from hldm.commands.options import Configs, Overrides, check_minutes
 from hldm.config import Config, ConfigError, changed, load_config, stage_training, to_yaml
-from hldm.runs.folder import last_sample
+from hldm.runs.folder import last_sample, last_validation
 from hldm.runs.identity import inherited
 from hldm.runs.signals import is_first_rank
 from hldm.text.bytes import printable
@@ -54,6 +55,7 @@ def train(
     if told and is_first_rank():
         print(told, flush=True)
 
+    from hldm.evaluation.validation import validation_on
     from hldm.training.sizes import require_room
     from hldm.training.stages import plan, stages_of, train_run
     from hldm.training.twin import twin_of
@@ -65,7 +67,7 @@ def train(
     parts = plan(*runs)
     for run in runs:
         own, parts = parts[: len(stages_of(run))], parts[len(stages_of(run)) :]
-        train_run(run, resume=resume, parts=own)
+        train_run(run, resume=resume, parts=own, validation=validation_on)
     if is_first_rank():
         print("\n".join(summary([Path("runs") / run.name for run in runs])))
 
@@ -92,15 +94,26 @@ def _prior_share(config: Config) -> float:
     return second / (first + second) if first and second else PRIOR_SHARE
 
 
-def summary(folders: list[Path]) -> list[str]:
+def summary(folders: Sequence[Path]) -> list[str]:
     """What there is now, and what to type next."""
     sample = last_sample(folders[0])
     prompt = shlex.quote(" ".join(printable(sample).split()[:PROMPT_WORDS]))
+    lines = [f"{folder}: {found}" for folder in folders if (found := _validated(folder))]
     return [
         "",
         printable(sample),
         "",
+        *lines,
         f"Everything is in {' and '.join(map(str, folders))}.",
         f"Next: hldm generate --run {folders[0]} --prompt {prompt}",
         *(f"      hldm evaluate --run {folder}" for folder in folders),
     ]
+
+
+def _validated(run: Path) -> str:
+    """The last validation of a run's last stage, in words; "" where there was none."""
+    found = last_validation(run)
+    if not found:
+        return ""
+    terms = ", ".join(f"{found[name]:.3f} {name}" for name in ("latent", "decoder", "end") if found[name])
+    return f"{found['bound']:.3f} bits/char in validation ({terms}), on the beginnings of a few documents"

@@ -55,10 +55,11 @@ def _train(stage: str, name: str, summary: str) -> Callable[..., None]:
         if print_config:
             print(to_yaml(resolved), end="")
             return
+        from hldm.evaluation.validation import validation_on
         from hldm.training import stages
 
         (stages.train_autoencoder if stage == "autoencoder" else stages.train_diffusion)(
-            resolved, resume=resume
+            resolved, resume=resume, validation=validation_on
         )
 
     launch = f"accelerate launch --multi_gpu --num_processes 2 {name}.py ... (on CPU, too)"
@@ -74,14 +75,19 @@ def sizes(
     *,
     config: Configs,
     overrides: Overrides = None,
+    processes: Annotated[int | None, Option(min=1, help="what each of so many needs, anywhere")] = None,
     as_json: Annotated[bool, Option("--json", help="the same as one JSON object, in bytes")] = False,
 ) -> int:
     """What a config needs in memory and on disk.
 
-    Stage by stage; exit code 2 when it does not fit.
+    Stage by stage; exit code 2 when it does not fit here. With --processes it is a plan for another machine.
     """
-    from hldm.training.sizes import report, survey
+    from hldm.training.sizes import planned, report, report_plan, survey
 
+    if processes is not None:
+        plan = planned(load_config(config, overrides or []), processes)
+        print(json.dumps(plan, indent=1) if as_json else report_plan(plan))
+        return 0
     found = survey(load_config(config, overrides or []))
     print(json.dumps(found, indent=1) if as_json else report(found))
     return 0 if found["fits"] else 2
@@ -110,14 +116,15 @@ def demo(
     model, twin = changed(model, name=name), changed(twin, name=f"{name}-twin")
     folders = {"model": Path("runs") / name, "twin": Path("runs") / twin.name}
 
+    from hldm.evaluation.validation import validation_on
     from hldm.training.sizes import require_room
     from hldm.training.stages import plan, train_run
 
     for planned, stage in ((model, "autoencoder"), (model, "prior"), (twin, "autoencoder")):
         require_room(planned, stage)  # before the first of them takes an hour
     parts = plan(model, twin)
-    train_run(model, parts=parts[:-1])
-    train_run(twin, parts=parts[-1:])
+    train_run(model, parts=parts[:-1], validation=validation_on)
+    train_run(twin, parts=parts[-1:], validation=validation_on)
 
     from hldm.evaluation.evaluate import evaluate_run
     from hldm.runs.reports import save_report

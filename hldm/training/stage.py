@@ -60,6 +60,7 @@ class Stage:
         objective: AutoencoderObjective | PriorObjective,
         windows: Windows,
         on_sample: Callable[[nn.Module], str],
+        on_validate: Callable[[nn.Module], dict[str, float]] | None = None,
         bound_to: dict[str, str] | None = None,
     ) -> Totals:
         """Train an objective from its start or newest checkpoint; `bound_to` must not change in between.
@@ -67,6 +68,11 @@ class Stage:
         The minutes count from the opening of the stage, so they include what it prepares, such as a segmenter.
         """
         config = self.config
+        if self.training.patience and not (on_validate and config.logging.validate_every):
+            raise ConfigError(
+                f"training.{self.run.folder.name}.patience needs validations: set logging.validate_every above 0, and "
+                "autoencoder.components, without which latents have no price (in Python: pass validation=)"
+            )
         trainer = Trainer(
             objective,
             windows,
@@ -95,7 +101,7 @@ class Stage:
         )
         if config.logging.trackers:
             self.accelerator.init_trackers(config.name, config=_plain_settings(config))
-        totals = trainer.fit(self.say, on_sample)
+        totals = trainer.fit(self.say, on_sample, on_validate)
         objective.eval()
         return totals
 
