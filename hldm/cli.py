@@ -16,6 +16,7 @@ import typer
 
 import hldm
 from hldm.commands import measuring, sharing, training, writing
+from hldm.commands.train import train
 from hldm.config import ConfigError
 from hldm.doctor import doctor
 from hldm.runs.exits import guarded
@@ -23,6 +24,7 @@ from hldm.runs.exits import guarded
 app = typer.Typer(name="hldm", rich_markup_mode=None)
 for command in (  # in the order of the help
     training.demo,
+    train,
     training.train_autoencoder,
     training.train_diffusion,
     writing.generate,

@@ -150,7 +150,7 @@ def test_clusters_are_the_same_stretches_however_the_text_is_cut():
 
 
 def test_the_cost_of_every_sampler_is_the_one_in_closed_form():
-    """One prototype, a standard normal: mu_hat = alpha z, and E||mu - mu_hat||^2 = sigma^4 |mu|^2 + alpha^2 sigma^2 d."""
+    """One prototype, a standard normal: mu_hat = alpha z, E||mu - mu_hat||^2 = sigma^4 |mu|^2 + alpha^2 sigma^2 d."""
     autoencoder, prior = make_model(components=1, reads_text=True)
     torch.nn.init.zeros_(prior.mixture.prototypes)
     torch.nn.init.zeros_(prior.mixture.log_deviation)
