@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 import hldm
-from hldm.commands import measuring, training, writing
+from hldm.commands import measuring, score, training, writing
 from hldm.config import ConfigError
 from hldm.doctor import doctor
 from hldm.runs.exits import guarded
@@ -27,6 +27,7 @@ for command in (  # in the order of the help
     training.train_diffusion,
     writing.generate,
     measuring.evaluate,
+    score.score,
     measuring.diagnose,
     measuring.rate_curve,
     measuring.chunkers,
