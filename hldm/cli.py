@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 import hldm
-from hldm.commands import measuring, score, training, writing
+from hldm.commands import benchmarks, measuring, score, training, writing
 from hldm.config import ConfigError
 from hldm.doctor import doctor
 from hldm.runs.exits import guarded
@@ -28,6 +28,7 @@ for command in (  # in the order of the help
     writing.generate,
     measuring.evaluate,
     score.score,
+    benchmarks.pairs,
     measuring.diagnose,
     measuring.rate_curve,
     measuring.chunkers,
@@ -39,6 +40,7 @@ for command in (  # in the order of the help
     doctor,
 ):
     app.command()(command)
+app.command(context_settings=benchmarks.PASSED_ON)(benchmarks.lm_eval)
 
 
 def _print_version(is_asked: bool) -> None:
