@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 import hldm
-from hldm.commands import measuring, sharing, training, writing
+from hldm.commands import benchmarks, measuring, score, sharing, training, writing
 from hldm.commands.train import train
 from hldm.config import ConfigError
 from hldm.doctor import doctor
@@ -29,6 +29,8 @@ for command in (  # in the order of the help
     training.train_diffusion,
     writing.generate,
     measuring.evaluate,
+    score.score,
+    benchmarks.pairs,
     measuring.diagnose,
     measuring.rate_curve,
     measuring.chunkers,
@@ -40,6 +42,7 @@ for command in (  # in the order of the help
     doctor,
 ):
     app.command()(command)
+app.command(context_settings=benchmarks.PASSED_ON)(benchmarks.lm_eval)
 
 
 def _print_version(is_asked: bool) -> None:

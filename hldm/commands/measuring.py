@@ -207,7 +207,7 @@ def judge(
         max_characters=max_characters,
         seed=seed,
     )
-    show(table(found))
+    show(table(found), *filter(None, [found["no_mauve"]]))
     _save(json, lambda path: save_report(path, found))
 
 
