@@ -16,6 +16,8 @@ import typer
 
 import hldm
 from hldm.commands import benchmarks, measuring, score, sharing, training, writing
+from hldm.commands.playground import playground
+from hldm.commands.report import report
 from hldm.commands.train import train
 from hldm.config import ConfigError
 from hldm.doctor import doctor
@@ -35,6 +37,8 @@ for command in (  # in the order of the help
     measuring.rate_curve,
     measuring.chunkers,
     measuring.judge,
+    report,
+    playground,
     writing.chunk,
     measuring.bench,
     sharing.export,

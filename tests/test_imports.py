@@ -47,6 +47,8 @@ ALLOWED_IN = {
     "pydantic": {"settings", "config"},
     "triton": {"kernels"},
     "matplotlib": {"studies"},
+    "jinja2": {"app"},
+    "markupsafe": {"app"},
     "yaml": {"settings", "config", "runs"},
     "typer": {"commands", "cli", "doctor"},
 }

@@ -221,8 +221,8 @@ def _texts_of_file(path: Path, folder: Path) -> _Texts:
     middle = text.find(b" ", len(text) // 2) + 1 or len(text) // 2
     while text[middle : middle + 1] and text[middle] & 0xC0 == 0x80:  # inside a character of UTF-8
         middle += 1
-    halves = [make_corpus(str(path), [half]) for half in (text[:middle], text[middle:])]
-    return _Texts(*halves, training=training_text_of(folder))
+    other, prompts = (make_corpus(str(path), [half]) for half in (text[:middle], text[middle:]))
+    return _Texts(other, prompts, training_text_of(folder))
 
 
 class _Judges(NamedTuple):
