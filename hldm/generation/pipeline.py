@@ -137,7 +137,7 @@ class HLDMPipeline(DiffusionPipeline):
         given = dict(steps=num_inference_steps, guidance=guidance_scale, temperature=temperature)
         given |= dict(decoder_temperature=decoder_temperature, top_p=top_p)
         if generator is not None:
-            seed = int(torch.randint(2**31, (), generator=generator))
+            seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
         settings = changed(self.settings, **{k: v for k, v in given.items() if v is not None})
         decoders = [stream_decoder() for _ in rows]
         written: list[Continuation] = []
