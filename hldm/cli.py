@@ -15,9 +15,10 @@ from typing import Annotated
 import typer
 
 import hldm
-from hldm.commands import measuring, training, writing
+from hldm.commands import benchmarks, measuring, score, sharing, training, writing
 from hldm.commands.playground import playground
 from hldm.commands.report import report
+from hldm.commands.train import train
 from hldm.config import ConfigError
 from hldm.doctor import doctor
 from hldm.runs.exits import guarded
@@ -25,10 +26,13 @@ from hldm.runs.exits import guarded
 app = typer.Typer(name="hldm", rich_markup_mode=None)
 for command in (  # in the order of the help
     training.demo,
+    train,
     training.train_autoencoder,
     training.train_diffusion,
     writing.generate,
     measuring.evaluate,
+    score.score,
+    benchmarks.pairs,
     measuring.diagnose,
     measuring.rate_curve,
     measuring.chunkers,
@@ -37,11 +41,12 @@ for command in (  # in the order of the help
     playground,
     writing.chunk,
     measuring.bench,
-    training.export,
+    sharing.export,
     training.sizes,
     doctor,
 ):
     app.command()(command)
+app.command(context_settings=benchmarks.PASSED_ON)(benchmarks.lm_eval)
 
 
 def _print_version(is_asked: bool) -> None:
