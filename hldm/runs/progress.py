@@ -247,7 +247,7 @@ class Progress:
             in_all=None if left is None or later is None else left + 60 * later,
             step=step,
             bits=f"{total} bits/char" if "decoder" in bits else f"latents {total} bits/char",
-            validation=self.validation and self.validation["bound"],
+            validation=None if self.validation is None else self.validation["bound"],
             speed=metrics["characters_per_second"],
             curve=self.curve,
         )

@@ -33,7 +33,13 @@ from hldm.runs.signals import Stopped
 from hldm.settings import dotted
 from hldm.text.corpus import Corpus
 from hldm.text.windows import Windows
-from hldm.training.environment import check_launch, check_training, naming_variables, rounding_variables
+from hldm.training.environment import (
+    check_launch,
+    check_trackers,
+    check_training,
+    naming_variables,
+    rounding_variables,
+)
 from hldm.training.objectives import AutoencoderObjective, PriorObjective
 from hldm.training.segmenters import train_segmenter
 from hldm.training.trainer import Trainer
@@ -192,6 +198,7 @@ def make_accelerator(
     """
     check_launch()
     check_training(config, section)
+    check_trackers(logging)
     AcceleratorState._reset_state()  # of a stage before this one; the processes stay
     with naming_variables():
         accelerator = Accelerator(
@@ -204,11 +211,6 @@ def make_accelerator(
                 DistributedDataParallelKwargs(broadcast_buffers=False),
                 InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_s)),
             ],
-        )
-    there = {getattr(tracker, "value", tracker) for tracker in accelerator.log_with}
-    if missing := sorted(set(logging.trackers) - there - {"all"}):
-        raise ConfigError(
-            f"logging.trackers names {missing[0]}, which is not installed: install it or leave it out"
         )
     return accelerator
 
