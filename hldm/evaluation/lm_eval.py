@@ -145,8 +145,9 @@ class Adapter:
 
     def _write(self, prompts: list[str], settings: Mapping[str, Any]) -> list[str]:
         options = {name: value for name, value in settings.items() if name != "until"}
-        (texts,) = self.pipeline(prompts, seed=self.options["seed"], return_dict=False, **options)
-        return texts
+        output = self.pipeline(prompts, seed=self.options["seed"], **options)
+        assert isinstance(output, HLDMPipelineOutput)
+        return output.texts
 
     def _slices(self, requests: Sequence[Request], quiet: bool) -> Iterable[Sequence[Request]]:
         from tqdm import tqdm
