@@ -29,7 +29,6 @@ from hldm.runs.export import (
 )
 from hldm.runs.folder import read_totals
 from hldm.runs.machine import human
-from hldm.runs.reports import save_report
 from hldm.text.bytes import printable
 
 SAMPLE_CHARACTERS = 400
@@ -76,7 +75,7 @@ def share_run(
     for line in _contents(target):
         say(line)
     if scores is None:
-        say(f"no scores: {run}/{EVALUATION} is not there; --measure makes it")
+        say(f"no scores: {run}/{EVALUATION} is not there; --measure measures it now")
     if not licence:
         say("no licence: --licence says under which one the weights may be used, e.g. --licence cc-by-4.0")
 
@@ -110,13 +109,13 @@ def _contents(folder: Path) -> list[str]:
 def _scores(
     run: Path, pipeline: HLDMPipeline, measure: bool, say: Callable[[str], None]
 ) -> dict[str, Any] | None:
-    """What a run's evaluation.json says, None without one. Raises ValueError for one of another model."""
+    """What a run's evaluation.json says, or a measurement; else None. Raises ValueError for one of another model."""
     path = run / EVALUATION
     if not path.is_file():
         if not measure:
             return None
         say(f"measuring {run} on its test text")
-        save_report(path, evaluate_run(run))
+        return evaluate_run(run)
     try:
         found = dict(json.loads(path.read_text(encoding="utf-8")))
         found["bits_per_character"]["bound"]
