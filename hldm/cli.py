@@ -15,7 +15,10 @@ from typing import Annotated
 import typer
 
 import hldm
-from hldm.commands import measuring, sharing, training, writing
+from hldm.commands import benchmarks, measuring, score, sharing, training, writing
+from hldm.commands.playground import playground
+from hldm.commands.report import report
+from hldm.commands.train import train
 from hldm.config import ConfigError
 from hldm.doctor import doctor
 from hldm.runs.exits import guarded
@@ -23,14 +26,19 @@ from hldm.runs.exits import guarded
 app = typer.Typer(name="hldm", rich_markup_mode=None)
 for command in (  # in the order of the help
     training.demo,
+    train,
     training.train_autoencoder,
     training.train_diffusion,
     writing.generate,
     measuring.evaluate,
+    score.score,
+    benchmarks.pairs,
     measuring.diagnose,
     measuring.rate_curve,
     measuring.chunkers,
     measuring.judge,
+    report,
+    playground,
     writing.chunk,
     measuring.bench,
     sharing.export,
@@ -38,6 +46,7 @@ for command in (  # in the order of the help
     doctor,
 ):
     app.command()(command)
+app.command(context_settings=benchmarks.PASSED_ON)(benchmarks.lm_eval)
 
 
 def _print_version(is_asked: bool) -> None:

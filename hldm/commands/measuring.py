@@ -22,6 +22,10 @@ Context = Option(
     help="also with documents cut every N bytes, to see what context from farther away saves: each takes as long as "
     "the bound itself; may repeat",
 )
+Without = Option(
+    metavar="PART=RUN",
+    help="with --parts: a run that was trained without the part for as long; may repeat",
+)
 Halves = Literal["training", "writing"]
 
 
@@ -41,7 +45,7 @@ def evaluate(
     json: options.Report = None,
     prompts: Annotated[int, Option(help="to continue; 0: none")] = 24,
     max_characters: options.MaxCharacters = 200,
-    draws: Draws = 16,
+    draws: Draws = 8,
     samples: Annotated[int, Option(help="also the bound by so many importance-weighted draws")] = 0,
     context: Annotated[list[int] | None, Context] = None,
     seed: options.Seed = 0,
@@ -75,26 +79,61 @@ def evaluate(
 def diagnose(
     *,
     run: options.Run,
-    split: Annotated[options.Split | None, Option(help="of the run's data (default: validation)")] = None,
+    split: Annotated[
+        options.Split | None, Option(help="of the run's data (default: validation, with --parts test)")
+    ] = None,
     text: options.Text = None,
     draws: Draws = 8,
     seed: options.Seed = 0,
     json: options.Report = None,
     png: Annotated[Path | None, Option(help="draw them there")] = None,
+    parts: Annotated[bool, Option("--parts", help="what each part is worth instead (docs/parts.md)")] = False,
+    twin: Annotated[Path | None, Option(metavar="RUN", help="with --parts: the twin to set beside")] = None,
+    without: Annotated[list[str] | None, Without] = None,
 ) -> None:
-    """What latents hold, cost, and give to the decoder."""
+    """What latents hold, cost, and give to the decoder.
+
+    With --parts: what the bound loses when a part of the model is hidden.
+    """
+    if not parts and (twin is not None or without):
+        raise ValueError("--twin and --without belong to the table of parts: give --parts, too")
+    others = _runs_by_part(without or [])
     if json is not None:
-        check_report_path(json, "latent_by_dimension")
+        check_report_path(json, "rows" if parts else "latent_by_dimension")
     if png is not None:
         check_picture_path(png)
     options.check_split(split, text)
     from hldm.studies.diagnosis import diagnose_run, summary
-    from hldm.studies.plots import plot_diagnosis
+    from hldm.studies.plots import plot_diagnosis, plot_parts
 
-    diagnosis = diagnose_run(find_model(run), split=split or "validation", text=text, draws=draws, seed=seed)
-    show(*summary(diagnosis))
-    _save(json, lambda path: save_report(path, diagnosis))
-    _save(png, lambda path: plot_diagnosis(diagnosis, path))
+    model = find_model(run)
+    draw: Callable[..., None]
+    if parts:
+        from hldm.evaluation.parts_table import parts_of_run, tables
+
+        found = parts_of_run(
+            model, split=split or "test", text=text, twin=twin, without=others, draws=draws, seed=seed
+        )
+        shown, draw = tables(found), plot_parts
+    else:
+        found = diagnose_run(model, split=split or "validation", text=text, draws=draws, seed=seed)
+        shown, draw = summary(found), plot_diagnosis
+    show(*shown)
+    _save(json, lambda path: save_report(path, found))
+    _save(png, lambda path: draw(found, path))
+
+
+def _runs_by_part(given: list[str]) -> dict[str, Path]:
+    """NAME=RUN, several times, as a dict. Raises ValueError for anything else."""
+    found: dict[str, Path] = {}
+    for text in given:
+        name, is_pair, run = text.partition("=")
+        if not (name and is_pair and run):
+            raise ValueError(f"--without takes PART=RUN, e.g. denoiser=runs/without, got {text!r:.80}")
+        if name in found:
+            raise ValueError(f"--without {name} is given twice: one run a part")
+        found[name] = Path(run)
+    return found
 
 
 def rate_curve(
@@ -168,7 +207,7 @@ def judge(
         max_characters=max_characters,
         seed=seed,
     )
-    show(table(found))
+    show(table(found), *filter(None, [found["no_mauve"]]))
     _save(json, lambda path: save_report(path, found))
 
 

@@ -17,12 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hldm.evaluation.bound import evaluate_bound, held_out_windows
+from hldm.chunking.reading import held_out_windows, prompt_chunker, read_windows
+from hldm.evaluation.bound import evaluate_bound
 from hldm.evaluation.context_length import by_distance, compare_contexts, cut_documents
 from hldm.evaluation.continuations import continue_prompts
 from hldm.evaluation.metrics import compute
-from hldm.evaluation.prompts import choose_prompts, prompt_chunker
-from hldm.evaluation.reconstruction import ENOUGH_CHUNKS, read_windows, reconstruct
+from hldm.evaluation.parts_table import short_parts
+from hldm.evaluation.prompts import choose_prompts
+from hldm.evaluation.reconstruction import ENOUGH_CHUNKS, reconstruct
 from hldm.evaluation.words import count_words
 from hldm.generation.pipeline import HLDMPipeline, read_pipeline
 from hldm.model.autoencoder import Autoencoder
@@ -35,6 +37,7 @@ from hldm.runs.location import pipeline_of
 from hldm.sources.corpora import corpus_of_file
 from hldm.sources.encodings import is_blank
 from hldm.text.corpus import Split
+from hldm.text.noise import PlacedGenerator
 from hldm.text.windows import Windows
 
 
@@ -43,7 +46,7 @@ def evaluate_run(
     *,
     split: Split = "test",
     text: Path | None = None,
-    draws: int = 16,
+    draws: int = 8,
     samples: int = 0,
     contexts: Sequence[int] = (),
     prompts: int = 24,
@@ -75,9 +78,11 @@ def evaluate_run(
     else:
         corpus, training_text = given, training_text_of(folder) if prompts else None
     generator = torch.Generator().manual_seed(seed)
+    # one text costs what `HLDMPipeline.score` says of it, to rounding
+    noise = generator if text is None else PlacedGenerator(seed)
     windows = held_out_windows(autoencoder, corpus)
     samples = 0 if prior is None else samples  # the twin's likelihood needs no bound
-    bound = evaluate_bound(autoencoder, prior, windows, draws=draws, samples=samples, generator=generator)
+    bound = evaluate_bound(autoencoder, prior, windows, draws=draws, samples=samples, generator=noise)
 
     def cut(every: int) -> dict[str, Any] | None:
         pieces = held_out_windows(autoencoder, cut_documents(windows, every), windows.chunk_start)
@@ -101,6 +106,7 @@ def evaluate_run(
             None if prior is None else reconstruct(autoencoder, windows, prior.diffusion.gamma_0, generator)
         ),
         "alive": None if prior is None else signs_of_life(autoencoder, prior, windows),
+        "parts": None if prior is None else short_parts(autoencoder, prior, windows, seed),
         **continue_prompts(
             pipeline,
             choose_prompts(corpus, prompt_chunker(autoencoder), prompts, max_characters=max_characters),

@@ -16,11 +16,14 @@ from typing import Any, Literal
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
+from torch import Tensor
 
 from hldm.chunking.segmenter import Segmenter
 from hldm.chunking.strategies import attach_segmenter, read_segmenter
 from hldm.config import GenerationConfig, changed, section_from_dict, to_dict
+from hldm.generation.encode import Kind, encode_texts
 from hldm.generation.footprint import require_room_to_write
+from hldm.generation.score import Score, Texts, score_texts
 from hldm.generation.streams import stop_at, stop_bytes, stream_to
 from hldm.generation.writer import Continuation, write_on
 from hldm.model.autoencoder import Autoencoder
@@ -293,6 +296,42 @@ class HLDMPipeline(DiffusionPipeline):
         if not return_dict:
             return (texts,) if output_type == "text" else (sequences,)
         return HLDMPipelineOutput(texts, sequences, spans, calls)
+
+    def score(
+        self,
+        texts: Texts,
+        prefix: Texts | None = None,
+        *,
+        draws: int = 8,
+        samples: int = 0,
+        seed: int = 0,
+        ends_document: bool | None = None,
+    ) -> list[Score]:
+        """What each text costs in bits, after a prefix or as a document; see `hldm.generation.score.score_texts`."""
+        return score_texts(
+            self.autoencoder,
+            self.prior,
+            texts,
+            prefix,
+            draws=draws,
+            samples=samples,
+            seed=seed,
+            ends_document=ends_document,
+        )
+
+    def encode(
+        self,
+        texts: Texts,
+        *,
+        kind: Kind = "latents",
+        pooled: bool = True,
+        normalize: bool = False,
+        batch_size: int = 32,
+    ) -> Tensor | list[Tensor]:
+        """Vectors of texts (texts width); see `hldm.generation.encode.encode_texts`."""
+        return encode_texts(
+            self.autoencoder, texts, kind=kind, pooled=pooled, normalize=normalize, batch_size=batch_size
+        )
 
 
 def row_seeds(

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import yaml
 
-from hldm.config import ConfigError, is_retired, load_config
+from hldm.config import Config, ConfigError, is_retired, load_config, to_dict
 from hldm.runs.checkpoints import checkpoints_in
 from hldm.runs.files import atomic_write, naming, sha256_of
 from hldm.settings import dotted
@@ -190,6 +190,32 @@ def open_run(
     return run
 
 
+def last_sample(run: Path) -> str:
+    """The text that the last stage of a run wrote last, as samples.txt holds it; "" where there is none."""
+    for stage in ("prior", "autoencoder"):
+        path = run / stage / "samples.txt"
+        if path.is_file():
+            *_, text = SAMPLE_HEADER.split(path.read_bytes())
+            return text.decode("utf-8", "replace").strip().replace("\n    ", "\n")
+    return ""
+
+
+def last_validation(run: Path) -> dict[str, float]:
+    """The bound and its terms, bits a character, that the last stage of a run validated at last; {} if it did not."""
+    for stage in ("prior", "autoencoder"):
+        path = run / stage / "metrics.jsonl"
+        lines = path.read_bytes().splitlines() if path.is_file() else []
+        found = [json.loads(line) for line in lines if b"validation_bound" in line]
+        if found:
+            opening = "validation_"
+            return {
+                name.removeprefix(opening): float(value)
+                for name, value in found[-1].items()
+                if name.startswith(opening)
+            }
+    return {}
+
+
 def read_totals(folder: Path) -> Totals:
     """What a stage cost, from its totals.json. Raises ConfigError for one that was saved untrained."""
     totals = Totals(**json.loads((folder / "totals.json").read_text(encoding="utf-8")))
@@ -312,11 +338,12 @@ def check_settings(
         raise ValueError(f"{path} is damaged; restore it or choose another --name") from error
     started = {key: value for key, value in started.items() if not is_retired(key, value)}
     now = dotted(config)
+    defaults = dotted(to_dict(Config()))  # of settings that there were none of when it was started
     changes = [
         f"{key} {_shown(started, key)} -> {_shown(now, key)}"
         for key in sorted(started.keys() | now.keys())
         if key.startswith(only) and not key.startswith(may_change)
-        if started.get(key, ...) != now.get(key, ...)
+        if started.get(key, defaults.get(key, ...)) != now.get(key, ...)
     ]
     if changes:
         raise ValueError(

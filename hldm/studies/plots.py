@@ -107,6 +107,43 @@ def plot_league(league: Mapping[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
+def plot_parts(parts: Mapping[str, Any], path: Path) -> None:
+    """Three panels of what `hldm.evaluation.parts_table.parts_of_run` measured."""
+    figure, ((worths, steps, shares),) = _panels(1, 3, (17, 6), width_ratios=(2, 1.2, 1))
+    rows = list(parts["rows"].values())
+    for place, (key, colour) in enumerate((("hidden", LATENT), ("retrained", DECODER))):
+        found = [(at + 0.4 * place, row[key]) for at, row in enumerate(rows) if row[key]]
+        if found:
+            y, bits = [at for at, _ in found], [worth["bits"] for _, worth in found]
+            errors = [2 * (worth["standard_error"] or 0) for _, worth in found]
+            worths.barh(y, bits, height=0.4, xerr=errors, color=colour, label=key)
+    worths.set_yticks(range(len(rows)), [row["part"].strip() for row in rows])
+    worths.invert_yaxis()
+    worths.set_xscale("symlog", linthresh=1e-3)
+    worths.axvline(0, color=TWIN, linewidth=0.8)
+    worths.set(title="worth of a part; bars: 2 standard errors", xlabel="bits per character lost without it")
+    worths.legend()
+
+    samplers = [row for row in parts["steps"] if row["steps"]]
+    steps.plot(_column(samplers, "steps"), _column(samplers, "over"), "o-", color=LATENT)
+    steps.set_xscale("log", base=2)
+    steps.set_yscale("log")
+    steps.set(title="ancestral sampler", xlabel="steps S", ylabel="L_S - L_inf, bits per character")
+
+    sure = parts["sure"]
+    bars = {
+        "given z_0": sure["model"],
+        "twin": sure["twin"],
+        "two writings\nagree": parts["agreement"]["share"],
+    }
+    known = {name: share for name, share in bars.items() if share is not None}
+    colours = {"given z_0": DECODER, "twin": TWIN}
+    shares.bar(list(known), list(known.values()), color=[colours.get(name, LATENT) for name in known])
+    shares.set(title="bytes the decoder is sure of", ylim=(0, 1), ylabel="share")
+    figure.suptitle(f"{parts['run']}, {parts['characters']:,} characters")
+    _save(figure, path)
+
+
 def _panels(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Any, Any]:
     """A figure of this size in inches, and its axes (rows columns)."""
     from matplotlib.figure import Figure

@@ -25,7 +25,7 @@ FEW = ["--prompts", "3", "--max-characters", "20", "--draws", "2"]
 
 KEYS = {  # of every evaluation: the latent model's and the twin's
     "": "run split text model commit seed draws samples characters bits_per_character perplexity "
-    "characters_per_chunk reconstruction alive prompts rouge diversity rechunked speed cost by_distance context",
+    "characters_per_chunk reconstruction alive parts prompts rouge diversity rechunked speed cost by_distance context",
     "bits_per_character": "bound standard_error standard_error_text latent decoder end importance",
     "perplexity": "character word",
     "rouge": "rouge1 rouge2 rougeL baselines",
