@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sys
 import warnings
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -61,7 +59,8 @@ def test_it_holds_what_it_says_and_nothing_that_only_training_needs(elsewhere, t
     front = yaml.safe_load(card.split("---\n")[1])
     assert front["license"] == "cc0-1.0" and front["library_name"] == "hldm"
     assert [line for line in card.splitlines() if line.startswith("#")] == [
-        *("# slim", "## Use", "## Scores", "## A sample", "## Data", "## How it was made", "## Limits")
+        *("# slim", "## Use", "## Scores", "## What each part is worth", "## A sample", "## Data"),
+        *("## How it was made", "## Limits"),
     ]
     scores = json.loads((folder / "evaluation.json").read_text())
     bound = scores["bits_per_character"]["bound"]
@@ -188,14 +187,6 @@ def test_scores_of_other_weights_or_none_at_all_are_refused(there, refused):
     path.write_text("[]")
     assert "is no evaluation" in refused(cli.main(["export", "--run", "slim", "--to", "x"]))
     assert not Path("x").exists()
-
-
-def test_a_parts_table_is_shown_where_there_is_one(trained_run, tmp_path, monkeypatch):
-    module = SimpleNamespace(tables=lambda parts: [f"table of {parts['prior']}"])
-    monkeypatch.setitem(sys.modules, "hldm.evaluation.parts_table", module)
-    monkeypatch.setattr(sharing, "find_spec", lambda name: module)
-    assert sharing._parts_section({"parts": {"prior": 1}}) == "table of 1"
-    assert sharing._parts_section({"parts": None}) == sharing._parts_section(None) == ""
 
 
 def test_export_refuses(there, refused):
