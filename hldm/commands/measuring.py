@@ -13,7 +13,7 @@ from hldm.config import load_config
 from hldm.evaluation.tables import compare, show
 from hldm.runs.folder import shipped_run
 from hldm.runs.location import find_model
-from hldm.runs.reports import check_picture_path, check_report_path, save_report
+from hldm.runs.reports import PICTURES, check_picture_path, check_report_path, save_report
 from hldm.runs.signals import is_first_rank
 
 Draws = Annotated[int, Option(help="noise levels a chunk, even")]
@@ -86,7 +86,7 @@ def diagnose(
     draws: Draws = 8,
     seed: options.Seed = 0,
     json: options.Report = None,
-    png: Annotated[Path | None, Option(help="draw them there")] = None,
+    figure: Annotated[Path | None, Option("--figure", "--png", help="draw them: .png, .svg or .pdf")] = None,
     parts: Annotated[bool, Option("--parts", help="what each part is worth instead (docs/parts.md)")] = False,
     twin: Annotated[Path | None, Option(metavar="RUN", help="with --parts: the twin to set beside")] = None,
     without: Annotated[list[str] | None, Without] = None,
@@ -100,8 +100,8 @@ def diagnose(
     others = _runs_by_part(without or [])
     if json is not None:
         check_report_path(json, "rows" if parts else "latent_by_dimension")
-    if png is not None:
-        check_picture_path(png)
+    if figure is not None:
+        check_picture_path(figure)
     options.check_split(split, text)
     from hldm.studies.diagnosis import diagnose_run, summary
     from hldm.studies.plots import plot_diagnosis, plot_parts
@@ -120,7 +120,7 @@ def diagnose(
         shown, draw = summary(found), plot_diagnosis
     show(*shown)
     _save(json, lambda path: save_report(path, found))
-    _save(png, lambda path: draw(found, path))
+    _save(figure, lambda path: draw(found, path))
 
 
 def _runs_by_part(given: list[str]) -> dict[str, Path]:
@@ -152,8 +152,8 @@ def rate_curve(
 
     curve = run_curve(config, minutes, only=only or [], clock=clock)
     target = Path("runs") / f"{config.stem}-curve" / "rate-curve.png"
-    plot_rate_curve(curve, target)
-    show(table(curve), f"rate-curve.json and rate-curve.png are in {target.parent}")
+    plot_rate_curve(curve, *(target.with_suffix(f".{kind}") for kind in PICTURES))
+    show(table(curve), f"rate-curve.json, rate-curve.png, .svg and .pdf are in {target.parent}")
 
 
 def chunkers(
@@ -173,8 +173,8 @@ def chunkers(
 
     league = run_league(config, minutes, only=only or [], targets=targets or [6, 12], clock=clock)
     folder = Path("runs") / f"{config.stem}-league"
-    plot_league(league, folder / "league.png")
-    show(table(league), f"league.json, league.md and league.png are in {folder}")
+    plot_league(league, *(folder / f"league.{kind}" for kind in PICTURES))
+    show(table(league), f"league.json, league.md, league.png, .svg and .pdf are in {folder}")
 
 
 def judge(

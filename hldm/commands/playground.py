@@ -9,6 +9,7 @@ from typer import Option
 
 from hldm.commands.options import RunOrShipped
 from hldm.runs.folder import shipped_run
+from hldm.runs.location import find_model, pipeline_of
 from hldm.runs.signals import Stopped
 
 
@@ -21,12 +22,11 @@ def playground(
 
     Chunk by chunk: redraw one, hold a latent, choose among candidates. It answers on this machine alone.
     """
-    folder = shipped_run() if run is None else run
-    pipeline_folder = folder if (folder / "model_index.json").exists() else folder / "pipeline"
+    folder = shipped_run() if run is None else find_model(run)
     from hldm.app.playground.server import Playground
     from hldm.generation.pipeline import read_pipeline
 
-    pipeline = read_pipeline(pipeline_folder)
+    pipeline = read_pipeline(pipeline_of(folder))
     try:
         server = Playground(pipeline, folder.resolve().name, port)
     except OSError as error:

@@ -7,20 +7,20 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from hldm.commands.options import Seed
+from hldm.commands.options import Seed, Text
 from hldm.runs.reports import check_page_path
 
 MARK = b"<!doctype html><!-- hldm report -->"  # hldm.app.report.build.PAGE_MARK, without importing torch
 
 
 def report(
-    run: Annotated[Path, Argument(metavar="RUN", help="folder of the run, e.g. runs/demo")],
+    run: Annotated[Path, Argument(metavar="RUN", help="folder of a run, small, small-twin or owner/name")],
     *,
     against: Annotated[
         Path | None, Option(metavar="RUN", help="another run beside it, e.g. its twin")
     ] = None,
     html: Annotated[Path | None, Option(metavar="FILE", help="default: NAME-report.html")] = None,
-    text: Annotated[Path | None, Option(metavar="FILE", help="held-out text to read instead")] = None,
+    text: Text = None,
     measure: Annotated[bool, Option("--measure", help="though there is an evaluation.json")] = False,
     seed: Seed = 0,
 ) -> None:

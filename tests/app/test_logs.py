@@ -28,6 +28,17 @@ def test_numbers_become_curves_and_events_notes(stage):
     assert found.notes == ["gradient spike: 2 times, from step 60 to 70", "step 90: dead: prototypes"]
 
 
+def test_validations_are_a_curve_over_every_axis(stage):
+    lines = [{"step": step, "seconds": step / 10, "characters": step * 20} for step in (50, 100)]
+    lines.insert(1, {"step": 75, "event": "validation", "validation_bound": 2.5})
+    (stage / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (stage / "totals.json").touch()
+    found = read_stage(stage)
+    assert found.notes == []
+    for axis, at in (("step", 75), ("seconds", 7.5), ("characters", 1500)):
+        assert found.curve("validation_bound", axis) == [(at, 2.5)]
+
+
 def test_what_is_torn_or_not_finite_is_left_out_and_said(stage):
     lines = ['{"step": 1, "decoder": 2.0}', '{"step": 2, "decoder": "nan"}', "[1]", '{"step": 3, "deco']
     (stage / "metrics.jsonl").write_text("\n".join(lines))

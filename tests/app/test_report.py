@@ -216,7 +216,7 @@ def test_a_walk_ends_where_the_writer_would(models):
     generators = [torch.Generator().manual_seed(3)]
     from hldm.config import changed
 
-    writer = LatentWriter(autoencoder, prior, [prompt], changed(settings, steps=5, guidance=1.0), generators)
+    writer = LatentWriter(autoencoder, prior, [prompt], changed(settings, steps=5), generators)
     with torch.no_grad():
         z_0 = writer.sample_latents()[0]
     last = path["steps"][-1]
@@ -273,7 +273,7 @@ def spoil_environment(folder: Path) -> None:
         (spoil_weights, "cannot be loaded"),
         (spoil_config, "config.yaml"),
         (spoil_environment, "environment.json is damaged"),
-        (lambda folder: shutil.rmtree(folder), "no such folder"),
+        (lambda folder: shutil.rmtree(folder), "holds no trained model"),
         (lambda folder: (shutil.rmtree(folder), folder.mkdir()), "holds no run"),
     ],
 )
@@ -285,7 +285,19 @@ def test_what_is_broken_is_one_line(spoil, named, evaluated_run, tmp_path, monke
     assert not Path("run-report.html").exists()
 
 
+def test_figures_of_other_weights_are_measured_again(evaluated_run, tmp_path, monkeypatch):
+    folder = Path(shutil.copytree(evaluated_run, tmp_path / "run"))
+    found = json.loads((folder / "evaluation.json").read_text())
+    monkeypatch.setattr("hldm.app.report.gather.evaluate_run", lambda folder, text: {**found, "seed": 77})
+    said: list[str] = []
+    assert read_run(folder, say=said.append).evaluation["seed"] == 0 and said == []
+    assert read_run(folder, say=said.append, measure=True).evaluation["seed"] == 77
+    (folder / "evaluation.json").write_text(json.dumps({**found, "model": "0" * 64}))
+    assert read_run(folder, say=said.append).evaluation["seed"] == 77
+    assert "is of other weights" in said[1]
+
+
 def test_a_text_that_is_empty_is_refused(evaluated_run, tmp_path):
     (tmp_path / "empty.txt").write_text(" \n")
-    with pytest.raises(ValueError, match="is empty"):
+    with pytest.raises(ValueError, match="white space"):
         read_run(evaluated_run, text=tmp_path / "empty.txt")

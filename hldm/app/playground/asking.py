@@ -26,7 +26,7 @@ class Asked(NamedTuple):
     chunks: list[bytes]  # written so far
     seed: int
     draw: int  # of the first chunk written; later ones are first draws
-    count: int  # chunks to write, or candidates
+    wanted: int  # chunks to write, or candidates
     latent: list[float] | None  # z_0 of the first chunk written
     hold: bool  # of every chunk written
     settings: GenerationConfig

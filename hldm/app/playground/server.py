@@ -118,7 +118,7 @@ class Playground(ThreadingHTTPServer):
     def write(self, asked: Asked) -> Iterator[Chunk]:
         """One chunk after another, others' turns between them, until the document or the count ends."""
         draft = self._draft(asked, rows=1)
-        for number in range(asked.count):
+        for number in range(asked.wanted):
             latent = asked.latent if asked.hold or not number else None
             with self.turns.take():
                 (chunk,) = draft.write(asked.seed, [0 if number else asked.draw], latent)
@@ -128,15 +128,15 @@ class Playground(ThreadingHTTPServer):
 
     def candidates(self, asked: Asked) -> list[Chunk]:
         """So many chunks for one place, each another draw; with a latent given, other bytes of it."""
-        draft = self._draft(asked, rows=asked.count)
-        draws = range(asked.draw, asked.draw + asked.count)
+        draft = self._draft(asked, rows=asked.wanted)
+        draws = range(asked.draw, asked.draw + asked.wanted)
         with self.turns.take():
             return draft.write(asked.seed, draws, asked.latent)
 
     def _draft(self, asked: Asked, rows: int) -> Draft:
         autoencoder, prior = self.pipeline.autoencoder, self.pipeline.prior
         text = asked.prompt + b"".join(asked.chunks)
-        characters = asked.count * autoencoder.chunking.max_bytes
+        characters = asked.wanted * autoencoder.chunking.max_bytes
         require_room_to_write(autoencoder, prior, [text], rows, characters)
         with self.turns.take():
             return Draft(autoencoder, prior, asked.prompt, asked.chunks, asked.settings, rows)

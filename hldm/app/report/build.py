@@ -10,9 +10,10 @@ from markupsafe import Markup
 
 from hldm.app.page import fill, finite
 from hldm.app.report.charts import Line, line_chart
-from hldm.app.report.gather import Run, look, origin_of, parts_of, read_run, tables_of_parts
+from hldm.app.report.gather import Run, look, origin_of, parts_of, read_run
 from hldm.config import to_yaml
-from hldm.evaluation.tables import compare
+from hldm.evaluation.parts_table import tables
+from hldm.evaluation.tables import Table, compare
 
 PAGE_MARK = b"<!doctype html><!-- hldm report -->"  # how such a page begins
 AXES = {
@@ -20,8 +21,8 @@ AXES = {
     "characters": ("characters read", 1.0),
     "step": ("steps", 1.0),
 }
-BITS = {"latent": "latents", "decoder": "decoder", "end": "end", "validation": "held out"}
-COLOURS = {"latent": "latent", "decoder": "decoder", "validation": "total"}
+BITS = {"latent": "latents", "decoder": "decoder", "end": "end", "validation_bound": "held out"}
+COLOURS = {"latent": "latent", "decoder": "decoder", "validation_bound": "other"}
 # other panels: key, title, format of the last value, whether the axis is logarithmic
 PANELS = (
     ("learning_rate", "learning rate", ".2g", False),
@@ -54,7 +55,7 @@ def build_report(
     table = compare(measured) if measured else None
     origin = origin_of(run)
     seen = look(run, other, seed=seed)
-    parts = parts_of(run)
+    parts = parts_of(run, text)
     data = {key: seen[key] for key in ("passage", "map", "paths")}
     return fill(
         "report/report.html",
@@ -65,7 +66,7 @@ def build_report(
         headline=_headline(run, other),
         curves=curves(runs),
         table=table,
-        parts=[] if parts is None else tables_of_parts(parts),
+        parts=[] if parts is None else [(one, isinstance(one, Table)) for one in tables(parts)],
         **seen,
         faults=[(name, faults_of(one)) for name, one in zip(names, runs, strict=True)],
         origin=origin,
@@ -91,8 +92,9 @@ def _headline(run: Run, other: Run | None) -> list[dict[str, str]]:
         found.append(_figure(f"{length:.1f}", "characters a chunk"))
     if cost := run.evaluation.get("cost"):
         found.append(_figure(f"{cost['parameters'] / 1e6:.2f} M", "parameters"))
-        minutes = cost["train_seconds"] / 60
-        found.append(_figure(f"{minutes:.{1 if minutes < 10 else 0}f}", "minutes of training"))
+        if (seconds := cost.get("train_seconds")) is not None:
+            minutes = seconds / 60
+            found.append(_figure(f"{minutes:.{1 if minutes < 10 else 0}f}", "minutes of training"))
     return found
 
 
@@ -128,12 +130,6 @@ def _panels(runs: list[Run], stage: str) -> list[tuple[str, dict[str, str], str,
         key for run in runs for log in run.logs if log.stage == stage for row in log.rows for key in row
     }
     bits = {key: name for key, name in BITS.items() if key in present}
-    # bits of a split as training may measure them: validation_bits and the like
-    bits |= {
-        key: key.replace("_", " ")
-        for key in sorted(present)
-        if key.startswith("validation") and key not in BITS
-    }
     found = [("bits per character", bits, ".3f", False)] if bits else []
     return found + [(title, {key: ""}, form, log) for key, title, form, log in PANELS if key in present]
 

@@ -13,12 +13,26 @@ from hldm.config import GenerationConfig, changed
 from hldm.generation.chunk import write_chunks
 from hldm.generation.writer import LatentWriter
 from hldm.model.autoencoder import Autoencoder
-from hldm.model.diffusion import alpha_sigma, sample, sampler_steps
+from hldm.model.diffusion import alpha_sigma
 from hldm.model.prior import Prior
 from hldm.model.state import pick_rows
 
 STEPS = 24  # of the walks shown, however few a run writes with: a film needs frames
 SHOWN_CONTEXT = 60  # characters before the chunk
+
+
+class WatchedWriter(LatentWriter):
+    """A writer whose latents are seen on their way."""
+
+    def __init__(self, *arguments: Any):
+        """Arguments are those of `LatentWriter`."""
+        self.walk: list[tuple[Tensor, Tensor]] = []  # z and x0_hat (b z) of each step
+        super().__init__(*arguments)
+
+    def _denoise(self, z: Tensor, gamma: Tensor) -> Tensor:
+        x0_hat = super()._denoise(z, gamma)
+        self.walk.append((z, x0_hat))
+        return x0_hat
 
 
 @torch.no_grad()
@@ -34,23 +48,16 @@ def denoising_path(
     """A walk of the run's sampler after a prompt, of whole chunks.
 
     At each step: log SNR, z, the denoiser's guess x0_hat of the latent, and the likeliest chunk under that guess. The
-    last step's text is drawn from z_0 itself, as when text is written.
+    last step's text is the likeliest under z_0 itself, which is what a text is written from.
     """
-    settings = changed(settings, steps=steps, guidance=1.0)
-    writer = LatentWriter(autoencoder, prior, [prompt], settings, [torch.Generator().manual_seed(seed)])
-    plan = sampler_steps(settings.scheduler, prior.schedule, steps)
-    walk: list[tuple[Tensor, Tensor]] = []
-
-    def denoise(z: Tensor, gamma: Tensor) -> Tensor:
-        x0_hat = prior.denoise(z[:, None, None], gamma[:, None, None], writer.told)[:, 0, 0]
-        walk.append((z[0], x0_hat[0]))
-        return x0_hat
-
-    shape = (1, prior.latent_dim)
-    z_0 = sample(denoise, shape, plan, writer.generators, settings.temperature, writer.device)
+    settings = changed(settings, steps=steps)
+    generators = [torch.Generator().manual_seed(seed)]
+    writer = WatchedWriter(autoencoder, prior, [prompt], settings, generators)
+    assert writer.plan is not None
+    z_0 = writer.sample_latents()
     alpha_0, _ = alpha_sigma(torch.tensor(prior.diffusion.gamma_0, device=writer.device))
-    zs = torch.stack([*(z for z, _ in walk), z_0[0]])  # (s+1 z)
-    guesses = torch.stack([*(x0_hat for _, x0_hat in walk), z_0[0] / alpha_0])
+    zs = torch.cat([*(z for z, _ in writer.walk), z_0])  # (s+1 z)
+    guesses = torch.cat([*(x0_hat for _, x0_hat in writer.walk), z_0 / alpha_0])
     # the decoder reads z_0 = alpha_0 mu + noise: alpha_0 x0_hat is the mean of what it was trained on
     read = torch.cat([alpha_0 * guesses[:-1], z_0])
     rows = torch.zeros(len(read), dtype=torch.long, device=writer.device)
@@ -75,7 +82,7 @@ def denoising_path(
                 "text": marked(piece.text),
             }
             for gamma, z, guess, piece in zip(
-                plan.gammas.tolist(), zs.cpu(), guesses.cpu(), written.pieces, strict=True
+                writer.plan.gammas.tolist(), zs.cpu(), guesses.cpu(), written.pieces, strict=True
             )
         ],
     }

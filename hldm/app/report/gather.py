@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from datetime import datetime, timezone
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,16 +18,17 @@ from hldm.app.report.logs import StageLog, read_logs
 from hldm.app.report.passage import Chunks, describe_passage, latent_map, opening_of, read_text
 from hldm.app.report.samples import samples_by_temperature
 from hldm.config import Config, ConfigError, load_config
-from hldm.evaluation.evaluate import MAX_TEXT_BYTES, evaluate_run
-from hldm.evaluation.tables import Table, compare
+from hldm.evaluation.evaluate import evaluate_run, weights_of
+from hldm.evaluation.parts_table import parts_of_run
+from hldm.evaluation.tables import compare
 from hldm.generation.pipeline import HLDMPipeline, read_pipeline
 from hldm.runs.folder import corpora_of_run, read_totals
-from hldm.sources.encodings import read_text as read_file
-from hldm.text.corpus import Corpus, make_corpus
+from hldm.runs.location import INDEX, find_model, pipeline_of
+from hldm.sources.corpora import corpus_of_file
+from hldm.text.corpus import Corpus
 
 PROMPT_CHUNKS = 24  # of the passage, that samples go on from
 MAX_JSON_BYTES = 10_000_000
-PARTS = "hldm.evaluation.parts", "hldm.evaluation.parts_table"  # what a parts table is measured by, and shown
 
 
 class Run(NamedTuple):
@@ -54,9 +53,8 @@ def read_run(
     measure: though there is an evaluation.json
     Raises ValueError or OSError, one line, for a folder that is no run and for a file that is broken.
     """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder; hldm report wants that of a run, e.g. runs/demo")
-    is_trained = (folder / "pipeline" / "model_index.json").is_file()
+    folder = folder if folder.is_dir() else find_model(folder)
+    is_trained = (pipeline_of(folder) / INDEX).is_file()
     logs = read_logs(folder)
     if not is_trained and not logs:
         raise ValueError(
@@ -65,14 +63,18 @@ def read_run(
     notes: list[str] = []
     config_path = folder / "autoencoder" / "config.yaml"
     config = load_config(config_path) if config_path.is_file() else None
-    pipeline = read_pipeline(folder / "pipeline") if is_trained else None
+    pipeline = read_pipeline(pipeline_of(folder)) if is_trained else None
     if pipeline is None:
         notes.append("not trained to the end: there is no pipeline, so nothing can be measured or written")
     corpus = None
     if pipeline is not None:
         corpus = _held_out(folder, text, notes)
     evaluation = None if measure or text is not None else read_evaluation(folder / "evaluation.json")
-    if evaluation is None and corpus is not None and config is not None:
+    measured = (evaluation or {}).get("model", "")  # "": it was measured before weights were noted
+    if measured and pipeline is not None and measured != weights_of(pipeline):
+        say(f"{folder / 'evaluation.json'} is of other weights: it is not used")
+        evaluation = None
+    if evaluation is None and corpus is not None:
         say(f"measuring {folder} on {corpus.name} (hldm evaluate does the same)")
         evaluation = evaluate_run(folder, text=text)
     name = folder.resolve().name
@@ -82,10 +84,7 @@ def read_run(
 def _held_out(folder: Path, text: Path | None, notes: list[str]) -> Corpus | None:
     """The text that a report reads; None, and a note, where a run's own is not on this machine."""
     if text is not None:
-        given = read_file(text, MAX_TEXT_BYTES)
-        if not given.strip():
-            raise ValueError(f"{text} is empty: there is nothing to read")
-        return make_corpus(str(text), [given])
+        return corpus_of_file(text)
     try:
         return corpora_of_run(folder)["test"]
     except (OSError, ConfigError) as error:
@@ -108,32 +107,14 @@ def read_evaluation(path: Path) -> dict[str, Any] | None:
     raise ValueError(f"{path} is no evaluation: delete it, and the report measures the run anew")
 
 
-def parts_of(run: Run) -> dict[str, Any] | None:
-    """The parts table of a run: what its evaluation holds, or measured now where this hldm can; None without."""
+def parts_of(run: Run, text: Path | None = None) -> dict[str, Any] | None:
+    """The short parts table of a run, from its evaluation or measured now; None for a twin, or without a text."""
     found = (run.evaluation or {}).get("parts")
     if isinstance(found, dict):
         return found
-    is_latent = run.pipeline is not None and run.pipeline.prior is not None
-    if not is_latent or run.corpus is None or find_spec(PARTS[0]) is None:
+    if run.pipeline is None or run.pipeline.prior is None or run.corpus is None:
         return None
-    return dict(import_module(PARTS[0]).parts_of_run(run.folder, short=True))
-
-
-def tables_of_parts(parts: dict[str, Any]) -> list[Table]:
-    """As tables: those of hldm.evaluation.parts_table, or each number beside its name."""
-    if find_spec(PARTS[1]) is not None:
-        found = import_module(PARTS[1]).tables(parts)
-        return [part for part in ([found] if isinstance(found, Table) else found) if isinstance(part, Table)]
-    rows = [[name, f"{value:.4f}"] for name, value in _flat(parts) if isinstance(value, int | float)]
-    return [Table(["part", "bits"], rows)]
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        found += _flat(value, f"{name}, ") if isinstance(value, dict) else [(name, value)]
-    return found
+    return parts_of_run(run.folder, text=text, short=True)
 
 
 def look(run: Run, other: Run | None = None, *, seed: int = 0) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from hldm.runs.folder import SAMPLE_HEADER
 
 STAGES = ("autoencoder", "prior")
@@ -58,6 +60,7 @@ def _read_metrics(path: Path) -> tuple[list[dict[str, float]], list[str]]:
     if not path.is_file():
         return [], ["no metrics.jsonl: this run was exported, or has logged nothing yet"]
     rows: list[dict[str, float]] = []
+    held_out: list[dict[str, float]] = []  # validations, which say no more than their step
     events: dict[str, list[int]] = {}
     odd: Counter[str] = Counter()  # keys by how often their value is no finite number
     torn = 0
@@ -66,10 +69,12 @@ def _read_metrics(path: Path) -> tuple[list[dict[str, float]], list[str]]:
             found = _parse(line)
             if found is None:
                 torn += 1
+            elif found.get("event") == "validation":
+                held_out.append(_numbers(found))
             elif "event" in found:
                 events.setdefault(str(found["event"]), []).append(int(found["step"]))
             else:
-                rows.append({key: value for key, value in found.items() if _is_number(value)})
+                rows.append(_numbers(found))
                 odd.update(key for key, value in found.items() if value is not None and not _is_number(value))
     notes = [_about(event, steps) for event, steps in events.items()]
     notes += [f"{key} is not finite in {count:,} of {len(rows):,} lines" for key, count in odd.items()]
@@ -77,7 +82,23 @@ def _read_metrics(path: Path) -> tuple[list[dict[str, float]], list[str]]:
         notes.append(f"{torn:,} lines of metrics.jsonl cannot be read and are left out")
     if path.stat().st_size > MAX_LOG_BYTES:
         notes.append(f"metrics.jsonl is read up to {MAX_LOG_BYTES:,} bytes")
-    return rows, notes
+    return rows + [_dated(found, rows) for found in held_out], notes
+
+
+def _numbers(found: dict[str, Any]) -> dict[str, float]:
+    """Those values that are finite numbers."""
+    return {key: value for key, value in found.items() if _is_number(value)}
+
+
+def _dated(found: dict[str, float], rows: list[dict[str, float]]) -> dict[str, float]:
+    """A validation with the seconds and characters of its step, between those of the lines around it."""
+    dated = dict(found)
+    for axis in ("seconds", "characters"):
+        known = [(row["step"], row[axis]) for row in rows if axis in row]
+        if known:
+            steps, values = zip(*known, strict=True)
+            dated[axis] = float(np.interp(found["step"], (0, *steps), (0, *values)))
+    return dated
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
