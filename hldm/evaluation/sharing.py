@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from hldm.config import to_dict
 from hldm.evaluation.evaluate import evaluate_run, weights_of
+from hldm.evaluation.parts_table import short_tables
 from hldm.evaluation.tables import Table, compare
 from hldm.generation.pipeline import HLDMPipeline, HLDMPipelineOutput, read_pipeline
 from hldm.runs.card import CARD, model_card
@@ -29,7 +28,6 @@ from hldm.runs.export import (
 )
 from hldm.runs.folder import read_totals
 from hldm.runs.machine import human
-from hldm.runs.reports import save_report
 from hldm.text.bytes import printable
 
 SAMPLE_CHARACTERS = 400
@@ -56,8 +54,8 @@ def share_run(
     data = summarise_data(run)
     licence = licence or ("mit" if data["source"] == BUILT_IN else "")
     sections = {"Scores": _scores_section(scores, target.name)}
-    if parts := _parts_section(scores):
-        sections["What each part is worth"] = parts
+    if parts := short_tables((scores or {}).get("parts")):
+        sections["What each part is worth"] = "\n\n".join(map(str, parts))
     sections["A sample"] = _sample(pipeline, prompt)
     sections["Data"] = _data_section(data)
     sections["How it was made"] = _making_section(run)
@@ -76,7 +74,7 @@ def share_run(
     for line in _contents(target):
         say(line)
     if scores is None:
-        say(f"no scores: {run}/{EVALUATION} is not there; --measure makes it")
+        say(f"no scores: {run}/{EVALUATION} is not there; --measure measures it now")
     if not licence:
         say("no licence: --licence says under which one the weights may be used, e.g. --licence cc-by-4.0")
 
@@ -110,13 +108,13 @@ def _contents(folder: Path) -> list[str]:
 def _scores(
     run: Path, pipeline: HLDMPipeline, measure: bool, say: Callable[[str], None]
 ) -> dict[str, Any] | None:
-    """What a run's evaluation.json says, None without one. Raises ValueError for one of another model."""
+    """What a run's evaluation.json says, or a measurement; else None. Raises ValueError for one of another model."""
     path = run / EVALUATION
     if not path.is_file():
         if not measure:
             return None
         say(f"measuring {run} on its test text")
-        save_report(path, evaluate_run(run))
+        return evaluate_run(run)
     try:
         found = dict(json.loads(path.read_text(encoding="utf-8")))
         found["bits_per_character"]["bound"]
@@ -143,14 +141,6 @@ def _split(scores: Mapping[str, Any]) -> str:
     split = scores["split"]
     named = f"the {split} text that was held out" if split in ("test", "validation") else f"the file {split}"
     return f"{named} ({scores['characters']:,} characters)" if "characters" in scores else named
-
-
-def _parts_section(scores: Mapping[str, Any] | None) -> str:
-    """The parts table of an evaluation that has one, in Markdown; "" otherwise."""
-    module = "hldm.evaluation.parts_table"
-    if not scores or not scores.get("parts") or find_spec(module) is None:
-        return ""
-    return "\n\n".join(map(str, import_module(module).tables(scores["parts"])))
 
 
 def _sample(pipeline: HLDMPipeline, prompt: str) -> str:
