@@ -83,7 +83,7 @@ def read_pairs(path: Path, group: str) -> list[Pair]:
 def judge_pairs(
     path: Path, run: str, *, group: str = "term", draws: int = 32, samples: int = 0, seed: int = 0
 ) -> dict[str, Any]:
-    """Accuracy over a file's pairs, by group and over all; equal scores count as half right.
+    """Accuracy over a file's pairs, by group and over all; two equal texts count as half right.
 
     samples: compare the importance-weighted bounds. Raises ValueError or OSError, one line.
     """
@@ -99,6 +99,10 @@ def judge_pairs(
             # draws at one place are common, too, so this is on the safe side
             error = math.hypot(good.importance_error or math.inf, bad.importance_error or math.inf)
             error = error if pipeline.prior is not None else 0.0
+        if (
+            pairs[index].good == pairs[index].bad
+        ):  # rounding, which their places in a batch decide, is no choice
+            bits = 0.0
         ahead[index], is_sure[index] = bits, abs(bits) > 2 * error
     names = sorted({pair.group for pair in pairs})
     of_group = np.array([names.index(pair.group) for pair in pairs])
