@@ -21,6 +21,7 @@ from hldm.chunking.segmenter import Segmenter
 from hldm.chunking.strategies import cached_starts, read_segmenter
 from hldm.config import Config, ConfigError, LoggingConfig, TrainingConfig, to_dict
 from hldm.model.speed import why_plain
+from hldm.model.vitals import complaints
 from hldm.runs.checkpoints import checkpoints_in
 from hldm.runs.clock import clock_named
 from hldm.runs.exits import Interrupted
@@ -33,10 +34,15 @@ from hldm.runs.signals import Stopped
 from hldm.settings import dotted
 from hldm.text.corpus import Corpus
 from hldm.text.windows import Windows
-from hldm.training.environment import check_launch, check_training, naming_variables, rounding_variables
-from hldm.training.objectives import AutoencoderObjective, PriorObjective
+from hldm.training.environment import (
+    check_launch,
+    check_trackers,
+    check_training,
+    naming_variables,
+    rounding_variables,
+)
 from hldm.training.segmenters import train_segmenter
-from hldm.training.trainer import Trainer
+from hldm.training.trainer import Complaints, Trainer
 
 MAY_CHANGE = (*MAY_CHANGE_ONCE_TRAINED, "training.")  # on resume
 SEGMENTER_SHARE = 0.2  # of stage one's minutes, at most, for what cuts its text
@@ -57,11 +63,12 @@ class Stage:
 
     def fit(
         self,
-        objective: AutoencoderObjective | PriorObjective,
-        windows: Windows,
+        objective: nn.Module,
+        windows: Any,
         on_sample: Callable[[nn.Module], str],
         on_validate: Callable[[nn.Module], dict[str, float]] | None = None,
         bound_to: dict[str, str] | None = None,
+        complaints: Complaints = complaints,
     ) -> Totals:
         """Train an objective from its start or newest checkpoint; `bound_to` must not change in between.
 
@@ -85,6 +92,7 @@ class Stage:
             extras={"corpus": windows.corpus.fingerprint, **(bound_to or {})},
             spent=clock_named(self.training.clock)() - self.opened,
             part=self.part,
+            complaints=complaints,
         )
         if self.resume:
             trainer.restore(self.say)
@@ -192,6 +200,7 @@ def make_accelerator(
     """
     check_launch()
     check_training(config, section)
+    check_trackers(logging)
     AcceleratorState._reset_state()  # of a stage before this one; the processes stay
     with naming_variables():
         accelerator = Accelerator(
@@ -204,11 +213,6 @@ def make_accelerator(
                 DistributedDataParallelKwargs(broadcast_buffers=False),
                 InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_s)),
             ],
-        )
-    there = {getattr(tracker, "value", tracker) for tracker in accelerator.log_with}
-    if missing := sorted(set(logging.trackers) - there - {"all"}):
-        raise ConfigError(
-            f"logging.trackers names {missing[0]}, which is not installed: install it or leave it out"
         )
     return accelerator
 

@@ -49,6 +49,8 @@ CLIP_EPS = 1e-6  # what torch's clipping adds to the norm
 YOUNG = 0.1  # of the progress: before it a model may yet come alive
 MAX_SKIPPED_STEPS = 3  # non-finite steps in a row before a run gives up
 
+Complaints = Callable[[dict[str, float]], dict[str, str]]
+
 
 class TrainingDiverged(RunEnded):
     """Loss, gradient or weights are not finite, for good; nothing bad was saved."""
@@ -78,10 +80,12 @@ class Trainer:
         extras: dict[str, Any] | None = None,
         spent: float = 0.0,
         part: Part = ALONE,
+        complaints: Complaints = complaints,
     ):
         """extras: JSON that every checkpoint carries, and that must be the same on resume;  spent: seconds before.
 
         part: which of the trainings that were asked for, for what is shown
+        complaints: what the objective's signs of life say is dead, a line each
         """
         self.config, self.checkpoint, self.logging = config, checkpoint, logging
         self.run, self.seed, self.windows, self.accelerator = run, seed, windows, accelerator
@@ -100,6 +104,7 @@ class Trainer:
         self.optimizers = make_optimizers(objective, config)
         self.model = wrapped(accelerator, objective)
         self.carries = [objective.initial_carry(self.rows, accelerator.device) for _ in range(parts)]
+        self.complaints = complaints
         self.totals = Totals(seconds=spent, prepared=spent)
         self.recent = Recent()
         self.patience = Patience(config.patience)
@@ -351,7 +356,7 @@ class Trainer:
                     f"{self.run.folder}: no step was taken, for what came before took {self.totals.prepared:.0f} s of "
                     f"{self.config.minutes:g} minutes: give it more, or a segmenter less (chunking.segmenter.minutes)"
                 )
-            for line in complaints(self.objective.signs()).values():
+            for line in self.complaints(self.objective.signs()).values():
                 say(f"at the end: {line}")
             self._validate(on_validate, bar)
             path = self.save(say)
@@ -401,7 +406,7 @@ class Trainer:
     def _signs(self, step: int, progress: float, say: Callable[[str], None]) -> dict[str, float]:
         """Signs of life to log (`hldm.model.vitals`); a line when something has died, and another if it dies again."""
         signs: dict[str, float] = self.objective.signs()
-        dead = complaints(signs) if progress >= YOUNG else {}
+        dead = self.complaints(signs) if progress >= YOUNG else {}
         for sign, line in dead.items():
             if sign not in self.quiet_signs:
                 self.run.log(step, event=f"dead: {sign}")
