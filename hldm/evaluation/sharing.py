@@ -129,10 +129,13 @@ def _scores_section(scores: Mapping[str, Any] | None, name: str) -> str:
     if scores is None:
         return f"Not measured when this was shared: `python -m hldm.evaluation --run {name} --text FILE` measures."
     table = compare({name: scores})
-    known = Table(table.head, [row for row in table.rows if row[1] != "-"])
+    none = "how many" if not scores.get("samples") else ""  # importance-weighted draws
+    known = Table(table.head, [row for row in table.rows if row[1] != "-" and row[0].strip() != none])
+    bits = scores["bits_per_character"]
+    kind = "their likelihood" if scores.get("characters_per_chunk") is None else "an upper bound"
     return (
-        f"On {_split(scores)}, by `python -m hldm.evaluation`. The twin's bits per character are its likelihood, those "
-        f"of a model with latents an upper bound; standard errors stand below.\n\n{known}"
+        f"{bits['bound']:.3f} ± {bits['standard_error']:.3f} bits a character ({kind}; the error is that of the noise "
+        f"drawn) on {_split(scores)}, by `python -m hldm.evaluation`.\n\n{known}"
     )
 
 
@@ -168,10 +171,9 @@ def _data_section(data: Mapping[str, Any]) -> str:
     rows = [
         {"name": name, **found, "short": found["fingerprint"][:12]} for name, found in data["splits"].items()
     ]
-    told = f"Source: {printable(data['source'])}. Held out: {data['held_out']}"
-    told += (
-        " of the documents for each of validation and test." if isinstance(data["held_out"], float) else "."
-    )
+    share = data["held_out"]
+    held_out = f"{share:.3g} of it for validation, as much for test" if isinstance(share, float) else share
+    told = f"Source: {printable(data['source'])}. Held out: {held_out}."
     if missing := data.get("missing"):
         told += f" {missing[0].upper()}{missing[1:]}."
     return f"{told}\n\n{Table.of_records(rows, columns)}" if rows else told
@@ -185,6 +187,7 @@ def _making_section(run: Path) -> str:
         "minutes": ("minutes", ",.1f"),
         "characters": ("characters", ",.0f"),
         "commit": ("commit", ""),
+        "code": ("code", ""),
         "Python, torch": ("versions", ""),
     }
     rows, machines = [], []
@@ -192,7 +195,7 @@ def _making_section(run: Path) -> str:
         totals, last = read_totals(stage), _last_start(stage)
         machine = f"{last.get('cores')} cores of {last.get('cpu')}, torch on {last.get('threads')} of them"
         machines.append(", ".join([machine, *last.get("accelerators", [])]) if last else "not kept")
-        commit = f"{(last.get('commit') or 'unknown')[:12]}{'+' * bool(last.get('dirty'))}"
+        commit = f"{(last.get('commit') or 'not a clone')[:12]}{'+' * bool(last.get('dirty'))}"
         versions = f"{last.get('python')}, {last.get('torch')}" if last else None
         rows.append(
             {
@@ -201,6 +204,7 @@ def _making_section(run: Path) -> str:
                 "minutes": totals.seconds / 60,
                 "characters": totals.characters,
                 "commit": commit,
+                "code": last.get("code", "")[:12] or None,
                 "versions": versions,
             }
         )
