@@ -230,7 +230,7 @@ def launch(trial: Trial, text: Path, trained: Path, stage: str) -> list[str]:
         process.wait()
         if not 0 < small.newest_step(folder, stage, wrong) < small.STEPS:
             wrong.append("was not killed in the middle")
-    if "2 process(es) MULTI_CPU" not in (folder / "log").read_text():
+    if "2 processes on cpu" not in (folder / "log").read_text():
         wrong.append("did not run as two processes")
     return wrong + small.differences(folder, straight, stage)
 
