@@ -94,7 +94,7 @@ class Stage:
         )
         if self.resume:
             trainer.restore(self.say)
-            self.run.rewind(trainer.totals.steps or -1)
+            self.run.rewind(trainer.totals.steps or -1, trainer.validated)
             self.say(f"resuming {self.run.folder} at step {trainer.totals.steps}")
         self._say_what_is_trained(objective)
         if config.logging.trackers:

@@ -71,6 +71,15 @@ def test_the_figures_are_those_of_evaluate_and_stage_two_starts_where_stage_one_
         assert second[-1][f"validation_{name}"] == value == pytest.approx(bound[name], abs=1e-6)
 
 
+def test_a_run_killed_before_its_export_validates_its_end_once(config, tmp_path):
+    """Its last checkpoint may be older than its last validation, and of the same step."""
+    folder = train_autoencoder(config, root=tmp_path, validation=validation_on) / "autoencoder"
+    before = validations(folder)
+    (folder / "totals.json").unlink()
+    train_autoencoder(config, root=tmp_path, resume=True, validation=validation_on)
+    assert validations(folder) == before and before[-1]["step"] == 12
+
+
 def test_the_twin_validates_its_likelihood(small_twin, config, tmp_path):
     run = train_run(changed(small_twin, logging=config.logging), root=tmp_path, validation=validation_on)
     last = last_validation(run)
