@@ -96,22 +96,31 @@ class Stage:
         )
         if self.resume:
             trainer.restore(self.say)
-            self.run.rewind(trainer.totals.steps or -1)
+            self.run.rewind(trainer.totals.steps or -1, trainer.validated)
             self.say(f"resuming {self.run.folder} at step {trainer.totals.steps}")
-        trained = [(name, part) for name, part in objective.named_children() if part.training]
-        sizes = ", ".join(f"{name} {sum(p.numel() for p in part.parameters()):,}" for name, part in trained)
-        minutes, steps = self.training.minutes, self.training.steps
-        self.say(
-            f"{self.part}: {self.run.folder}, {f'{minutes:.3g} minutes' if minutes else f'{steps} steps'}, "
-            f"{config.data.lanes} lanes x {config.data.window_bytes} bytes a step | {sizes} parameters | "
-            f"{self.accelerator.num_processes} process(es) {self.accelerator.distributed_type.value}, "
-            f"{self.accelerator.device}, {self.training.mixed_precision}, {torch.get_num_threads()} threads"
-        )
+        self._say_what_is_trained(objective)
         if config.logging.trackers:
             self.accelerator.init_trackers(config.name, config=_plain_settings(config))
         totals = trainer.fit(self.say, on_sample, on_validate)
         objective.eval()
         return totals
+
+    def _say_what_is_trained(self, objective: nn.Module) -> None:
+        """Where, for how long, and with what."""
+        trained = [(name, part) for name, part in objective.named_children() if part.training]
+        sizes = " + ".join(f"{name} {sum(p.numel() for p in part.parameters()):,}" for name, part in trained)
+        minutes, steps = self.training.minutes, self.training.steps
+        limit = f"{minutes:.3g} minutes" if minutes else f"{steps:,} steps"
+        data, accelerator, threads = self.config.data, self.accelerator, torch.get_num_threads()
+        several = accelerator.num_processes > 1
+        processes = f"{accelerator.num_processes} processes" if several else "1 process"
+        threads_of = f"{threads} thread{'s' if threads > 1 else ''}{' each' if several else ''}"
+        precision = "" if self.training.mixed_precision == "no" else f", {self.training.mixed_precision}"
+        self.say(f"{self.part}: {self.run.folder}, {limit}")
+        self.say(
+            f"  {sizes} parameters, {data.lanes} lanes x {data.window_bytes} bytes a step, {processes} on "
+            f"{accelerator.device.type}, {threads_of}{precision}"
+        )
 
     def main_says(self, fact: bool) -> bool:
         """Whether the fact holds on rank 0; every rank gets the same answer."""
