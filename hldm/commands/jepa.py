@@ -80,6 +80,31 @@ def concepts(
         save_report(json, {"concepts": records, "run": run.name})
 
 
+@app.command("match")
+def match(
+    *,
+    run: Annotated[list[Path], Option(help="folder of a run with task=pairs; may repeat")],
+    split: Annotated[
+        str, Option(help="validation, test; of a grammar combinations and longer, too")
+    ] = "test",
+    most: Annotated[int, Option(min=0, help="pairs at most; 0: all")] = 0,
+    json: Report = None,
+) -> None:
+    """How often the second view is written as it should be."""
+    from hldm.evaluation.tables import Table, show
+    from hldm.runs.reports import check_report_path, save_report
+
+    if json is not None:
+        check_report_path(json, "matches")
+    from hldm.jepa.train import match_run
+
+    records = [{"run": folder.name} | match_run(folder, split, most) for folder in run]
+    columns = {name: (name, form) for name, form in (("run", "s"), ("pairs", "d"), ("exact", ".4f"))}
+    show(Table.of_records(records, columns | {"functional": ("functional", ".4f")}))
+    if json is not None:
+        save_report(json, {"matches": records})
+
+
 def similarity(
     *,
     run: Annotated[list[Path] | None, Option(help="folder of a run, of either kind; may repeat")] = None,

@@ -20,6 +20,7 @@ from hldm.config import (
     GriffinConfig,
     LoggingConfig,
     NotNegative,
+    Positive,
     Share,
     TrainingConfig,
     Width,
@@ -74,6 +75,7 @@ class ObjectiveConfig(Section):
     latent_weight: NotNegative = 1.0
     decoder_weight: NotNegative = 1.0  # against 1 of a nat per byte
     next_byte_weight: NotNegative = 0.0  # of predicting the next byte from the context's features
+    weight_decay_growth: Positive = 1.0  # weight decay at the end over that at the start; a cosine between
     variance: NotNegative = 0.0  # weight of VICReg's hinge on the deviation of each dimension
     covariance: NotNegative = 0.0  # of its squared covariances
     sigreg: NotNegative = 0.0  # of SIGReg's distance to a standard normal, over random directions
@@ -136,6 +138,24 @@ class SentencesConfig(Section):
             )
 
 
+class PairsConfig(Section):
+    """Two views of one meaning, for task=pairs."""
+
+    source: Literal["jsonl", "sums", "regex", "halves"] = (
+        "jsonl"  # rows of text and code; a grammar; halves of windows
+    )
+    train: str = ""  # of source=jsonl: a file of {"text": ..., "code": ...}, a tenth of which is held out
+    test: str = ""  # ... and one to test on
+    count: int = Field(default=8000, gt=0, le=10_000_000)  # training pairs of a grammar
+    predictions: int = Field(default=1, ge=0, le=64)  # k, prediction symbols after the first view
+    loss_dropout: Share = 0.0  # share of the steps without the distance, and without its cost
+    window: int = Field(default=64, ge=4, le=65_536)  # bytes that attention sees back
+
+    def check(self) -> None:
+        if self.source == "jsonl" and bool(self.train) != bool(self.test):
+            raise ValueError("train and pairs.test belong together: set both")
+
+
 class JepaStages(Section):
     """Training of the encoder, and of a decoder afterwards on the frozen encoder."""
 
@@ -148,8 +168,9 @@ class JepaConfig(Section):
 
     name: str = ""  # folder below runs/; empty: the config file's name
     seed: int = Field(default=0, ge=0, lt=2**63)
-    # What is predicted: hidden chunks of a window; a sentence from a view of it; the next sentence from those before.
-    task: Literal["chunks", "views", "sentences"] = "chunks"
+    # What is predicted: hidden chunks of a window; a sentence from a view of it; the next sentence from those before;
+    # the second of two views of one meaning from the first.
+    task: Literal["chunks", "views", "sentences", "pairs"] = "chunks"
     vector: Width = 64  # z, numbers in the vector of a chunk
     data: DataConfig = DataConfig()
     chunking: ChunkingConfig = ChunkingConfig()
@@ -159,6 +180,7 @@ class JepaConfig(Section):
     objective: ObjectiveConfig = ObjectiveConfig()
     views: ViewsConfig = ViewsConfig()
     sentences: SentencesConfig = SentencesConfig()
+    pairs: PairsConfig = PairsConfig()
     training: JepaStages = JepaStages()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
@@ -178,6 +200,13 @@ class JepaConfig(Section):
             raise ValueError(
                 f"objective.option={self.objective.option} writes bytes from a predicted chunk: it needs task=chunks"
             )
+        if self.task == "pairs":
+            if self.objective.option != "latents":
+                raise ValueError(
+                    "objective.option must be latents with task=pairs: its decoder is the language model"
+                )
+            if self.pairs.source == "jsonl" and not self.pairs.train:
+                raise ValueError("pairs.train and pairs.test must name files with pairs.source=jsonl")
         if self.task == "chunks" and self.objective.has_predictor and not self.views.share:
             raise ValueError(
                 f"views.share must be above 0, or nothing is hidden to be predicted: objective.option="

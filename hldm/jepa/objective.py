@@ -47,6 +47,14 @@ class JepaStep(NamedTuple):
     carry: JepaCarry
 
 
+def distance(kind: str, predicted: Tensor, target: Tensor) -> Tensor:
+    """D of each pair of vectors (k z) -> (k), by the name that objective.distance gives it."""
+    if kind == "cosine":
+        return 1 - F.cosine_similarity(predicted, target, dim=-1)
+    forms: dict[str, Any] = {"smooth_l1": F.smooth_l1_loss, "l1": F.l1_loss, "l2": F.mse_loss}
+    return forms[kind](predicted, target, reduction="none").mean(dim=-1)
+
+
 class JepaObjective(nn.Module):
     """Latents only, with a decoder of what is predicted, with a decoder in the encoder, and the two controls."""
 
@@ -138,10 +146,7 @@ class JepaObjective(nn.Module):
 
     def distance(self, predicted: Tensor, target: Tensor) -> Tensor:
         """D of each pair (k z) -> (k)."""
-        if self.settings.distance == "cosine":
-            return 1 - F.cosine_similarity(predicted, target, dim=-1)
-        forms: dict[str, Any] = {"smooth_l1": F.smooth_l1_loss, "l1": F.l1_loss, "l2": F.mse_loss}
-        return forms[self.settings.distance](predicted, target, reduction="none").mean(dim=-1)
+        return distance(self.settings.distance, predicted, target)
 
     def byte_nats(self, window: Window, vectors: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """Nats of the chosen chunks' bytes from their vectors (b n z), and how many bytes those are."""
@@ -286,6 +291,20 @@ class JepaObjective(nn.Module):
         # a masked language model has no targets: its own vectors stand in, for figures alone
         target = self.normalised(self.targets(batch, view.wanted, None).vectors[view.wanted])
         return predicted[view.wanted], target, chunk_bytes(batch, view.wanted)[1]
+
+    def parts(self) -> dict[str, Any]:
+        """The models to save, by the folder of each."""
+        parts: dict[str, Any] = {"model": self.encoder}
+        if self.predictor is not None:
+            parts["predictor"] = self.predictor
+        if self.decoder is not None:
+            parts["decoder"] = self.decoder
+        if self.target is not None:
+            config = self.config
+            average = JepaEncoder.from_settings(config.encoder, config.chunking, config.vector)
+            average.load_state_dict(self.target.state_dict())
+            parts["target"] = average
+        return parts
 
     def held_out_view(self, batch: Batch) -> View:
         """The same holes at every call."""

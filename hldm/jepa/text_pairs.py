@@ -6,9 +6,11 @@ so a resumed run and any split of the batch see the same pairs. Next-sentence pr
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,12 +18,14 @@ import torch
 from hldm.chunking.chunker import Chunker, SentenceChunker
 from hldm.config import ConfigError
 from hldm.jepa.config import JepaConfig, SentencesConfig
+from hldm.jepa.formal import regexes, sums
 from hldm.jepa.texts import make_change
 from hldm.jepa.translations import verses_of
-from hldm.sources.corpora import split_of_book
-from hldm.text.corpus import Corpus
+from hldm.sources.corpora import load_corpora, split_of_book
+from hldm.text.corpus import Corpus, make_corpus
 from hldm.text.windows import Batch, window_of
 
+NUL = b"\0"  # between the two views of a document
 MakePair = Callable[[int, np.random.Generator], tuple[bytes, bytes]]
 
 
@@ -106,13 +110,83 @@ def pairs_of(config: JepaConfig, corpus: Corpus, training: Corpus, chunker: Chun
     training: the split that learns how common words are
     Raises ConfigError where there are none: no document of two sentences, or no translation of the text.
     """
-    if config.task == "sentences":
+    if config.task == "pairs":
+        make, count = _two_views(config, corpus)
+    elif config.task == "sentences":
         make, count = _next_sentences(config, corpus)
     elif config.views.kind == "translation":
         make, count = _translated(config, corpus)
     else:
         make, count = _changed_sentences(config, corpus, training)
     return TextPairs(corpus, make, count, chunker, lanes=lanes, seed=config.seed)
+
+
+def _two_views(config: JepaConfig, corpus: Corpus) -> tuple[MakePair, int]:
+    """Documents that hold two views with a NUL between; or the halves of every window of the text."""
+    if config.pairs.source != "halves":
+        views = [tuple(document.tobytes().split(NUL)) for document in corpus]
+        return lambda number, rng: (views[number][0], views[number][1]), len(views)
+    size = config.data.window_bytes
+    count = len(corpus.text) // size
+    if not count:
+        raise ConfigError(
+            f"{corpus.name} is shorter than data.window_bytes={size}: there is no window to halve"
+        )
+
+    def make(number: int, rng: np.random.Generator) -> tuple[bytes, bytes]:
+        window = corpus.text[number * size : (number + 1) * size].tobytes()
+        return window[: size // 2], window[size // 2 :]
+
+    return make, count
+
+
+def read_corpora(config: JepaConfig) -> dict[str, Corpus]:
+    """The text of a run by split: `hldm.sources.corpora`'s, or pairs of views, a document each.
+
+    Pairs have train, validation and test, those of a grammar `combinations` and `longer` besides.
+    Raises ConfigError, FileNotFoundError, or ValueError for a row that is no pair.
+    """
+    if config.task != "pairs" or config.pairs.source == "halves":
+        return {str(split): corpus for split, corpus in load_corpora(config.data).items()}
+    pairs = config.pairs
+    if pairs.source == "jsonl":
+        rows = read_views(Path(pairs.train))
+        held_out = [row for index, row in enumerate(rows) if index % 10 == 9]
+        kept = [row for index, row in enumerate(rows) if index % 10 != 9]
+        if not held_out:
+            raise ConfigError(
+                f"{pairs.train} holds {len(rows)} pairs: ten are needed, one of which is held out"
+            )
+        splits = {"train": kept, "validation": held_out, "test": read_views(Path(pairs.test))}
+    else:
+        splits = (sums if pairs.source == "sums" else regexes)(pairs.count, config.seed)._asdict()
+    return {
+        name: make_corpus(f"{pairs.source}/{name}", (NUL.join(map(str.encode, row)) for row in found))
+        for name, found in splits.items()
+    }
+
+
+def read_views(path: Path) -> list[tuple[str, str]]:
+    """The pairs of a .jsonl file, objects with `text` and `code`. Raises ValueError, one line, for any other row."""
+    found = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            views = row["text"], row["code"]
+            is_pair = all(isinstance(view, str) and view.strip() and "\0" not in view for view in views)
+            for view in views if is_pair else ():
+                view.encode()
+        except (ValueError, LookupError, TypeError, RecursionError):
+            is_pair = False
+        if not is_pair:
+            expected = '{"text": ..., "code": ...}, both text that is not empty'
+            raise ValueError(f"{path}:{number}: expected {expected}: mend or remove it")
+        found.append(views)
+    if not found:
+        raise ValueError(f"{path} holds no pairs")
+    return found
 
 
 def _documents(corpus: Corpus, settings: SentencesConfig) -> list[list[bytes]]:

@@ -22,20 +22,23 @@ from hldm.jepa.concepts import ConceptObjective, concept_decoder, concepts_of, s
 from hldm.jepa.config import JepaConfig, load_jepa_config
 from hldm.jepa.decoder import ChunkDecoder, chunk_bytes
 from hldm.jepa.encoder import JepaEncoder
+from hldm.jepa.formal import probe_texts, same_language
 from hldm.jepa.objective import DecoderObjective, JepaObjective, letters_of
+from hldm.jepa.pairs import PairObjective, write_views
 from hldm.jepa.predictor import Predictor
 from hldm.jepa.sentences import SentenceObjective
-from hldm.jepa.text_pairs import PairBatch, TextPairs, pairs_of
+from hldm.jepa.text_pairs import NUL, PairBatch, TextPairs, pairs_of, read_corpora
+from hldm.model.autoencoder import Autoencoder
 from hldm.runs.files import fingerprint
 from hldm.runs.folder import check_settings, require_same_text
 from hldm.runs.identity import TEXT_SETTINGS
-from hldm.sources.corpora import load_corpora
 from hldm.text.corpus import Corpus, Split
 from hldm.text.windows import Batch, Window, Windows
 from hldm.training.stage import Stage, open_stage
 
 WATCHED_LANES, WATCHED_BYTES = 8, 512  # of validation text, for figures while it trains: about 700 chunks
 WATCHED_PAIRS = 128
+MATCHED_ROWS = 256  # pairs written side by side
 SAMPLE_ROWS = 2  # of those lanes, shown in samples.txt
 # What a decoder trained afterwards must agree on with its encoder.
 SHARED_SETTINGS = (
@@ -52,7 +55,7 @@ SHARED_SETTINGS = (
 
 def train_jepa(config: JepaConfig, *, resume: bool = False, root: Path = Path("runs")) -> Path:
     """The encoder, with what its option adds. Returns the run's folder."""
-    corpora = load_corpora(config.data)  # before the folder is opened: a mistake leaves none
+    corpora = read_corpora(config)  # before the folder is opened: a mistake leaves none
     with open_jepa_stage(config, "jepa", resume, root) as stage:
         segmenter = stage.segmenter(corpora["train"])
         windows = laid_out(stage, config, corpora["train"], segmenter)
@@ -60,17 +63,19 @@ def train_jepa(config: JepaConfig, *, resume: bool = False, root: Path = Path("r
         bound_to = {}
         if segmenter is not None:
             bound_to = {"segmenter": fingerprint(segmenter.state_dict())}
-            objective.encoder.register_to_config(**bound_to)
+            objective.parts()["model"].register_to_config(**bound_to)
         held_out = watched(config, corpora, segmenter).to(stage.accelerator.device)
         objective.watch(held_out)
-        totals = stage.fit(objective, windows, partial(_sample, batch=held_out), bound_to, complaints)
-        parts = {"model": objective.encoder, "predictor": objective.predictor, "decoder": objective.decoder}
-        if objective.target is not None:
-            parts["target"] = JepaEncoder.from_settings(config.encoder, config.chunking, config.vector)
-            parts["target"].load_state_dict(objective.target.state_dict())
-        for name, part in parts.items():
-            if part is not None:
-                stage.export(part, stage.run.folder / name)
+        totals = stage.fit(
+            objective,
+            windows,
+            partial(_sample, batch=held_out),
+            bound_to,
+            complaints,
+            config.objective.weight_decay_growth,
+        )
+        for name, part in objective.parts().items():
+            stage.export(part, stage.run.folder / name)
         stage.finish(totals, corpora["train"])
     return root / config.name
 
@@ -80,7 +85,7 @@ def train_decoder(config: JepaConfig, *, resume: bool = False, root: Path = Path
     folder = root / config.name
     jepa = read_objective(folder, config)
     binding = fingerprint(jepa.state_dict())
-    corpora = load_corpora(config.data)
+    corpora = read_corpora(config)
     require_same_text(folder / "jepa", corpora["train"])
     with open_jepa_stage(config, "decoder", resume, root) as stage:
         segmenter = stage.segmenter(corpora["train"])
@@ -99,6 +104,40 @@ def train_decoder(config: JepaConfig, *, resume: bool = False, root: Path = Path
     return folder
 
 
+def match_run(run: Path, split: str = "test", most: int = 0) -> dict[str, Any]:
+    """How often the second view that a run writes is the right one, in every byte; for expressions, in what it matches.
+
+    most: pairs of the split; 0: all
+    """
+    stage = run / "jepa"
+    if not (stage / "totals.json").is_file():
+        raise FileNotFoundError(f"{run} has no trained jepa/model: hldm jepa train makes a run")
+    config = load_jepa_config([stage / "config.yaml"])
+    if config.task != "pairs" or config.pairs.source == "halves":
+        raise ConfigError(f"{run} was not trained on pairs of text and code: task=pairs is")
+    corpora = read_corpora(config)
+    require_same_text(stage, corpora["train"])
+    if split not in corpora:
+        raise ConfigError(f"--split is one of {', '.join(corpora)}, got {split[:80]!r}")
+    twin = Autoencoder.from_pretrained(stage / "model").eval()
+    pairs = [document.tobytes().split(NUL) for document in corpora[split]][: most or None]
+    longest = 2 * max(len(code) for _, code in pairs)
+    written: list[bytes] = []
+    for begin in range(0, len(pairs), MATCHED_ROWS):
+        some = pairs[begin : begin + MATCHED_ROWS]
+        written += write_views(twin, [text for text, _ in some], longest)
+    exact = [line == code for line, (_, code) in zip(written, pairs, strict=True)]
+    found: dict[str, Any] = {"split": split, "pairs": len(pairs), "exact": sum(exact) / len(pairs)}
+    if config.pairs.source != "sums":
+        probes = probe_texts()
+        same = [
+            is_exact or same_language(line.decode(errors="replace"), code.decode(), probes)
+            for line, (_, code), is_exact in zip(written, pairs, exact, strict=True)
+        ]
+        found["functional"] = sum(same) / len(pairs)
+    return found
+
+
 def score_run(run: Path, sentences: int, split: Split = "test") -> list[dict[str, Any]]:
     """What a run's decoder writes of held-out sentences, from true, predicted and shuffled concepts."""
     config = read_encoder(run)[1]
@@ -112,7 +151,7 @@ def score_run(run: Path, sentences: int, split: Split = "test") -> list[dict[str
         )
     jepa = read_objective(run, config).eval()
     assert isinstance(jepa, SentenceObjective)
-    corpora = load_corpora(config.data)
+    corpora = read_corpora(config)
     require_same_text(run / "jepa", corpora["train"])
     chunker = make_chunker(config.chunking, read_segmenter(run / "segmenter" / "model", config.chunking))
     pairs = pairs_of(config, corpora[split], corpora["train"], chunker, sentences)
@@ -133,15 +172,17 @@ def laid_out(stage: Stage, config: JepaConfig, corpus: Corpus, segmenter: Any) -
     return pairs_of(config, corpus, corpus, make_chunker(config.chunking, segmenter), config.data.lanes)
 
 
-def make_objective(config: JepaConfig, windows: Windows | TextPairs) -> JepaObjective:
+def make_objective(config: JepaConfig, windows: Windows | TextPairs) -> JepaObjective | PairObjective:
     """The objective that a config describes, for a text that is laid out."""
+    if config.task == "pairs":
+        return PairObjective(config)
     letters = letters_of(windows.corpus.text)
     if isinstance(windows, TextPairs):
         return SentenceObjective(config, letters, 1.0)
     return JepaObjective(config, letters, len(windows.corpus.text) / windows.chunks)
 
 
-def watched(config: JepaConfig, corpora: Mapping[Split, Corpus], segmenter: Any = None) -> Batch | PairBatch:
+def watched(config: JepaConfig, corpora: Mapping[str, Corpus], segmenter: Any = None) -> Batch | PairBatch:
     """The held-out text whose figures are followed, the same in every run of this chunking and task."""
     chunker, corpus = make_chunker(config.chunking, segmenter), corpora["validation"]
     if config.task != "chunks":
@@ -161,6 +202,8 @@ def read_objective(folder: Path, config: JepaConfig) -> JepaObjective:
             f"{folder} has no trained encoder: hldm jepa train makes it, with this --config"
         )
     check_settings(stage, to_dict(config), only=SHARED_SETTINGS)
+    if config.task == "pairs":
+        raise ConfigError(f"{folder} is a run of task=pairs, whose decoder is the language model itself")
     kind = JepaObjective if config.task == "chunks" else SentenceObjective
     objective = kind(config, torch.ones(256, dtype=torch.long), 1.0)
     objective.encoder.load_state_dict(JepaEncoder.from_pretrained(stage / "model").state_dict())
@@ -188,6 +231,8 @@ def read_encoder(run: Path, which: str = "model") -> tuple[JepaEncoder, JepaConf
 @torch.no_grad()
 def _sample(objective: Any, batch: Batch | PairBatch) -> str:
     """Held-out text with its holes: [hidden>written from the prediction], or without a decoder the nearest chunk."""
+    if isinstance(objective, PairObjective):
+        return _sample_of_views(objective, batch)
     if isinstance(batch, PairBatch):
         return _sample_of_pairs(objective, batch)
     jepa: JepaObjective = getattr(objective, "jepa", objective)
@@ -213,6 +258,21 @@ def _sample(objective: Any, batch: Batch | PairBatch) -> str:
     return _shown(batch, wanted, written)
 
 
+def _sample_of_views(objective: PairObjective, batch: Any) -> str:
+    """The first pairs, and what is written after their first views."""
+    some = range(min(SAMPLE_ROWS, len(batch.context.bytes)))
+    texts = [text_of_row(batch.context, row) for row in some]
+    written = write_views(objective.twin, texts, 2 * int(batch.target.length.max()))
+    lines = zip(texts, written, some, strict=True)
+    found = (b"%s [%s>%s]" % (text, text_of_row(batch.target, row), line) for text, line, row in lines)
+    return b"\n".join(found).decode(errors="replace")
+
+
+def text_of_row(window: Window, row: int) -> bytes:
+    """The bytes of one row."""
+    return bytes(window.bytes[row, : int(window.length[row])].tolist())
+
+
 def _sample_of_pairs(objective: Any, batch: PairBatch) -> str:
     """The first contexts, each with the sentence written from its predicted concept; without a decoder, the nearest."""
     jepa: SentenceObjective = getattr(objective, "jepa", objective)
@@ -221,7 +281,7 @@ def _sample_of_pairs(objective: Any, batch: PairBatch) -> str:
     rows = range(min(SAMPLE_ROWS, len(batch.target.bytes)))
 
     def text(window: Window, row: int) -> str:
-        return bytes(window.bytes[row, : int(window.length[row])].tolist()).decode(errors="replace")
+        return text_of_row(window, row).decode(errors="replace")
 
     if objective is not jepa:
         _, concepts = concepts_of(jepa, batch, torch.Generator().manual_seed(0))

@@ -69,6 +69,7 @@ class Stage:
         on_validate: Callable[[nn.Module], dict[str, float]] | None = None,
         bound_to: dict[str, str] | None = None,
         complaints: Complaints = complaints,
+        decay_growth: float = 1.0,
     ) -> Totals:
         """Train an objective from its start or newest checkpoint; `bound_to` must not change in between.
 
@@ -93,6 +94,7 @@ class Stage:
             spent=clock_named(self.training.clock)() - self.opened,
             part=self.part,
             complaints=complaints,
+            decay_growth=decay_growth,
         )
         if self.resume:
             trainer.restore(self.say)

@@ -41,7 +41,7 @@ from hldm.runs.reports import save_report
 from hldm.runs.signals import Interrupt, Stopped
 from hldm.text.windows import Batch, Windows
 from hldm.training.environment import wrapped
-from hldm.training.optimizers import learning_rate, make_average, make_optimizers
+from hldm.training.optimizers import learning_rate, make_average, make_optimizers, weight_decay
 from hldm.training.patience import Patience
 
 COUNTED = ("seconds", "characters", "prepared")  # of the totals, what a checkpoint carries
@@ -81,11 +81,13 @@ class Trainer:
         spent: float = 0.0,
         part: Part = ALONE,
         complaints: Complaints = complaints,
+        decay_growth: float = 1.0,
     ):
         """extras: JSON that every checkpoint carries, and that must be the same on resume;  spent: seconds before.
 
         part: which of the trainings that were asked for, for what is shown
         complaints: what the objective's signs of life say is dead, a line each
+        decay_growth: weight decay at the end over that at the start
         """
         self.config, self.checkpoint, self.logging = config, checkpoint, logging
         self.run, self.seed, self.windows, self.accelerator = run, seed, windows, accelerator
@@ -104,7 +106,7 @@ class Trainer:
         self.optimizers = make_optimizers(objective, config)
         self.model = wrapped(accelerator, objective)
         self.carries = [objective.initial_carry(self.rows, accelerator.device) for _ in range(parts)]
-        self.complaints = complaints
+        self.complaints, self.decay_growth = complaints, decay_growth
         self.totals = Totals(seconds=spent, prepared=spent)
         self.recent = Recent()
         self.patience = Patience(config.patience)
@@ -225,6 +227,8 @@ class Trainer:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
+                if group["weight_decay"]:  # not of biases, gains and embeddings
+                    group["weight_decay"] = weight_decay(self.config, self.decay_growth, progress)
         torch.manual_seed(step_seed(self.seed, step, 1 + accelerator.process_index))  # dropout
         sums: dict[str, Tensor] = {}
         for part in range(parts):

@@ -108,6 +108,23 @@ def test_the_exported_target_is_the_moving_average_and_not_its_first_weights(sma
     assert (target["read.weight"] - last["encoder.read.weight"]).abs().max() > 0
 
 
+def test_weight_decay_grows_where_weights_multiply_and_nowhere_else(small_arguments, tmp_path, monkeypatch):
+    seen, original = [], Trainer.step
+
+    def step_and_look(self, progress):
+        found = original(self, progress)
+        seen.append([group["weight_decay"] for group in self.optimizers[0].param_groups])
+        return found
+
+    monkeypatch.setattr(Trainer, "step", step_and_look)
+    growing = ["objective.weight_decay_growth=10", "training.jepa.weight_decay=0.04", "training.jepa.steps=3"]
+    training.train_jepa(config_of(small_arguments, *growing), root=tmp_path)
+    decayed, kept = zip(*seen, strict=True)
+    assert (
+        decayed[0] == pytest.approx(0.04) and decayed[0] < decayed[1] < decayed[2] < 0.4 and set(kept) == {0}
+    )
+
+
 def test_a_rank_that_is_lost_is_said_while_it_trains(small_arguments, monkeypatch, capsys):
     original = JepaObjective.watch
 
