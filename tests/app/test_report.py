@@ -92,12 +92,13 @@ def test_the_page_is_whole_and_loads_nothing(page):
     assert sections <= set(outline.ids)
 
 
-def test_what_the_evaluation_says_is_what_the_page_says(page, evaluated_run):
+def test_what_the_evaluation_says_is_what_the_page_says(page, evaluated_run, corpus_path):
     bits = read_evaluation(evaluated_run / "evaluation.json")["bits_per_character"]
     assert f"{bits['bound']:.3f}" in page and f"{bits['latent']:.4f}" in page
     for stage in ("Stage one", "Stage two"):
         assert stage in page
-    assert "argv" not in page and str(evaluated_run.parent) not in page
+    private = ("argv", str(evaluated_run.parent), str(corpus_path.parent))
+    assert not any(word in page for word in private) and corpus_path.name in page
 
 
 def test_no_text_becomes_markup_or_script(evaluated_run, tmp_path):
@@ -301,3 +302,15 @@ def test_a_text_that_is_empty_is_refused(evaluated_run, tmp_path):
     (tmp_path / "empty.txt").write_text(" \n")
     with pytest.raises(ValueError, match="white space"):
         read_run(evaluated_run, text=tmp_path / "empty.txt")
+
+
+def test_an_exported_folder_says_what_it_has_not(evaluated_run, tmp_path, monkeypatch):
+    from hldm.runs.export import export_run
+
+    export_run(evaluated_run, tmp_path / "shared")
+    text = tmp_path / "text.txt"
+    text.write_text("And it came about in those days that the king went up. " * 20)
+    monkeypatch.setattr("hldm.app.report.gather.evaluate_run", lambda folder, text: None)
+    page = build_report(tmp_path / "shared", text=text)
+    assert "no metrics.jsonl: this run was exported" in page and "There are no curves" in page
+    assert 'class="chunk' in page and str(tmp_path) not in page.replace(str(text), "")

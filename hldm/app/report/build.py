@@ -14,6 +14,7 @@ from hldm.app.report.gather import Run, look, origin_of, parts_of, read_run
 from hldm.config import to_yaml
 from hldm.evaluation.parts_table import tables
 from hldm.evaluation.tables import Table, compare
+from hldm.runs.export import without_places
 
 PAGE_MARK = b"<!doctype html><!-- hldm report -->"  # how such a page begins
 AXES = {
@@ -70,7 +71,7 @@ def build_report(
         **seen,
         faults=[(name, faults_of(one)) for name, one in zip(names, runs, strict=True)],
         origin=origin,
-        settings="" if run.config is None else to_yaml(run.config),
+        settings="" if run.config is None else without_places(to_yaml(run.config)),
         data=finite(data),
     )
 

@@ -22,9 +22,11 @@ from hldm.evaluation.evaluate import evaluate_run, weights_of
 from hldm.evaluation.parts_table import parts_of_run
 from hldm.evaluation.tables import compare
 from hldm.generation.pipeline import HLDMPipeline, read_pipeline
+from hldm.runs.export import source_of
 from hldm.runs.folder import corpora_of_run, read_totals
 from hldm.runs.location import INDEX, find_model, pipeline_of
 from hldm.sources.corpora import corpus_of_file
+from hldm.sources.notes import first_line
 from hldm.text.corpus import Corpus
 
 PROMPT_CHUNKS = 24  # of the passage, that samples go on from
@@ -88,7 +90,7 @@ def _held_out(folder: Path, text: Path | None, notes: list[str]) -> Corpus | Non
     try:
         return corpora_of_run(folder)["test"]
     except (OSError, ConfigError) as error:
-        reason = " ".join(str(error).split())
+        reason = first_line(error).partition("; or pass --text")[0]
         notes.append(f"no passage and no figures: its text is not here ({reason}); --text FILE reads another")
         return None
 
@@ -169,6 +171,8 @@ def origin_of(run: Run) -> list[tuple[str, str]]:
                     f"{totals.steps:,} steps, {totals.seconds / 60:.1f} minutes, {totals.characters:,} characters",
                 )
             )
+    if run.config is not None:
+        found.append(("text", source_of(run.config.data)))
     path = run.folder / "autoencoder" / "environment.json"
     if path.is_file():
         try:
