@@ -21,6 +21,7 @@ Context = Option(
     help="also with documents cut every N bytes, to see what context from farther away saves: each takes as long as "
     "the bound itself; may repeat",
 )
+STRATEGIES_HELP = "or your own, module:Class; may repeat; default: all of ours"
 Halves = Literal["training", "writing"]
 
 
@@ -44,6 +45,7 @@ def evaluate(
     samples: Annotated[int, Option(help="also the bound by so many importance-weighted draws")] = 0,
     context: Annotated[list[int] | None, Context] = None,
     seed: options.Seed = 0,
+    allow_code: options.AllowCode = False,
 ) -> None:
     """Bits per character, reconstruction and ROUGE of a run.
 
@@ -80,6 +82,7 @@ def diagnose(
     seed: options.Seed = 0,
     json: options.Report = None,
     png: Annotated[Path | None, Option(help="draw them there")] = None,
+    allow_code: options.AllowCode = False,
 ) -> None:
     """What latents hold, cost, and give to the decoder."""
     if json is not None:
@@ -98,6 +101,8 @@ def diagnose(
 def rate_curve(
     *,
     config: options.Paired,
+    overrides: options.PairOverrides = None,
+    name: options.StudyName = None,
     minutes: options.Minutes,
     only: Annotated[list[str] | None, Option(metavar="DIAL", help="may repeat; default: all")] = None,
     clock: options.Clock = "wall",
@@ -109,8 +114,9 @@ def rate_curve(
     from hldm.studies.plots import plot_rate_curve
     from hldm.studies.rate_curve import run_curve, table
 
-    curve = run_curve(config, minutes, only=only or [], clock=clock)
-    target = Path("runs") / f"{config.stem}-curve" / "rate-curve.png"
+    given = options.with_name(overrides, name)
+    curve = run_curve(config, minutes, only=only or [], clock=clock, overrides=given)
+    target = Path("runs") / f"{curve['name']}-curve" / "rate-curve.png"
     plot_rate_curve(curve, target)
     show(table(curve), f"rate-curve.json and rate-curve.png are in {target.parent}")
 
@@ -118,8 +124,10 @@ def rate_curve(
 def chunkers(
     *,
     config: options.Paired,
+    overrides: options.PairOverrides = None,
+    name: options.StudyName = None,
     minutes: options.Minutes,
-    only: Annotated[list[str] | None, Option(metavar="STRATEGY", help="may repeat; default: all")] = None,
+    only: Annotated[list[str] | None, Option(metavar="STRATEGY", help=STRATEGIES_HELP)] = None,
     targets: Annotated[list[int] | None, Option(help="bytes a latent; default: 6, 12")] = None,
     clock: options.Clock = "wall",
 ) -> None:
@@ -130,8 +138,10 @@ def chunkers(
     from hldm.studies.league import run_league, table
     from hldm.studies.plots import plot_league
 
-    league = run_league(config, minutes, only=only or [], targets=targets or [6, 12], clock=clock)
-    folder = Path("runs") / f"{config.stem}-league"
+    given = options.with_name(overrides, name)
+    asked = targets or [6, 12]
+    league = run_league(config, minutes, only=only or [], targets=asked, clock=clock, overrides=given)
+    folder = Path("runs") / f"{league['name']}-league"
     plot_league(league, folder / "league.png")
     show(table(league), f"league.json, league.md and league.png are in {folder}")
 
@@ -146,6 +156,7 @@ def judge(
     max_characters: options.MaxCharacters = 400,
     seed: options.Seed = 0,
     json: options.Report = None,
+    allow_code: options.AllowCode = False,
 ) -> None:
     """How good written text is, beside the true text.
 

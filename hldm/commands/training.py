@@ -10,11 +10,12 @@ from typing import Annotated
 
 from typer import Option
 
-from hldm.commands.options import Configs, Overrides, Paired, Run, check_minutes
+from hldm.commands.options import Configs, Overrides, Paired, PairOverrides, Run, check_minutes
 from hldm.config import Config, changed, load_config, stage_training, to_yaml
 from hldm.evaluation.tables import compare, show
+from hldm.plugins import allow_named
 from hldm.runs.folder import export_run
-from hldm.runs.identity import check_pair
+from hldm.runs.pairs import load_pair
 
 DEMO_PROMPTS = 3  # continued by `hldm demo`
 
@@ -91,6 +92,7 @@ def export(*, run: Run, to: Annotated[Path, Option(help="a folder that is not th
 def demo(
     *,
     config: Paired = Path("configs/tiny.yaml"),
+    overrides: PairOverrides = None,
     name: Annotated[str | None, Option(help="run folder (default: demo, or demo-CONFIG)")] = None,
 ) -> None:
     """Train a model and its twin, evaluate both, write text.
@@ -98,10 +100,11 @@ def demo(
     What is trained is not trained again. Everything is left in runs/NAME and runs/NAME-twin.
     """
     began = time.monotonic()
-    name = name or ("demo" if config.stem == "tiny" else f"demo-{config.stem}")
-    twin_path = config.with_name(f"{config.stem}-twin.yaml")
-    model, twin = load_config([config]), load_config([twin_path])
-    check_pair(model, config, twin, twin_path)
+    model, twin = load_pair(config, overrides or [])
+    allow_named(model)
+    if name is None:
+        default = "demo" if config.stem == "tiny" else f"demo-{config.stem}"
+        name = default if model.name == config.stem else model.name
     model, twin = changed(model, name=name), changed(twin, name=f"{name}-twin")
     folders = {"model": Path("runs") / name, "twin": Path("runs") / twin.name}
 

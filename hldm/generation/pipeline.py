@@ -24,7 +24,7 @@ from hldm.model.autoencoder import Autoencoder
 from hldm.model.diffusion import make_scheduler, scheduler_name
 from hldm.model.prior import Prior
 from hldm.runs.files import fingerprint
-from hldm.runs.saved_model import SAVED_BY_DIFFUSERS, SavedModel, read_json
+from hldm.runs.saved_model import SAVED_BY_DIFFUSERS, SavedModel, read_json, require_consent_of
 from hldm.sources.notes import first_line
 from hldm.text.bytes import stream_decoder, to_bytes
 
@@ -65,9 +65,9 @@ class HLDMPipeline(DiffusionPipeline):
         self.register_to_config(defaults=defaults or {})
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> HLDMPipeline:
+    def from_pretrained(cls, folder: str | Path, *, allow_code: bool = False) -> HLDMPipeline:
         """Load what `save_pretrained` wrote; see `read_pipeline`."""
-        return read_pipeline(folder)
+        return read_pipeline(folder, allow_code=allow_code)
 
     @classmethod
     def assemble(
@@ -86,8 +86,7 @@ class HLDMPipeline(DiffusionPipeline):
 
     def with_segmenter(self, segmenter: Segmenter | None) -> HLDMPipeline:
         """This pipeline, its prompts cut by a segmenter, which is saved along with it."""
-        if segmenter is not None:
-            attach_segmenter(self.autoencoder, segmenter)
+        attach_segmenter(self.autoencoder, segmenter)
         self.segmenter = segmenter
         return self
 
@@ -160,8 +159,10 @@ class HLDMPipeline(DiffusionPipeline):
         return HLDMPipelineOutput(texts, sequences, spans, calls)
 
 
-def read_pipeline(folder: str | Path) -> HLDMPipeline:
+def read_pipeline(folder: str | Path, *, allow_code: bool = False) -> HLDMPipeline:
     """Load a saved pipeline, from disk only; the same as HLDMPipeline.from_pretrained.
+
+    allow_code: import the classes of someone's own that it names, if any (hldm.plugins)
 
     diffusers would import whatever classes the folder names; here they must be our own, each part is checked
     before it is used (hldm.runs.saved_model), and the sampler is made anew from its name.
@@ -173,6 +174,7 @@ def read_pipeline(folder: str | Path) -> HLDMPipeline:
         raise FileNotFoundError(
             f"{folder} holds no trained model: run train_autoencoder.py, then train_diffusion.py, with its config"
         )
+    require_consent_of(folder, allow_code)
     try:
         found = read_json(index)
         scheduler = _check_index(found)

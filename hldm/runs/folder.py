@@ -31,7 +31,8 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import yaml
 
-from hldm.config import ConfigError, is_retired, load_config
+from hldm.config import ConfigError, load_config
+from hldm.retired import is_retired
 from hldm.runs.checkpoints import checkpoints_in
 from hldm.runs.files import atomic_write, naming, sha256_of
 from hldm.settings import dotted

@@ -20,6 +20,7 @@ from diffusers import ConfigMixin, ModelMixin
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hldm import plugins
 from hldm.sources.notes import first_line
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
@@ -43,14 +44,32 @@ class SavedModel(ModelMixin, ConfigMixin):
     config_name = CONFIG
 
     @classmethod
-    def from_pretrained(cls: type[M], folder: str | Path, **options: Any) -> M:
+    def from_pretrained(cls: type[M], folder: str | Path, *, allow_code: bool = False, **options: Any) -> M:
         """The model that `save_pretrained` wrote to a folder.
 
+        allow_code: import the classes of someone's own that it names, if any (hldm.plugins)
         options: of diffusers' from_pretrained, such as torch_dtype
         Raises FileNotFoundError for a folder without a model, ValueError for one that is not exactly as saved.
         """
+        require_consent_of(Path(folder), allow_code)
         check_model(cls, Path(folder))
         return super().from_pretrained(str(folder), **options, use_safetensors=True, local_files_only=True)
+
+
+def require_consent_of(folder: Path, allow_code: bool = False) -> None:
+    """Raise ConfigError where a model in this folder, or right below it, names a class of someone's own.
+
+    allow_code: allow what they name instead, in this process. A config that cannot be read names nothing.
+    """
+    for path in sorted((*folder.glob(CONFIG), *folder.glob(f"*/{CONFIG}"))):
+        try:
+            names = plugins.named_in(read_json(path)).values()
+        except (ValueError, OSError):
+            continue  # whoever loads it says what is wrong with it
+        if allow_code:
+            plugins.allow(names)
+        for name in names:
+            plugins.require_consent(name, f"{folder} asks for")
 
 
 def check_model(cls: type[SavedModel], folder: Path) -> None:

@@ -21,6 +21,7 @@ from hldm.config import Config, ConfigError, DataConfig, GriffinConfig
 from hldm.generation.footprint import FLOAT, INTEGER, RUNTIME, chunk_bytes, state_bytes
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.prior import Prior
+from hldm.plugins import allow_named
 from hldm.runs.machine import available_memory, free_disk, gpu_memory, human
 from hldm.sources.files import matching_files
 from hldm.sources.notes import TextNote
@@ -105,6 +106,7 @@ def text_bytes(data: DataConfig) -> int:
 
 def untrained(config: Config, stage: str) -> AutoencoderObjective | PriorObjective:
     """What a stage ("autoencoder" or "prior") trains, on whatever device is the default."""
+    allow_named(config)
     autoencoder = Autoencoder.from_settings(config.autoencoder, config.chunking)
     if stage == "autoencoder":
         if config.training.autoencoder.gradient_checkpointing:

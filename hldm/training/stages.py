@@ -25,6 +25,7 @@ from hldm.model.diffusion import alpha_sigma
 from hldm.model.likelihood import read_chunks
 from hldm.model.mixture import MixturePredictor
 from hldm.model.prior import Prior
+from hldm.plugins import allow_named
 from hldm.runs.files import fingerprint
 from hldm.runs.folder import check_settings, code_fingerprint, read_totals, require_same_text
 from hldm.runs.identity import MAY_CHANGE_ONCE_TRAINED, SHOWN, TEXT_SETTINGS, trained_by
@@ -44,6 +45,7 @@ SAMPLE_BYTES = 160  # of validation text: what samples reconstruct or go on from
 def train_autoencoder(config: Config, *, resume: bool = False, root: Path = Path("runs")) -> Path:
     """Stage one, or the twin. Returns the run's folder."""
     folder = root / config.name
+    allow_named(config)  # whoever trains a config has asked for the code it names
     require_room(config, "autoencoder", root)
     corpora = load_corpora(config.data)  # before the folder is opened: a mistake leaves none
     with open_stage(config, "autoencoder", resume, root) as stage:
@@ -52,13 +54,13 @@ def train_autoencoder(config: Config, *, resume: bool = False, root: Path = Path
         chunker = make_chunker(config.chunking, segmenter)
         sample_text = opening(chunker, corpora["validation"])
         autoencoder = Autoencoder.from_settings(config.autoencoder, config.chunking, config.diffusion.gamma_0)
-        if segmenter is not None:
-            attach_segmenter(autoencoder, segmenter)
+        attach_segmenter(autoencoder, segmenter)
         if stage.training.gradient_checkpointing:
             autoencoder.enable_gradient_checkpointing()
         objective = AutoencoderObjective(autoencoder, config.autoencoder, config.diffusion.gamma_0)
         on_sample = partial(_sample, text=sample_text, config=config)
-        bound_to = {} if segmenter is None else {"segmenter": autoencoder.config["segmenter"]}
+        mark = autoencoder.config["segmenter"]
+        bound_to = {"segmenter": mark} if mark else {}
         totals = stage.fit(objective, windows, on_sample, bound_to)
         stage.export(autoencoder, stage.run.folder / "model")
         if objective.mixture is not None:
@@ -75,12 +77,12 @@ def train_diffusion(config: Config, *, resume: bool = False, root: Path = Path("
     if config.is_twin:
         raise ConfigError("autoencoder.latent_dim is 0: the twin has no latents and so no second stage")
     folder = root / config.name
+    allow_named(config)
     require_room(config, "prior", root)
     autoencoder = read_autoencoder(folder, config)
     binding = fingerprint(autoencoder.state_dict())
     segmenter = read_segmenter(folder / "segmenter" / "model", config.chunking)
-    if segmenter is not None:
-        attach_segmenter(autoencoder, segmenter)
+    attach_segmenter(autoencoder, segmenter)
     corpora = load_corpora(config.data)
     require_same_text(folder / "autoencoder", corpora["train"])
     sample_text = opening(chunker_of(autoencoder), corpora["validation"])
@@ -103,6 +105,7 @@ def train_run(config: Config, *, root: Path = Path("runs")) -> Path:
 
     Raises ValueError where what is there was trained with other settings.
     """
+    allow_named(config)
     for stage, train in (("autoencoder", train_autoencoder), ("prior", train_diffusion)):
         folder = root / config.name / stage
         if stage == "prior" and config.is_twin:
