@@ -24,7 +24,7 @@ from hldm.evaluation.tables import Table
 from hldm.generation.pipeline import read_pipeline
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.contextualiser import Context
-from hldm.model.diffusion import alpha_sigma, sample, sampler_steps
+from hldm.model.diffusion import Spread, alpha_sigma, sample, sampler_steps
 from hldm.model.likelihood import noisy_latents, read_chunks
 from hldm.model.prior import Prior, price_latents
 from hldm.model.state import Encoding
@@ -224,10 +224,25 @@ def _sampled(prior: Prior, mu: Tensor, context: Context, generator: torch.Genera
     def denoise(state: Tensor, gamma: Tensor) -> Tensor:
         return prior.denoise(state.view(b, n, 1, z), gamma.view(b, n, 1), told).view(b * n, z)
 
+    spread: Spread | None = None
+    if told.log_weights is not None:
+        flat = told._replace(log_weights=told.log_weights.view(b * n, 1, 1, -1))
+
+        def spread(state: Tensor, gamma: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+            return prior.spread(state, gamma, flat, u)
+
     seeds = torch.randint(2**62, (b * n,), generator=generator).tolist()
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     plan = sampler_steps("ancestral", prior.schedule, 16)
-    return sample(denoise, (b * n, z), plan, generators, device=mu.device).view(b, n, z)
+    drawn = sample(
+        denoise,
+        (b * n, z),
+        plan,
+        generators,
+        device=mu.device,
+        spread=spread,
+    )
+    return drawn.view(b, n, z)
 
 
 def _bits_by_variant(reads: Mapping[str | float, np.ndarray]) -> dict[str, Any]:
