@@ -3,7 +3,7 @@
 Code runs where someone asked for it. A config that is trained is its user's own word, and names it plainly. A saved
 folder may come from anyone: what it names is not imported unless `--allow-code`, `allow_code=True` or
 HLDM_ALLOW_CODE=1 says so. A module is looked for on sys.path, then in the working directory, never in the folder.
-Knows no part: what each must provide is checked where it is used (hldm.chunking.own, hldm.model.own_prior).
+Knows no part: what each must provide is checked where it is used (hldm.chunking.own, hldm.generation.own_prior).
 """
 
 from __future__ import annotations

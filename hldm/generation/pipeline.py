@@ -19,6 +19,7 @@ from hldm.chunking.segmenter import Segmenter
 from hldm.chunking.strategies import attach_segmenter, read_segmenter
 from hldm.config import GenerationConfig, changed, section_from_dict, to_dict
 from hldm.generation.footprint import require_room_to_write
+from hldm.generation.own_prior import read_prior, saved_class
 from hldm.generation.writer import Continuation, write_on
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.diffusion import make_scheduler, scheduler_name
@@ -177,7 +178,7 @@ def read_pipeline(folder: str | Path, *, allow_code: bool = False) -> HLDMPipeli
     require_consent_of(folder, allow_code)
     try:
         found = read_json(index)
-        scheduler = _check_index(found)
+        scheduler = _check_index(found, saved_class(folder / "prior"))
         defaults = found.get("defaults")
         if not isinstance(defaults, dict):
             raise ValueError(f"model_index.json: defaults must be an object, got {defaults!r:.80}")
@@ -186,7 +187,7 @@ def read_pipeline(folder: str | Path, *, allow_code: bool = False) -> HLDMPipeli
             saved = read_json(folder / "scheduler" / "scheduler_config.json")
             settings = changed(settings, scheduler=scheduler_name(scheduler, saved.get("solver_order")))
         autoencoder = Autoencoder.from_pretrained(folder / "autoencoder")
-        prior = None if scheduler is None else Prior.from_pretrained(folder / "prior")
+        prior = None if scheduler is None else read_prior(folder / "prior")
         segmenter = read_segmenter(folder / "segmenter", autoencoder.chunking)
         return HLDMPipeline.assemble(autoencoder, prior, settings).with_segmenter(segmenter)
     except (OSError, ValueError, RuntimeError) as error:
@@ -204,11 +205,16 @@ PARTS: dict[str, tuple[list[str] | None, ...]] = {
 }
 
 
-def _check_index(index: dict[str, Any]) -> str | None:
-    """The class of the pipeline's scheduler, None for a twin. Raises ValueError for any other pipeline."""
+def _check_index(index: dict[str, Any], own_prior: list[str] | None) -> str | None:
+    """The class of the pipeline's scheduler, None for a twin. Raises ValueError for any other pipeline.
+
+    own_prior: module and class of the user's own prior that the folder names, if any
+    """
     pair = index.get("scheduler")
     scheduler = pair[1] if isinstance(pair, list) and len(pair) == 2 and isinstance(pair[1], str) else None
     expected: dict[str, Any] = {**PARTS, "scheduler": (["diffusers", scheduler],)}
+    if own_prior is not None:
+        expected |= {"prior": (own_prior,)}
     if scheduler is None:
         expected |= {"prior": ([None, None],), "scheduler": ([None, None],)}
     expected["_class_name"] = ("HLDMPipeline",)

@@ -18,6 +18,7 @@ import torch
 from hldm.chunking.chunker import Chunker, make_chunker
 from hldm.chunking.strategies import attach_segmenter, chunker_of, read_segmenter
 from hldm.config import Config, ConfigError, to_dict
+from hldm.generation.own_prior import code_of, prior_class
 from hldm.generation.pipeline import HLDMPipeline
 from hldm.generation.writer import write_on
 from hldm.model.autoencoder import Autoencoder
@@ -92,7 +93,7 @@ def train_diffusion(config: Config, *, resume: bool = False, root: Path = Path("
         objective = PriorObjective(prior, autoencoder)
         on_sample = partial(_sample, text=sample_text, config=config)
         totals = stage.fit(objective, windows, on_sample, {"autoencoder": binding})
-        prior.register_to_config(autoencoder=binding)
+        prior.register_to_config(autoencoder=binding, code=code_of(config.prior))
         stage.export(prior, stage.run.folder / "model")
         pipeline = HLDMPipeline.assemble(autoencoder, prior, config.generation).with_segmenter(segmenter)
         stage.export(pipeline, folder / "pipeline")
@@ -159,10 +160,11 @@ def opening(chunker: Chunker, corpus: Corpus) -> bytes:
 def _first_prior(folder: Path, config: Config) -> Prior:
     """Stage two starts from stage one's mixture."""
     sections = (config.autoencoder, config.prior, config.hierarchy, config.diffusion)
+    cls = prior_class(config.prior)
     if not config.autoencoder.components:
-        return Prior.from_settings(*sections)
+        return cls.from_settings(*sections)
     mixture = MixturePredictor.from_pretrained(folder / "autoencoder" / "rate")
-    prior = Prior.from_settings(*sections, logit_cap=mixture.logit_cap)  # one trained before had none
+    prior = cls.from_settings(*sections, logit_cap=mixture.logit_cap)  # one trained before had none
     assert prior.mixture is not None
     prior.mixture.load_state_dict(mixture.state_dict())
     return prior

@@ -85,3 +85,32 @@ def test_a_run_stays_bound_to_its_own_part(cut_config, tmp_path):
     with pytest.raises(ValueError, match=f"chunking.strategy {CHUNKER} -> words"):
         train_diffusion(words, root=tmp_path)
     assert Path(tmp_path / "own/autoencoder/config.yaml").read_text().count(CHUNKER) == 1
+
+
+@pytest.mark.parametrize("setting", ["prior.denoiser=film:FilmDenoiser", "prior.plugin=own_half:HalfPrior"])
+def test_a_run_with_an_own_denoiser_or_prior_goes_all_the_way(
+    setting, small_overrides, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("own_half.py").write_text(
+        "from hldm.model.prior import Prior\n\nclass HalfPrior(Prior):\n    def denoise(self, z, gamma, told):\n"
+        "        return 0.5 * super().denoise(z, gamma, told)\n"
+    )
+    config = own_config(small_overrides, setting)
+    with plugins.scope():
+        run = train_run(config, root=Path("runs"))
+    name = setting.partition("=")[2]
+    for load in (lambda: read_pipeline(run / "pipeline"), lambda: evaluate_run(run)):
+        with pytest.raises(ConfigError, match=f"{name}, which is not run unasked"):
+            load()
+    pipeline = read_pipeline(run / "pipeline", allow_code=True)
+    text = pipeline("one", max_characters=20).texts
+    assert evaluate_run(run, prompts=0)["bits_per_character"]["bound"] > 0
+    pipeline.save_pretrained("again")
+    assert read_pipeline("again")("one", max_characters=20).texts == text
+    config_path = Path("again/prior/config.json")
+    saved = json.loads(config_path.read_text())
+    assert len(saved["code"]) == 16
+    config_path.write_text(json.dumps(saved | {"code": "other"}))
+    with pytest.warns(TextNote, match="has changed since this prior was trained"):
+        read_pipeline("again")
