@@ -35,13 +35,14 @@ def allow(names: Iterable[str]) -> None:
     _allowed.update(names)
 
 
+def named(config: Config) -> list[str]:
+    """The classes of the user's own that a config names."""
+    return [n for n in (config.chunking.strategy, config.prior.denoiser, config.prior.plugin) if is_own(n)]
+
+
 def allow_named(config: Config) -> None:
     """Let the code run that a config names: who trains one has asked for it."""
-    allow(
-        name
-        for name in (config.chunking.strategy, config.prior.denoiser, config.prior.plugin)
-        if is_own(name)
-    )
+    allow(named(config))
 
 
 @contextmanager

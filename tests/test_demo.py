@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from hldm import cli
+from hldm import cli, plugins
 from hldm.commands import training
 from hldm.evaluation import evaluate as evaluation
 from hldm.runs import reports
@@ -78,3 +78,10 @@ def test_the_demo_takes_any_setting_for_model_and_twin(trained, capsys, monkeypa
     ]
     assert cli.main([*asked, "autoencoder.latent_dim=0"]) == 2
     assert "is a twin" in capsys.readouterr().err
+
+
+def test_a_demo_with_an_own_part_says_how_to_write_with_it(trained, capsys, monkeypatch):
+    monkeypatch.setattr("hldm.training.sizes.require_room", lambda config, stage: None)
+    with plugins.scope():
+        training.demo(config=ROOT / "configs/tiny.yaml", overrides=["chunking.strategy=mine:Mine"])
+    assert "--run runs/demo --allow-code --prompt" in capsys.readouterr().out

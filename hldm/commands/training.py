@@ -13,7 +13,7 @@ from typer import Option
 from hldm.commands.options import Configs, Overrides, Paired, PairOverrides, Run, check_minutes
 from hldm.config import Config, changed, load_config, stage_training, to_yaml
 from hldm.evaluation.tables import compare, show
-from hldm.plugins import allow_named
+from hldm.plugins import allow_named, named
 from hldm.runs.folder import export_run
 from hldm.runs.pairs import load_pair
 
@@ -128,7 +128,8 @@ def demo(
     show(compare(columns))
     minutes = (time.monotonic() - began) / 60
     print(f"\n{minutes:.1f} minutes. Everything is in {folders['model']} and {folders['twin']}.")
-    print(f'Next: python generate.py --run {folders["model"]} --prompt "And the king said"')
+    flag = "--allow-code " if named(model) else ""
+    print(f'Next: python generate.py --run {folders["model"]} {flag}--prompt "And the king said"')
 
 
 def _write_samples(config: Config, folder: Path) -> None:
