@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 import hldm
+from hldm import plugins
 from hldm.commands import benchmarks, measuring, score, sharing, training, writing
 from hldm.commands import jepa as jepa_commands
 from hldm.commands.playground import playground
@@ -99,7 +100,8 @@ def _run(commands: typer.Typer, name: str, argv: Sequence[str] | None) -> int:
 
     def work() -> int:
         try:
-            with parser.make_context(name, arguments, help_option_names=["-h", "--help"]) as context:
+            made = parser.make_context
+            with plugins.scope(), made(name, arguments, help_option_names=["-h", "--help"]) as context:
                 return parser.invoke(context) or 0
         except typer.Exit as end:  # after --help or --version
             return end.exit_code

@@ -14,7 +14,9 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import Field
 
-from hldm.settings import ConfigError, S, Section, Setting, build_section, changed, dotted, read_settings
+from hldm.retired import is_retired
+from hldm.settings import ConfigError as ConfigError  # imported from here by all rooms below
+from hldm.settings import S, Section, Setting, build_section, changed, dotted, is_own, read_settings
 
 Count = Annotated[int, Field(gt=0, lt=2**63)]
 Positive = Annotated[float, Field(gt=0, lt=2**63)]
@@ -71,13 +73,16 @@ Strategy = Literal[TextStrategy, ModelStrategy]
 class ChunkingConfig(Section):
     """Which stretches of text share one latent."""
 
-    strategy: Strategy = "words"
+    strategy: str = "words"  # a Strategy, or a class of one's own as module:Class (docs/own_part.md)
     min_bytes: Count = 4  # a chunk ends at a border only once it holds so many bytes
     max_bytes: int = Field(default=10, gt=0, le=65_536)  # no chunk is longer
     target_bytes: Positive = 6.0  # mean length that strategies with a segmenter are set to, on training text
     segmenter: SegmenterConfig = SegmenterConfig()  # of strategies that ask one
 
     def check(self) -> None:
+        if not (self.strategy in (known := get_args(Strategy)) or is_own(self.strategy)):
+            expected = f"one of {', '.join(known)}, or your own module:Class"
+            raise ValueError(f"strategy must be {expected}, got {self.strategy!r:.80}")
         if self.min_bytes > self.max_bytes:
             raise ValueError(
                 f"min_bytes must not exceed max_bytes, got {self.min_bytes} and {self.max_bytes}"
@@ -202,8 +207,13 @@ class PriorConfig(Section):
     draws: int = Field(default=4, gt=0, le=512)  # noise draws that share one context
     context_dropout: Share = 0.1  # share of contexts hidden in training, for guidance
     dropout: Share = 0.0
+    denoiser: str = ""  # a class of one's own in place of the denoiser, as module:Class (docs/own_part.md)
+    plugin: str = ""  # likewise a subclass of the whole prior
 
     def check(self) -> None:
+        for name, own in (("denoiser", self.denoiser), ("plugin", self.plugin)):
+            if own and not is_own(own):
+                raise ValueError(f"{name} must be empty or your own module:Class, got {own!r:.80}")
         for name, width in (("width", self.width), ("denoiser_width", self.denoiser_width)):
             if width % self.heads:
                 raise ValueError(f"{name} must be divisible by prior.heads, got {width} and {self.heads}")
@@ -311,46 +321,6 @@ class Config(Section):
     def is_twin(self) -> bool:
         """Whether this is the plain autoregressive model, without latents."""
         return self.autoencoder.latent_dim == 0
-
-
-# Settings of earlier versions that are gone, each with the values that say what is left; none: any does, since without
-# the form it belonged to it says nothing. A saved model or a file that says this much loads as before.
-RETIRED: Mapping[str, tuple[str, ...]] = {
-    "autoencoder.writes": ("bytes",),
-    "autoencoder.rate": ("mixture",),
-    "autoencoder.byte_dropout": ("0", "0.0"),
-    "autoencoder.latent_dropout": ("0", "0.0"),
-    "autoencoder.clean_latents": ("0", "0.0"),
-    "chunking.entropy_form": ("threshold",),
-    "chunking.gate_form": ("first",),
-    "chunking.learned_form": ("forget",),
-    "chunking.select_form": ("last",),
-    "data.cache_latents": ("false", "False"),
-    "diffusion.schedule": ("learned",),
-    "prior.contextualiser": ("transformer",),
-    "prior.one_step": ("none",),
-    "prior.energy": (),
-    "prior.self_conditioning": ("0", "0.0"),
-    "training.autoencoder.joint": ("0", "0.0"),
-    "training.prior.joint": ("0", "0.0"),
-}
-# of settings that stay
-RETIRED_VALUES = {"diffusion.target": ("eps",), "generation.scheduler": ("energy", "flow")}
-
-
-def is_retired(key: str, value: object, where: str = "") -> bool:
-    """Whether this is a setting of RETIRED. Raises ConfigError where it says another form than what is left.
-
-    value: as it was written, or what was read of it; where: what an error opens with
-    """
-    old = next((old for old in RETIRED if f"{key}.".startswith(f"{old}.")), "")
-    left = RETIRED.get(old, ())
-    if (left and str(value) not in left) or value in RETIRED_VALUES.get(key, ()):
-        raise ConfigError(
-            f"{where}{key}={str(value)[:100]} is a form that was removed: choose another or, for what was trained "
-            "with it, use the version of hldm that trained it or train again"
-        )
-    return bool(old)
 
 
 def _build(cls: type[S], settings: Mapping[str, Setting], section: str = "") -> S:

@@ -16,7 +16,9 @@ SOURCES = sorted([*ROOT.glob("hldm/**/*.py"), *ROOT.glob("*.py")])
 # A room imports its own modules, without circles, and rooms further up in this list; peers share a line.
 ROOMS = (
     {"settings"},
+    {"retired"},
     {"config"},
+    {"plugins"},
     {"text"},
     {"sources"},
     {"runs"},

@@ -26,6 +26,7 @@ Without = Option(
     metavar="PART=RUN",
     help="with --parts: a run that was trained without the part for as long; may repeat",
 )
+STRATEGIES_HELP = "or your own, module:Class; may repeat; default: all of ours"
 Halves = Literal["training", "writing"]
 
 
@@ -49,6 +50,7 @@ def evaluate(
     samples: Annotated[int, Option(help="also the bound by so many importance-weighted draws")] = 0,
     context: Annotated[list[int] | None, Context] = None,
     seed: options.Seed = 0,
+    allow_code: options.AllowCode = False,
 ) -> None:
     """Bits per character, reconstruction and ROUGE of a run.
 
@@ -90,6 +92,7 @@ def diagnose(
     parts: Annotated[bool, Option("--parts", help="what each part is worth instead (docs/parts.md)")] = False,
     twin: Annotated[Path | None, Option(metavar="RUN", help="with --parts: the twin to set beside")] = None,
     without: Annotated[list[str] | None, Without] = None,
+    allow_code: options.AllowCode = False,
 ) -> None:
     """What latents hold, cost, and give to the decoder.
 
@@ -139,6 +142,8 @@ def _runs_by_part(given: list[str]) -> dict[str, Path]:
 def rate_curve(
     *,
     config: options.Paired,
+    overrides: options.PairOverrides = None,
+    name: options.StudyName = None,
     minutes: options.Minutes,
     only: Annotated[list[str] | None, Option(metavar="DIAL", help="may repeat; default: all")] = None,
     clock: options.Clock = "wall",
@@ -150,8 +155,9 @@ def rate_curve(
     from hldm.studies.plots import plot_rate_curve
     from hldm.studies.rate_curve import run_curve, table
 
-    curve = run_curve(config, minutes, only=only or [], clock=clock)
-    target = Path("runs") / f"{config.stem}-curve" / "rate-curve.png"
+    given = options.with_name(overrides, name)
+    curve = run_curve(config, minutes, only=only or [], clock=clock, overrides=given)
+    target = Path("runs") / f"{curve['name']}-curve" / "rate-curve.png"
     plot_rate_curve(curve, *(target.with_suffix(f".{kind}") for kind in PICTURES))
     show(table(curve), f"rate-curve.json, rate-curve.png, .svg and .pdf are in {target.parent}")
 
@@ -159,8 +165,10 @@ def rate_curve(
 def chunkers(
     *,
     config: options.Paired,
+    overrides: options.PairOverrides = None,
+    name: options.StudyName = None,
     minutes: options.Minutes,
-    only: Annotated[list[str] | None, Option(metavar="STRATEGY", help="may repeat; default: all")] = None,
+    only: Annotated[list[str] | None, Option(metavar="STRATEGY", help=STRATEGIES_HELP)] = None,
     targets: Annotated[list[int] | None, Option(help="bytes a latent; default: 6, 12")] = None,
     clock: options.Clock = "wall",
 ) -> None:
@@ -171,8 +179,10 @@ def chunkers(
     from hldm.studies.league import run_league, table
     from hldm.studies.plots import plot_league
 
-    league = run_league(config, minutes, only=only or [], targets=targets or [6, 12], clock=clock)
-    folder = Path("runs") / f"{config.stem}-league"
+    given = options.with_name(overrides, name)
+    asked = targets or [6, 12]
+    league = run_league(config, minutes, only=only or [], targets=asked, clock=clock, overrides=given)
+    folder = Path("runs") / f"{league['name']}-league"
     plot_league(league, *(folder / f"league.{kind}" for kind in PICTURES))
     show(table(league), f"league.json, league.md, league.png, .svg and .pdf are in {folder}")
 
@@ -188,6 +198,7 @@ def judge(
     max_characters: options.MaxCharacters = 400,
     seed: options.Seed = 0,
     json: options.Report = None,
+    allow_code: options.AllowCode = False,
 ) -> None:
     """How good written text is, beside the true text.
 

@@ -10,10 +10,12 @@ from typing import Annotated
 
 from typer import Option
 
-from hldm.commands.options import Configs, Overrides, Paired, check_minutes
+from hldm.commands.options import Configs, Overrides, Paired, PairOverrides, check_minutes
 from hldm.config import Config, changed, load_config, stage_training, to_yaml
 from hldm.evaluation.tables import compare, show
-from hldm.runs.identity import check_pair, inherited
+from hldm.plugins import allow_named, named
+from hldm.runs.identity import inherited
+from hldm.runs.pairs import load_pair
 from hldm.runs.signals import is_first_rank
 
 DEMO_PROMPTS = 3  # continued by `hldm demo`
@@ -96,6 +98,7 @@ def sizes(
 def demo(
     *,
     config: Paired = Path("configs/tiny.yaml"),
+    overrides: PairOverrides = None,
     name: Annotated[str | None, Option(help="run folder (default: demo, or demo-CONFIG)")] = None,
 ) -> None:
     """Train a model and its twin, evaluate both, write text.
@@ -103,10 +106,11 @@ def demo(
     What is trained is not trained again. Everything is left in runs/NAME and runs/NAME-twin.
     """
     began = time.monotonic()
-    name = name or ("demo" if config.stem == "tiny" else f"demo-{config.stem}")
-    twin_path = config.with_name(f"{config.stem}-twin.yaml")
-    model, twin = load_config([config]), load_config([twin_path])
-    check_pair(model, config, twin, twin_path)
+    model, twin = load_pair(config, overrides or [])
+    allow_named(model)
+    if name is None:
+        default = "demo" if config.stem == "tiny" else f"demo-{config.stem}"
+        name = default if model.name == config.stem else model.name
     model, twin = changed(model, name=name), changed(twin, name=f"{name}-twin")
     folders = {"model": Path("runs") / name, "twin": Path("runs") / twin.name}
 
@@ -133,7 +137,8 @@ def demo(
     show(compare(columns), *short_tables(columns["model"].get("parts")))
     minutes = (time.monotonic() - began) / 60
     print(f"\n{minutes:.1f} minutes. Everything is in {folders['model']} and {folders['twin']}.")
-    print(f'Next: python generate.py --run {folders["model"]} --prompt "And the king said"')
+    flag = "--allow-code " if named(model) else ""
+    print(f'Next: python generate.py --run {folders["model"]} {flag}--prompt "And the king said"')
 
 
 def _write_samples(config: Config, folder: Path) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from typer import Option
 
-from hldm.commands.options import MaxCharacters, RunOrShipped, Seed, check_minutes
+from hldm.commands.options import AllowCode, MaxCharacters, RunOrShipped, Seed, check_minutes
 from hldm.config import ChunkingConfig, GenerationConfig, Strategy, changed
 from hldm.runs.folder import shipped_run
 from hldm.runs.location import find_model, pipeline_of
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from hldm.generation.pipeline import HLDMPipeline
 
 Scheduler = Literal["ancestral", "ddim", "dpm"]
+STRATEGY_HELP = "or your own, module:Class; may repeat (default: all of ours)"
 OWN_SEGMENTERS = "train a segmenter for each strategy that takes one (default: ask those that come with hldm)"
 
 
@@ -48,6 +49,7 @@ def generate(
     show_chunks: Annotated[bool, Option("--show-chunks", help="tint chunks, or mark them with |")] = False,
     as_json: Annotated[bool, Option("--json", help="one JSON object a continuation")] = False,
     raw: Annotated[bool, Option("--raw", help="send a terminal control characters as they are")] = False,
+    allow_code: AllowCode = False,
 ) -> None:
     """Write on from prompts."""
     if sys.stdout is None:
@@ -153,7 +155,7 @@ def _write(
 def chunk(
     *,
     text: Annotated[str, Option(metavar="FILE", help="- is standard input")],
-    strategy: Annotated[list[str] | None, Option(metavar="NAME", help="may repeat (default: all)")] = None,
+    strategy: Annotated[list[str] | None, Option(metavar="NAME", help=STRATEGY_HELP)] = None,
     run: Annotated[list[Path] | None, Option(metavar="RUN", help="cut as this run does; may repeat")] = None,
     min_bytes: Annotated[int, Option(help="of a chunk")] = 4,
     max_bytes: Annotated[int | None, Option(help="default: 12, of a sentence or paragraph 1024")] = None,
@@ -161,6 +163,7 @@ def chunk(
     minutes: Annotated[float | None, Option(callback=check_minutes, help=OWN_SEGMENTERS)] = None,
     as_json: Annotated[bool, Option("--json", help="bytes of each chunk, as JSON")] = False,
     html: Annotated[Path | None, Option(metavar="FILE", help="write a page there instead")] = None,
+    allow_code: AllowCode = False,
 ) -> None:
     """Where a text is cut, by one strategy or all."""
     chunking = ChunkingConfig(

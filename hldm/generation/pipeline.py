@@ -23,6 +23,7 @@ from hldm.chunking.strategies import attach_segmenter, read_segmenter
 from hldm.config import GenerationConfig, changed, section_from_dict, to_dict
 from hldm.generation.encode import Kind, encode_texts
 from hldm.generation.footprint import require_room_to_write
+from hldm.generation.own_prior import read_prior, saved_class
 from hldm.generation.score import Score, Texts, score_texts
 from hldm.generation.streams import stop_at, stop_bytes, stream_to
 from hldm.generation.writer import Continuation, write_on
@@ -39,6 +40,7 @@ from hldm.runs.saved_model import (
     check_save,
     default_float32,
     read_json,
+    require_consent_of,
     require_float32,
 )
 from hldm.sources.notes import first_line
@@ -102,10 +104,12 @@ class HLDMPipeline(DiffusionPipeline):
         device_map: str | None = None,
         variant: str | None = None,
         use_safetensors: bool = True,
+        allow_code: bool = False,
     ) -> HLDMPipeline:
         """Load a model by name: a folder (pipeline, run, export), one that comes with hldm, or `owner/name` of a hub.
 
         revision, token, cache_dir, local_files_only: of the hub, see `hldm.runs.hub.download`
+        allow_code: import the classes of someone's own that it names, if any (hldm.plugins)
         torch_dtype, dtype: float32, which is what models are computed in;  device_map: cpu, cuda, or auto
         Raises FileNotFoundError or ValueError, one line; see `read_pipeline`.
         """
@@ -117,7 +121,7 @@ class HLDMPipeline(DiffusionPipeline):
         device = _device_of(device_map)
         at_hub: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
         found = find_model(name, **at_hub, local_files_only=local_files_only)
-        pipeline = read_pipeline(pipeline_of(found))
+        pipeline = read_pipeline(pipeline_of(found), allow_code=allow_code)
         if (found / CARD).is_file():
             pipeline.card = (found / CARD).read_text(encoding="utf-8", errors="replace")
         return pipeline if device is None else pipeline.to(device)
@@ -139,8 +143,7 @@ class HLDMPipeline(DiffusionPipeline):
 
     def with_segmenter(self, segmenter: Segmenter | None) -> HLDMPipeline:
         """This pipeline, its prompts cut by a segmenter, which is saved along with it."""
-        if segmenter is not None:
-            attach_segmenter(self.autoencoder, segmenter)
+        attach_segmenter(self.autoencoder, segmenter)
         self.segmenter = segmenter
         return self
 
@@ -367,8 +370,10 @@ def _device_of(device_map: str | None) -> str | None:
     return ("cuda" if has_gpu else "cpu") if device_map == "auto" else device_map
 
 
-def read_pipeline(folder: str | Path) -> HLDMPipeline:
+def read_pipeline(folder: str | Path, *, allow_code: bool = False) -> HLDMPipeline:
     """Load a saved pipeline from its folder; HLDMPipeline.from_pretrained finds that by a name.
+
+    allow_code: import the classes of someone's own that it names, if any (hldm.plugins)
 
     diffusers would import whatever classes the folder names; here they must be our own, each part is checked
     before it is used (hldm.runs.saved_model), and the sampler is made anew from its name.
@@ -379,9 +384,10 @@ def read_pipeline(folder: str | Path) -> HLDMPipeline:
         raise FileNotFoundError(
             f"{folder} holds no trained model: run train_autoencoder.py, then train_diffusion.py, with its config"
         )
+    require_consent_of(folder, allow_code)
     try:
         found = read_json(folder / INDEX)
-        scheduler = _check_index(found)
+        scheduler = _check_index(found, saved_class(folder / "prior"))
         defaults = found.get("defaults")
         if not isinstance(defaults, dict):
             raise ValueError(f"model_index.json: defaults must be an object, got {defaults!r:.80}")
@@ -390,7 +396,7 @@ def read_pipeline(folder: str | Path) -> HLDMPipeline:
             saved = read_json(folder / "scheduler" / "scheduler_config.json")
             settings = changed(settings, scheduler=scheduler_name(scheduler, saved.get("solver_order")))
         autoencoder = Autoencoder.from_pretrained(folder / "autoencoder")
-        prior = None if scheduler is None else Prior.from_pretrained(folder / "prior")
+        prior = None if scheduler is None else read_prior(folder / "prior")
         segmenter = read_segmenter(folder / "segmenter", autoencoder.chunking)
         return HLDMPipeline.assemble(autoencoder, prior, settings).with_segmenter(segmenter)
     except (OSError, ValueError, RuntimeError) as error:
@@ -408,11 +414,16 @@ PARTS: dict[str, tuple[list[str] | None, ...]] = {
 }
 
 
-def _check_index(index: dict[str, Any]) -> str | None:
-    """The class of the pipeline's scheduler, None for a twin. Raises ValueError for any other pipeline."""
+def _check_index(index: dict[str, Any], own_prior: list[str] | None) -> str | None:
+    """The class of the pipeline's scheduler, None for a twin. Raises ValueError for any other pipeline.
+
+    own_prior: module and class of the user's own prior that the folder names, if any
+    """
     pair = index.get("scheduler")
     scheduler = pair[1] if isinstance(pair, list) and len(pair) == 2 and isinstance(pair[1], str) else None
     expected: dict[str, Any] = {**PARTS, "scheduler": (["diffusers", scheduler],)}
+    if own_prior is not None:
+        expected |= {"prior": (own_prior,)}
     if scheduler is None:
         expected |= {"prior": ([None, None],), "scheduler": ([None, None],)}
     expected["_class_name"] = ("HLDMPipeline",)

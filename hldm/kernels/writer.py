@@ -75,6 +75,8 @@ def plain_steps(prior: Prior, settings: GenerationConfig) -> dict[Step, str]:
     if not settings.steps:
         return found
     context = reason = "" if denoiser is Denoiser else f"the denoiser is a {denoiser.__name__}"
+    if type(prior) is not Prior:  # a user's own, which may do anything otherwise
+        context = reason = f"the prior is a {type(prior).__name__}"
     if settings.steps > MOST_STEPS:
         reason = f"generation.steps={settings.steps} is above {MOST_STEPS}"
     if prior.mixture is None:

@@ -30,7 +30,8 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import yaml
 
-from hldm.config import Config, ConfigError, is_retired, load_config, to_dict
+from hldm.config import Config, ConfigError, load_config, to_dict
+from hldm.retired import is_retired
 from hldm.runs.checkpoints import checkpoints_in
 from hldm.runs.files import atomic_write, naming, sha256_of
 from hldm.settings import dotted

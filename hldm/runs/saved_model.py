@@ -23,6 +23,7 @@ from diffusers import ConfigMixin, ModelMixin
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from hldm import plugins
 from hldm.sources.notes import first_line
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
@@ -51,13 +52,17 @@ class SavedModel(ModelMixin, ConfigMixin):
     config_name = CONFIG
 
     @classmethod
-    def from_pretrained(cls: type[M], folder: str | Path, *, torch_dtype: Any = None) -> M:
+    def from_pretrained(
+        cls: type[M], folder: str | Path, *, torch_dtype: Any = None, allow_code: bool = False
+    ) -> M:
         """The model that `save_pretrained` wrote to a folder, in float32.
 
+        allow_code: import the classes of someone's own that it names, if any (hldm.plugins)
         Raises FileNotFoundError for a folder without a model, ValueError for one that is not exactly as saved, or for
         another dtype.
         """
         require_float32(torch_dtype)
+        require_consent_of(Path(folder), allow_code)
         with default_float32():
             check_model(cls, Path(folder))
             return super().from_pretrained(str(folder), use_safetensors=True, local_files_only=True)
@@ -138,6 +143,22 @@ def _bytes_of(size: int | str) -> int:
     if parts is None:
         raise ValueError(f"max_shard_size must be bytes or such as '5GB', got {size!r}")
     return int(parts[1]) * UNITS[parts[2]]
+
+
+def require_consent_of(folder: Path, allow_code: bool = False) -> None:
+    """Raise ConfigError where a model in this folder, or right below it, names a class of someone's own.
+
+    allow_code: allow what they name instead, in this process. A config that cannot be read names nothing.
+    """
+    for path in sorted((*folder.glob(CONFIG), *folder.glob(f"*/{CONFIG}"))):
+        try:
+            names = plugins.named_in(read_json(path)).values()
+        except (ValueError, OSError):
+            continue  # whoever loads it says what is wrong with it
+        if allow_code:
+            plugins.allow(names)
+        for name in names:
+            plugins.require_consent(name, f"{folder} asks for")
 
 
 def check_model(cls: type[SavedModel], folder: Path) -> None:
