@@ -64,7 +64,7 @@ def evaluate_bound(
     prior: Prior | None,
     windows: Windows,
     *,
-    draws: int = 16,
+    draws: int = 8,
     samples: int = 0,
     generator: torch.Generator,
 ) -> Bound:

@@ -51,18 +51,18 @@ def bound_chunks(
     prior: Prior | None,
     windows: Windows,
     *,
-    draws: int = 16,
+    draws: int = 8,
     samples: int = 0,
     generator: torch.Generator,
 ) -> ChunkBounds:
     """Estimate the three terms of every chunk; for the twin (no prior) the decoder's alone, which needs no draws.
 
-    draws: noise levels a chunk, half of them in each of two independent passes, stratified within a pass
-    because the integrand is steep near gamma_0. Their mean is the estimate; the variance of its sum over chunks is
-    sum d^2 / 4, d the difference between the passes. Chunks draw independently, so this has as
-    many degrees of freedom as there are chunks, and unlike the spread within a pass it knows what
-    stratification saves. A decoder that carries its state links the chunks after a draw to it: there d is
-    to be summed over a lane's window first (`group`).
+    draws: noise levels a chunk, and latents that its decoder reads, half of them in each of two independent passes;
+    levels are stratified within a pass because the integrand is steep near gamma_0. Their mean is the estimate; the
+    variance of its sum over chunks is sum d^2 / 4, d the difference between the passes. Chunks draw independently,
+    so this has as many degrees of freedom as there are chunks, and unlike the spread within a pass it knows what
+    stratification saves. A decoder that carries its state links the chunks after a draw to it: there d is to be summed
+    over a lane's window first (`group`).
     samples: of `importance_nats`, 0 for none; only for a prior with a mixture and a decoder that carries no state.
     Raises ValueError for shuffled windows, models in training mode, draws that two passes cannot share, or a cost
     that is not finite.
@@ -74,7 +74,7 @@ def bound_chunks(
     difference = np.zeros(windows.chunks)
     group = np.arange(windows.chunks)
     reader = _Reader(autoencoder, prior, draws // PASSES, samples, generator)
-    decoders = [autoencoder.decoder_state(rows, device) for _ in range(1 if prior is None else PASSES)]
+    decoders = [autoencoder.decoder_state(rows, device) for _ in range(1 if prior is None else draws)]
     encoder = None if prior is None else autoencoder.encoder_state(rows, device)
     memory = None if prior is None else prior.initial_state(rows, device)
     state = _Carried(decoders, encoder, memory)
@@ -117,7 +117,7 @@ def _check(autoencoder: Autoencoder, prior: Prior | None, windows: Windows, draw
 class _Carried(NamedTuple):
     """State between windows."""
 
-    decoders: Sequence[DecoderState]  # of each pass
+    decoders: Sequence[DecoderState]  # of each draw of a latent, those of the first pass first
     encoder: EncoderState | None  # None for the twin
     memory: ContextState | None  # of the contextualiser; None for the twin
 
@@ -149,12 +149,15 @@ class _Reader(NamedTuple):
         )
         gamma_0 = prior.diffusion.gamma_0
         passes, decoders = [], []
-        for before in state.decoders:
+        for first in range(0, PASSES * draws, draws):
             paid = price_latents(prior, encoding, context, batch, generator, draws)
-            z_0 = noisy_latents(encoding, gamma_0, batch, generator)
-            reading, decoder = read_chunks(autoencoder, batch, z_0, before, encoding)
-            passes.append(torch.stack([reading.nats, paid.latent, paid.end]))
-            decoders.append(decoder)
+            nats = torch.zeros_like(paid.latent)
+            for before in state.decoders[first : first + draws]:
+                z_0 = noisy_latents(encoding, gamma_0, batch, generator)
+                reading, decoder = read_chunks(autoencoder, batch, z_0, before, encoding)
+                nats += reading.nats / draws
+                decoders.append(decoder)
+            passes.append(torch.stack([nats, paid.latent, paid.end]))
         tight = None
         if samples and prior.mixture is not None:
             tight = importance_nats(

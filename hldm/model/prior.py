@@ -121,6 +121,16 @@ class Prior(SavedModel):
         prediction = self.denoiser(z, gamma, told.blocks, torch.zeros_like(z))
         return x0_from(prediction, z, gamma, self.diffusion.target)
 
+    def spread(
+        self, z: Tensor, gamma: Tensor, told: Told, u: Tensor, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """How a draw of x0 varies around `denoise`: as the mixture's, which the network shifts as a whole.
+
+        z, result: (b z); gamma, u: (b); told: of one chunk a row. See `MixturePredictor.spread`.
+        """
+        assert self.mixture is not None and told.log_weights is not None
+        return self.mixture.spread(z, gamma, told.log_weights[:, 0, 0], u, temperature)
+
     def estimate(self, x0: Tensor, gamma: Tensor, noise: Tensor, context: Context) -> Tensor:
         """x0_hat from x0 made noisy. x0, noise and result: (b n m z); gamma: (b n m)."""
         return self.denoise(diffuse(x0, gamma, noise), gamma, self.tell(context))

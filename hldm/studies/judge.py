@@ -26,12 +26,14 @@ from hldm.evaluation.metrics import TrainingText, diversity
 from hldm.evaluation.prompts import choose_prompts, prompt_chunker
 from hldm.evaluation.tables import Table
 from hldm.generation.pipeline import HLDMPipeline, read_pipeline
-from hldm.runs.folder import corpora_of_run
+from hldm.runs.folder import corpora_of_run, training_text_of
 from hldm.runs.identity import require_shared_text
+from hldm.runs.location import pipeline_of
+from hldm.sources.corpora import corpus_of_file
 from hldm.studies.brier import GRAM, measure_brier
 from hldm.studies.mauve import load_encoder, mauve_of, passages
 from hldm.text.bytes import count_characters
-from hldm.text.corpus import make_corpus
+from hldm.text.corpus import Corpus, make_corpus
 
 ORDER = 6  # bytes of an n-gram: on 64,000 characters, longer ones are too rare to change the figures
 PLACES = 16  # of BrierLM, for each prompt: four bytes take little time, and its error is large
@@ -99,6 +101,7 @@ def judge_run(
     *,
     judge: Path | None = None,
     twin: Path | None = None,
+    text: Path | None = None,
     vary: Sequence[str] = (),
     prompts: int = 48,
     max_characters: int = 400,
@@ -108,6 +111,8 @@ def judge_run(
     """Judge what a run writes after held-out prompts of the test text, beside what the text says there.
 
     judge: a twin trained with another seed;  twin: a run whose writing is judged, too
+    text: a file to judge on instead, where the run's own text is not at hand: its first half trains the n-grams, from
+    its second half come prompts
     vary: names of VARIATIONS: each value in turn instead of the run's own
     Raises ValueError or OSError.
     """
@@ -119,48 +124,52 @@ def judge_run(
             f"judging needs --prompts of at least 1 and --max-characters of at least {SPAN}, "
             f"got {prompts} and {max_characters}"
         )
-    pipeline = read_pipeline(folder / "pipeline")
+    pipeline = read_pipeline(pipeline_of(folder))
     if vary and pipeline.prior is None:
         raise ValueError(f"{folder} is a twin: it has no sampler to vary")
     for other in filter(None, (judge, twin)):
         require_shared_text(folder, other)
-    judging = None if judge is None else read_pipeline(judge / "pipeline")
+    judging = None if judge is None else read_pipeline(pipeline_of(judge))
     if judging is not None and judging.prior is not None:
         raise ValueError(f"--judge {judge} is no twin: of a model with latents there is only a bound")
     if judge is not None and twin is not None and judge.resolve() == twin.resolve():
         raise ValueError(
             f"--judge {judge} would judge its own writing: take a twin trained with another seed"
         )
-    corpora = corpora_of_run(folder)
+    texts = _texts_of_run(folder) if text is None else _texts_of_file(text, folder)
     chunker = prompt_chunker(pipeline.autoencoder)
-    chosen = choose_prompts(corpora["test"], chunker, prompts, max_characters=max_characters)
+    chosen = choose_prompts(texts.prompts, chunker, prompts, max_characters=max_characters)
+    if not chosen:
+        raise ValueError(
+            f"{texts.prompts.name} has no room for a prompt and a continuation: take a longer text"
+        )
     starts = [prompt.text for prompt in chosen]
     true = [prompt.continuation.encode() for prompt in chosen]
     encode, no_mauve = load_encoder()
     judges = _Judges(
-        NGram(corpora["validation"].text.tobytes()),
+        NGram(texts.other.text.tobytes()),
         judging,
-        TrainingText(corpora["train"].text.tobytes(), SPAN),
+        None if texts.training is None else TrainingText(texts.training, SPAN),
         starts,
         encode,
         None if encode is None else _vectors(encode, true),
     )
-    places = choose_prompts(corpora["test"], chunker, PLACES * prompts, max_characters=GRAM)
+    places = choose_prompts(texts.prompts, chunker, PLACES * prompts, max_characters=GRAM)
 
     def write(model: HLDMPipeline, settings: GenerationConfig) -> dict[str, Any]:
         written = write_batch(model, settings, starts, max_characters=max_characters, seed=seed)
-        texts = [row.text for row in written.rows]
+        continuations = [row.text for row in written.rows]
         brier = measure_brier(model, settings, places, seed=seed)
         return {
-            **judges.judge(texts),
+            **judges.judge(continuations),
             "brier": brier.value,
             "brier_error": brier.standard_error,
-            "mauve": judges.mauve(texts),
+            "mauve": judges.mauve(continuations),
             "characters_per_second": written.characters_per_second,
         }
 
     # of the true text itself, MAUVE against as much of another held-out text: what chance leaves of 1
-    other_text = choose_prompts(corpora["validation"], chunker, prompts, max_characters=max_characters)
+    other_text = choose_prompts(texts.other, chunker, prompts, max_characters=max_characters)
     found: dict[str, Any] = {
         "true text": {
             **judges.judge(true),
@@ -169,7 +178,7 @@ def judge_run(
     }
     if twin is not None:
         say(f"judging {twin}")
-        other = read_pipeline(twin / "pipeline")
+        other = read_pipeline(pipeline_of(twin))
         found["twin"] = write(other, other.settings)
     say(f"judging {folder}")
     settings = pipeline.settings
@@ -183,6 +192,7 @@ def judge_run(
                 found[f"{name} {value}"] = write(pipeline, changed(settings, **{name: value}))
     return {
         "run": folder.resolve().name,
+        "text": "test" if text is None else str(text),
         "prompts": len(chosen),
         "max_characters": max_characters,
         "seed": seed,
@@ -192,12 +202,35 @@ def judge_run(
     }
 
 
+class _Texts(NamedTuple):
+    """What is judged with; no writer was trained on the first two."""
+
+    other: Corpus  # that the n-gram model counts, and that chance is measured on
+    prompts: Corpus  # that prompts are of
+    training: bytes | None  # that the run was trained on; None: not at hand
+
+
+def _texts_of_run(folder: Path) -> _Texts:
+    corpora = corpora_of_run(folder)
+    return _Texts(corpora["validation"], corpora["test"], corpora["train"].text.tobytes())
+
+
+def _texts_of_file(path: Path, folder: Path) -> _Texts:
+    """The halves of a file, cut between two words where it has any near the middle."""
+    text = corpus_of_file(path).text.tobytes()
+    middle = text.find(b" ", len(text) // 2) + 1 or len(text) // 2
+    while text[middle : middle + 1] and text[middle] & 0xC0 == 0x80:  # inside a character of UTF-8
+        middle += 1
+    other, prompts = (make_corpus(str(path), [half]) for half in (text[:middle], text[middle:]))
+    return _Texts(other, prompts, training_text_of(folder))
+
+
 class _Judges(NamedTuple):
     """Who judges, and the texts that are compared with."""
 
     ngram: NGram
     model: HLDMPipeline | None
-    training: TrainingText
+    training: TrainingText | None
     prompts: Sequence[bytes]
     encode: Callable[[Sequence[str]], np.ndarray] | None  # of MAUVE; None: not installed
     true_vectors: np.ndarray | None  # (passages d) of the true continuations
@@ -219,8 +252,8 @@ class _Judges(NamedTuple):
             "ngram_bits": sum(self.ngram.bits(a + b, begin=len(a)) for a, b in pairs) / characters,
             "judge_bits": None if self.model is None else self._model_bits(pairs) / characters,
             **diversity(decoded),
-            "known_words": self.training.known_words(decoded),
-            "copied": self.training.copied_share(texts),
+            "known_words": None if self.training is None else self.training.known_words(decoded),
+            "copied": None if self.training is None else self.training.copied_share(texts),
         }
 
     def _model_bits(self, pairs: Sequence[tuple[bytes, bytes]]) -> float:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hldm.evaluation.tables import Table
-from hldm.generation.loading import load_run
+from hldm.generation.pipeline import HLDMPipeline
 from hldm.sources.encodings import read_text
 
 MAX_FILE_BYTES = 2**26  # 64 MiB: BLiMP has 67,000 pairs in 15
@@ -88,7 +88,7 @@ def judge_pairs(
     samples: compare the importance-weighted bounds. Raises ValueError or OSError, one line.
     """
     pairs = read_pairs(path, group)
-    pipeline = load_run(run)
+    pipeline = HLDMPipeline.from_pretrained(run)
     texts = [text for pair in pairs for text in (pair.good, pair.bad)]
     scores = pipeline.score(texts, draws=draws, samples=samples, seed=seed, ends_document=False)
     ahead, is_sure = np.zeros(len(pairs)), np.zeros(len(pairs), dtype=bool)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from hldm import cli
-from hldm.generation.loading import load_run
+from hldm.generation.pipeline import HLDMPipeline
 from hldm.studies.minimal_pairs import judge_pairs, read_pairs, table, wilson
 
 ROWS = [
@@ -40,7 +40,8 @@ def test_wilsons_interval_is_that_of_the_book():
 def test_accuracy_counts_the_pairs_whose_better_text_is_likelier(file, saved_pipeline):
     found = judge_pairs(file, str(saved_pipeline), draws=4)
     texts = [pair[:2] for pair in read_pairs(file, "term")]
-    scores = [load_run(saved_pipeline).score(list(pair), draws=4, ends_document=False) for pair in texts]
+    pipeline = HLDMPipeline.from_pretrained(saved_pipeline)
+    scores = [pipeline.score(list(pair), draws=4, ends_document=False) for pair in texts]
     right = [float(a.bits < b.bits) for a, b in scores]
     right[2] = 0.5  # alike, so neither is likelier, whatever rounding says
     groups = {row["name"]: row for row in found["groups"]}
