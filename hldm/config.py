@@ -412,6 +412,6 @@ def to_dict(section: Section) -> dict[str, Any]:
     return section.model_dump(mode="json")
 
 
-def to_yaml(config: Config) -> str:
+def to_yaml(config: Section) -> str:
     """YAML text that `load_config` reads back to the same config."""
     return yaml.safe_dump(to_dict(config), sort_keys=False)

@@ -17,7 +17,7 @@ from hldm.config import Config, ConfigError, find_config, load_config
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.prior import Prior
 
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+CONFIGS = sorted(p for p in (ROOT / "configs").glob("*.yaml") if not p.stem.startswith("jepa-"))
 
 
 def parameters(config: Config) -> int:

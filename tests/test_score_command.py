@@ -9,7 +9,7 @@ import pytest
 
 from hldm import cli
 from hldm.evaluation.evaluate import evaluate_run
-from hldm.generation.loading import load_run
+from hldm.generation.pipeline import HLDMPipeline
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,9 @@ def test_it_prints_bits_and_errors_of_each_text(saved_pipeline, capsys):
     assert cli.main([*arguments, "--lines", "--prompt", "x"]) == 0
     records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [record["text"] for record in records] == ["And the king said", "Let us go up", "x"]
-    scores = load_run(saved_pipeline).score([record["text"] for record in records], "And ")
+    scores = HLDMPipeline.from_pretrained(saved_pipeline).score(
+        [record["text"] for record in records], "And "
+    )
     pairs = zip(records, scores, strict=True)
     assert records == [{"text": record["text"], **score.as_dict()} for record, score in pairs]
     assert cli.main([*arguments[:-1], "--samples", "4"]) == 0

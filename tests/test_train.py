@@ -99,6 +99,10 @@ def test_what_is_trained_is_not_trained_again_and_what_has_begun_takes_a_word(
     assert Path("runs/mine/autoencoder/model").stat().st_mtime_ns == before
     assert cli.main(words) == 0
     assert capsys.readouterr().out.count("reusing ") == 2
+    Path("lean-twin.yaml").write_text("base: lean.yaml\nautoencoder.latent_dim: 0\n")
+    resumed = ["train", "--config", lean_file, "--name", "mine", "--resume", "--twin"]
+    assert cli.main(resumed) == 0  # the twin reads that text, too
+    assert settings_of("mine-twin/autoencoder")["data"]["path"] == "own.txt"
 
 
 def test_what_cannot_be_trained_is_refused_before_anything_is(lean_file, own_text, refused):
@@ -217,5 +221,5 @@ def test_several_processes_train_both_stages_in_one_launch(lean_file, own_text):
         timeout=300,
     )
     assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr[-3000:]
-    assert done.stdout.count("2 process(es) MULTI_CPU") == 2 and done.stdout.count("Next: ") == 1
+    assert done.stdout.count("2 processes on cpu") == 2 and done.stdout.count("Next: ") == 1
     assert json.loads(Path("runs/two/prior/totals.json").read_text())["steps"] == 12

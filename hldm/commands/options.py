@@ -28,10 +28,9 @@ def check_split(split: str | None, text: Path | None) -> None:
         raise ValueError("--split is of the run's own data: give it or --text, not both")
 
 
+RUN_NAME = "folder of a run, small, small-twin or owner/name of a hub"
 Run = Annotated[Path, Option(help="folder of the run, e.g. runs/demo")]
-RunOrShipped = Annotated[
-    Path | None, Option(help="folder of a run, small, small-twin or owner/name of a hub (default: small)")
-]
+RunOrShipped = Annotated[Path | None, Option(help=f"{RUN_NAME} (default: small)")]
 Text = Annotated[Path | None, Option(metavar="FILE", help="use this file instead, as one document")]
 Split = Literal["validation", "test"]
 Configs = Annotated[

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from typer import Option
 
-from hldm.commands.options import Seed
+from hldm.commands.options import RUN_NAME, Seed
 from hldm.evaluation.tables import Table, short, show
 from hldm.sources.encodings import read_text
 from hldm.text.bytes import MAX_PROMPT_BYTES
@@ -28,7 +28,7 @@ TIGHTER = {"importance": ("importance", ",.2f"), "its ±": ("importance_error", 
 
 def score(
     *,
-    run: Annotated[str, Option(metavar="RUN", help="folder of a run, small or small-twin")] = "small",
+    run: Annotated[str, Option(metavar="RUN", help=RUN_NAME)] = "small",
     text: Annotated[list[str] | None, Option(metavar="FILE", help="may repeat; - is standard input")] = None,
     lines: Annotated[bool, Option("--lines", help="score each line of the files by itself")] = False,
     prompt: Annotated[list[str] | None, Option(metavar="TEXT", help="score this text; may repeat")] = None,
@@ -57,9 +57,9 @@ def score(
         raise ValueError("no text given: pass --text FILE, --text - or --prompt TEXT")
     if lines and not text:
         raise ValueError("--lines is about --text: each --prompt is scored by itself anyway")
-    from hldm.generation.loading import load_run
+    from hldm.generation.pipeline import HLDMPipeline
 
-    pipeline = load_run(run)
+    pipeline = HLDMPipeline.from_pretrained(run)
     scores = pipeline.score(
         [given for _, given in texts], os.fsencode(prefix), draws=draws, samples=samples, seed=seed
     )

@@ -8,6 +8,7 @@ from typing import Annotated
 from typer import Option
 
 from hldm.commands.options import Run
+from hldm.runs.location import find_model
 
 LICENCE = "of the weights, e.g. cc-by-4.0 (default: mit after the built-in text, else said to be unknown)"
 
@@ -26,6 +27,6 @@ def export(
     """
     from hldm.evaluation.sharing import share_run
 
-    share_run(run, to, licence=licence.lower(), prompt=prompt, measure=measure)
+    share_run(find_model(run), to, licence=licence.lower(), prompt=prompt, measure=measure)
     print(f'Load it anywhere: HLDMPipeline.from_pretrained("{to}"), hldm generate --run {to}')
     print(f"Measure it on any text: python -m hldm.evaluation --run {to} --text FILE")

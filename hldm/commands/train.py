@@ -43,24 +43,25 @@ def train(
     What is trained already is not trained again. Everything is left in runs/NAME, the twin's in runs/NAME-twin.
     """
     given = overrides or []
-    model, told = load_config(config, given), ""
+    model = load_config(config, given)
+    name, taken = name or model.name, list[str]()
     if resume:
-        model, told = inherited(model, config, given, name or model.name)
-    model = with_limits(changed(model, name=name or model.name), minutes, steps, prior_steps)
+        model, taken = inherited(model, config, given, name)
+    model = with_limits(changed(model, name=name), minutes, steps, prior_steps)
     if twin and model.is_twin:
         raise ConfigError("--twin: this config is a twin itself (autoencoder.latent_dim is 0)")
     if print_config:
         print(to_yaml(model), end="")
         return
-    if told and is_first_rank():
-        print(told, flush=True)
+    if taken and is_first_rank():
+        print(f"as in runs/{name}/autoencoder: {', '.join(taken)}", flush=True)
 
     from hldm.evaluation.validation import validation_on
     from hldm.training.sizes import require_room
     from hldm.training.stages import plan, stages_of, train_run
     from hldm.training.twin import twin_of
 
-    runs = [model, *([twin_of(model, config[-1], given)] if twin else [])]
+    runs = [model, *([twin_of(model, config[-1], [*taken, *given])] if twin else [])]
     for run in runs:  # before the first of them takes an hour
         for stage in stages_of(run):
             require_room(run, stage)

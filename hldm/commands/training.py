@@ -40,9 +40,10 @@ def _train(stage: str, name: str, summary: str) -> Callable[..., None]:
     ) -> None:
         resolved = load_config(config, overrides or [])
         if stage == "prior":
-            resolved, told = inherited(resolved, config, overrides or [], name or resolved.name)
-            if told and not print_config and is_first_rank():
-                print(told, flush=True)
+            run = name or resolved.name
+            resolved, taken = inherited(resolved, config, overrides or [], run)
+            if taken and not print_config and is_first_rank():
+                print(f"as in runs/{run}/autoencoder: {', '.join(taken)}", flush=True)
         changes: dict[str, float] = {}
         if steps is not None:
             # the one that is given alone lifts the config's other limit

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
-from hldm.generation.loading import load_run
+from hldm.generation.pipeline import HLDMPipeline, HLDMPipelineOutput
 
 WRITTEN = {"until", "max_gen_toks", "do_sample", "temperature", "top_p"}  # what may be asked of writing
 MAX_CHARACTERS = 256  # written where a task sets no limit, as the harness' own models do in tokens
@@ -57,7 +57,7 @@ class Adapter:
             raise ValueError(
                 f"model_args: hldm knows run, draws, samples, seed, greedy, got {next(iter(others))!r}"
             )
-        self.pipeline = load_run(run)
+        self.pipeline = HLDMPipeline.from_pretrained(run)
         # the harness asks for CUDA unless it was told otherwise
         if device is not None and (torch.cuda.is_available() or not device.startswith("cuda")):
             self.pipeline.to(torch.device(device))
@@ -145,8 +145,9 @@ class Adapter:
 
     def _write(self, prompts: list[str], settings: Mapping[str, Any]) -> list[str]:
         options = {name: value for name, value in settings.items() if name != "until"}
-        (texts,) = self.pipeline(prompts, seed=self.options["seed"], return_dict=False, **options)
-        return texts
+        written = self.pipeline(prompts, seed=self.options["seed"], **options)
+        assert isinstance(written, HLDMPipelineOutput)
+        return written.texts
 
     def _slices(self, requests: Sequence[Request], quiet: bool) -> Iterable[Sequence[Request]]:
         from tqdm import tqdm

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from hldm.config import to_dict
 from hldm.evaluation.evaluate import evaluate_run, weights_of
+from hldm.evaluation.parts_table import short_tables
 from hldm.evaluation.tables import Table, compare
 from hldm.generation.pipeline import HLDMPipeline, HLDMPipelineOutput, read_pipeline
 from hldm.runs.card import CARD, model_card
@@ -29,7 +28,6 @@ from hldm.runs.export import (
 )
 from hldm.runs.folder import read_totals
 from hldm.runs.machine import human
-from hldm.runs.reports import save_report
 from hldm.text.bytes import printable
 
 SAMPLE_CHARACTERS = 400
@@ -56,8 +54,8 @@ def share_run(
     data = summarise_data(run)
     licence = licence or ("mit" if data["source"] == BUILT_IN else "")
     sections = {"Scores": _scores_section(scores, target.name)}
-    if parts := _parts_section(scores):
-        sections["What each part is worth"] = parts
+    if parts := short_tables((scores or {}).get("parts")):
+        sections["What each part is worth"] = "\n\n".join(map(str, parts))
     sections["A sample"] = _sample(pipeline, prompt)
     sections["Data"] = _data_section(data)
     sections["How it was made"] = _making_section(run)
@@ -76,7 +74,7 @@ def share_run(
     for line in _contents(target):
         say(line)
     if scores is None:
-        say(f"no scores: {run}/{EVALUATION} is not there; --measure makes it")
+        say(f"no scores: {run}/{EVALUATION} is not there; --measure measures it now")
     if not licence:
         say("no licence: --licence says under which one the weights may be used, e.g. --licence cc-by-4.0")
 
@@ -110,13 +108,13 @@ def _contents(folder: Path) -> list[str]:
 def _scores(
     run: Path, pipeline: HLDMPipeline, measure: bool, say: Callable[[str], None]
 ) -> dict[str, Any] | None:
-    """What a run's evaluation.json says, None without one. Raises ValueError for one of another model."""
+    """What a run's evaluation.json says, or a measurement; else None. Raises ValueError for one of another model."""
     path = run / EVALUATION
     if not path.is_file():
         if not measure:
             return None
         say(f"measuring {run} on its test text")
-        save_report(path, evaluate_run(run))
+        return evaluate_run(run)
     try:
         found = dict(json.loads(path.read_text(encoding="utf-8")))
         found["bits_per_character"]["bound"]
@@ -131,10 +129,13 @@ def _scores_section(scores: Mapping[str, Any] | None, name: str) -> str:
     if scores is None:
         return f"Not measured when this was shared: `python -m hldm.evaluation --run {name} --text FILE` measures."
     table = compare({name: scores})
-    known = Table(table.head, [row for row in table.rows if row[1] != "-"])
+    none = "how many" if not scores.get("samples") else ""  # importance-weighted draws
+    known = Table(table.head, [row for row in table.rows if row[1] != "-" and row[0].strip() != none])
+    bits = scores["bits_per_character"]
+    kind = "their likelihood" if scores.get("characters_per_chunk") is None else "an upper bound"
     return (
-        f"On {_split(scores)}, by `python -m hldm.evaluation`. The twin's bits per character are its likelihood, those "
-        f"of a model with latents an upper bound; standard errors stand below.\n\n{known}"
+        f"{bits['bound']:.3f} ± {bits['standard_error']:.3f} bits a character ({kind}; the error is that of the noise "
+        f"drawn) on {_split(scores)}, by `python -m hldm.evaluation`.\n\n{known}"
     )
 
 
@@ -143,14 +144,6 @@ def _split(scores: Mapping[str, Any]) -> str:
     split = scores["split"]
     named = f"the {split} text that was held out" if split in ("test", "validation") else f"the file {split}"
     return f"{named} ({scores['characters']:,} characters)" if "characters" in scores else named
-
-
-def _parts_section(scores: Mapping[str, Any] | None) -> str:
-    """The parts table of an evaluation that has one, in Markdown; "" otherwise."""
-    module = "hldm.evaluation.parts_table"
-    if not scores or not scores.get("parts") or find_spec(module) is None:
-        return ""
-    return "\n\n".join(map(str, import_module(module).tables(scores["parts"])))
 
 
 def _sample(pipeline: HLDMPipeline, prompt: str) -> str:
@@ -178,10 +171,9 @@ def _data_section(data: Mapping[str, Any]) -> str:
     rows = [
         {"name": name, **found, "short": found["fingerprint"][:12]} for name, found in data["splits"].items()
     ]
-    told = f"Source: {printable(data['source'])}. Held out: {data['held_out']}"
-    told += (
-        " of the documents for each of validation and test." if isinstance(data["held_out"], float) else "."
-    )
+    share = data["held_out"]
+    held_out = f"{share:.3g} of it for validation, as much for test" if isinstance(share, float) else share
+    told = f"Source: {printable(data['source'])}. Held out: {held_out}."
     if missing := data.get("missing"):
         told += f" {missing[0].upper()}{missing[1:]}."
     return f"{told}\n\n{Table.of_records(rows, columns)}" if rows else told
@@ -195,6 +187,7 @@ def _making_section(run: Path) -> str:
         "minutes": ("minutes", ",.1f"),
         "characters": ("characters", ",.0f"),
         "commit": ("commit", ""),
+        "code": ("code", ""),
         "Python, torch": ("versions", ""),
     }
     rows, machines = [], []
@@ -202,7 +195,7 @@ def _making_section(run: Path) -> str:
         totals, last = read_totals(stage), _last_start(stage)
         machine = f"{last.get('cores')} cores of {last.get('cpu')}, torch on {last.get('threads')} of them"
         machines.append(", ".join([machine, *last.get("accelerators", [])]) if last else "not kept")
-        commit = f"{(last.get('commit') or 'unknown')[:12]}{'+' * bool(last.get('dirty'))}"
+        commit = f"{(last.get('commit') or 'not a clone')[:12]}{'+' * bool(last.get('dirty'))}"
         versions = f"{last.get('python')}, {last.get('torch')}" if last else None
         rows.append(
             {
@@ -211,6 +204,7 @@ def _making_section(run: Path) -> str:
                 "minutes": totals.seconds / 60,
                 "characters": totals.characters,
                 "commit": commit,
+                "code": last.get("code", "")[:12] or None,
                 "versions": versions,
             }
         )

@@ -42,6 +42,7 @@ NAME = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,64}")
 LIBRARIES = ("torch", "numpy", "safetensors", "diffusers", "accelerate", "transformers", "datasets")
 BITWISE = ("cpu", "threads", "accelerators", "torch")  # a resumed run repeats bit for bit only if these agree
 OPENING = frozenset({"config.yaml", "environment.json", ".lock"})  # what a run that did nothing holds
+VALIDATION = b'"event": "validation"'  # in a line of metrics.jsonl
 SAMPLE_HEADER = re.compile(rb"^=== step (-?[0-9]+) ===$", re.MULTILINE)
 
 
@@ -82,9 +83,10 @@ class Run:
             with naming(path), open(path, "ab") as file:
                 file.write(b"=== step %d ===\n    %s\n" % (step, indented))
 
-    def rewind(self, step: int) -> None:
+    def rewind(self, step: int, validated: int | None = None) -> None:
         """Drop metrics and samples after `step` (-1: all), as a resumed run will write them again.
 
+        validated: step of the last validation that is known of, if earlier; those after it go, too
         So do lines that a kill tore; each is said.
         """
         if not self.is_main:
@@ -96,7 +98,7 @@ class Run:
                 logged = _step_logged(line)
                 if logged is None:
                     self._say(f"{path}: dropping line {number}, which is torn")
-                elif logged <= step:
+                elif logged <= (step if validated is None or VALIDATION not in line else validated):
                     kept.append(line)
             atomic_write(path, b"".join(kept))
         path = self.folder / "samples.txt"
@@ -205,7 +207,7 @@ def last_validation(run: Path) -> dict[str, float]:
     for stage in ("prior", "autoencoder"):
         path = run / stage / "metrics.jsonl"
         lines = path.read_bytes().splitlines() if path.is_file() else []
-        found = [json.loads(line) for line in lines if b"validation_bound" in line]
+        found = [json.loads(line) for line in lines if VALIDATION in line]
         if found:
             opening = "validation_"
             return {

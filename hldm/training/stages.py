@@ -36,6 +36,7 @@ from hldm.sources.corpora import load_corpora
 from hldm.text.bytes import END_OF_CHUNK
 from hldm.text.corpus import Corpus
 from hldm.text.windows import window_of
+from hldm.training.environment import check_trackers
 from hldm.training.objectives import AutoencoderObjective, PriorObjective
 from hldm.training.sizes import require_room
 from hldm.training.stage import open_stage, plan, stages_of
@@ -64,6 +65,7 @@ def train_autoencoder(
     """
     folder = root / config.name
     require_room(config, "autoencoder", root)
+    check_trackers(config.logging)
     corpora = load_corpora(config.data)  # before the folder is opened: a mistake leaves none
     with open_stage(config, "autoencoder", resume, root, part) as stage:
         segmenter = stage.segmenter(corpora["train"])
@@ -106,6 +108,7 @@ def train_diffusion(
         raise ConfigError("autoencoder.latent_dim is 0: the twin has no latents and so no second stage")
     folder = root / config.name
     require_room(config, "prior", root)
+    check_trackers(config.logging)
     autoencoder = read_autoencoder(folder, config)
     binding = fingerprint(autoencoder.state_dict())
     segmenter = read_segmenter(folder / "segmenter" / "model", config.chunking)
@@ -229,7 +232,11 @@ def _validate_autoencoder(
         return None
     measure = validation(autoencoder, text, config.logging.validation_bytes, config.seed)
     if config.is_twin:
-        return lambda objective: measure(objective.autoencoder, None)
+
+        def likelihood(objective: Any) -> dict[str, float]:
+            return measure(objective.autoencoder, None)
+
+        return likelihood
     least = changed(config.prior, width=4, heads=1, layers=1, denoiser_width=4, denoiser_layers=1)
     with torch.random.fork_rng():
         prior = Prior.from_settings(
@@ -251,7 +258,11 @@ def _validate_prior(
     if validation is None:
         return None
     measure = validation(autoencoder, text, config.logging.validation_bytes, config.seed)
-    return lambda objective: measure(objective.autoencoder, objective.prior)
+
+    def measured(objective: Any) -> dict[str, float]:
+        return measure(objective.autoencoder, objective.prior)
+
+    return measured
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import pytest
 
 from hldm import cli
 from hldm.evaluation.lm_eval import Adapter, register
-from hldm.generation.loading import load_run
+from hldm.generation.pipeline import HLDMPipeline
 
 
 class Request(NamedTuple):
@@ -27,7 +27,7 @@ def adapter(saved_pipeline):
 
 @pytest.fixture(scope="module")
 def pipeline(saved_pipeline):
-    return load_run(saved_pipeline)
+    return HLDMPipeline.from_pretrained(saved_pipeline)
 
 
 def test_likelihoods_are_those_of_score_in_nats(adapter, pipeline):

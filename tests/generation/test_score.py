@@ -142,7 +142,7 @@ def test_a_uniform_decoder_pays_log2_258_for_every_byte_and_end(twin):
 
 
 def test_the_standard_error_is_the_spread_over_seeds(pipeline):
-    scores = [score_of(pipeline, "And the king said, Let us", draws=2, seed=seed) for seed in range(60)]
+    scores = [score_of(pipeline, "And the king said, Let us", draws=2, seed=seed) for seed in range(40)]
     spread = np.std([score.bits for score in scores], ddof=1)
     claimed = math.sqrt(np.mean([score.standard_error**2 for score in scores]))
     if pipeline.prior is None:
@@ -154,7 +154,7 @@ def test_the_standard_error_is_the_spread_over_seeds(pipeline):
 def test_a_difference_is_known_better_than_its_parts_where_texts_share_noise(mixture):
     pairs = [
         mixture.score(["and the sun of stone is light", "and the sun of stone was light"], draws=2, seed=seed)
-        for seed in range(60)
+        for seed in range(40)
     ]
     found = [a.minus(b) for a, b in pairs]
     claimed = math.sqrt(np.mean([error**2 for _, error in found]))
@@ -165,10 +165,10 @@ def test_a_difference_is_known_better_than_its_parts_where_texts_share_noise(mix
 
 def test_importance_weights_tighten_and_know_their_error(mixture, twin):
     text = "And the king said, Let us go up to the city."
-    one, few, many = (score_of(mixture, text, samples=samples) for samples in (1, 4, 64))
+    one, few, many = (score_of(mixture, text, samples=samples) for samples in (1, 4, 32))
     assert one.importance > many.importance and few.importance > many.importance
     assert one.importance_error is None and many.importance_error < few.importance_error
-    repeated = [score_of(mixture, text, draws=2, samples=16, seed=seed) for seed in range(40)]
+    repeated = [score_of(mixture, text, draws=2, samples=8, seed=seed) for seed in range(24)]
     spread = np.std([score.importance for score in repeated], ddof=1)
     assert 0.5 < math.sqrt(np.mean([s.importance_error**2 for s in repeated])) / spread < 1.6
     exact = score_of(twin, text, samples=4)

@@ -8,20 +8,25 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
-from hldm.config import Config, ConfigError, changed, stage_training
+from hldm.config import Config, ConfigError, changed, load_config, stage_training
 from hldm.evaluation.bound import evaluate_bound, held_out_windows
 from hldm.evaluation.validation import DRAWS, PIECES, slice_of, validation_on
 from hldm.generation.pipeline import read_pipeline
 from hldm.runs.checkpoints import newest_checkpoint
+from hldm.runs.clock import in_turns
 from hldm.runs.exits import Interrupted
 from hldm.runs.folder import last_validation, read_totals
 from hldm.sources.corpora import load_corpora
+from hldm.studies import bench_training
 from hldm.text.corpus import make_corpus
+from hldm.training import stages
 from hldm.training.patience import Patience
 from hldm.training.sizes import stage_sizes
 from hldm.training.stages import train_autoencoder, train_diffusion, train_run
@@ -64,6 +69,15 @@ def test_the_figures_are_those_of_evaluate_and_stage_two_starts_where_stage_one_
     ).bits_per_character()
     for name, value in last_validation(run).items():
         assert second[-1][f"validation_{name}"] == value == pytest.approx(bound[name], abs=1e-6)
+
+
+def test_a_run_killed_before_its_export_validates_its_end_once(config, tmp_path):
+    """Its last checkpoint may be older than its last validation, and of the same step."""
+    folder = train_autoencoder(config, root=tmp_path, validation=validation_on) / "autoencoder"
+    before = validations(folder)
+    (folder / "totals.json").unlink()
+    train_autoencoder(config, root=tmp_path, resume=True, validation=validation_on)
+    assert validations(folder) == before and before[-1]["step"] == 12
 
 
 def test_the_twin_validates_its_likelihood(small_twin, config, tmp_path):
@@ -148,6 +162,26 @@ def test_a_run_stopped_on_the_way_waits_as_long_and_keeps_the_same(stage, config
     assert saved[0] is not None and saved[1] is not None and "best" in saved[0].tensors
     torch.testing.assert_close(saved[0].tensors, saved[1].tensors, rtol=0, atol=0)
     assert saved[0].state["patience"] == saved[1].state["patience"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["autoencoder", "prior"])
+def test_validating_takes_a_share_of_two_percent_of_the_time_at_most(stage):
+    config = load_config([ROOT / "configs/tiny.yaml"])
+    text = load_corpora(config.data)["validation"]
+    trainer = bench_training.trainer_of(config, stage)
+    make = stages._validate_autoencoder if stage == "autoencoder" else stages._validate_prior
+    validate = make(config, trainer.objective.autoencoder, text, validation_on)
+    assert validate is not None
+
+    def validated() -> None:
+        trainer.objective.eval()
+        validate(trainer.objective)
+        trainer.objective.train()
+
+    found = in_turns({"step": lambda: trainer.step(0.1), "validation": validated}, turns=5, warm_up=1)
+    step, validation = (median(seconds for _, seconds in found[name]) for name in ("step", "validation"))
+    assert validation < 0.02 * config.logging.validate_every * step
 
 
 def test_patience_without_validations_is_refused(config, tmp_path):
