@@ -101,7 +101,9 @@ def test_what_the_evaluation_says_is_what_the_page_says(page, evaluated_run, cor
     assert not any(word in page for word in private) and corpus_path.name in page
 
 
-def test_no_text_becomes_markup_or_script(evaluated_run, tmp_path):
+def test_no_text_becomes_markup_or_script(evaluated_run, tmp_path, monkeypatch):
+    monkeypatch.setattr("hldm.app.report.gather.evaluate_run", lambda folder, text: None)
+    monkeypatch.setattr("hldm.app.report.gather.parts_of_run", lambda folder, **options: None)
     text = tmp_path / "text.txt"
     text.write_bytes(HOSTILE * 20)
     page = build_report(evaluated_run, text=text)
@@ -311,6 +313,7 @@ def test_an_exported_folder_says_what_it_has_not(evaluated_run, tmp_path, monkey
     text = tmp_path / "text.txt"
     text.write_text("And it came about in those days that the king went up. " * 20)
     monkeypatch.setattr("hldm.app.report.gather.evaluate_run", lambda folder, text: None)
+    monkeypatch.setattr("hldm.app.report.gather.parts_of_run", lambda folder, **options: None)
     page = build_report(tmp_path / "shared", text=text)
     assert "no metrics.jsonl: this run was exported" in page and "There are no curves" in page
     assert 'class="chunk' in page and str(tmp_path) not in page.replace(str(text), "")

@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from hldm.runs.reports import PICTURES, check_picture_path
 from hldm.studies import plots
-from hldm.studies.plots import plot_league, plot_rate_curve
+from hldm.studies.plots import plot_league, plot_parts, plot_rate_curve
 
 TWIN = {
     "name": "twin",
@@ -44,6 +44,19 @@ CURVE = {
         {"dial": dial, "value": value, "bound": bound, "share": share, "standard_error": 0.001}
         for dial, value, bound, share in POINTS
     ],
+}
+
+WORTH = {"bits": 0.4, "standard_error": 0.01}
+PARTS = {
+    "run": "small",
+    "characters": 1000,
+    "rows": {
+        "denoiser": {"part": "denoiser", "hidden": WORTH, "retrained": WORTH},
+        "far": {"part": "  far", "hidden": {"bits": -0.0001, "standard_error": None}, "retrained": None},
+    },
+    "steps": [{"steps": 0, "over": 0.0}, {"steps": 2, "over": 0.1}, {"steps": 4, "over": 0.05}],
+    "sure": {"model": 0.9, "twin": None},
+    "agreement": {"share": 0.5},
 }
 
 
@@ -107,6 +120,15 @@ def test_compressors_are_told_apart_and_their_names_do_not_overlap(drawn):
     ]
     assert len(boxes) == 4
     assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
+
+
+def test_the_legend_of_parts_covers_no_bar(drawn):
+    axes = drawn(plot_parts, PARTS)
+    figure = axes[0].figure
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert not any(box.overlaps(ax.get_window_extent()) for ax in axes)
+    assert [text.get_text() for text in legend.get_texts()] == ["hidden", "retrained"]
 
 
 def test_a_picture_may_replace_one_of_its_kind_alone(tmp_path):
