@@ -291,8 +291,8 @@ def parts_in(autoencoder: Autoencoder, prior: Prior) -> list[Part]:
         found.append(Part("trunk", "memory of the trunk beyond the last chunk", _without_memory_of_trunk))
     found += [
         Part("latent", "latent of the decoder", _without_latent),
-        Part("latent-shuffled", "  that of another chunk instead", _latent_of_another),
-        Part("latent-sampled", "  one drawn from the prior instead", _latent_of_prior),
+        Part("latent-shuffled", "  the latent of another chunk instead", _latent_of_another),
+        Part("latent-sampled", "  a latent drawn from the prior instead", _latent_of_prior),
     ]
     if autoencoder.settings.reads_text:
         found.append(Part("bytes", "encoder's features at each byte, from the decoder", _without_bytes))

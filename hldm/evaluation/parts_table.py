@@ -51,19 +51,17 @@ def parts_of_run(
     draws: noise levels a chunk;  short: the rows of SHORT alone, and of the first chunks
     Raises ValueError or OSError, one line: for a twin, an unknown part, or runs of another text.
     """
-    began = time.monotonic()
+    began, began_computing = time.monotonic(), time.process_time()
     if draws < 2 or draws % 2:
         raise ValueError(f"draws must be even and at least 2, got {draws}")
     autoencoder, prior, settings = _read_models(folder)
     if prior is None:
         raise ValueError(f"{folder} is a twin: it has no parts to hide; pass the run of a latent model")
     without = without or {}
-    names = [part.name for part in parts_in(autoencoder, prior)]
+    names = [part.name for part in parts_in(autoencoder, prior) if part.name in SHORT or not short]
     for name, other in without.items():
         if name not in names:
-            raise ValueError(
-                f"{folder} has no part {name!r:.80} to be without: its parts are {', '.join(names)}"
-            )
+            raise ValueError(f"{folder} has no part {name!r:.80} in this table: it has {', '.join(names)}")
         _check_other(folder, other)
     if twin is not None:
         _check_other(folder, twin)
@@ -73,11 +71,11 @@ def parts_of_run(
     if other_twin is not None and other_twin[1] is not None:
         raise ValueError(f"{twin} has latents: --twin takes the run of a plain autoregressive model")
 
-    found, costs = _measured(autoencoder, prior, windows, draws, seed, short and not without)
+    # runs are compared by all of the text: they cut it into other chunks
+    enough = ENOUGH_CHUNKS if short and not without else None
+    found, costs = _measured(autoencoder, prior, windows, draws, seed, short, enough)
     rows = found["rows"]
     for name, other in without.items():
-        if name not in rows:  # of a short table
-            raise ValueError(f"the short table has no row {name}: it has {', '.join(rows)}")
         again = _retrained(costs, corpus, windows, other, draws, seed)
         worth = least(from_json(rows[name]["hidden"]), from_json(again))
         rows[name] |= {"retrained": again, "worth": worth.as_json()}
@@ -89,20 +87,29 @@ def parts_of_run(
             plain = other_twin[0]
             sure = share_sure(plain, None, held_out_windows(plain, corpus), torch.Generator())
             found["sure"] |= {"twin": sure, "twin_run": twin.resolve().name}
-    return {**found, "seconds": time.monotonic() - began}
+    spent = {
+        "seconds": time.monotonic() - began,
+        "cpu_seconds": time.process_time() - began_computing,
+    }
+    return {**found, **spent}
 
 
 def short_parts(autoencoder: Autoencoder, prior: Prior, windows: Windows, seed: int) -> dict[str, Any]:
     """The short table of a loaded model, as JSON: part of every evaluation."""
-    return _measured(autoencoder, prior, windows, SHORT_DRAWS, seed, short=True)[0]
+    return _measured(autoencoder, prior, windows, SHORT_DRAWS, seed, True, ENOUGH_CHUNKS)[0]
 
 
 def _measured(
-    autoencoder: Autoencoder, prior: Prior, windows: Windows, draws: int, seed: int, short: bool
+    autoencoder: Autoencoder,
+    prior: Prior,
+    windows: Windows,
+    draws: int,
+    seed: int,
+    short: bool,
+    enough: int | None,
 ) -> tuple[dict[str, Any], Costs]:
     """The rows of the table, with what the whole model costs on the same chunks."""
     parts = [part for part in parts_in(autoencoder, prior) if part.name in SHORT or not short]
-    enough = ENOUGH_CHUNKS if short else None
     costs = measure(autoencoder, prior, windows, parts, draws=draws, seed=seed, enough=enough)
     clusters = costs.clusters
     terms = [clusters.sums(term) for term in costs.whole]
@@ -185,7 +192,9 @@ def tables(parts: Mapping[str, Any]) -> list[str | Table]:
     if "steps" in parts:
         shown += [_steps_table(parts), _latents_table(parts)]
     if "run" in parts:
-        shown.append(f"measured in {parts['seconds']:.0f} seconds")
+        shown.append(
+            f"measured in {parts['seconds']:.0f} seconds, {parts['cpu_seconds']:.0f} of one CPU core's"
+        )
     return shown
 
 

@@ -224,9 +224,9 @@ def plot_parts(parts: Mapping[str, Any], *paths: Path) -> None:
         "two writings\nagree": parts["agreement"]["share"],
     }
     known = {name: share for name, share in bars.items() if share is not None}
-    colours = {"given z_0": DECODER, "twin": TWIN}
-    shares.bar(list(known), list(known.values()), color=[colours.get(name, LATENT) for name in known])
-    shares.set(title="bytes the decoder is sure of", ylim=(0, 1), ylabel="share")
+    colours = dict(zip(bars, (DECODER, TWIN, LATENT), strict=True))
+    shares.bar(list(known), list(known.values()), color=[colours[name] for name in known])
+    shares.set(title="what a latent tells the decoder", ylim=(0, 1), ylabel="share")
     figure.suptitle(f"{parts['run']}, {parts['characters']:,} characters")
     _save(figure, paths)
 

@@ -15,10 +15,12 @@ from test_bound import lay_out, make_model, make_text
 from hldm import cli
 from hldm.evaluation import sampled
 from hldm.evaluation.bound import held_out_windows
-from hldm.evaluation.parts_table import parts_of_run, tables
+from hldm.evaluation.parts import SHORT
+from hldm.evaluation.parts_table import parts_of_run, short_parts, short_tables, tables
 from hldm.evaluation.reconstruction import read_windows
 from hldm.evaluation.sampled import STEPS, finite_steps, share_sure
 from hldm.evaluation.worth import STRETCH_BYTES, Worth, clusters_of, least, paired_worth
+from hldm.generation.pipeline import read_pipeline
 from hldm.model.diffusion import end_term
 from hldm.training.stages import train_autoencoder
 
@@ -66,6 +68,16 @@ def test_a_run_trained_without_a_part_stands_beside_the_hidden_one(parts):
     assert parts["rows"]["context"]["retrained"] is None
     shown = "\n".join(map(str, tables(parts)))
     assert "retrained" in shown and "twin was trained for" in shown
+
+
+def test_the_block_of_an_evaluation_is_shown_and_a_twin_has_none(trained_run):
+    pipeline = read_pipeline(trained_run / "pipeline")
+    windows = lay_out(make_text())
+    found = short_parts(pipeline.autoencoder, pipeline.prior, windows, seed=0)
+    assert list(found["rows"]) == [name for name in SHORT if name in found["rows"]]
+    assert {"denoiser", "context", "trunk", "latent"} <= set(found["rows"])
+    assert "steps" not in found and "denoiser" in "\n".join(map(str, short_tables(found)))
+    assert short_tables(None) == []
 
 
 def test_every_figure_is_there_and_fits_into_json(parts):
@@ -149,8 +161,9 @@ def test_clusters_are_the_same_stretches_however_the_text_is_cut():
 # ---- samplers
 
 
+@torch.no_grad()
 def test_the_cost_of_every_sampler_is_the_one_in_closed_form():
-    """One prototype, a standard normal: mu_hat = alpha z, E||mu - mu_hat||^2 = sigma^4 |mu|^2 + alpha^2 sigma^2 d."""
+    """One prototype, a standard normal: mu_hat = alpha z, of error sigma^4 |mu|^2 + alpha^2 sigma^2 d."""
     autoencoder, prior = make_model(components=1, reads_text=True)
     torch.nn.init.zeros_(prior.mixture.prototypes)
     torch.nn.init.zeros_(prior.mixture.log_deviation)
@@ -165,7 +178,9 @@ def test_the_cost_of_every_sampler_is_the_one_in_closed_form():
         sigma_square = torch.sigmoid(gamma[1:])
         error = sigma_square**2 * square + (1 - sigma_square) * sigma_square * prior.latent_dim
         expected = 0.5 * ((-gamma).exp().diff().neg() * error).sum() + end
-        assert found[steps]["bits"] == pytest.approx(float(expected) / unit, rel=0.02), steps
+        assert found[steps]["bits"] == pytest.approx(float(expected) / unit, rel=0.1), (
+            steps
+        )  # a draw a chunk at S = 1
     assert abs(found[0]["over"]) < 4 * found[0]["standard_error"]  # the path and the density cost the same
 
 
