@@ -1,18 +1,21 @@
 """What a sampler of few steps costs, how far its latents are from true ones, and what a latent tells the decoder.
 
-The bound that is reported belongs to infinitely many steps. A sampler with S ancestral steps has a bound of its own,
+The bound that is reported belongs to infinitely many steps. A sampler of S steps with kernels p(z_{i-1} | z_i) has a
+bound of its own,
 
-    L_S = 1/2 sum_{i=1..S} (e^-gamma_{i-1} - e^-gamma_i) E||mu - mu_hat(z_{gamma_i})||^2 + KL(q(z_1) || N(0, I))
+    L_S = sum_{i=1..S} E[log q(z_{i-1} | z_i, mu) - log p(z_{i-1} | z_i)] + KL(q(z_1) || N(0, I))
 
-(VDM, arXiv 2107.00630, equation 13), for its kernel is q(z_{i-1} | z_i, mu) with mu_hat in place of mu. S = 0 is a draw
-from the mixture, whose cost is in closed form.
+(VDM, arXiv 2107.00630, equation 11). Ancestral kernels are q(z_{i-1} | z_i, x0) with a draw of x0 from the mixture,
+which the network shifts: a mixture in closed form; without a mixture x0 is the estimate. S = 0 is a draw from the
+mixture, whose cost is in closed form, too.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,16 +30,27 @@ from hldm.generation.writer import LatentWriter, row_generators
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.contextualiser import Context
 from hldm.model.denoiser import Told
-from hldm.model.diffusion import bound_integrand, diffuse, end_term, sample, sampler_steps
+from hldm.model.diffusion import (
+    Spread,
+    alpha_sigma,
+    bound_integrand,
+    diffuse,
+    end_term,
+    sample,
+    sampler_steps,
+    stratified,
+)
 from hldm.model.likelihood import noisy_latents, read_chunks
+from hldm.model.mixture import MixturePredictor
 from hldm.model.prior import Prior
 from hldm.model.state import Encoding, pick_rows
 from hldm.text.bytes import END_OF_CHUNK
 from hldm.text.windows import Batch, Windows, draw_normal, draw_uniform, window_of
 
 STEPS = (0, 1, 2, 4, 8, 16, 64)
-FINEST = max(STEPS)  # the levels of every coarser sampler are among its own
-TOGETHER = 4  # noise levels at once: 2 and 16 take longer (measured, configs/small.yaml, one core)
+LEVELS = 64  # noise levels of the limit, a chunk
+TOGETHER = 4  # at once: 2 and 16 take longer (measured, configs/small.yaml, one core)
+MOST_STEPS = 8  # of a sampler, drawn a chunk: more of them make L_64 dear and hardly more exact
 SURE = 0.9  # probability of the likeliest symbol from which the decoder counts as sure of it
 PLACES, WRITINGS = 512, 64  # latents that are written, and how often each: an error of 1.5 points
 PLACES_AT_ONCE = 32
@@ -69,56 +83,96 @@ def sampled_latents(prior: Prior, context: Context, steps: int, generator: torch
     def denoise(state: Tensor, gamma: Tensor) -> Tensor:
         return prior.denoise(state.view(b, n, 1, z), gamma.view(b, n, 1), told).view(rows, z)
 
+    spread: Spread | None = None
+    if told.log_weights is not None:
+        flat = told._replace(log_weights=told.log_weights.view(rows, 1, 1, -1))
+
+        def spread(state: Tensor, gamma: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+            return prior.spread(state, gamma, flat, u)
+
     plan = sampler_steps("ancestral", prior.schedule, steps)
     device = context.summary.device
-    return sample(denoise, (rows, z), plan, generators, device=device).view(b, n, z)
+    return sample(denoise, (rows, z), plan, generators, device=device, spread=spread).view(b, n, z)
 
 
 # ---- bounds of finite samplers
 
 
-class _Levels(NamedTuple):
-    """A chunk's costs under every sampler of STEPS, nats (b n), and under infinitely many steps."""
-
-    finite: dict[int, Tensor]
-    infinite: Tensor
+def _limit(prior: Prior, mu: Tensor, told: Told, batch: Batch, generator: torch.Generator) -> Tensor:
+    """The latent terms of the bound of infinitely many steps, one draw for each of LEVELS strata: nats (b n)."""
+    b, n, z = mu.shape
+    u = stratified(LEVELS, draw_uniform(batch, (n,), generator))
+    noise = draw_normal(batch, (n, LEVELS, z), generator)
+    terms = []
+    for first in range(0, LEVELS, TOGETHER):
+        part = slice(first, first + TOGETHER)
+        gamma = prior.schedule.gamma(u[:, :, part])
+        x0 = mu[:, :, None].expand(b, n, TOGETHER, z)
+        x0_hat = prior.denoise(diffuse(x0, gamma, noise[:, :, part]), gamma, told)
+        terms.append(bound_integrand(x0, x0_hat, gamma) / prior.schedule.density(gamma))
+    return torch.cat(terms, dim=-1).mean(dim=-1) + end_term(mu, prior.diffusion.gamma_1)
 
 
 def _cost_of_steps(
-    prior: Prior, encoding: Encoding, told: Told, batch: Batch, generator: torch.Generator
-) -> _Levels:
-    """L_S for S of STEPS and their limit, one draw of noise for each interval of the finest sampler.
-
-    The limit is drawn at one level within each interval, with the noise of the interval's end.
-    """
-    mu, gamma_0 = encoding.latents, prior.diffusion.gamma_0
+    prior: Prior, mu: Tensor, told: Told, batch: Batch, steps: int, generator: torch.Generator
+) -> Tensor:
+    """L_S of S ancestral steps, of which MOST_STEPS are drawn, one from each stretch of as many: nats (b n)."""
+    plan = sampler_steps("ancestral", prior.schedule, steps)
     b, n, z = mu.shape
-    edge = prior.schedule.gamma(torch.linspace(0, 1, FINEST + 1, device=mu.device))  # gamma_0 .. gamma_1
-    inside = torch.arange(FINEST, device=mu.device) + draw_uniform(batch, (n, FINEST), generator)
-    between = prior.schedule.gamma(inside / FINEST)  # (b n m)
-    noise = draw_normal(batch, (n, FINEST, z), generator)
-    at_edge, terms = [], []
-    for first in range(0, FINEST, TOGETHER):
-        part = slice(first, first + TOGETHER)
-        x0 = mu[:, :, None].expand(b, n, TOGETHER, z)
-        for gamma, is_edge in ((edge[1:].expand(b, n, FINEST), True), (between, False)):
-            level = gamma[:, :, part]
-            x0_hat = prior.denoise(diffuse(x0, level, noise[:, :, part]), level, told)
-            if is_edge:
-                at_edge.append((x0 - x0_hat).square().sum(dim=-1))
-            else:
-                terms.append(bound_integrand(x0, x0_hat, level) / prior.schedule.density(level))
-    error = torch.cat(at_edge, dim=-1)  # (b n m)
-    end = end_term(mu, prior.diffusion.gamma_1)
-    finite = {}
-    for steps in filter(None, STEPS):
-        every = FINEST // steps
-        snr = torch.exp(-edge[::every])  # (steps + 1)
-        finite[steps] = 0.5 * ((snr[:-1] - snr[1:]) * error[..., every - 1 :: every]).sum(dim=-1) + end
-    if prior.mixture is not None and told.log_weights is not None:
-        x0 = mu[:, :, None].expand_as(noise)
-        finite[0] = prior.mixture.rate(x0, noise, gamma_0, told.log_weights).mean(dim=-1)
-    return _Levels(finite, torch.cat(terms, dim=-1).mean(dim=-1) + end)
+    total = end_term(mu, prior.diffusion.gamma_1)
+    drawn = min(steps, MOST_STEPS)
+    for part in range(drawn):
+        u = draw_uniform(batch, (n,), generator)
+        step = ((part + u) * steps / drawn).long().clamp(max=steps - 1)  # (b n)
+        gamma, weights = plan.gammas[step], plan.weights[step]
+        noise = draw_normal(batch, (n, 2, z), generator)
+        above = diffuse(mu, gamma, noise[:, :, 0])
+        of_z, of_x0, _, deviation = (weight[..., None] for weight in weights.unbind(-1))
+        below = of_z * above + of_x0 * mu + deviation * noise[:, :, 1]
+        log_q = _log_normal(noise[:, :, 1], torch.ones_like(deviation)) - z * deviation[..., 0].log()
+        x0_hat = prior.denoise(above[:, :, None], gamma[:, :, None], told)[:, :, 0]
+        from_estimate = below - of_z * above - of_x0 * x0_hat
+        if prior.mixture is None or told.log_weights is None:
+            log_p = _log_normal(from_estimate, deviation.square().expand_as(mu))
+        else:
+            log_p = _log_mixture(
+                prior.mixture, from_estimate, above, gamma, told.log_weights[:, :, 0], of_x0, deviation
+            )
+        total = total + (log_q - log_p) * steps / drawn
+    return total
+
+
+def _log_normal(x: Tensor, variance: Tensor) -> Tensor:
+    """log N(x; 0, diag variance). (... z), (... z) -> (...)."""
+    return -0.5 * (x.square() / variance + variance.log() + math.log(2 * math.pi)).sum(dim=-1)
+
+
+def _log_mixture(
+    mixture: MixturePredictor,
+    from_estimate: Tensor,
+    z: Tensor,
+    gamma: Tensor,
+    log_weights: Tensor,
+    of_x0: Tensor,
+    deviation: Tensor,
+) -> Tensor:
+    """log p of a step whose x0 is a draw from the mixture given z, shifted so that its mean is the estimate: (b n).
+
+    from_estimate: (b n z) from where the step would lead with the estimate itself;  of_x0, deviation: (b n 1)
+    """
+    joint = mixture.joint(z, gamma, log_weights)
+    alpha, sigma = (x.unsqueeze(-1) for x in alpha_sigma(gamma))
+    square = (2 * mixture.log_deviation).exp()
+    left = sigma.square() / (
+        alpha.square() * square + sigma.square()
+    )  # what a component leaves of a prototype
+    variance = of_x0.square() * left * square + deviation.square()
+    y = from_estimate + of_x0 * left * (joint.softmax(dim=-1) @ mixture.prototypes)
+    scale = of_x0 * left  # y of component k ~ N(scale m_k, variance)
+    cross = (scale * y / variance) @ mixture.prototypes.T
+    own = (scale.square() / variance) @ mixture.prototypes.square().T
+    by_component = joint.log_softmax(dim=-1) + cross - 0.5 * own
+    return by_component.logsumexp(dim=-1) + _log_normal(y, variance)
 
 
 @torch.no_grad()
@@ -129,12 +183,18 @@ def finite_steps(
     nats = {steps: np.zeros(windows.chunks) for steps in STEPS if steps or prior.mixture is not None}
     infinite = np.zeros(windows.chunks)
     for batch, encoding, context in read_contexts(autoencoder, prior, windows):
-        costs = _cost_of_steps(prior, encoding, prior.tell(context), batch, generator)
-        mask = batch.is_chunk
+        mu, told, mask = encoding.latents, prior.tell(context), batch.is_chunk
         chunk = batch.chunk_index[mask].cpu().numpy()
-        infinite[chunk] = costs.infinite[mask].double().cpu().numpy()
-        for steps, cost in costs.finite.items():
-            nats[steps][chunk] = cost[mask].double().cpu().numpy()
+        infinite[chunk] = _limit(prior, mu, told, batch, generator)[mask].double().cpu().numpy()
+        for steps, found in nats.items():
+            if steps:
+                cost = _cost_of_steps(prior, mu, told, batch, steps, generator)
+            else:
+                assert prior.mixture is not None and told.log_weights is not None
+                noise = draw_normal(batch, mu.shape[1:], generator)
+                gamma_0 = prior.diffusion.gamma_0
+                cost = prior.mixture.rate(mu, noise, gamma_0, told.log_weights[:, :, 0])
+            found[chunk] = cost[mask].double().cpu().numpy()
     clusters = clusters_of(windows)
     return [_row_of_steps(clusters, steps, cost, infinite) for steps, cost in nats.items()]
 

@@ -20,11 +20,12 @@ from torch import Tensor
 
 from hldm.evaluation.bound import held_out_windows
 from hldm.evaluation.reconstruction import read_windows
+from hldm.evaluation.sampled import sampled_latents
 from hldm.evaluation.tables import Table
 from hldm.generation.pipeline import read_pipeline
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.contextualiser import Context
-from hldm.model.diffusion import Spread, alpha_sigma, sample, sampler_steps
+from hldm.model.diffusion import alpha_sigma
 from hldm.model.likelihood import noisy_latents, read_chunks
 from hldm.model.prior import Prior, price_latents
 from hldm.model.state import Encoding
@@ -39,6 +40,7 @@ NOISE_LEVELS = 9  # points of the curve of accuracy against noise
 ENOUGH_CHUNKS = 4000  # where a figure needs a pass of its own: a standard error of about 1 % of it
 NEIGHBOURS, PROBES = 5, 12
 SHOWN_BINS = 16  # of log SNR
+SAMPLER_STEPS = 16  # of the latents sampled to see what the decoder makes of them
 
 # tables of the summary: key and format by head
 BITS = {"bits": ("bits", ".4f"), "symbols right": ("accuracy", ".2%")}
@@ -217,41 +219,12 @@ def _variants(
         latents["other document"] = mu.roll(1, dims=0)
     variants: dict[str | float, Tensor] = {"own": mu, "clean": alpha_0 * mu}
     variants |= {name: alpha_0 * latent + sigma_0 * noise for name, latent in latents.items()}
-    variants["sampled"] = _sampled(prior, mu, context, generator)
+    variants["sampled"] = sampled_latents(prior, context.first(mu.shape[1]), SAMPLER_STEPS, generator)
     for gamma in torch.linspace(gamma_0 - 4, gamma_1, NOISE_LEVELS):
         # the decoder expects the signal at alpha_0 whatever the noise: only the noise changes
         alpha, sigma = (part.to(mu) for part in alpha_sigma(gamma))
         variants[float(gamma)] = alpha_0 / alpha * (alpha * mu + sigma * noise)
     return variants
-
-
-def _sampled(prior: Prior, mu: Tensor, context: Context, generator: torch.Generator) -> Tensor:
-    """Latents (b n z) drawn from the prior, given the true text before."""
-    b, n, z = mu.shape
-    told = prior.tell(context.first(n))
-
-    def denoise(state: Tensor, gamma: Tensor) -> Tensor:
-        return prior.denoise(state.view(b, n, 1, z), gamma.view(b, n, 1), told).view(b * n, z)
-
-    spread: Spread | None = None
-    if told.log_weights is not None:
-        flat = told._replace(log_weights=told.log_weights.view(b * n, 1, 1, -1))
-
-        def spread(state: Tensor, gamma: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-            return prior.spread(state, gamma, flat, u)
-
-    seeds = torch.randint(2**62, (b * n,), generator=generator).tolist()
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    plan = sampler_steps("ancestral", prior.schedule, 16)
-    drawn = sample(
-        denoise,
-        (b * n, z),
-        plan,
-        generators,
-        device=mu.device,
-        spread=spread,
-    )
-    return drawn.view(b, n, z)
 
 
 def _bits_by_variant(reads: Mapping[str | float, np.ndarray]) -> dict[str, Any]:
