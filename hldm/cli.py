@@ -15,7 +15,11 @@ from typing import Annotated
 import typer
 
 import hldm
-from hldm.commands import measuring, training, writing
+from hldm import plugins
+from hldm.commands import benchmarks, measuring, score, sharing, training, writing
+from hldm.commands import jepa as jepa_commands
+from hldm.commands.playground import playground
+from hldm.commands.report import report
 from hldm.commands.train import train
 from hldm.config import ConfigError
 from hldm.doctor import doctor
@@ -29,17 +33,24 @@ for command in (  # in the order of the help
     training.train_diffusion,
     writing.generate,
     measuring.evaluate,
+    score.score,
+    benchmarks.pairs,
     measuring.diagnose,
     measuring.rate_curve,
     measuring.chunkers,
+    jepa_commands.similarity,
     measuring.judge,
+    report,
+    playground,
     writing.chunk,
     measuring.bench,
-    training.export,
+    sharing.export,
     training.sizes,
     doctor,
 ):
     app.command()(command)
+app.command(context_settings=benchmarks.PASSED_ON)(benchmarks.lm_eval)
+app.add_typer(jepa_commands.app, name="jepa")
 
 
 def _print_version(is_asked: bool) -> None:
@@ -75,6 +86,11 @@ generate = partial(_run_script, writing.generate, "generate.py")
 evaluate = partial(_run_script, measuring.evaluate, "python -m hldm.evaluation")
 
 
+def jepa(argv: Sequence[str] | None = None) -> int:
+    """`python -m hldm.jepa`."""
+    return _run(jepa_commands.app, "python -m hldm.jepa", argv)
+
+
 def _run(commands: typer.Typer, name: str, argv: Sequence[str] | None) -> int:
     """Parse and run. Not by typer's own main: errors, signals and exit codes are those of `guarded`."""
     arguments = (sys.argv[1:] if argv is None else [*argv]) or (["--help"] if commands is app else [])
@@ -84,7 +100,8 @@ def _run(commands: typer.Typer, name: str, argv: Sequence[str] | None) -> int:
 
     def work() -> int:
         try:
-            with parser.make_context(name, arguments, help_option_names=["-h", "--help"]) as context:
+            made = parser.make_context
+            with plugins.scope(), made(name, arguments, help_option_names=["-h", "--help"]) as context:
                 return parser.invoke(context) or 0
         except typer.Exit as end:  # after --help or --version
             return end.exit_code

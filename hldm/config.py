@@ -14,7 +14,9 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import Field
 
-from hldm.settings import ConfigError, S, Section, Setting, build_section, changed, dotted, read_settings
+from hldm.retired import is_retired
+from hldm.settings import ConfigError as ConfigError  # imported from here by all rooms below
+from hldm.settings import S, Section, Setting, build_section, changed, dotted, is_own, read_settings
 
 Count = Annotated[int, Field(gt=0, lt=2**63)]
 Positive = Annotated[float, Field(gt=0, lt=2**63)]
@@ -71,13 +73,16 @@ Strategy = Literal[TextStrategy, ModelStrategy]
 class ChunkingConfig(Section):
     """Which stretches of text share one latent."""
 
-    strategy: Strategy = "words"
+    strategy: str = "words"  # a Strategy, or a class of one's own as module:Class (docs/own_part.md)
     min_bytes: Count = 4  # a chunk ends at a border only once it holds so many bytes
     max_bytes: int = Field(default=10, gt=0, le=65_536)  # no chunk is longer
     target_bytes: Positive = 6.0  # mean length that strategies with a segmenter are set to, on training text
     segmenter: SegmenterConfig = SegmenterConfig()  # of strategies that ask one
 
     def check(self) -> None:
+        if not (self.strategy in (known := get_args(Strategy)) or is_own(self.strategy)):
+            expected = f"one of {', '.join(known)}, or your own module:Class"
+            raise ValueError(f"strategy must be {expected}, got {self.strategy!r:.80}")
         if self.min_bytes > self.max_bytes:
             raise ValueError(
                 f"min_bytes must not exceed max_bytes, got {self.min_bytes} and {self.max_bytes}"
@@ -202,8 +207,13 @@ class PriorConfig(Section):
     draws: int = Field(default=4, gt=0, le=512)  # noise draws that share one context
     context_dropout: Share = 0.1  # share of contexts hidden in training, for guidance
     dropout: Share = 0.0
+    denoiser: str = ""  # a class of one's own in place of the denoiser, as module:Class (docs/own_part.md)
+    plugin: str = ""  # likewise a subclass of the whole prior
 
     def check(self) -> None:
+        for name, own in (("denoiser", self.denoiser), ("plugin", self.plugin)):
+            if own and not is_own(own):
+                raise ValueError(f"{name} must be empty or your own module:Class, got {own!r:.80}")
         for name, width in (("width", self.width), ("denoiser_width", self.denoiser_width)):
             if width % self.heads:
                 raise ValueError(f"{name} must be divisible by prior.heads, got {width} and {self.heads}")
@@ -313,46 +323,6 @@ class Config(Section):
         return self.autoencoder.latent_dim == 0
 
 
-# Settings of earlier versions that are gone, each with the values that say what is left; none: any does, since without
-# the form it belonged to it says nothing. A saved model or a file that says this much loads as before.
-RETIRED: Mapping[str, tuple[str, ...]] = {
-    "autoencoder.writes": ("bytes",),
-    "autoencoder.rate": ("mixture",),
-    "autoencoder.byte_dropout": ("0", "0.0"),
-    "autoencoder.latent_dropout": ("0", "0.0"),
-    "autoencoder.clean_latents": ("0", "0.0"),
-    "chunking.entropy_form": ("threshold",),
-    "chunking.gate_form": ("first",),
-    "chunking.learned_form": ("forget",),
-    "chunking.select_form": ("last",),
-    "data.cache_latents": ("false", "False"),
-    "diffusion.schedule": ("learned",),
-    "prior.contextualiser": ("transformer",),
-    "prior.one_step": ("none",),
-    "prior.energy": (),
-    "prior.self_conditioning": ("0", "0.0"),
-    "training.autoencoder.joint": ("0", "0.0"),
-    "training.prior.joint": ("0", "0.0"),
-}
-# of settings that stay
-RETIRED_VALUES = {"diffusion.target": ("eps",), "generation.scheduler": ("energy", "flow")}
-
-
-def is_retired(key: str, value: object, where: str = "") -> bool:
-    """Whether this is a setting of RETIRED. Raises ConfigError where it says another form than what is left.
-
-    value: as it was written, or what was read of it; where: what an error opens with
-    """
-    old = next((old for old in RETIRED if f"{key}.".startswith(f"{old}.")), "")
-    left = RETIRED.get(old, ())
-    if (left and str(value) not in left) or value in RETIRED_VALUES.get(key, ()):
-        raise ConfigError(
-            f"{where}{key}={str(value)[:100]} is a form that was removed: choose another or, for what was trained "
-            "with it, use the version of hldm that trained it or train again"
-        )
-    return bool(old)
-
-
 def _build(cls: type[S], settings: Mapping[str, Setting], section: str = "") -> S:
     """As build_section, without the settings of RETIRED."""
     kept = {k: s for k, s in settings.items() if not is_retired(f"{section}{k}", s.value, f"{s.where}: ")}
@@ -365,6 +335,23 @@ def stage_training(config: Config, stage: str, **changes: Any) -> Config:
     return changed(config, training=changed(config.training, **{stage: training}))
 
 
+def find_config(path: str | Path) -> Path:
+    """A config file as it is given, or one that comes with hldm by its name: tiny, tiny.yaml or configs/tiny.yaml.
+
+    Raises ConfigError for a name that is neither.
+    """
+    path = Path(path)
+    if path.parent not in (Path(), Path("configs")) or (path.exists() and not path.is_dir()):
+        return path
+    inside = Path(__file__).parent / "configs"  # of an installed wheel; a clone has them beside the package
+    shipped = inside if inside.is_dir() else inside.parents[1] / "configs"
+    found = shipped / f"{path.name.removesuffix('.yaml')}.yaml"
+    if found.is_file():
+        return found
+    names = ", ".join(sorted(file.stem for file in shipped.glob("*.yaml")))
+    raise ConfigError(f"{path}: cannot be read as a config: no such file, nor one of those of hldm: {names}")
+
+
 def load_config(
     paths: Sequence[str | Path] | str | Path,
     overrides: Sequence[str] = (),
@@ -372,12 +359,12 @@ def load_config(
 ) -> Config:
     """Defaults, then the YAML files in order, then the command line's `a.b=c`; later wins.
 
-    A file may open with `base: other.yaml` (relative to it) and say only what differs. A config without
-    a name takes the last file's. ConfigError, one line, for anything that is not a known key with a value of
-    its type and range.
+    A file may be named as `find_config` takes it. It may open with `base: other.yaml` (relative to it) and say only
+    what differs. A config without a name takes the last file's. ConfigError, one line, for anything that is not a
+    known key with a value of its type and range.
     inherited: files whose settings, but for the name, lie below all of these: the config.yaml of a run
     """
-    files = [paths] if isinstance(paths, str | Path) else list(paths)
+    files = [find_config(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
     settings = read_settings(inherited)
     settings.pop("name", None)
     config = _build(Config, settings | read_settings(files, overrides))
@@ -395,6 +382,6 @@ def to_dict(section: Section) -> dict[str, Any]:
     return section.model_dump(mode="json")
 
 
-def to_yaml(config: Config) -> str:
+def to_yaml(config: Section) -> str:
     """YAML text that `load_config` reads back to the same config."""
     return yaml.safe_dump(to_dict(config), sort_keys=False)

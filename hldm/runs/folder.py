@@ -15,7 +15,6 @@ import math
 import os
 import platform
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -31,7 +30,8 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import yaml
 
-from hldm.config import Config, ConfigError, is_retired, load_config, to_dict
+from hldm.config import Config, ConfigError, load_config, to_dict
+from hldm.retired import is_retired
 from hldm.runs.checkpoints import checkpoints_in
 from hldm.runs.files import atomic_write, naming, sha256_of
 from hldm.settings import dotted
@@ -244,13 +244,30 @@ def require_same_text(stage: Path, corpus: Corpus) -> None:
 
 
 def corpora_of_run(folder: Path) -> dict[Split, Corpus]:
-    """The splits of the text that a run was trained on. Raises ConfigError where that text is another by now."""
+    """The splits of the text that a run was trained on. Raises OSError or ValueError where it is not here as it was."""
     from hldm.sources.corpora import load_corpora
 
     stage = folder / "autoencoder"
-    corpora = load_corpora(load_config(stage / "config.yaml").data)
-    require_same_text(stage, corpora["train"])
+    if not (stage / "config.yaml").is_file():
+        raise FileNotFoundError(f"{folder} does not say what it was trained on: pass --text with a file")
+    try:
+        corpora = load_corpora(load_config(stage / "config.yaml").data)
+        require_same_text(stage, corpora["train"])
+    except (FileNotFoundError, ConfigError) as error:
+        raise type(error)(f"{error}; or pass --text with a file to measure {folder} on that") from None
     return corpora
+
+
+def training_text_of(folder: Path) -> bytes | None:
+    """The training split of the text that a run was trained on; None, which is said, where it is not here as it was."""
+    from hldm.sources.notes import first_line, note
+
+    try:
+        return corpora_of_run(folder)["train"].text.tobytes()
+    except (OSError, ValueError) as error:
+        reason = first_line(error).partition("; or pass --text")[0]
+        note(f"nothing is compared with the training text, which is not at hand ({reason})")
+        return None
 
 
 def shipped(name: str) -> Path:
@@ -264,30 +281,6 @@ def shipped(name: str) -> Path:
 def shipped_run(twin: bool = False) -> Path:
     """The trained run that comes with hldm, or its twin. Raises FileNotFoundError in a copy without it."""
     return shipped("small-twin" if twin else "small")
-
-
-def export_run(folder: Path, target: Path) -> None:
-    """Copy a trained run without what only training needs: its pipeline, and of each stage settings and cost.
-
-    Raises FileNotFoundError for a run that is not finished, ValueError when the target is there already.
-    """
-    if not (folder / "pipeline" / "model_index.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no finished run: train its last stage first")
-    if target.exists():
-        raise ValueError(f"{target} is there already: delete it or choose another name")
-    fresh = target.with_name(f".{target.name}.new-{os.getpid()}")
-    shutil.rmtree(fresh, ignore_errors=True)
-    try:
-        shutil.copytree(folder / "pipeline", fresh / "pipeline")
-        for stage in folder.iterdir():
-            if (stage / "totals.json").is_file():
-                read_totals(stage)
-                (fresh / stage.name).mkdir()
-                for name in ("config.yaml", "environment.json", "totals.json"):
-                    shutil.copyfile(stage / name, fresh / stage.name / name)
-        fresh.rename(target)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def check_run_name(name: str) -> None:

@@ -19,8 +19,20 @@ REDRAWN = 0.1  # seconds between two pictures of the live display, at least
 MOST_POINTS = 256  # of a curve that are kept; beyond, neighbours are averaged
 BARS, ASCII_BARS = "▁▂▃▄▅▆▇█", "_.-=+*#@"
 # signs of life of what trains (hldm.model.vitals): those that a line of progress shows, and the others
-SIGNS = {"prototypes": "{:.0f} prototypes", "rank": "rank {:.1f}"}
-OTHER_SIGNS = {"weights_bits", "dimensions", "dead_dimensions", "largest_bin"}
+SIGNS = {
+    "prototypes": "{:.0f} prototypes",
+    "distance": "distance {:.3f}",
+    "rank": "rank {:.1f}",
+    "least_deviation": "deviation {:.2f}",
+    "mean_cosine": "cosine {:.2f}",
+    "r2_beyond_length": "R2 {:.2f}",
+    "shuffle_gap": "gap {:.2f}",
+}
+OTHER_SIGNS = {"weights_bits", "dimensions", "dead_dimensions", "largest_bin", "r2", "untrained_rank"} | {
+    f"{whose}_{sign}"
+    for whose in ("predicted", "target")
+    for sign in ("rank", "least_deviation", "mean_cosine")
+}
 
 
 def bits_of(metrics: dict[str, float]) -> dict[str, float]:
@@ -33,11 +45,12 @@ def describe(metrics: dict[str, float], validation: dict[str, float] | None = No
     """Bits per character by name, their sum first when there are several, the speed, and signs of life.
 
     validation: the last one's bound and terms, if there was one; stage two, which trains the latents' terms alone, has
-    its total from there
+    its total from there. An encoder that is trained on latents alone writes no bytes and has no bits.
     """
     bits = bits_of(metrics)
     total = f"{sum(bits.values()):.3f}"
-    parts = [f"{total} bits/char" + ("" if "decoder" in bits else " in latents alone")]
+    of_what = " in latents alone" if "latent" in bits and "decoder" not in bits else ""
+    parts = [f"{total} bits/char{of_what}"] if bits else []
     if len(bits) > 1:
         parts.append(_terms(bits))
     if validation is not None:
@@ -230,7 +243,8 @@ class Progress:
         if progress == 1:
             left = 0.0
         bits = bits_of(metrics)
-        self.curve.add(sum(bits.values()))
+        total = sum(bits.values()) if bits else metrics["distance"]  # of an encoder that writes no bytes
+        self.curve.add(total)
         if self.display is None:
             if step % every == 0:
                 rest = "" if left is None else f" {clock(left)} left"
@@ -238,7 +252,7 @@ class Progress:
                 self.say(f"{self.run}/{self.stage}: step {step} {progress:4.0%} {told}{rest}")
             return
         later = self.part.later_minutes
-        total = f"{sum(bits.values()):.3f}"
+        unit = "{:.3f} bits/char" if "decoder" in bits else "latents {:.3f} bits/char"
         self.picture = Picture(
             run=self.run,
             stage=f"{self.part}, {self.stage}",
@@ -246,7 +260,7 @@ class Progress:
             left=left,
             in_all=None if left is None or later is None else left + 60 * later,
             step=step,
-            bits=f"{total} bits/char" if "decoder" in bits else f"latents {total} bits/char",
+            bits=(unit if bits else "distance {:.3f}").format(total),
             validation=None if self.validation is None else self.validation["bound"],
             speed=metrics["characters_per_second"],
             curve=self.curve,

@@ -19,8 +19,9 @@ from hldm.chunking.segmenter import Segmenter
 from hldm.chunking.strategies import SEGMENTERS
 from hldm.config import Config, ConfigError, DataConfig, GriffinConfig
 from hldm.generation.footprint import FLOAT, INTEGER, RUNTIME, chunk_bytes, state_bytes
+from hldm.generation.own_prior import prior_class
 from hldm.model.autoencoder import Autoencoder
-from hldm.model.prior import Prior
+from hldm.plugins import allow_named
 from hldm.runs.machine import available_memory, free_disk, gpu_memory, human
 from hldm.sources.files import matching_files
 from hldm.sources.notes import TextNote
@@ -105,12 +106,14 @@ def text_bytes(data: DataConfig) -> int:
 
 def untrained(config: Config, stage: str) -> AutoencoderObjective | PriorObjective:
     """What a stage ("autoencoder" or "prior") trains, on whatever device is the default."""
+    allow_named(config)
     autoencoder = Autoencoder.from_settings(config.autoencoder, config.chunking)
     if stage == "autoencoder":
         if config.training.autoencoder.gradient_checkpointing:
             autoencoder.enable_gradient_checkpointing()
         return AutoencoderObjective(autoencoder, config.autoencoder, config.diffusion.gamma_0)
-    prior = Prior.from_settings(config.autoencoder, config.prior, config.hierarchy, config.diffusion)
+    sections = (config.autoencoder, config.prior, config.hierarchy, config.diffusion)
+    prior = prior_class(config.prior).from_settings(*sections)
     return PriorObjective(prior, autoencoder)
 
 

@@ -21,6 +21,7 @@ from hldm.chunking.segmenter import Segmenter
 from hldm.chunking.strategies import cached_starts, read_segmenter
 from hldm.config import Config, ConfigError, LoggingConfig, TrainingConfig, to_dict
 from hldm.model.speed import why_plain
+from hldm.model.vitals import complaints
 from hldm.runs.checkpoints import checkpoints_in
 from hldm.runs.clock import clock_named
 from hldm.runs.exits import Interrupted
@@ -40,9 +41,8 @@ from hldm.training.environment import (
     naming_variables,
     rounding_variables,
 )
-from hldm.training.objectives import AutoencoderObjective, PriorObjective
 from hldm.training.segmenters import train_segmenter
-from hldm.training.trainer import Trainer
+from hldm.training.trainer import Complaints, Trainer
 
 MAY_CHANGE = (*MAY_CHANGE_ONCE_TRAINED, "training.")  # on resume
 SEGMENTER_SHARE = 0.2  # of stage one's minutes, at most, for what cuts its text
@@ -63,11 +63,13 @@ class Stage:
 
     def fit(
         self,
-        objective: AutoencoderObjective | PriorObjective,
-        windows: Windows,
+        objective: nn.Module,
+        windows: Any,
         on_sample: Callable[[nn.Module], str],
         on_validate: Callable[[nn.Module], dict[str, float]] | None = None,
         bound_to: dict[str, str] | None = None,
+        complaints: Complaints = complaints,
+        decay_growth: float = 1.0,
     ) -> Totals:
         """Train an objective from its start or newest checkpoint; `bound_to` must not change in between.
 
@@ -91,6 +93,8 @@ class Stage:
             extras={"corpus": windows.corpus.fingerprint, **(bound_to or {})},
             spent=clock_named(self.training.clock)() - self.opened,
             part=self.part,
+            complaints=complaints,
+            decay_growth=decay_growth,
         )
         if self.resume:
             trainer.restore(self.say)

@@ -20,6 +20,7 @@ from torch import nn
 from hldm.chunking.chunker import Chunker, make_chunker
 from hldm.chunking.strategies import attach_segmenter, chunker_of, read_segmenter
 from hldm.config import Config, ConfigError, changed, to_dict
+from hldm.generation.own_prior import code_of, prior_class
 from hldm.generation.pipeline import HLDMPipeline
 from hldm.generation.writer import write_on
 from hldm.model.autoencoder import Autoencoder
@@ -27,6 +28,7 @@ from hldm.model.diffusion import alpha_sigma
 from hldm.model.likelihood import read_chunks
 from hldm.model.mixture import MixturePredictor
 from hldm.model.prior import Prior
+from hldm.plugins import allow_named
 from hldm.runs.files import fingerprint
 from hldm.runs.folder import check_settings, code_fingerprint, read_totals, require_same_text
 from hldm.runs.identity import MAY_CHANGE_ONCE_TRAINED, SHOWN, TEXT_SETTINGS, trained_by
@@ -64,6 +66,7 @@ def train_autoencoder(
     part: which of how many trainings this is, for what is shown; the run's own stages when None
     """
     folder = root / config.name
+    allow_named(config)  # whoever trains a config has asked for the code it names
     require_room(config, "autoencoder", root)
     check_trackers(config.logging)
     corpora = load_corpora(config.data)  # before the folder is opened: a mistake leaves none
@@ -73,13 +76,13 @@ def train_autoencoder(
         chunker = make_chunker(config.chunking, segmenter)
         sample_text = opening(chunker, corpora["validation"])
         autoencoder = Autoencoder.from_settings(config.autoencoder, config.chunking, config.diffusion.gamma_0)
-        if segmenter is not None:
-            attach_segmenter(autoencoder, segmenter)
+        attach_segmenter(autoencoder, segmenter)
         if stage.training.gradient_checkpointing:
             autoencoder.enable_gradient_checkpointing()
         objective = AutoencoderObjective(autoencoder, config.autoencoder, config.diffusion.gamma_0)
         on_sample = partial(_sample, text=sample_text, config=config)
-        bound_to = {} if segmenter is None else {"segmenter": autoencoder.config["segmenter"]}
+        mark = autoencoder.config["segmenter"]
+        bound_to = {"segmenter": mark} if mark else {}
         on_validate = _validate_autoencoder(config, autoencoder, corpora["validation"], validation)
         totals = stage.fit(objective, windows, on_sample, on_validate, bound_to)
         stage.export(autoencoder, stage.run.folder / "model")
@@ -107,13 +110,13 @@ def train_diffusion(
     if config.is_twin:
         raise ConfigError("autoencoder.latent_dim is 0: the twin has no latents and so no second stage")
     folder = root / config.name
+    allow_named(config)
     require_room(config, "prior", root)
     check_trackers(config.logging)
     autoencoder = read_autoencoder(folder, config)
     binding = fingerprint(autoencoder.state_dict())
     segmenter = read_segmenter(folder / "segmenter" / "model", config.chunking)
-    if segmenter is not None:
-        attach_segmenter(autoencoder, segmenter)
+    attach_segmenter(autoencoder, segmenter)
     corpora = load_corpora(config.data)
     _require_text_of(folder / "autoencoder", config, corpora["train"])
     sample_text = opening(chunker_of(autoencoder), corpora["validation"])
@@ -124,7 +127,7 @@ def train_diffusion(
         on_sample = partial(_sample, text=sample_text, config=config)
         on_validate = _validate_prior(config, autoencoder, corpora["validation"], validation)
         totals = stage.fit(objective, windows, on_sample, on_validate, {"autoencoder": binding})
-        prior.register_to_config(autoencoder=binding)
+        prior.register_to_config(autoencoder=binding, code=code_of(config.prior))
         stage.export(prior, stage.run.folder / "model")
         pipeline = HLDMPipeline.assemble(autoencoder, prior, config.generation).with_segmenter(segmenter)
         stage.export(pipeline, folder / "pipeline")
@@ -147,6 +150,7 @@ def train_run(
     validation: see `train_autoencoder`
     Raises ValueError where what is there was trained with other settings.
     """
+    allow_named(config)
     train = {"autoencoder": train_autoencoder, "prior": train_diffusion}
     for stage, part in zip(stages_of(config), parts or plan(config), strict=True):
         folder = root / config.name / stage
@@ -212,10 +216,11 @@ def opening(chunker: Chunker, corpus: Corpus) -> bytes:
 def _first_prior(folder: Path, config: Config) -> Prior:
     """Stage two starts from stage one's mixture."""
     sections = (config.autoencoder, config.prior, config.hierarchy, config.diffusion)
+    cls = prior_class(config.prior)
     if not config.autoencoder.components:
-        return Prior.from_settings(*sections)
+        return cls.from_settings(*sections)
     mixture = MixturePredictor.from_pretrained(folder / "autoencoder" / "rate")
-    prior = Prior.from_settings(*sections, logit_cap=mixture.logit_cap)  # one trained before had none
+    prior = cls.from_settings(*sections, logit_cap=mixture.logit_cap)  # one trained before had none
     assert prior.mixture is not None
     prior.mixture.load_state_dict(mixture.state_dict())
     return prior

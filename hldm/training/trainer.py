@@ -41,13 +41,15 @@ from hldm.runs.reports import save_report
 from hldm.runs.signals import Interrupt, Stopped
 from hldm.text.windows import Batch, Windows
 from hldm.training.environment import wrapped
-from hldm.training.optimizers import learning_rate, make_average, make_optimizers
+from hldm.training.optimizers import learning_rate, make_average, make_optimizers, weight_decay
 from hldm.training.patience import Patience
 
 COUNTED = ("seconds", "characters", "prepared")  # of the totals, what a checkpoint carries
 CLIP_EPS = 1e-6  # what torch's clipping adds to the norm
 YOUNG = 0.1  # of the progress: before it a model may yet come alive
 MAX_SKIPPED_STEPS = 3  # non-finite steps in a row before a run gives up
+
+Complaints = Callable[[dict[str, float]], dict[str, str]]
 
 
 class TrainingDiverged(RunEnded):
@@ -78,10 +80,14 @@ class Trainer:
         extras: dict[str, Any] | None = None,
         spent: float = 0.0,
         part: Part = ALONE,
+        complaints: Complaints = complaints,
+        decay_growth: float = 1.0,
     ):
         """extras: JSON that every checkpoint carries, and that must be the same on resume;  spent: seconds before.
 
         part: which of the trainings that were asked for, for what is shown
+        complaints: what the objective's signs of life say is dead, a line each
+        decay_growth: weight decay at the end over that at the start
         """
         self.config, self.checkpoint, self.logging = config, checkpoint, logging
         self.run, self.seed, self.windows, self.accelerator = run, seed, windows, accelerator
@@ -100,6 +106,7 @@ class Trainer:
         self.optimizers = make_optimizers(objective, config)
         self.model = wrapped(accelerator, objective)
         self.carries = [objective.initial_carry(self.rows, accelerator.device) for _ in range(parts)]
+        self.complaints, self.decay_growth = complaints, decay_growth
         self.totals = Totals(seconds=spent, prepared=spent)
         self.recent = Recent()
         self.patience = Patience(config.patience)
@@ -220,6 +227,8 @@ class Trainer:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
+                if group["weight_decay"]:  # not of biases, gains and embeddings
+                    group["weight_decay"] = weight_decay(self.config, self.decay_growth, progress)
         torch.manual_seed(step_seed(self.seed, step, 1 + accelerator.process_index))  # dropout
         sums: dict[str, Tensor] = {}
         for part in range(parts):
@@ -351,7 +360,7 @@ class Trainer:
                     f"{self.run.folder}: no step was taken, for what came before took {self.totals.prepared:.0f} s of "
                     f"{self.config.minutes:g} minutes: give it more, or a segmenter less (chunking.segmenter.minutes)"
                 )
-            for line in complaints(self.objective.signs()).values():
+            for line in self.complaints(self.objective.signs()).values():
                 say(f"at the end: {line}")
             self._validate(on_validate, bar)
             path = self.save(say)
@@ -401,7 +410,7 @@ class Trainer:
     def _signs(self, step: int, progress: float, say: Callable[[str], None]) -> dict[str, float]:
         """Signs of life to log (`hldm.model.vitals`); a line when something has died, and another if it dies again."""
         signs: dict[str, float] = self.objective.signs()
-        dead = complaints(signs) if progress >= YOUNG else {}
+        dead = self.complaints(signs) if progress >= YOUNG else {}
         for sign, line in dead.items():
             if sign not in self.quiet_signs:
                 self.run.log(step, event=f"dead: {sign}")
