@@ -40,7 +40,8 @@ class Patience:
 
     def lines(self, steps: int) -> list[str]:
         """What a user should know at the end of a training of so many steps."""
-        said = [f"stopped after {steps} steps: {self.waited} validations without a better one"]
+        waited = f"{self.waited} validation{'s' if self.waited > 1 else ''}"
+        said = [f"stopped after {steps} steps: {waited} without a better one"]
         kept = f"kept the weights after step {self.step}, which validated at {self.bits:.3f} bits/char"
         return said[: self.is_spent] + [kept][: bool(self.weights)]
 
