@@ -177,11 +177,18 @@ def same_language(first: str, second: str, texts: list[str]) -> bool:
     return all(a(text) == b(text) for text in texts)
 
 
-def probe_texts(count: int = 50, seed: int = 0) -> list[str]:
-    """Texts that tell expressions of these grammars apart: words, letters, digits, in all orders and numbers."""
+def probe_texts(count: int = 100, seed: int = 0) -> list[str]:
+    """Texts that tell expressions of these grammars apart: words, letters and digits in all orders, and repeated."""
     rng = np.random.default_rng([seed, 3])
     parts = [*_WORDS, *"aeiouAEbcdKXZ0159", " ", "  ", "-"]
-    return ["".join(str(part) for part in rng.choice(parts, int(rng.integers(0, 9)))) for _ in range(count)]
+    mixed = ["".join(str(part) for part in rng.choice(parts, int(rng.integers(0, 15)))) for _ in range(count)]
+    repeated = [
+        part * n + end
+        for part in ("dog", "truck", "a", "b", "K", "7", "dog ", "b7 ")
+        for n in (1, 3, 7)
+        for end in ("", "x")
+    ]
+    return mixed + repeated
 
 
 class _Parser:
