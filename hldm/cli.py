@@ -16,7 +16,11 @@ import typer
 
 import hldm
 from hldm import plugins
-from hldm.commands import measuring, training, writing
+from hldm.commands import benchmarks, measuring, score, sharing, training, writing
+from hldm.commands import jepa as jepa_commands
+from hldm.commands.playground import playground
+from hldm.commands.report import report
+from hldm.commands.train import train
 from hldm.config import ConfigError
 from hldm.doctor import doctor
 from hldm.runs.exits import guarded
@@ -24,21 +28,29 @@ from hldm.runs.exits import guarded
 app = typer.Typer(name="hldm", rich_markup_mode=None)
 for command in (  # in the order of the help
     training.demo,
+    train,
     training.train_autoencoder,
     training.train_diffusion,
     writing.generate,
     measuring.evaluate,
+    score.score,
+    benchmarks.pairs,
     measuring.diagnose,
     measuring.rate_curve,
     measuring.chunkers,
+    jepa_commands.similarity,
     measuring.judge,
+    report,
+    playground,
     writing.chunk,
     measuring.bench,
-    training.export,
+    sharing.export,
     training.sizes,
     doctor,
 ):
     app.command()(command)
+app.command(context_settings=benchmarks.PASSED_ON)(benchmarks.lm_eval)
+app.add_typer(jepa_commands.app, name="jepa")
 
 
 def _print_version(is_asked: bool) -> None:
@@ -72,6 +84,11 @@ train_autoencoder = partial(_run_script, training.train_autoencoder, "train_auto
 train_diffusion = partial(_run_script, training.train_diffusion, "train_diffusion.py")
 generate = partial(_run_script, writing.generate, "generate.py")
 evaluate = partial(_run_script, measuring.evaluate, "python -m hldm.evaluation")
+
+
+def jepa(argv: Sequence[str] | None = None) -> int:
+    """`python -m hldm.jepa`."""
+    return _run(jepa_commands.app, "python -m hldm.jepa", argv)
 
 
 def _run(commands: typer.Typer, name: str, argv: Sequence[str] | None) -> int:

@@ -236,6 +236,9 @@ class TrainingConfig(Section):
     ema_decay: Share = 0.99  # 0: no averaged weights
     mixed_precision: Literal["no", "bf16"] = "no"
     gradient_checkpointing: bool = False
+    # Validations in a row without a better one, after which training stops; the weights of the best are then what is
+    # kept. 0: it trains to the end, and its last weights are kept.
+    patience: int = Field(default=0, ge=0, lt=2**63)
     # How long ranks wait for one that hangs. What rank 0 does alone, saving and sampling, must take less: seconds
     # for configs/*.yaml. accelerate's default is 30 minutes (10 on CUDA), which a cluster would be paid for.
     timeout_s: Positive = 300.0
@@ -264,6 +267,8 @@ class LoggingConfig(Section):
 
     every: Count = 50  # optimizer steps between metrics
     sample_every: int = Field(default=1000, ge=0, lt=2**63)  # steps between samples; 0: only at the end
+    validate_every: int = Field(default=250, ge=0, lt=2**63)  # steps between validations; 0: none
+    validation_bytes: Count = 8192  # of held-out text, of which a validation takes the bound
     trackers: tuple[str, ...] = Field(default=(), max_length=64)  # accelerate's trackers, e.g. [tensorboard]
 
 
@@ -330,15 +335,39 @@ def stage_training(config: Config, stage: str, **changes: Any) -> Config:
     return changed(config, training=changed(config.training, **{stage: training}))
 
 
-def load_config(paths: Sequence[str | Path] | str | Path, overrides: Sequence[str] = ()) -> Config:
+def find_config(path: str | Path) -> Path:
+    """A config file as it is given, or one that comes with hldm by its name: tiny, tiny.yaml or configs/tiny.yaml.
+
+    Raises ConfigError for a name that is neither.
+    """
+    path = Path(path)
+    if path.parent not in (Path(), Path("configs")) or (path.exists() and not path.is_dir()):
+        return path
+    inside = Path(__file__).parent / "configs"  # of an installed wheel; a clone has them beside the package
+    shipped = inside if inside.is_dir() else inside.parents[1] / "configs"
+    found = shipped / f"{path.name.removesuffix('.yaml')}.yaml"
+    if found.is_file():
+        return found
+    names = ", ".join(sorted(file.stem for file in shipped.glob("*.yaml")))
+    raise ConfigError(f"{path}: cannot be read as a config: no such file, nor one of those of hldm: {names}")
+
+
+def load_config(
+    paths: Sequence[str | Path] | str | Path,
+    overrides: Sequence[str] = (),
+    inherited: Sequence[str | Path] = (),
+) -> Config:
     """Defaults, then the YAML files in order, then the command line's `a.b=c`; later wins.
 
-    A file may open with `base: other.yaml` (relative to it) and say only what differs. A config without
-    a name takes the last file's. ConfigError, one line, for anything that is not a known key with a value of
-    its type and range.
+    A file may be named as `find_config` takes it. It may open with `base: other.yaml` (relative to it) and say only
+    what differs. A config without a name takes the last file's. ConfigError, one line, for anything that is not a
+    known key with a value of its type and range.
+    inherited: files whose settings, but for the name, lie below all of these: the config.yaml of a run
     """
-    files = [paths] if isinstance(paths, str | Path) else list(paths)
-    config = _build(Config, read_settings(files, overrides))
+    files = [find_config(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+    settings = read_settings(inherited)
+    settings.pop("name", None)
+    config = _build(Config, settings | read_settings(files, overrides))
     return changed(config, name=Path(files[-1]).stem) if files and not config.name else config
 
 
@@ -353,6 +382,6 @@ def to_dict(section: Section) -> dict[str, Any]:
     return section.model_dump(mode="json")
 
 
-def to_yaml(config: Config) -> str:
+def to_yaml(config: Section) -> str:
     """YAML text that `load_config` reads back to the same config."""
     return yaml.safe_dump(to_dict(config), sort_keys=False)

@@ -64,8 +64,8 @@ def test_help_of_every_command_imports_no_torch():
     )
     words = [sys.executable, "-c", code, *COMMANDS]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert len(COMMANDS) == 14 and done.stdout.count("Usage: hldm ") == 14
-    assert done.stdout.splitlines()[-1] == "0 " * 14 + "False"
+    assert done.stdout.count("Usage: hldm ") == len(COMMANDS) >= 19
+    assert done.stdout.splitlines()[-1] == "0 " * len(COMMANDS) + "False"
 
 
 def test_alone_it_prints_its_help_and_the_version_when_asked(capsys):

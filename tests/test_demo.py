@@ -22,7 +22,9 @@ def trained(monkeypatch, tmp_path) -> list[tuple[str, str, bool]]:
     calls: list[tuple[str, str, bool]] = []
 
     def note(stage: str):
-        def train(config, *, resume: bool = False, root: Path = Path("runs")) -> Path:
+        def train(
+            config, *, resume: bool = False, root: Path = Path("runs"), part=None, validation=None
+        ) -> Path:
             calls.append((stage, config.name, resume))
             return root / config.name
 

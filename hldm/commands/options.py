@@ -24,6 +24,12 @@ def _check_seed(value: int) -> int:
     return value
 
 
+def check_split(split: str | None, text: Path | None) -> None:
+    """Raise ValueError where both a split of the run's text and another text are asked for."""
+    if split is not None and text is not None:
+        raise ValueError("--split is of the run's own data: give it or --text, not both")
+
+
 def _allow_code(is_asked: bool) -> bool:
     if is_asked:
         allow([ALL])
@@ -42,10 +48,14 @@ def with_name(overrides: list[str] | None, name: str | None) -> list[str]:
     return [*(overrides or []), *([] if name is None else [f"name={name}"])]
 
 
+RUN_NAME = "folder of a run, small, small-twin or owner/name of a hub"
 Run = Annotated[Path, Option(help="folder of the run, e.g. runs/demo")]
-RunOrShipped = Annotated[Path | None, Option(help="folder of the run (default: the shipped one)")]
+RunOrShipped = Annotated[Path | None, Option(help=f"{RUN_NAME} (default: small)")]
+Text = Annotated[Path | None, Option(metavar="FILE", help="use this file instead, as one document")]
 Split = Literal["validation", "test"]
-Configs = Annotated[list[Path], Option("--config", metavar="FILE", help="YAML; may repeat")]
+Configs = Annotated[
+    list[Path], Option("--config", metavar="FILE", help="YAML, or tiny, small, ...; may repeat")
+]
 Paired = Annotated[Path, Option(metavar="FILE", help="its twin is NAME-twin.yaml beside it")]
 Overrides = Annotated[list[str] | None, Argument(metavar="a.b=c", help="any setting, e.g. data.lanes=64")]
 PairOverrides = Annotated[

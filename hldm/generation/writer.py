@@ -41,9 +41,10 @@ class Writer(Protocol):
     def write(self) -> list[Piece]: ...
 
 
-def row_generators(seed: int, rows: int) -> list[torch.Generator]:
-    """One generator a row: row i of seed s is row 0 of seed s + i."""
-    return [torch.Generator().manual_seed(seed + row) for row in range(rows)]
+def row_generators(seed: int | Sequence[int], rows: int) -> list[torch.Generator]:
+    """One generator a row: row i of seed s is row 0 of seed s + i; of a seed for each row, that."""
+    seeds = range(seed, seed + rows) if isinstance(seed, int) else seed
+    return [torch.Generator().manual_seed(each) for each in seeds]
 
 
 # ---- the steps from chunk to chunk
@@ -313,7 +314,7 @@ def write_on(
     settings: GenerationConfig,
     *,
     max_characters: int,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     through_ends: bool = False,
 ) -> Iterator[tuple[list[Continuation], list[bytes], int]]:
     """Continue each prompt; yields (continuations so far, what each row just wrote, denoiser calls).

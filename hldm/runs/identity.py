@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from hldm.config import Config, ConfigError, load_config, to_dict
 from hldm.runs.files import sha256_of
 from hldm.runs.folder import check_settings, code_fingerprint, read_totals
 from hldm.runs.reports import save_report
+from hldm.settings import dotted
 
 if TYPE_CHECKING:
     from hldm.text.corpus import Corpus, Split
@@ -94,6 +95,23 @@ def check_pair(config: Config, path: Path, other: Config, other_path: Path) -> N
                 f"{path} has {key}={values[0]!r}, {other_path} has {values[1]!r}: they are compared, so both must "
                 "read the same text"
             )
+
+
+def inherited(
+    config: Config, files: Sequence[Path], overrides: Sequence[str], name: str, root: Path = Path("runs")
+) -> tuple[Config, list[str]]:
+    """A config over the settings that stage one of the run of that name was trained with, and those it took over.
+
+    config: what files and overrides say on their own, returned as it is where there is no such stage one
+    The second is as it would be typed: data.path="x.txt".
+    """
+    path = root / name / "autoencoder" / "config.yaml"
+    if not path.is_file():
+        return config, []
+    found = load_config(files, overrides, inherited=[path])
+    before, now = dotted(to_dict(config)), dotted(to_dict(found))
+    differing = [f"{key}={json.dumps(value)}" for key, value in now.items() if before[key] != value]
+    return found, differing
 
 
 def require_shared_text(run: Path, other: Path) -> None:

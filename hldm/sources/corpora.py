@@ -22,6 +22,7 @@ from hldm.sources.encodings import (
     is_blank,
     open_packed,
     open_text,
+    read_text,
     read_up_to,
     require_utf8,
     unix_lines,
@@ -32,6 +33,7 @@ from hldm.sources.notes import note, one_line
 from hldm.sources.rows import good_rows, read_jsonl, read_parquet
 from hldm.text.corpus import SPLITS, Corpus, Split, make_corpus
 
+MAX_TEXT_BYTES = 10**9  # of a file that is measured, as data.max_bytes: more text would take days
 ENOUGH_STEPS = 10  # optimizer steps that training text must hold: less is learnt by heart at once
 
 
@@ -68,6 +70,16 @@ def load_corpora(config: DataConfig) -> dict[Split, Corpus]:
     _note_duplicates(name, corpora)
     _note_size(name, corpora["train"], config)
     return corpora
+
+
+def corpus_of_file(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> Corpus:
+    """A file as one document, named like it. Raises OSError, or ValueError where it holds nothing to measure."""
+    text = read_text(path, max_bytes)
+    if not text:
+        raise ValueError(f"{path} is empty: there is nothing to measure")
+    if is_blank(text):
+        raise ValueError(f"{path} holds nothing but white space: there is nothing to measure")
+    return make_corpus(str(path), [text])
 
 
 def _limited(documents: Generator[bytes, None, None], max_bytes: int, name: str = "") -> Iterator[bytes]:
@@ -208,11 +220,15 @@ def bible_verses() -> dict[int, str]:
     return verses
 
 
+def split_of_book(book: int) -> Split:
+    """The split of the built-in text that a book is in, by number."""
+    return next((name for name, books in _BOOKS.items() if book in books), "train")
+
+
 def _bible_chapters(split: Split) -> Generator[list[bytes], None, None]:
     """The verses of each chapter in the books of a split."""
     for chapter, verses in groupby(sorted(bible_verses().items()), key=lambda item: item[0] // 1000):
-        held_out = (name for name, books in _BOOKS.items() if chapter // 1000 in books)
-        if next(held_out, "train") == split:
+        if split_of_book(chapter // 1000) == split:
             yield [verse.encode() for _, verse in verses]
 
 
@@ -234,7 +250,7 @@ def _read_path(config: DataConfig) -> Generator[bytes, None, None]:
     """Documents of files, and how the separator fared in one line."""
     cuts = 0
     files = matching_files(config.path)
-    separator = _separator(config.separator)
+    separator = typed_bytes(config.separator)
     for path in files:
         with closing(_read_file(path, config.max_bytes, config.field, separator)) as documents:
             for index, document in enumerate(documents):
@@ -249,8 +265,8 @@ def _read_path(config: DataConfig) -> Generator[bytes, None, None]:
         )
 
 
-def _separator(typed: str) -> bytes:
-    r"""The separator with the line ends of texts as they are read, and `\n`, `\r`, `\t` of a shell as what they mean.
+def typed_bytes(typed: str) -> bytes:
+    r"""A word as typed in a shell, its line ends those of texts as they are read, `\n`, `\r` and `\t` what they mean.
 
     Not where a letter follows: `\newpage` and `\textbf` are themselves.
     """

@@ -127,6 +127,14 @@ def _named(error: BaseException) -> str:
 
 def require_hub(place: str) -> None:
     """Raise ConfigError within HUB_TIMEOUT_S when the hub does not answer."""
+    if failure := hub_failure():
+        raise ConfigError(
+            f"{place}: {failure}; {_OTHER_WAYS} (HF_HUB_OFFLINE=1 reads a copy downloaded before)"
+        )
+
+
+def hub_failure() -> str:
+    """Why the hub does not answer within HUB_TIMEOUT_S, in words; "" where it does."""
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     failure: list[str] = [f"no answer in {HUB_TIMEOUT_S:g} s"]
 
@@ -147,8 +155,4 @@ def require_hub(place: str) -> None:
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     asking.join(HUB_TIMEOUT_S)
-    if failure:
-        raise ConfigError(
-            f"{place}: {endpoint} cannot be reached ({failure[0]}); {_OTHER_WAYS} "
-            "(HF_HUB_OFFLINE=1 reads a copy downloaded before)"
-        )
+    return f"{endpoint} cannot be reached ({failure[0]})" if failure else ""

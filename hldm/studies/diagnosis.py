@@ -30,6 +30,8 @@ from hldm.model.prior import Prior, price_latents
 from hldm.model.state import Encoding
 from hldm.model.vitals import effective_rank
 from hldm.runs.folder import corpora_of_run
+from hldm.runs.location import pipeline_of
+from hldm.sources.corpora import corpus_of_file
 from hldm.text.corpus import Split
 from hldm.text.windows import Batch, Windows, draw_normal
 
@@ -49,20 +51,26 @@ BY_PLACE = {"place in the chunk": ("place", ""), **SYMBOL_BITS}
 
 
 def diagnose_run(
-    folder: Path, *, split: Split = "validation", draws: int = 8, seed: int = 0
+    folder: Path, *, split: Split = "validation", text: Path | None = None, draws: int = 8, seed: int = 0
 ) -> dict[str, Any]:
-    """`diagnose` of a run folder's pipeline on held-out text of its data. Raises ValueError or OSError."""
-    pipeline = read_pipeline(folder / "pipeline")
+    """`diagnose` of a run folder's pipeline on held-out text of its data, or on the file `text`.
+
+    Raises ValueError or OSError.
+    """
+    pipeline = read_pipeline(pipeline_of(folder))
     if pipeline.prior is None:
         raise ValueError(f"{folder} is a twin: it has no latents to diagnose")
     if draws < 1:
         raise ValueError(f"draws must be at least 1, got {draws}")
     autoencoder, prior = pipeline.autoencoder.eval(), pipeline.prior.eval()
-    corpora = corpora_of_run(folder)
+    corpus = corpora_of_run(folder)[split] if text is None else corpus_of_file(text)
+    windows = held_out_windows(autoencoder, corpus)
+    if windows.chunks < 2:
+        raise ValueError(f"{corpus.name} holds a single chunk: there is nothing to compare its latent with")
     return {
         "run": folder.resolve().name,
-        "split": split,
-        **diagnose(autoencoder, prior, held_out_windows(autoencoder, corpora[split]), draws=draws, seed=seed),
+        "split": split if text is None else str(text),
+        **diagnose(autoencoder, prior, windows, draws=draws, seed=seed),
     }
 
 
@@ -204,8 +212,9 @@ def _variants(
         "own": mu,
         "zero": torch.zeros_like(mu),
         "shuffled": shuffled,
-        "other document": mu.roll(1, dims=0),
     }
+    if len(mu) > 1:
+        latents["other document"] = mu.roll(1, dims=0)
     variants: dict[str | float, Tensor] = {"own": mu, "clean": alpha_0 * mu}
     variants |= {name: alpha_0 * latent + sigma_0 * noise for name, latent in latents.items()}
     variants["sampled"] = _sampled(prior, mu, context, generator)

@@ -22,6 +22,12 @@ def learning_rate(config: TrainingConfig, progress: float) -> float:
     return config.learning_rate * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
+def weight_decay(config: TrainingConfig, growth: float, progress: float) -> float:
+    """A cosine from config.weight_decay at progress 0 to `growth` times that at 1, as in I-JEPA and V-JEPA."""
+    done = (1 - math.cos(math.pi * min(progress, 1.0))) / 2
+    return config.weight_decay * (1 + (growth - 1) * done)
+
+
 def make_optimizers(model: nn.Module, config: TrainingConfig) -> list[torch.optim.Optimizer]:
     """AdamW; or Muon (Jordan et al. 2024) for 2-D weights but embeddings, 32 wide or more, AdamW for the rest."""
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}

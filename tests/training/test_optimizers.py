@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from hldm.config import TrainingConfig
-from hldm.training.optimizers import learning_rate, make_average
+from hldm.training.optimizers import learning_rate, make_average, weight_decay
 
 
 def test_the_learning_rate_warms_up_then_follows_a_cosine():
@@ -17,6 +17,13 @@ def test_the_learning_rate_warms_up_then_follows_a_cosine():
     assert learning_rate(config, 0.1) == pytest.approx(1.0)
     assert learning_rate(config, 0.55) == pytest.approx(0.6)
     assert learning_rate(config, 1.0) == pytest.approx(0.2)
+
+
+def test_weight_decay_stays_or_grows_by_a_cosine():
+    config = TrainingConfig(weight_decay=0.04)
+    assert all(weight_decay(config, 1.0, progress) == 0.04 for progress in (0.0, 0.3, 1.0))
+    grown = [weight_decay(config, 10.0, progress) for progress in (0.0, 0.5, 1.0, 1.2)]
+    assert grown == pytest.approx([0.04, 0.22, 0.4, 0.4])
 
 
 def test_the_averages_decay_warms_up_and_frozen_weights_and_buffers_stay_the_models():

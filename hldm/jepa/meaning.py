@@ -1,0 +1,102 @@
+"""What vectors of texts are worth, from the vectors alone: retrieval, probes, correlation with graded similarity.
+
+Knows no text and no model. Raw cosines favour whatever all vectors share; centring takes the mean away, and ZCA
+whitening the directions in which all vectors vary: no claim without all three (docs/jepa.md).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+RIDGE = 1e-6  # of the mean variance, added to every direction before it is whitened
+PENALTY = 1e-3  # of the squared weights of a probe, against the mean nats
+
+
+class Frame(NamedTuple):
+    """Where vectors are looked at from: x -> (x - mean) turn."""
+
+    mean: Tensor  # (z)
+    turn: Tensor  # (z z)
+
+    def __call__(self, vectors: Tensor) -> Tensor:
+        """Vectors (k z) as seen from here, of unit length, float64."""
+        return F.normalize((vectors.double() - self.mean) @ self.turn, dim=-1)
+
+
+def frames(sample: Tensor) -> dict[str, Frame]:
+    """Raw, centred and whitened, fitted on a sample (k z) of training texts."""
+    sample = sample.double()
+    mean = sample.mean(dim=0)
+    same = torch.eye(sample.shape[1], dtype=torch.float64)
+    values, directions = torch.linalg.eigh(torch.cov(sample.T).reshape(same.shape))
+    values = values.clamp(min=0) + RIDGE * values.mean().clamp(min=1e-300)
+    whiten = directions @ torch.diag(values.rsqrt()) @ directions.T
+    return {
+        "raw": Frame(torch.zeros_like(mean), same),
+        "centred": Frame(mean, same),
+        "whitened": Frame(mean, whiten),
+    }
+
+
+class Retrieval(NamedTuple):
+    """How often the right candidate is found, over all queries."""
+
+    recall_1: float
+    recall_5: float
+    mrr: float  # mean of 1 / rank
+
+
+def retrieve(similarity: Tensor) -> Retrieval:
+    """similarity: (k k) of each query with each candidate; the right one has its number.
+
+    A tie counts as half of those tied before it: vectors that are all the same are worth chance, not everything.
+    """
+    right = similarity.diagonal()[:, None]
+    better = (similarity > right).sum(dim=1).double()
+    tied = (similarity == right).sum(dim=1).double() - 1
+    rank = 1 + better + tied / 2
+    return Retrieval(*(float(part.double().mean()) for part in (rank <= 1, rank <= 5, 1 / rank)))
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Correlation of ranks, ties at their mean rank; nan where one of the two does not vary."""
+    ranks = [_ranks(np.asarray(values, np.float64)) for values in (a, b)]
+    ranks = [values - values.mean() for values in ranks]
+    size = np.sqrt((ranks[0] ** 2).sum() * (ranks[1] ** 2).sum())
+    return float((ranks[0] * ranks[1]).sum() / size) if size else float("nan")
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(count) - (count - 1) / 2)[place]
+
+
+def probe(train: Tensor, train_label: Tensor, test: Tensor, test_label: Tensor) -> float:
+    """Accuracy of a logistic regression on vectors (k z), standardised, fitted by L-BFGS to its end."""
+    mean, deviation = train.double().mean(dim=0), train.double().std(dim=0).clamp(min=1e-12)
+    x, x_test = ((part.double() - mean) / deviation for part in (train, test))
+    classes = int(max(train_label.max(), test_label.max())) + 1
+    weight = torch.zeros(x.shape[1], classes, dtype=torch.float64, requires_grad=True)
+    bias = torch.zeros(classes, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = F.cross_entropy(x @ weight + bias, train_label) + PENALTY * weight.square().sum()
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(loss)
+    with torch.no_grad():
+        return float(((x_test @ weight + bias).argmax(dim=1) == test_label).double().mean())
+
+
+def pair_features(u: Tensor, v: Tensor) -> Tensor:
+    """u, v, |u - v| and uv side by side (k 4z), as InferSent's (arXiv 1705.02364, section 3.1)."""
+    return torch.cat([u, v, (u - v).abs(), u * v], dim=-1)
