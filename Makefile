@@ -38,7 +38,7 @@ lint: .venv/installed-dev
 	$(BIN)/mypy
 
 docs: .venv/installed-docs
-	$(BIN)/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "the documentation is in build/site/index.html"
 
 clean:
