@@ -3,7 +3,7 @@
 Every document is read whole, its state carried from window to window, so how the text is laid out in lanes
 and windows changes the random draws and nothing else. The sum pays for every byte and for every end of a
 chunk and of a document: it bounds what a file compressed with the model would take. For the twin it is no
-bound but the likelihood itself. The estimate of each chunk is `hldm.model.bound`'s.
+bound but the likelihood itself. The estimate of each chunk is `hldm.generation.bound`'s.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 
 from hldm.chunking.reading import held_out_windows as held_out_windows
 from hldm.evaluation.metrics import ratio_error
+from hldm.generation.bound import bound_chunks
 from hldm.model.autoencoder import Autoencoder
-from hldm.model.bound import bound_chunks
 from hldm.model.prior import Prior
 from hldm.text.bytes import count_characters
 from hldm.text.windows import Windows
@@ -70,7 +70,7 @@ def evaluate_bound(
 ) -> Bound:
     """Sum the three terms over a corpus; for the twin (no prior) the decoder's alone, which needs no draws.
 
-    draws, samples: see `hldm.model.bound.bound_chunks`, which also says what raises ValueError
+    draws, samples: see `hldm.generation.bound.bound_chunks`, which also says what raises ValueError
     """
     corpus = windows.corpus
     chunks = bound_chunks(autoencoder, prior, windows, draws=draws, samples=samples, generator=generator)

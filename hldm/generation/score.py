@@ -1,6 +1,6 @@
 """What single texts cost under a model, in bits: for ranking, comparing, and for benchmarks that choose between texts.
 
-The estimator is that of evaluation (`hldm.model.bound`), and so is the number for the same text, seed and draws.
+The estimator is that of evaluation (`hldm.generation.bound`), and so is the number for the same text, seed and draws.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any, cast
 import numpy as np
 
 from hldm.chunking.reading import held_out_windows, prompt_chunker
+from hldm.generation.bound import ChunkBounds, bound_chunks
 from hldm.model.autoencoder import Autoencoder
-from hldm.model.bound import ChunkBounds, bound_chunks
 from hldm.model.prior import Prior
 from hldm.text.bytes import MAX_PROMPT_BYTES, count_characters, to_bytes
 from hldm.text.corpus import make_corpus
@@ -102,7 +102,7 @@ def score_texts(
     """The bound of every text; after a prefix, of the chunks that follow it, never a difference of two bounds.
 
     prefix: what comes before, one for all texts or one each; its end is taken as a chunk border. '': nothing
-    draws: noise levels a chunk;  samples: importance-weighted draws a chunk, 0 for none (`hldm.model.bound`)
+    draws: noise levels a chunk;  samples: importance-weighted draws a chunk, 0 for none (`hldm.generation.bound`)
     seed: texts scored with one seed share the noise of chunks at one place, counted from where the text begins
     ends_document: whether the text's document ends with it, which costs bits, too; None: unless it has a prefix
     Raises ValueError, one line.
