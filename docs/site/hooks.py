@@ -27,7 +27,18 @@ ELSEWHERE = {
     "examples/index.md": "examples/README.md",
 }
 # the order of what is in docs/; the rest comes after it, by name
-GUIDES = ("parts", "look", "scoring", "sharing", "own_part", "jepa", "cluster")
+GUIDES = (
+    "architecture",
+    "chunking",
+    "reading",
+    "parts",
+    "look",
+    "scoring",
+    "sharing",
+    "own_part",
+    "jepa",
+    "cluster",
+)
 EVIDENCE = ("results", "performance", "reliability", "journal")
 LINK = re.compile(r"(?<!!)\[([^\]\[]*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 
