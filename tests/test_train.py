@@ -205,6 +205,22 @@ def test_a_config_over_a_runs_settings_keeps_its_own_name_and_values(lean_file):
     assert (found.name, found.seed, found.data.path) == ("lean", 2, "x.txt")
 
 
+def test_stage_two_does_not_take_code_from_a_folder(lean_file, own_text, refused):
+    words = ["--config", lean_file, "--name", "mine"]
+    assert cli.train_autoencoder([*words, *own_text]) == 0
+    saved = Path("runs/mine/autoencoder/config.yaml")
+    Path("evil.py").write_text("open('ran', 'w')\n")
+    for key in ("chunking.strategy", "prior.denoiser", "prior.plugin"):
+        section, name = key.split(".")
+        settings = settings_of("mine/autoencoder")
+        before = saved.read_bytes()
+        settings[section][name] = "evil:Part"
+        saved.write_text(yaml.safe_dump(settings))
+        assert f"give {key}=evil:Part again" in refused(cli.train_diffusion(words))
+        saved.write_bytes(before)
+    assert not Path("ran").exists() and not Path("runs/mine/prior").exists()
+
+
 # ---- several processes
 
 

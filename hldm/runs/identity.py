@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hldm import plugins
 from hldm.config import Config, ConfigError, load_config, to_dict
 from hldm.runs.files import sha256_of
 from hldm.runs.folder import check_settings, code_fingerprint, read_totals
 from hldm.runs.reports import save_report
-from hldm.settings import dotted
+from hldm.settings import dotted, is_own
 
 if TYPE_CHECKING:
     from hldm.text.corpus import Corpus, Split
@@ -103,13 +104,19 @@ def inherited(
     """A config over the settings that stage one of the run of that name was trained with, and those it took over.
 
     config: what files and overrides say on their own, returned as it is where there is no such stage one
-    The second is as it would be typed: data.path="x.txt".
+    The second is as it would be typed: data.path="x.txt". Raises ConfigError where it would take over code.
     """
     path = root / name / "autoencoder" / "config.yaml"
     if not path.is_file():
         return config, []
     found = load_config(files, overrides, inherited=[path])
     before, now = dotted(to_dict(config)), dotted(to_dict(found))
+    for key in plugins.SETTINGS:  # a folder may come from anyone, and its word is not its user's
+        if now[key] != before[key] and is_own(now[key]):
+            raise ConfigError(
+                f"{path.parent} was trained with code of its own, which is not run unasked: read it, and give "
+                f"{key}={now[key]} again"
+            )
     differing = [f"{key}={json.dumps(value)}" for key, value in now.items() if before[key] != value]
     return found, differing
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from hldm.chunking.chunker import Chunker, make_chunker
 from hldm.chunking.strategies import attach_segmenter, chunker_of, read_segmenter
-from hldm.config import Config, ConfigError, changed, to_dict
+from hldm.config import Config, ConfigError, PriorConfig, changed, to_dict
 from hldm.generation.own_prior import code_of, prior_class
 from hldm.generation.pipeline import HLDMPipeline
 from hldm.generation.writer import write_on
@@ -242,7 +242,7 @@ def _validate_autoencoder(
             return measure(objective.autoencoder, None)
 
         return likelihood
-    least = changed(config.prior, width=4, heads=1, layers=1, denoiser_width=4, denoiser_layers=1)
+    least = changed(PriorConfig(), width=4, heads=1, layers=1, denoiser_width=4, denoiser_layers=1)
     with torch.random.fork_rng():
         prior = Prior.from_settings(
             config.autoencoder, least, changed(config.hierarchy, levels=0, window=1), config.diffusion
