@@ -30,7 +30,7 @@ SMALL = [
     "training.decoder.minutes=0",
     "training.decoder.steps=6",
     "checkpoint.every=3",
-    "logging.every=1",
+    "logging.every=6",
 ]
 
 

@@ -59,7 +59,7 @@ def test_withheld_combinations_are_never_trained_on():
 
 
 def test_every_expression_of_the_grammar_can_be_read_and_none_is_in_two_splits():
-    splits = regexes(200)
+    splits = regexes(60)
     words = [words for split in splits for words, _ in split]
     assert len(set(words)) == len(words) and all(line.startswith("lines ") for line in words)
     texts = probe_texts()
@@ -67,7 +67,7 @@ def test_every_expression_of_the_grammar_can_be_read_and_none_is_in_two_splits()
         for _, code in split:
             matches = compile_regex(code)
             assert isinstance([matches(text) for text in texts[:5]], list)
-    few = regexes(10**3).train
+    few = regexes(80).train
     told_apart = sum(not same_language(a, b, texts) for (_, a), (_, b) in zip(few, few[1:], strict=False))
     assert told_apart > 0.8 * len(few)
 

@@ -19,7 +19,13 @@ from hldm.jepa.text_pairs import TextPairs, pairs_of, sentences_of
 from hldm.jepa.translations import installed
 from hldm.text.corpus import Corpus, make_corpus
 
-NEXT = ["task=sentences", "views.kind=none", "sentences.context=2", "objective.option=latents"]
+NEXT = [
+    "task=sentences",
+    "views.kind=none",
+    "sentences.context=2",
+    "sentences.max_bytes=60",
+    "objective.option=latents",
+]
 DOCUMENTS = [
     b"One is here now. Two is here now. Three is here now. Four is here.",
     b"Only one sentence is here.",

@@ -133,7 +133,7 @@ def test_a_rank_that_is_lost_is_said_while_it_trains(small_arguments, monkeypatc
         objective.untrained_rank.fill_(100)
 
     monkeypatch.setattr(JepaObjective, "watch", watch_with_a_rank_that_is_out_of_reach)
-    assert cli.jepa(["train", *small_arguments, "--name", "down", "--steps", "4"]) == 0
+    assert cli.jepa(["train", *small_arguments, "--name", "down", "--steps", "4", "logging.every=1"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "collapse: effective rank" in line]
     assert [line.split(":")[0] for line in lines] == ["step 2", "at the end"]  # once, and at the end
 
@@ -167,7 +167,7 @@ def test_a_segmenter_cuts_the_text_of_the_family_too(small_arguments):
 @pytest.mark.parametrize("option", ["encoder_decoder", "predicted"])
 def test_two_processes_train_what_one_does(option, small_arguments, tmp_path):
     switches = [f"objective.option={option}", "objective.variance=1", "objective.covariance=0.04"]
-    arguments = ["train", *small_arguments, *switches, "objective.sigreg=0.02"]
+    arguments = ["train", *small_arguments, *switches, "objective.sigreg=0.02", "logging.every=1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     port = ["--main_process_port", str(29_500 + os.getpid() % 1000), "-m", "hldm.jepa"]
