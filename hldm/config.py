@@ -35,8 +35,10 @@ class DataConfig(Section):
     split: str = "train"  # which split of the dataset to read
     field: str = "text"  # column of .jsonl, .parquet and datasets that holds the text
     separator: str = ""  # splits a plain text file into documents; empty: a file is one document
-    stream: bool = False  # read the dataset over the network instead of downloading it first
-    max_bytes: Count = 1_000_000_000  # stop reading after so much text
+    stream: bool = False  # read files or dataset while training, again and again, instead of all of it first
+    readers: Count = 1  # of a stream, side by side, each its own share of it; a multiple of the processes
+    shuffle_bytes: Count = 16_777_216  # of a stream's documents, that each reader shuffles at a time
+    max_bytes: Count = 1_000_000_000  # stop reading after so much text; a stream has no end
     held_out: float = Field(default=0.03, gt=0, lt=0.5)  # share of documents for validation, also for test
     lanes: Count = 16  # texts read side by side: the global batch
     window_bytes: Count = 256  # bytes of each lane in one optimizer step
@@ -44,6 +46,12 @@ class DataConfig(Section):
     def check(self) -> None:
         if self.path and self.dataset:
             raise ValueError("path and data.dataset exclude each other: set one")
+        if self.stream and not (self.path or self.dataset):
+            raise ValueError("stream reads data.path or data.dataset: set one, or stream=false")
+        if self.stream and self.lanes % self.readers:
+            raise ValueError(
+                f"lanes must be divisible by data.readers, got {self.lanes} and {self.readers} readers"
+            )
 
 
 class SegmenterConfig(Section):

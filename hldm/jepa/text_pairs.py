@@ -23,7 +23,7 @@ from hldm.jepa.texts import make_change
 from hldm.jepa.translations import verses_of
 from hldm.sources.corpora import load_corpora, split_of_book
 from hldm.text.corpus import Corpus, make_corpus
-from hldm.text.windows import Batch, window_of
+from hldm.text.windows import Batch, ByStep, window_of
 
 NUL = b"\0"  # between the two views of a document
 MakePair = Callable[[int, np.random.Generator], tuple[bytes, bytes]]
@@ -41,7 +41,7 @@ class PairBatch:
         return PairBatch(self.context.to(device), self.target.to(device))
 
 
-class TextPairs:
+class TextPairs(ByStep):
     """Batches of pairs, `lanes` a step; every epoch takes each pair once, in another order."""
 
     def __init__(

@@ -35,6 +35,7 @@ from hldm.runs.identity import TEXT_SETTINGS
 from hldm.text.corpus import Corpus, Split
 from hldm.text.windows import Batch, Window, Windows
 from hldm.training.stage import Stage, open_stage
+from hldm.training.stream import StreamedWindows
 
 WATCHED_LANES, WATCHED_BYTES = 8, 512  # of validation text, for figures while it trains: about 700 chunks
 WATCHED_PAIRS = 128
@@ -165,14 +166,18 @@ def open_jepa_stage(config: JepaConfig, name: str, resume: bool, root: Path) -> 
     return open_stage(cast(Config, config), name, resume, root)
 
 
-def laid_out(stage: Stage, config: JepaConfig, corpus: Corpus, segmenter: Any) -> Windows | TextPairs:
+def laid_out(
+    stage: Stage, config: JepaConfig, corpus: Corpus, segmenter: Any
+) -> Windows | StreamedWindows | TextPairs:
     """The training text as the task reads it: windows of many lanes, or pairs of texts."""
     if config.task == "chunks":
         return stage.windows(corpus, segmenter)
     return pairs_of(config, corpus, corpus, make_chunker(config.chunking, segmenter), config.data.lanes)
 
 
-def make_objective(config: JepaConfig, windows: Windows | TextPairs) -> JepaObjective | PairObjective:
+def make_objective(
+    config: JepaConfig, windows: Windows | StreamedWindows | TextPairs
+) -> JepaObjective | PairObjective:
     """The objective that a config describes, for a text that is laid out."""
     if config.task == "pairs":
         return PairObjective(config)

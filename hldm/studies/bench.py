@@ -62,7 +62,7 @@ def measure(
         accelerator.end_training()
     if only != "training":
         two, plain = stages["stage two"].objective, stages["twin"].objective
-        windows = stages["stage two"].windows
+        windows, _ = bench_training.text_of(config.data, config.chunking, config.seed)
         corpus = windows.corpus
         for objective in (two, plain):
             bench_writing.write_like(objective.eval().autoencoder, corpus, windows.chunks)

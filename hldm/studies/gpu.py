@@ -139,7 +139,10 @@ def check(card: Card) -> Iterator[Result]:
 
 def report(results: list[Result]) -> dict[str, Any]:
     """Plain data of all of them."""
-    return {result.name: result._asdict() | {**result.figures} for result in results}
+    return {
+        found.name: {"status": found.status, "text": found.text, "seconds": found.seconds, **found.figures}
+        for found in results
+    }
 
 
 # ---- the card

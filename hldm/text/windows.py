@@ -200,7 +200,28 @@ class _Stream(NamedTuple):
     start: np.ndarray  # (documents + 1,) where each begins in the stream
 
 
-class Windows:
+class ByStep:
+    """Batches of a corpus that are functions of their step: a checkpoint need not keep where they are."""
+
+    corpus: Corpus
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What a training that goes on must find unchanged."""
+        return {"corpus": self.corpus.fingerprint}
+
+    def cursor(self) -> dict[str, Tensor]:
+        """What a checkpoint must keep of where it is, by name."""
+        return {}
+
+    def seek(self, step: int, saved: dict[str, Tensor]) -> None:
+        """Go on after so many steps."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class Windows(ByStep):
     """Batches of a corpus, each a pure function of (seed, step).
 
     shuffle=True (training): every epoch permutes the documents, and the stream they make is cut into

@@ -25,6 +25,7 @@ from hldm.plugins import allow_named
 from hldm.runs.machine import available_memory, free_disk, gpu_memory, human
 from hldm.sources.files import matching_files
 from hldm.sources.notes import TextNote
+from hldm.sources.stream import HEAD_BYTES
 from hldm.text.bytes import OUTPUTS
 from hldm.training.environment import launched_number
 from hldm.training.objectives import AutoencoderObjective, PriorObjective
@@ -77,6 +78,7 @@ class Need(NamedTuple):
 WAY_OUT = {
     "python and torch": "close other programs",
     "corpus": "lower data.max_bytes",
+    "stream": "lower data.shuffle_bytes",
     "activations": "lower data.lanes, data.window_bytes or the widths, or raise training.{stage}.accumulation",
     "carried states": "lower data.lanes",
     "segmenter": "lower chunking.segmenter's width, layers, lanes or window_bytes",
@@ -89,6 +91,8 @@ def text_bytes(data: DataConfig) -> int:
 
     Raises ConfigError or FileNotFoundError where data.path names no text.
     """
+    if data.stream:
+        return min(HEAD_BYTES, data.max_bytes)
     if data.dataset:
         return data.max_bytes
     if not data.path:
@@ -166,6 +170,8 @@ def stage_sizes(config: Config, stage: str, processes: int = 1) -> Sizes:
             "python and torch": RUNTIME,
             # as read, split, and joined again; then a flag a byte, a number a chunk
             "corpus": 4 * text + 2 * INTEGER * chunks,
+            # what each reader has read, what is shuffled of it, and what the lanes still hold of the block before
+            "stream": 3 * data.shuffle_bytes * -(-data.readers // processes) if data.stream else 0,
             # indices of every byte of a global batch, ten of them
             "batch": 10 * INTEGER * data.lanes * (data.window_bytes + config.chunking.max_bytes),
             "best weights": best,

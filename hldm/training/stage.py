@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -32,6 +32,7 @@ from hldm.runs.progress import Part, say_line
 from hldm.runs.ranks import RankLost, is_rank_failure, make_roll_call, missing_ranks
 from hldm.runs.signals import Stopped
 from hldm.settings import dotted
+from hldm.sources.shards import open_source
 from hldm.text.corpus import Corpus
 from hldm.text.windows import Windows
 from hldm.training.environment import (
@@ -42,6 +43,7 @@ from hldm.training.environment import (
     rounding_variables,
 )
 from hldm.training.segmenters import train_segmenter
+from hldm.training.stream import StreamedWindows, agreement
 from hldm.training.trainer import Complaints, Trainer
 
 MAY_CHANGE = (*MAY_CHANGE_ONCE_TRAINED, "training.")  # on resume
@@ -90,7 +92,7 @@ class Stage:
             checkpoint=config.checkpoint,
             logging=config.logging,
             accelerator=self.accelerator,
-            extras={"corpus": windows.corpus.fingerprint, **(bound_to or {})},
+            extras={**windows.identity, **(bound_to or {})},
             spent=clock_named(self.training.clock)() - self.opened,
             part=self.part,
             complaints=complaints,
@@ -103,7 +105,8 @@ class Stage:
         self._say_what_is_trained(objective)
         if config.logging.trackers:
             self.accelerator.init_trackers(config.name, config=_plain_settings(config))
-        totals = trainer.fit(self.say, on_sample, on_validate)
+        with closing(windows):
+            totals = trainer.fit(self.say, on_sample, on_validate)
         objective.eval()
         return totals
 
@@ -159,9 +162,23 @@ class Stage:
         self.on_main(make, unless=path.is_dir())
         return read_segmenter(path, chunking)
 
-    def windows(self, corpus: Corpus, segmenter: Segmenter | None) -> Windows:
-        """A corpus laid out for training; where its chunks start is kept in the run when that took a segmenter."""
+    def windows(self, corpus: Corpus, segmenter: Segmenter | None) -> Windows | StreamedWindows:
+        """A corpus laid out for training; where its chunks start is kept in the run when that took a segmenter.
+
+        Where text is streamed, the stream that the corpus is the beginning of, which is cut as it comes.
+        """
         config, starts = self.config, None
+        if config.data.stream:
+            return StreamedWindows(
+                open_source(config.data),
+                corpus,
+                make_chunker(config.chunking, segmenter),
+                config.data,
+                seed=config.seed,
+                rank=self.accelerator.process_index,
+                ranks=self.accelerator.num_processes,
+                agree=agreement(self.accelerator),
+            )
         if segmenter is not None:
             folder = self.run.folder.parent / "segmenter"
             self.on_main(lambda: cached_starts(folder, segmenter, corpus, self.beat))

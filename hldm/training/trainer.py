@@ -43,6 +43,7 @@ from hldm.text.windows import Batch, Windows
 from hldm.training.environment import wrapped
 from hldm.training.optimizers import learning_rate, make_average, make_optimizers, weight_decay
 from hldm.training.patience import Patience
+from hldm.training.stream import StreamedWindows, gathered
 
 COUNTED = ("seconds", "characters", "prepared")  # of the totals, what a checkpoint carries
 CLIP_EPS = 1e-6  # what torch's clipping adds to the norm
@@ -69,7 +70,7 @@ class Trainer:
     def __init__(
         self,
         objective: Any,
-        windows: Windows,
+        windows: Windows | StreamedWindows,
         config: TrainingConfig,
         *,
         run: Run,
@@ -133,9 +134,10 @@ class Trainer:
             # this rank's rows in order, then the ranks in order: the rows of the global batch
             own = torch.cat([part[name] for part in parts])
             carry[name] = self.accelerator.gather(own.contiguous()).cpu()
+        stream = gathered(self.accelerator, self.windows.cursor())
         path = ""
         if self.accelerator.is_main_process:
-            tensors = {"model": self.objective.state_dict(), "carry": carry}
+            tensors = {"model": self.objective.state_dict(), "carry": carry, **stream}
             groups = []
             for index, optimizer in enumerate(self.optimizers):
                 tensors[f"optimizer-{index}"], own_groups = flatten_optimizer(optimizer.state_dict())
@@ -170,6 +172,7 @@ class Trainer:
             for index, groups in enumerate(saved.state["optimizers"])
         ]
         self._check(saved, states, say)
+        self.windows.seek(saved.step, saved.tensors.get("stream", {}))
         self.objective.load_state_dict(saved.tensors["model"])
         for optimizer, state in zip(self.optimizers, states, strict=True):
             optimizer.load_state_dict(state)

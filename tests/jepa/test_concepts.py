@@ -13,7 +13,13 @@ from hldm.jepa.sentences import SentenceObjective
 from hldm.jepa.text_pairs import pairs_of
 from hldm.text.corpus import make_corpus
 
-NEXT = ["task=sentences", "views.kind=none", "objective.option=latents", "sentences.min_bytes=4", "sentences.max_bytes=40"]
+NEXT = [
+    "task=sentences",
+    "views.kind=none",
+    "objective.option=latents",
+    "sentences.min_bytes=4",
+    "sentences.max_bytes=40",
+]
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,14 @@ def test_a_config_says_its_text(tmp_path):
     assert sizes.text_bytes(changed(data, path="", max_bytes=10**9)) == pytest.approx(4.2e6, rel=0.05)
 
 
+def test_a_stream_takes_what_its_readers_shuffle_however_long_it_is(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"x" * 1000)
+    config = load_config([TINY], [f"data.path={tmp_path}", "data.stream=true", "data.readers=4"])
+    one, two = (sizes.stage_sizes(config, "autoencoder", processes).host for processes in (1, 2))
+    assert one["stream"] == 2 * two["stream"] == 3 * 4 * config.data.shuffle_bytes
+    assert one["corpus"] < 2**28  # of its beginning
+
+
 def trainer_of(config: Config, stage: str, folder: Path) -> Trainer:
     """A stage ready to train, in a folder of its own."""
     trainer = bench_training.trainer_of(config, stage)
