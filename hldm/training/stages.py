@@ -242,7 +242,10 @@ def _validate_autoencoder(
             return measure(objective.autoencoder, None)
 
         return likelihood
-    least = changed(config.prior, width=4, heads=1, layers=1, denoiser_width=4, denoiser_layers=1)
+    ours = changed(
+        config.prior, denoiser="", plugin=""
+    )  # which start as the mixture does; one's own need not
+    least = changed(ours, width=4, heads=1, layers=1, denoiser_width=4, denoiser_layers=1)
     with torch.random.fork_rng():
         prior = Prior.from_settings(
             config.autoencoder, least, changed(config.hierarchy, levels=0, window=1), config.diffusion
