@@ -35,6 +35,7 @@ def pairs(
         int, Option(min=0, help="compare the bounds by so many importance-weighted draws")
     ] = 0,
     seed: options.Seed = 0,
+    allow_code: options.AllowCode = False,
     json: options.Report = None,
 ) -> None:
     """How often the better of two texts is the likelier one.

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from typer import Option
 
-from hldm.commands.options import RunOrShipped
+from hldm.commands.options import AllowCode, RunOrShipped
 from hldm.runs.folder import shipped_run
 from hldm.runs.location import find_model, pipeline_of
 from hldm.runs.signals import Stopped
@@ -17,6 +17,7 @@ def playground(
     *,
     run: RunOrShipped = None,
     port: Annotated[int, Option(min=0, max=65535, help="of 127.0.0.1; 0: any that is free")] = 8123,
+    allow_code: AllowCode = False,
 ) -> None:
     """A local page to write with a run.
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from hldm.commands.options import Seed, Text
+from hldm.commands.options import AllowCode, Seed, Text
 from hldm.runs.reports import check_page_path
 
 MARK = b"<!doctype html><!-- hldm report -->"  # hldm.app.report.build.PAGE_MARK, without importing torch
@@ -23,6 +23,7 @@ def report(
     text: Text = None,
     measure: Annotated[bool, Option("--measure", help="though there is an evaluation.json")] = False,
     seed: Seed = 0,
+    allow_code: AllowCode = False,
 ) -> None:
     """A run as one page to look at.
 

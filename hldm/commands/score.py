@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from typer import Option
 
-from hldm.commands.options import RUN_NAME, Seed
+from hldm.commands.options import RUN_NAME, AllowCode, Seed
 from hldm.evaluation.tables import Table, short, show
 from hldm.sources.encodings import read_text
 from hldm.text.bytes import MAX_PROMPT_BYTES
@@ -36,6 +36,7 @@ def score(
     draws: Annotated[int, Option(help="noise levels a chunk, even")] = 8,
     samples: Annotated[int, Option(min=0, help="also the bound by so many importance-weighted draws")] = 0,
     seed: Seed = 0,
+    allow_code: AllowCode = False,
     as_json: Annotated[bool, Option("--json", help="one JSON object a text")] = False,
 ) -> None:
     """What texts cost under a model, in bits.

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from typer import Option
 
-from hldm.commands.options import Run
+from hldm.commands.options import AllowCode, Run
 from hldm.runs.location import find_model
 
 LICENCE = "of the weights, e.g. cc-by-4.0 (default: mit after the built-in text, else said to be unknown)"
@@ -20,6 +20,7 @@ def export(
     licence: Annotated[str, Option("--licence", "--license", metavar="SPDX", help=LICENCE)] = "",
     prompt: Annotated[str, Option(help="what the card's sample goes on from")] = "",
     measure: Annotated[bool, Option("--measure", help="evaluate a run that has no scores yet")] = False,
+    allow_code: AllowCode = False,
 ) -> None:
     """Make a folder to share of a trained run.
 

@@ -11,6 +11,7 @@ from typer import Option
 
 from hldm.commands.options import Configs, Overrides, check_minutes
 from hldm.config import Config, ConfigError, changed, load_config, stage_training, to_yaml
+from hldm.plugins import named
 from hldm.runs.folder import last_sample, last_validation
 from hldm.runs.identity import inherited
 from hldm.runs.signals import is_first_rank
@@ -70,7 +71,7 @@ def train(
         own, parts = parts[: len(stages_of(run))], parts[len(stages_of(run)) :]
         train_run(run, resume=resume, parts=own, validation=validation_on)
     if is_first_rank():
-        print("\n".join(summary([Path("runs") / run.name for run in runs])))
+        print("\n".join(summary([Path("runs") / run.name for run in runs], named(model))))
 
 
 def with_limits(config: Config, minutes: float | None, steps: int | None, prior_steps: int | None) -> Config:
@@ -95,8 +96,9 @@ def _prior_share(config: Config) -> float:
     return second / (first + second) if first and second else PRIOR_SHARE
 
 
-def summary(folders: Sequence[Path]) -> list[str]:
-    """What there is now, and what to type next."""
+def summary(folders: Sequence[Path], own: Sequence[str] = ()) -> list[str]:
+    """What there is now, and what to type next. own: classes of the user's own that the first of them names."""
+    flag = "--allow-code " if own else ""
     sample = last_sample(folders[0])
     prompt = shlex.quote(" ".join(printable(sample).split()[:PROMPT_WORDS]))
     lines = [f"{folder}: {found}" for folder in folders if (found := _validated(folder))]
@@ -106,7 +108,7 @@ def summary(folders: Sequence[Path]) -> list[str]:
         "",
         *lines,
         f"Everything is in {' and '.join(map(str, folders))}.",
-        f"Next: hldm generate --run {folders[0]} --prompt {prompt}",
+        f"Next: hldm generate --run {folders[0]} {flag}--prompt {prompt}",
         *(f"      hldm evaluate --run {folder}" for folder in folders),
     ]
 

@@ -29,6 +29,7 @@ from hldm.jepa.predictor import Predictor
 from hldm.jepa.sentences import SentenceObjective
 from hldm.jepa.text_pairs import NUL, PairBatch, TextPairs, pairs_of, read_corpora
 from hldm.model.autoencoder import Autoencoder
+from hldm.plugins import allow
 from hldm.runs.files import fingerprint
 from hldm.runs.folder import check_settings, require_same_text
 from hldm.runs.identity import TEXT_SETTINGS
@@ -56,6 +57,7 @@ SHARED_SETTINGS = (
 
 def train_jepa(config: JepaConfig, *, resume: bool = False, root: Path = Path("runs")) -> Path:
     """The encoder, with what its option adds. Returns the run's folder."""
+    allow([config.chunking.strategy])
     corpora = read_corpora(config)  # before the folder is opened: a mistake leaves none
     with open_jepa_stage(config, "jepa", resume, root) as stage:
         segmenter = stage.segmenter(corpora["train"])
@@ -83,6 +85,7 @@ def train_jepa(config: JepaConfig, *, resume: bool = False, root: Path = Path("r
 
 def train_decoder(config: JepaConfig, *, resume: bool = False, root: Path = Path("runs")) -> Path:
     """A decoder of chunks, or of sentences, for the frozen encoder of the same run. Returns the run's folder."""
+    allow([config.chunking.strategy])
     folder = root / config.name
     jepa = read_objective(folder, config)
     binding = fingerprint(jepa.state_dict())

@@ -26,8 +26,7 @@ def on_the_path(monkeypatch):
     monkeypatch.delenv(plugins.VARIABLE, raising=False)
     for example in ("own_chunker", "own_denoiser"):
         monkeypatch.syspath_prepend(ROOT / "examples" / example)
-    with plugins.scope():
-        yield
+    monkeypatch.setattr(plugins, "_allowed", set())
 
 
 def own_config(overrides: list[str], *more: str) -> Config:
