@@ -1,5 +1,6 @@
 # make setup   everything to work on hldm, in .venv        make demo   both stages and a sample, in minutes
 # make test    style, types and the quick tests            make test-slow   the rest
+# make docs    this documentation as a site, in build/site
 # make torture kills, full disks, flipped bits, at full scale
 #
 # The versions installed are those of constraints.txt. A torch that is already in .venv is kept, whichever
@@ -13,7 +14,7 @@ BIN := .venv/bin
 # torch's own threads and pytest's two processes would fight over the cores
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
-.PHONY: setup demo test test-slow torture lint clean
+.PHONY: setup demo test test-slow torture lint docs clean
 
 setup: .venv/installed-dev
 	@echo "hldm is ready in .venv ($$($(BIN)/python -V), torch $$($(TORCH_VERSION)))"
@@ -35,6 +36,10 @@ lint: .venv/installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+docs: .venv/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "the documentation is in build/site/index.html"
 
 clean:
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
@@ -59,6 +64,10 @@ endef
 
 .venv/installed: pyproject.toml $(wildcard $(CONSTRAINTS)) | $(BIN)/python
 	$(call install,.)
+
+.venv/installed-docs: pyproject.toml $(wildcard $(CONSTRAINTS)) | $(BIN)/python
+	$(call install,.[docs])
+	@touch .venv/installed
 
 .venv/installed-dev: pyproject.toml $(wildcard $(CONSTRAINTS)) | $(BIN)/python
 	$(call install,.[dev])

@@ -15,8 +15,12 @@ from typing import Annotated
 import typer
 
 import hldm
+from hldm import plugins
+from hldm.commands import benchmarks, measuring, score, sharing, training, writing
 from hldm.commands import jepa as jepa_commands
-from hldm.commands import measuring, training, writing
+from hldm.commands.playground import playground
+from hldm.commands.report import report
+from hldm.commands.train import train
 from hldm.config import ConfigError
 from hldm.doctor import doctor
 from hldm.runs.exits import guarded
@@ -24,22 +28,28 @@ from hldm.runs.exits import guarded
 app = typer.Typer(name="hldm", rich_markup_mode=None)
 for command in (  # in the order of the help
     training.demo,
+    train,
     training.train_autoencoder,
     training.train_diffusion,
     writing.generate,
     measuring.evaluate,
+    score.score,
+    benchmarks.pairs,
     measuring.diagnose,
     measuring.rate_curve,
     measuring.chunkers,
     jepa_commands.similarity,
     measuring.judge,
+    report,
+    playground,
     writing.chunk,
     measuring.bench,
-    training.export,
+    sharing.export,
     training.sizes,
     doctor,
 ):
     app.command()(command)
+app.command(context_settings=benchmarks.PASSED_ON)(benchmarks.lm_eval)
 app.add_typer(jepa_commands.app, name="jepa")
 
 
@@ -90,7 +100,8 @@ def _run(commands: typer.Typer, name: str, argv: Sequence[str] | None) -> int:
 
     def work() -> int:
         try:
-            with parser.make_context(name, arguments, help_option_names=["-h", "--help"]) as context:
+            made = parser.make_context
+            with plugins.scope(), made(name, arguments, help_option_names=["-h", "--help"]) as context:
                 return parser.invoke(context) or 0
         except typer.Exit as end:  # after --help or --version
             return end.exit_code

@@ -14,7 +14,9 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import Field
 
-from hldm.settings import ConfigError, S, Section, Setting, build_section, changed, dotted, read_settings
+from hldm.retired import is_retired
+from hldm.settings import ConfigError as ConfigError  # imported from here by all rooms below
+from hldm.settings import S, Section, Setting, build_section, changed, dotted, is_own, read_settings
 
 Count = Annotated[int, Field(gt=0, lt=2**63)]
 Positive = Annotated[float, Field(gt=0, lt=2**63)]
@@ -33,8 +35,10 @@ class DataConfig(Section):
     split: str = "train"  # which split of the dataset to read
     field: str = "text"  # column of .jsonl, .parquet and datasets that holds the text
     separator: str = ""  # splits a plain text file into documents; empty: a file is one document
-    stream: bool = False  # read the dataset over the network instead of downloading it first
-    max_bytes: Count = 1_000_000_000  # stop reading after so much text
+    stream: bool = False  # read files or dataset while training, again and again, instead of all of it first
+    readers: Count = 1  # of a stream, side by side, each its own share of it; a multiple of the processes
+    shuffle_bytes: Count = 16_777_216  # of a stream's documents, that each reader shuffles at a time
+    max_bytes: Count = 1_000_000_000  # stop reading after so much text; a stream has no end
     held_out: float = Field(default=0.03, gt=0, lt=0.5)  # share of documents for validation, also for test
     lanes: Count = 16  # texts read side by side: the global batch
     window_bytes: Count = 256  # bytes of each lane in one optimizer step
@@ -42,6 +46,12 @@ class DataConfig(Section):
     def check(self) -> None:
         if self.path and self.dataset:
             raise ValueError("path and data.dataset exclude each other: set one")
+        if self.stream and not (self.path or self.dataset):
+            raise ValueError("stream reads data.path or data.dataset: set one, or stream=false")
+        if self.stream and self.lanes % self.readers:
+            raise ValueError(
+                f"lanes must be divisible by data.readers, got {self.lanes} and {self.readers} readers"
+            )
 
 
 class SegmenterConfig(Section):
@@ -71,13 +81,16 @@ Strategy = Literal[TextStrategy, ModelStrategy]
 class ChunkingConfig(Section):
     """Which stretches of text share one latent."""
 
-    strategy: Strategy = "words"
+    strategy: str = "words"  # a Strategy, or a class of one's own as module:Class (docs/own_part.md)
     min_bytes: Count = 4  # a chunk ends at a border only once it holds so many bytes
     max_bytes: int = Field(default=10, gt=0, le=65_536)  # no chunk is longer
     target_bytes: Positive = 6.0  # mean length that strategies with a segmenter are set to, on training text
     segmenter: SegmenterConfig = SegmenterConfig()  # of strategies that ask one
 
     def check(self) -> None:
+        if not (self.strategy in (known := get_args(Strategy)) or is_own(self.strategy)):
+            expected = f"one of {', '.join(known)}, or your own module:Class"
+            raise ValueError(f"strategy must be {expected}, got {self.strategy!r:.80}")
         if self.min_bytes > self.max_bytes:
             raise ValueError(
                 f"min_bytes must not exceed max_bytes, got {self.min_bytes} and {self.max_bytes}"
@@ -202,8 +215,13 @@ class PriorConfig(Section):
     draws: int = Field(default=4, gt=0, le=512)  # noise draws that share one context
     context_dropout: Share = 0.1  # share of contexts hidden in training, for guidance
     dropout: Share = 0.0
+    denoiser: str = ""  # a class of one's own in place of the denoiser, as module:Class (docs/own_part.md)
+    plugin: str = ""  # likewise a subclass of the whole prior
 
     def check(self) -> None:
+        for name, own in (("denoiser", self.denoiser), ("plugin", self.plugin)):
+            if own and not is_own(own):
+                raise ValueError(f"{name} must be empty or your own module:Class, got {own!r:.80}")
         for name, width in (("width", self.width), ("denoiser_width", self.denoiser_width)):
             if width % self.heads:
                 raise ValueError(f"{name} must be divisible by prior.heads, got {width} and {self.heads}")
@@ -226,6 +244,9 @@ class TrainingConfig(Section):
     ema_decay: Share = 0.99  # 0: no averaged weights
     mixed_precision: Literal["no", "bf16"] = "no"
     gradient_checkpointing: bool = False
+    # Validations in a row without a better one, after which training stops; the weights of the best are then what is
+    # kept. 0: it trains to the end, and its last weights are kept.
+    patience: int = Field(default=0, ge=0, lt=2**63)
     # How long ranks wait for one that hangs. What rank 0 does alone, saving and sampling, must take less: seconds
     # for configs/*.yaml. accelerate's default is 30 minutes (10 on CUDA), which a cluster would be paid for.
     timeout_s: Positive = 300.0
@@ -254,6 +275,8 @@ class LoggingConfig(Section):
 
     every: Count = 50  # optimizer steps between metrics
     sample_every: int = Field(default=1000, ge=0, lt=2**63)  # steps between samples; 0: only at the end
+    validate_every: int = Field(default=250, ge=0, lt=2**63)  # steps between validations; 0: none
+    validation_bytes: Count = 8192  # of held-out text, of which a validation takes the bound
     trackers: tuple[str, ...] = Field(default=(), max_length=64)  # accelerate's trackers, e.g. [tensorboard]
 
 
@@ -308,46 +331,6 @@ class Config(Section):
         return self.autoencoder.latent_dim == 0
 
 
-# Settings of earlier versions that are gone, each with the values that say what is left; none: any does, since without
-# the form it belonged to it says nothing. A saved model or a file that says this much loads as before.
-RETIRED: Mapping[str, tuple[str, ...]] = {
-    "autoencoder.writes": ("bytes",),
-    "autoencoder.rate": ("mixture",),
-    "autoencoder.byte_dropout": ("0", "0.0"),
-    "autoencoder.latent_dropout": ("0", "0.0"),
-    "autoencoder.clean_latents": ("0", "0.0"),
-    "chunking.entropy_form": ("threshold",),
-    "chunking.gate_form": ("first",),
-    "chunking.learned_form": ("forget",),
-    "chunking.select_form": ("last",),
-    "data.cache_latents": ("false", "False"),
-    "diffusion.schedule": ("learned",),
-    "prior.contextualiser": ("transformer",),
-    "prior.one_step": ("none",),
-    "prior.energy": (),
-    "prior.self_conditioning": ("0", "0.0"),
-    "training.autoencoder.joint": ("0", "0.0"),
-    "training.prior.joint": ("0", "0.0"),
-}
-# of settings that stay
-RETIRED_VALUES = {"diffusion.target": ("eps",), "generation.scheduler": ("energy", "flow")}
-
-
-def is_retired(key: str, value: object, where: str = "") -> bool:
-    """Whether this is a setting of RETIRED. Raises ConfigError where it says another form than what is left.
-
-    value: as it was written, or what was read of it; where: what an error opens with
-    """
-    old = next((old for old in RETIRED if f"{key}.".startswith(f"{old}.")), "")
-    left = RETIRED.get(old, ())
-    if (left and str(value) not in left) or value in RETIRED_VALUES.get(key, ()):
-        raise ConfigError(
-            f"{where}{key}={str(value)[:100]} is a form that was removed: choose another or, for what was trained "
-            "with it, use the version of hldm that trained it or train again"
-        )
-    return bool(old)
-
-
 def _build(cls: type[S], settings: Mapping[str, Setting], section: str = "") -> S:
     """As build_section, without the settings of RETIRED."""
     kept = {k: s for k, s in settings.items() if not is_retired(f"{section}{k}", s.value, f"{s.where}: ")}
@@ -360,15 +343,39 @@ def stage_training(config: Config, stage: str, **changes: Any) -> Config:
     return changed(config, training=changed(config.training, **{stage: training}))
 
 
-def load_config(paths: Sequence[str | Path] | str | Path, overrides: Sequence[str] = ()) -> Config:
+def find_config(path: str | Path) -> Path:
+    """A config file as it is given, or one that comes with hldm by its name: tiny, tiny.yaml or configs/tiny.yaml.
+
+    Raises ConfigError for a name that is neither.
+    """
+    path = Path(path)
+    if path.parent not in (Path(), Path("configs")) or (path.exists() and not path.is_dir()):
+        return path
+    inside = Path(__file__).parent / "configs"  # of an installed wheel; a clone has them beside the package
+    shipped = inside if inside.is_dir() else inside.parents[1] / "configs"
+    found = shipped / f"{path.name.removesuffix('.yaml')}.yaml"
+    if found.is_file():
+        return found
+    names = ", ".join(sorted(file.stem for file in shipped.glob("*.yaml")))
+    raise ConfigError(f"{path}: cannot be read as a config: no such file, nor one of those of hldm: {names}")
+
+
+def load_config(
+    paths: Sequence[str | Path] | str | Path,
+    overrides: Sequence[str] = (),
+    inherited: Sequence[str | Path] = (),
+) -> Config:
     """Defaults, then the YAML files in order, then the command line's `a.b=c`; later wins.
 
-    A file may open with `base: other.yaml` (relative to it) and say only what differs. A config without
-    a name takes the last file's. ConfigError, one line, for anything that is not a known key with a value of
-    its type and range.
+    A file may be named as `find_config` takes it. It may open with `base: other.yaml` (relative to it) and say only
+    what differs. A config without a name takes the last file's. ConfigError, one line, for anything that is not a
+    known key with a value of its type and range.
+    inherited: files whose settings, but for the name, lie below all of these: the config.yaml of a run
     """
-    files = [paths] if isinstance(paths, str | Path) else list(paths)
-    config = _build(Config, read_settings(files, overrides))
+    files = [find_config(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+    settings = read_settings(inherited)
+    settings.pop("name", None)
+    config = _build(Config, settings | read_settings(files, overrides))
     return changed(config, name=Path(files[-1]).stem) if files and not config.name else config
 
 

@@ -6,15 +6,17 @@ A machine without a network or an accelerator is in good health.
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import psutil
 from packaging.requirements import Requirement
+from typer import Option
 
 from hldm.config import ConfigError
 from hldm.runs.machine import free_disk
@@ -29,19 +31,48 @@ class Finding(NamedTuple):
     is_fault: bool = False
 
 
-def doctor() -> int:
+def doctor(
+    *,
+    gpu: Annotated[
+        bool, Option("--gpu", help="check and measure what is made for a GPU, in minutes")
+    ] = False,
+    config: Annotated[Path | None, Option(help="with --gpu: its shapes (default: configs/base.yaml)")] = None,
+    as_json: Annotated[bool, Option("--json", help="the same as one JSON object")] = False,
+) -> int:
     """Check this machine and installation.
 
     Exit code 1 when something that training needs is missing.
     """
-    checks = [check_packages, check_machine, check_corpus, check_hub]
-    faults = 0
-    for check in checks:
-        for finding in _findings(check):
+    if config is not None and not gpu:
+        raise ConfigError("--config says whose shapes --gpu measures: give both")
+    found: list[Finding] = []
+
+    def say(finding: Finding) -> None:
+        found.append(finding)
+        if not as_json:
             print(f"{'FAULT' if finding.is_fault else 'ok   '} {finding.text}", flush=True)
-            faults += finding.is_fault
-    print(f"{faults} fault{'s' * (faults != 1)} found")
+
+    figures = _check_gpu(config, say) if gpu else None
+    for check in () if gpu else (check_packages, check_machine, check_corpus, check_hub):
+        for finding in _findings(check):
+            say(finding)
+    faults = sum(finding.is_fault for finding in found)
+    if as_json:
+        told = {"findings": [finding._asdict() for finding in found], "faults": faults}
+        print(json.dumps(told if figures is None else {**told, "gpu": figures}, indent=1))
+    else:
+        print(f"{faults} fault{'s' * (faults != 1)} found")
     return 1 if faults else 0
+
+
+def _check_gpu(config: Path | None, say: Callable[[Finding], None]) -> dict[str, object]:
+    from hldm.studies.gpu import card_of, check, report
+
+    results = []
+    for result in check(card_of(config)):
+        say(Finding(f"{result.text} ({result.seconds:.0f} s)", is_fault=result.status == "FAULT"))
+        results.append(result)
+    return report(results)
 
 
 def _findings(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:

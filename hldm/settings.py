@@ -26,6 +26,8 @@ MAX_DEPTH = 50  # the config tree is 4 deep; bounds every recursion below
 
 COMMAND_LINE = "command line"
 
+OWN_CLASS = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
+
 S = TypeVar("S", bound="Section")
 
 
@@ -61,6 +63,11 @@ class Section(BaseModel):
         except ValidationError as error:
             name = type(self).__name__.removesuffix("Config").lower()
             raise ConfigError(_refusal(error, f"{name}." if name else "")[1]) from None
+
+
+def is_own(name: str) -> bool:
+    """Whether a setting names a class of the user's own, as `module:Class` (hldm.plugins)."""
+    return OWN_CLASS.fullmatch(name) is not None
 
 
 def changed(section: S, **changes: Any) -> S:

@@ -393,20 +393,16 @@ def _peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def tiny_pipeline(components: int = 4) -> HLDMPipeline:
-    """Random weights: some thousand of them."""
+def tiny_pipeline(components: int = 4, **changes: Any) -> HLDMPipeline:
+    """Random weights: some thousand of them. changes: of AutoencoderConfig; latent_dim=0 makes a twin"""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         griffin = GriffinConfig(width=8, blocks=("recurrent", "attention"), heads=2)
-        settings = AutoencoderConfig(
-            latent_dim=2,
-            encoder=griffin,
-            decoder=griffin,
-            reads_text=True,
-            trunk_layers=0,
-            components=components,
-        )
+        given = dict(reads_text=True, trunk_layers=0, components=components, latent_dim=2) | changes
+        settings = AutoencoderConfig(encoder=griffin, decoder=griffin, **given)
         autoencoder = Autoencoder.from_settings(settings, ChunkingConfig(min_bytes=2, max_bytes=4))
+        if not settings.latent_dim:
+            return HLDMPipeline.assemble(autoencoder, None, GenerationConfig(steps=1))
         prior = Prior.from_settings(
             settings,
             PriorConfig(reads_text=False, width=8, layers=1, heads=2, denoiser_width=8, denoiser_layers=1),

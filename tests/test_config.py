@@ -333,7 +333,7 @@ def test_a_saved_section_with_retired_settings_loads():
     [
         (
             "chunking: {strategy: word}",
-            "chunking.strategy must be 'fixed', 'words', .* or 'select', got 'word'",
+            "chunking.strategy must be one of fixed, words, .*select, or your own module:Class, got 'word'",
         ),
         (
             "autoencoder: {encoder: {blocks: [mlp]}}",

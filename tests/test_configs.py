@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import zipfile
+from importlib.util import find_spec
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import ROOT
 
-from hldm.config import Config, load_config
+from hldm.config import Config, ConfigError, find_config, load_config
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.prior import Prior
 
@@ -54,3 +61,51 @@ def test_accelerate_reads_every_file_of_configs_accelerate(path):
     # the lanes of the largest config can be shared out evenly
     lanes = load_config([ROOT / "configs/large.yaml"]).data.lanes
     assert lanes % launch.num_processes == 0
+
+
+# ---- by name, from anywhere
+
+
+def test_a_config_is_found_by_its_name_and_a_file_of_that_name_comes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("tiny", "tiny.yaml", "configs/tiny.yaml", "configs/tiny"):
+        assert find_config(name).samefile(ROOT / "configs/tiny.yaml")
+        assert load_config(name) == load_config(ROOT / "configs/tiny.yaml")
+    assert load_config("small-twin").is_twin and load_config("small-twin").name == "small-twin"
+    Path("tiny").mkdir()
+    assert find_config("tiny").samefile(ROOT / "configs/tiny.yaml")
+    Path("tiny.yaml").write_text("seed: 7")
+    assert load_config("tiny.yaml").seed == 7
+    assert find_config("elsewhere/tiny.yaml") == Path("elsewhere/tiny.yaml")
+    names = "base, base-twin, large, large-twin, small, small-twin, tiny, tiny-twin"
+    for name in ("tinny", "configs/tinny.yaml", "accelerate"):
+        with pytest.raises(ConfigError, match=f"{name}: .* no such file, nor one of those of hldm: {names}"):
+            load_config(name)
+
+
+def test_demo_and_its_kind_take_a_name_outside_of_a_clone(tmp_path, monkeypatch):
+    from hldm.studies.league import entries
+    from hldm.studies.rate_curve import points
+
+    monkeypatch.chdir(tmp_path)
+    assert points(Path("tiny"), 6) and entries(Path("tiny"), 6)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("hatchling") is None, reason="needs hatchling, which builds wheels")
+def test_a_wheel_holds_the_configs_and_its_commands_find_them(tmp_path):
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    [wheel] = tmp_path.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    for path in (ROOT / "configs").rglob("*.yaml"):
+        held = tmp_path / "installed/hldm" / path.relative_to(ROOT)
+        assert held.read_bytes() == path.read_bytes()
+    code = "import hldm, sys; from hldm.cli import main; print(hldm.__file__); sys.exit(main(sys.argv[1:]))"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
+    for config in ("tiny", "configs/tiny.yaml"):
+        words = [sys.executable, "-c", code, "train-autoencoder", "--config", config, "--print-config"]
+        done = subprocess.run(
+            words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+        )
+        assert done.stdout.startswith(str(tmp_path / "installed")) and "latent_dim: 4" in done.stdout

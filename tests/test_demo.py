@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from hldm import cli
+from hldm import cli, plugins
 from hldm.commands import training
 from hldm.evaluation import evaluate as evaluation
 from hldm.runs import reports
@@ -22,7 +22,9 @@ def trained(monkeypatch, tmp_path) -> list[tuple[str, str, bool]]:
     calls: list[tuple[str, str, bool]] = []
 
     def note(stage: str):
-        def train(config, *, resume: bool = False, root: Path = Path("runs")) -> Path:
+        def train(
+            config, *, resume: bool = False, root: Path = Path("runs"), part=None, validation=None
+        ) -> Path:
             calls.append((stage, config.name, resume))
             return root / config.name
 
@@ -63,3 +65,25 @@ def test_a_config_without_a_twin_is_refused_before_anything_is_trained(trained, 
     assert cli.main(["demo", "--config", "lone.yaml"]) == 2
     error = capsys.readouterr().err
     assert "lone-twin.yaml" in error and error.count("\n") == 1 and trained == []
+
+
+def test_the_demo_takes_any_setting_for_model_and_twin(trained, capsys, monkeypatch):
+    planned = []
+    monkeypatch.setattr("hldm.training.sizes.require_room", lambda config, stage: planned.append(config))
+    asked = ["demo", "--config", str(ROOT / "configs/tiny.yaml")]
+    assert cli.main([*asked, "data.lanes=8", "name=mine"]) == 0
+    assert {config.data.lanes for config in planned} == {8}
+    assert trained == [
+        ("autoencoder", "mine", False),
+        ("prior", "mine", False),
+        ("autoencoder", "mine-twin", False),
+    ]
+    assert cli.main([*asked, "autoencoder.latent_dim=0"]) == 2
+    assert "is a twin" in capsys.readouterr().err
+
+
+def test_a_demo_with_an_own_part_says_how_to_write_with_it(trained, capsys, monkeypatch):
+    monkeypatch.setattr("hldm.training.sizes.require_room", lambda config, stage: None)
+    with plugins.scope():
+        training.demo(config=ROOT / "configs/tiny.yaml", overrides=["chunking.strategy=mine:Mine"])
+    assert "--run runs/demo --allow-code --prompt" in capsys.readouterr().out

@@ -42,7 +42,7 @@ def write(trained_run, capsysbinary):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--run", "nowhere", "--prompt", "a"], "nowhere/pipeline holds no trained model: run train_auto"),
+        (["--run", "nowhere", "--prompt", "a"], "nowhere holds no trained model: run train_auto"),
         ([], "no prompt given: pass --prompt TEXT"),
         (["--prompt-file", "nowhere.txt"], "nowhere.txt: No such file"),
         (["--prompt-file", "."], "Is a directory"),
@@ -57,6 +57,7 @@ def write(trained_run, capsysbinary):
         (["--prompt", "a", "--top-p", "0"], "generation.top_p must be greater than 0, got 0"),
         (["--prompt", "a", "--seed", str(2**64)], "--seed"),
         (["--prompt", "a", "--seed", "-1"], "--seed"),
+        (["--prompt", "a", "--stop", ""], "an empty stop string stands everywhere"),
     ],
 )
 def test_generation_refuses(arguments, says, trained_run, refused):
@@ -81,19 +82,31 @@ def test_without_a_run_the_shipped_one_writes_if_there_is_one(trained_run, monke
     assert capsysbinary.readouterr().out.startswith(b"a")
 
 
-def test_an_exported_run_writes_and_evaluates_like_the_run(trained_run, capsys, refused):
-    assert cli.main(["export", "--run", str(trained_run), "--to", "slim"]) == 0
-    assert capsys.readouterr().out == "wrote slim\n"
-    assert {path.name for path in Path("slim").iterdir()} == {"autoencoder", "prior", "pipeline"}
-    assert not list(Path("slim").rglob("checkpoints")) and not list(Path("slim").rglob("metrics.jsonl"))
-    capsys.readouterr()
-    tables = []
-    for run in (str(trained_run), "slim"):
-        assert cli.main(["evaluate", "--run", run, "--draws", "2", "--prompts", "0"]) == 0
-        tables.append(capsys.readouterr().out.splitlines()[1:])
-    assert tables[0] == tables[1]
-    assert "is there already" in refused(cli.main(["export", "--run", str(trained_run), "--to", "slim"]))
-    assert "no finished run" in refused(cli.main(["export", "--run", "nowhere", "--to", "other"]))
+def test_a_text_ends_before_the_first_stop_string(write):
+    arguments = ("--prompt", "And", "--max-chars", "60", "--seed", "2")
+    whole = write(*arguments)[3:-1]
+    stop = os.fsdecode(whole[8:10])
+    cut = whole[: whole.index(whole[8:10])]
+    assert write(*arguments, "--stop", stop, "--stop", "nowhere") == b"And" + cut + b"\n"
+    [record] = map(json.loads, write(*arguments, "--stop", stop, "--json").splitlines())
+    assert record["text"] == cut.decode("utf-8", "replace") and not record["ended"]
+    marked = write(*arguments, "--stop", stop, "--show-chunks")
+    spans = record["chunk_spans"]
+    assert marked == b"And" + b"".join(b"|" + cut[start:end] for start, end in spans) + b"\n"
+
+
+@pytest.mark.parametrize("name", ["small", "small-twin"])
+def test_a_model_that_comes_with_hldm_has_a_name(name, capsysbinary):
+    words = ["--run", name, "--prompt", "And the king", "--max-chars", "9"]
+    assert cli.generate(words) == 0
+    assert len(capsysbinary.readouterr().out.decode()) == len("And the king") + 9 + 1
+
+
+def test_a_name_that_only_a_hub_could_know_is_one_line_without_one(monkeypatch, refused):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    error = refused(cli.generate(["--run", "nobody/nothing", "--prompt", "a"]))
+    assert "nobody/nothing: no folder of that name here, no copy in the cache" in error
+    assert "HF_HUB_OFFLINE asks no hub" in error
 
 
 def test_generation_refuses_a_run_without_its_second_stage(run_copy, refused):

@@ -8,7 +8,8 @@ character is never split, unless it alone is longer than `max_bytes`.
 
 A strategy that looks at the text alone is a class here with `borders(text)`. One that asks a model is a
 segmenter (hldm.chunking.segmenter): a small byte model, trained first and frozen, so that its chunks, too, are known
-before any other model runs and the data can be laid out by them.
+before any other model runs and the data can be laid out by them. One of the user's own is named as module:Class
+(hldm.chunking.own).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from hldm.config import ChunkingConfig, ConfigError
+from hldm.settings import is_own
 
 _IS_SPACE = np.zeros(256, bool)
 _IS_SPACE[list(b" \t\n\v\f\r")] = True
@@ -229,6 +231,10 @@ def make_chunker(config: ChunkingConfig, segmenter: Any = None) -> Chunker:
     """
     if config.strategy in TEXT_STRATEGIES:
         return TEXT_STRATEGIES[config.strategy](config.min_bytes, config.max_bytes)
+    if is_own(config.strategy):
+        from hldm.chunking.own import own_chunker
+
+        return own_chunker(config)
     if segmenter is None:
         raise ConfigError(
             f"chunking.strategy={config.strategy} needs a segmenter: pass a run that train_autoencoder.py made with it"

@@ -17,6 +17,7 @@ import numpy as np
 from hldm.chunking.chunker import Chunker, make_chunker
 from hldm.chunking.entropy import EntropySegmenter
 from hldm.chunking.learned import LearnedSegmenter
+from hldm.chunking.own import check_mark, own_chunker
 from hldm.chunking.recurrence import GateSegmenter, StateSegmenter
 from hldm.chunking.reinforce import PolicySegmenter
 from hldm.chunking.segmenter import Segmenter
@@ -25,6 +26,7 @@ from hldm.config import ChunkingConfig, ConfigError, changed, to_dict
 from hldm.model.autoencoder import Autoencoder
 from hldm.runs.files import atomic_write, fingerprint
 from hldm.runs.folder import code_fingerprint, shipped
+from hldm.settings import is_own
 from hldm.text.corpus import Corpus
 
 SEGMENTERS: dict[str, type[Segmenter]] = {
@@ -79,12 +81,21 @@ def chunker_of(autoencoder: Autoencoder) -> Chunker:
     return make_chunker(autoencoder.chunking) if attached is None else cast(Chunker, attached)
 
 
-def attach_segmenter(autoencoder: Autoencoder, segmenter: Segmenter) -> None:
+def attach_segmenter(autoencoder: Autoencoder, segmenter: Segmenter | None) -> None:
     """Have an autoencoder's text cut by a segmenter, which its saved config names from now on.
 
+    None: by the class of the user's own that its settings name, if any, which is remembered likewise.
     Raises ValueError when it was trained on another's chunks.
     """
-    mark, chunking = fingerprint(segmenter.state_dict()), autoencoder.chunking
+    chunking = autoencoder.chunking
+    if segmenter is None:
+        if is_own(chunking.strategy):
+            chunker = own_chunker(chunking)
+            check_mark(chunker, autoencoder.config["segmenter"])
+            autoencoder.register_to_config(segmenter=chunker.mark)
+            autoencoder.attached_chunker = chunker
+        return
+    mark = fingerprint(segmenter.state_dict())
     if autoencoder.config["segmenter"] not in ("", mark):
         raise ValueError(
             "this autoencoder was trained on another segmenter's chunks: restore that, or train again"

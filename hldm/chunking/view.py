@@ -13,6 +13,8 @@ from hldm.chunking.chunker import TEXT_STRATEGIES, make_chunker
 from hldm.chunking.segmenter import Segmenter
 from hldm.chunking.strategies import SEGMENTERS, read_segmenter, sample_of, shipped_segmenter
 from hldm.config import ChunkingConfig, ConfigError, DataConfig, changed, load_config
+from hldm.plugins import allow
+from hldm.settings import is_own
 from hldm.sources.corpora import load_corpus
 from hldm.text.bytes import printable, tinted
 from hldm.text.corpus import Corpus
@@ -38,6 +40,8 @@ def cut_text(
 ) -> dict[str, list[bytes]]:
     """Chunks of a text by strategy, then by the chunking of each run.
 
+    strategies: by name, or module:Class of one's own, whose code is run
+
     chunking: the limits of strategies that are named, and the mean length of those that ask a model
     whole_bytes: the most that a sentence or paragraph may hold; None: as any chunk
     train: makes a segmenter for each strategy that takes one, from the built-in text; None: those that come with hldm
@@ -48,8 +52,9 @@ def cut_text(
         raise ValueError("the text is empty: there is nothing to cut")
     known = (*TEXT_STRATEGIES, *SEGMENTERS)
     for strategy in strategies:
-        if strategy not in known:
-            raise ConfigError(f"--strategy takes {', '.join(known)}, got {strategy!r:.80}")
+        if strategy not in known and not is_own(strategy):
+            raise ConfigError(f"--strategy takes {', '.join(known)} or module:Class, got {strategy!r:.80}")
+    allow(filter(is_own, strategies))
     corpus = load_corpus(DataConfig(), "train") if set(strategies) & SEGMENTERS.keys() else None
     asked: dict[str, tuple[ChunkingConfig, Segmenter | None]] = {}
     for strategy in strategies:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer import Option
 
-from hldm.commands.options import Configs, Overrides, Report, Seed
+from hldm.commands.options import AllowCode, Configs, Overrides, Report, Seed
 from hldm.commands.training import Limit, Name, PrintConfig, Resume, Steps
 from hldm.config import changed, load_config, stage_training, to_yaml
 
@@ -85,6 +85,7 @@ def concepts(
     run: Annotated[Path, Option(help="folder of a run with task=sentences or views, and its decoder")],
     sentences: Annotated[int, Option(min=2, help="held-out sentences to write")] = 200,
     json: Report = None,
+    allow_code: AllowCode = False,
 ) -> None:
     """Write held-out sentences from one vector each, and score them."""
     from hldm.evaluation.tables import show
@@ -110,6 +111,7 @@ def match(
     ] = "test",
     most: Annotated[int, Option(min=0, help="pairs at most; 0: all")] = 0,
     json: Report = None,
+    allow_code: AllowCode = False,
 ) -> None:
     """How often the second view is written as it should be."""
     from hldm.evaluation.tables import Table, show
@@ -139,6 +141,7 @@ def similarity(
     verses: Annotated[int, Option(min=10, help="training verses for whitening and probes")] = 4000,
     seed: Seed = 0,
     json: Report = None,
+    allow_code: AllowCode = False,
 ) -> None:
     """What vectors of texts mean: verses found across translations, probes, graded sentence pairs.
 

@@ -12,7 +12,8 @@ from hldm.commands import options
 from hldm.config import load_config
 from hldm.evaluation.tables import compare, show
 from hldm.runs.folder import shipped_run
-from hldm.runs.reports import check_picture_path, check_report_path, save_report
+from hldm.runs.location import find_model
+from hldm.runs.reports import PICTURES, check_picture_path, check_report_path, save_report
 from hldm.runs.signals import is_first_rank
 
 Draws = Annotated[int, Option(help="noise levels a chunk, even")]
@@ -21,6 +22,11 @@ Context = Option(
     help="also with documents cut every N bytes, to see what context from farther away saves: each takes as long as "
     "the bound itself; may repeat",
 )
+Without = Option(
+    metavar="PART=RUN",
+    help="with --parts: a run that was trained without the part for as long; may repeat",
+)
+STRATEGIES_HELP = "or your own, module:Class; may repeat; default: all of ours"
 Halves = Literal["training", "writing"]
 
 
@@ -36,14 +42,15 @@ def evaluate(
     run: options.RunOrShipped = None,
     twin: Annotated[bool, Option("--twin", help="the shipped run's twin")] = False,
     split: Annotated[options.Split | None, Option(help="of the run's data (default: test)")] = None,
-    text: Annotated[Path | None, Option(help="measure this file instead, as one document")] = None,
+    text: options.Text = None,
     json: options.Report = None,
     prompts: Annotated[int, Option(help="to continue; 0: none")] = 24,
     max_characters: options.MaxCharacters = 200,
-    draws: Draws = 16,
+    draws: Draws = 8,
     samples: Annotated[int, Option(help="also the bound by so many importance-weighted draws")] = 0,
     context: Annotated[list[int] | None, Context] = None,
     seed: options.Seed = 0,
+    allow_code: options.AllowCode = False,
 ) -> None:
     """Bits per character, reconstruction and ROUGE of a run.
 
@@ -53,12 +60,11 @@ def evaluate(
         check_report_path(json, "bits_per_character")
     if twin and run is not None:
         raise ValueError("--twin is the shipped run's twin: give it or --run, not both")
-    if split is not None and text is not None:
-        raise ValueError("--split is of the run's own data: give it or --text, not both")
+    options.check_split(split, text)
     from hldm.evaluation.evaluate import evaluate_run
 
     evaluation = evaluate_run(
-        run or shipped_run(twin),
+        shipped_run(twin) if run is None else find_model(run),
         split=split or "test",
         text=text,
         draws=draws,
@@ -75,29 +81,69 @@ def evaluate(
 def diagnose(
     *,
     run: options.Run,
-    split: Annotated[options.Split, Option(help="of the run's data")] = "validation",
+    split: Annotated[
+        options.Split | None, Option(help="of the run's data (default: validation, with --parts test)")
+    ] = None,
+    text: options.Text = None,
     draws: Draws = 8,
     seed: options.Seed = 0,
     json: options.Report = None,
-    png: Annotated[Path | None, Option(help="draw them there")] = None,
+    figure: Annotated[Path | None, Option("--figure", "--png", help="draw them: .png, .svg or .pdf")] = None,
+    parts: Annotated[bool, Option("--parts", help="what each part is worth instead (docs/parts.md)")] = False,
+    twin: Annotated[Path | None, Option(metavar="RUN", help="with --parts: the twin to set beside")] = None,
+    without: Annotated[list[str] | None, Without] = None,
+    allow_code: options.AllowCode = False,
 ) -> None:
-    """What latents hold, cost, and give to the decoder."""
-    if json is not None:
-        check_report_path(json, "latent_by_dimension")
-    if png is not None:
-        check_picture_path(png)
-    from hldm.studies.diagnosis import diagnose_run, summary
-    from hldm.studies.plots import plot_diagnosis
+    """What latents hold, cost, and give to the decoder.
 
-    diagnosis = diagnose_run(run, split=split, draws=draws, seed=seed)
-    show(*summary(diagnosis))
-    _save(json, lambda path: save_report(path, diagnosis))
-    _save(png, lambda path: plot_diagnosis(diagnosis, path))
+    With --parts: what the bound loses when a part of the model is hidden.
+    """
+    if not parts and (twin is not None or without):
+        raise ValueError("--twin and --without belong to the table of parts: give --parts, too")
+    others = _runs_by_part(without or [])
+    if json is not None:
+        check_report_path(json, "rows" if parts else "latent_by_dimension")
+    if figure is not None:
+        check_picture_path(figure)
+    options.check_split(split, text)
+    from hldm.studies.diagnosis import diagnose_run, summary
+    from hldm.studies.plots import plot_diagnosis, plot_parts
+
+    model = find_model(run)
+    draw: Callable[..., None]
+    if parts:
+        from hldm.evaluation.parts_table import parts_of_run, tables
+
+        found = parts_of_run(
+            model, split=split or "test", text=text, twin=twin, without=others, draws=draws, seed=seed
+        )
+        shown, draw = tables(found), plot_parts
+    else:
+        found = diagnose_run(model, split=split or "validation", text=text, draws=draws, seed=seed)
+        shown, draw = summary(found), plot_diagnosis
+    show(*shown)
+    _save(json, lambda path: save_report(path, found))
+    _save(figure, lambda path: draw(found, path))
+
+
+def _runs_by_part(given: list[str]) -> dict[str, Path]:
+    """NAME=RUN, several times, as a dict. Raises ValueError for anything else."""
+    found: dict[str, Path] = {}
+    for text in given:
+        name, is_pair, run = text.partition("=")
+        if not (name and is_pair and run):
+            raise ValueError(f"--without takes PART=RUN, e.g. denoiser=runs/without, got {text!r:.80}")
+        if name in found:
+            raise ValueError(f"--without {name} is given twice: one run a part")
+        found[name] = Path(run)
+    return found
 
 
 def rate_curve(
     *,
     config: options.Paired,
+    overrides: options.PairOverrides = None,
+    name: options.StudyName = None,
     minutes: options.Minutes,
     only: Annotated[list[str] | None, Option(metavar="DIAL", help="may repeat; default: all")] = None,
     clock: options.Clock = "wall",
@@ -109,17 +155,20 @@ def rate_curve(
     from hldm.studies.plots import plot_rate_curve
     from hldm.studies.rate_curve import run_curve, table
 
-    curve = run_curve(config, minutes, only=only or [], clock=clock)
-    target = Path("runs") / f"{config.stem}-curve" / "rate-curve.png"
-    plot_rate_curve(curve, target)
-    show(table(curve), f"rate-curve.json and rate-curve.png are in {target.parent}")
+    given = options.with_name(overrides, name)
+    curve = run_curve(config, minutes, only=only or [], clock=clock, overrides=given)
+    target = Path("runs") / f"{curve['name']}-curve" / "rate-curve.png"
+    plot_rate_curve(curve, *(target.with_suffix(f".{kind}") for kind in PICTURES))
+    show(table(curve), f"rate-curve.json, rate-curve.png, .svg and .pdf are in {target.parent}")
 
 
 def chunkers(
     *,
     config: options.Paired,
+    overrides: options.PairOverrides = None,
+    name: options.StudyName = None,
     minutes: options.Minutes,
-    only: Annotated[list[str] | None, Option(metavar="STRATEGY", help="may repeat; default: all")] = None,
+    only: Annotated[list[str] | None, Option(metavar="STRATEGY", help=STRATEGIES_HELP)] = None,
     targets: Annotated[list[int] | None, Option(help="bytes a latent; default: 6, 12")] = None,
     clock: options.Clock = "wall",
 ) -> None:
@@ -130,10 +179,12 @@ def chunkers(
     from hldm.studies.league import run_league, table
     from hldm.studies.plots import plot_league
 
-    league = run_league(config, minutes, only=only or [], targets=targets or [6, 12], clock=clock)
-    folder = Path("runs") / f"{config.stem}-league"
-    plot_league(league, folder / "league.png")
-    show(table(league), f"league.json, league.md and league.png are in {folder}")
+    given = options.with_name(overrides, name)
+    asked = targets or [6, 12]
+    league = run_league(config, minutes, only=only or [], targets=asked, clock=clock, overrides=given)
+    folder = Path("runs") / f"{league['name']}-league"
+    plot_league(league, *(folder / f"league.{kind}" for kind in PICTURES))
+    show(table(league), f"league.json, league.md, league.png, .svg and .pdf are in {folder}")
 
 
 def judge(
@@ -141,11 +192,13 @@ def judge(
     run: Annotated[Path, Option(help="whose writing is judged")],
     judge: Annotated[Path | None, Option(metavar="RUN", help="a twin trained with another seed")] = None,
     twin: Annotated[Path | None, Option(metavar="RUN", help="its writing is judged, too")] = None,
+    text: options.Text = None,
     vary: Annotated[list[str] | None, Option(help="steps, scheduler, ...; may repeat")] = None,
     prompts: Annotated[int, Option(help="continuations")] = 48,
     max_characters: options.MaxCharacters = 400,
     seed: options.Seed = 0,
     json: options.Report = None,
+    allow_code: options.AllowCode = False,
 ) -> None:
     """How good written text is, beside the true text.
 
@@ -156,15 +209,16 @@ def judge(
     from hldm.studies.judge import judge_run, table
 
     found = judge_run(
-        run,
-        judge=judge,
-        twin=twin,
+        find_model(run),
+        judge=None if judge is None else find_model(judge),
+        twin=None if twin is None else find_model(twin),
+        text=text,
         vary=vary or [],
         prompts=prompts,
         max_characters=max_characters,
         seed=seed,
     )
-    show(table(found))
+    show(table(found), *filter(None, [found["no_mauve"]]))
     _save(json, lambda path: save_report(path, found))
 
 

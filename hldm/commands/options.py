@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 from typer import Argument, BadParameter, Option
 
+from hldm.plugins import ALL, allow
+
 
 def check_minutes(value: float | None) -> float | None:
     """For typer's callback: the minutes, if they can be waited for."""
@@ -22,12 +24,47 @@ def _check_seed(value: int) -> int:
     return value
 
 
+def check_split(split: str | None, text: Path | None) -> None:
+    """Raise ValueError where both a split of the run's text and another text are asked for."""
+    if split is not None and text is not None:
+        raise ValueError("--split is of the run's own data: give it or --text, not both")
+
+
+def _allow_code(is_asked: bool) -> bool:
+    if is_asked:
+        allow([ALL])
+    return is_asked
+
+
+# The callback does what it says; a command only lists it among its parameters.
+AllowCode = Annotated[
+    bool,
+    Option("--allow-code", callback=_allow_code, help="import classes of someone's own that a folder names"),
+]
+
+
+def with_name(overrides: list[str] | None, name: str | None) -> list[str]:
+    """Overrides, and the name that --name gives as one of them."""
+    return [*(overrides or []), *([] if name is None else [f"name={name}"])]
+
+
+RUN_NAME = "folder of a run, small, small-twin or owner/name of a hub"
 Run = Annotated[Path, Option(help="folder of the run, e.g. runs/demo")]
-RunOrShipped = Annotated[Path | None, Option(help="folder of the run (default: the shipped one)")]
+RunOrShipped = Annotated[Path | None, Option(help=f"{RUN_NAME} (default: small)")]
+Text = Annotated[Path | None, Option(metavar="FILE", help="use this file instead, as one document")]
 Split = Literal["validation", "test"]
-Configs = Annotated[list[Path], Option("--config", metavar="FILE", help="YAML; may repeat")]
+Configs = Annotated[
+    list[Path], Option("--config", metavar="FILE", help="YAML, or tiny, small, ...; may repeat")
+]
 Paired = Annotated[Path, Option(metavar="FILE", help="its twin is NAME-twin.yaml beside it")]
 Overrides = Annotated[list[str] | None, Argument(metavar="a.b=c", help="any setting, e.g. data.lanes=64")]
+PairOverrides = Annotated[
+    list[str] | None,
+    Argument(metavar="a.b=c", help="any setting, of model and twin alike; chunking.* of the model alone"),
+]
+StudyName = Annotated[
+    str | None, Option("--name", help="of its folder below runs/ (default: the config file's)")
+]
 Minutes = Annotated[float, Option(callback=check_minutes, help="of training, each")]
 Clock = Annotated[Literal["wall", "cpu"], Option(help="what minutes count: cpu on a machine that is busy")]
 MaxCharacters = Annotated[int, Option("--max-characters", "--max-chars", min=1, help="of each continuation")]

@@ -1,4 +1,4 @@
-"""Commands that train, and what belongs to it: memory and disk beforehand, a copy to keep afterwards."""
+"""Commands that train, and what belongs to it: memory and disk beforehand."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from typing import Annotated
 
 from typer import Option
 
-from hldm.commands.options import Configs, Overrides, Paired, Run, check_minutes
+from hldm.commands.options import Configs, Overrides, Paired, PairOverrides, check_minutes
 from hldm.config import Config, changed, load_config, stage_training, to_yaml
 from hldm.evaluation.tables import compare, show
-from hldm.runs.folder import export_run
-from hldm.runs.identity import check_pair
+from hldm.plugins import allow_named, named
+from hldm.runs.identity import inherited
+from hldm.runs.pairs import load_pair
+from hldm.runs.signals import is_first_rank
 
 DEMO_PROMPTS = 3  # continued by `hldm demo`
 
@@ -39,6 +41,11 @@ def _train(stage: str, name: str, summary: str) -> Callable[..., None]:
         print_config: PrintConfig = False,
     ) -> None:
         resolved = load_config(config, overrides or [])
+        if stage == "prior":
+            run = name or resolved.name
+            resolved, taken = inherited(resolved, config, overrides or [], run)
+            if taken and not print_config and is_first_rank():
+                print(f"as in runs/{run}/autoencoder: {', '.join(taken)}", flush=True)
         changes: dict[str, float] = {}
         if steps is not None:
             # the one that is given alone lifts the config's other limit
@@ -50,10 +57,11 @@ def _train(stage: str, name: str, summary: str) -> Callable[..., None]:
         if print_config:
             print(to_yaml(resolved), end="")
             return
+        from hldm.evaluation.validation import validation_on
         from hldm.training import stages
 
         (stages.train_autoencoder if stage == "autoencoder" else stages.train_diffusion)(
-            resolved, resume=resume
+            resolved, resume=resume, validation=validation_on
         )
 
     launch = f"accelerate launch --multi_gpu --num_processes 2 {name}.py ... (on CPU, too)"
@@ -69,28 +77,28 @@ def sizes(
     *,
     config: Configs,
     overrides: Overrides = None,
+    processes: Annotated[int | None, Option(min=1, help="what each of so many needs, anywhere")] = None,
     as_json: Annotated[bool, Option("--json", help="the same as one JSON object, in bytes")] = False,
 ) -> int:
     """What a config needs in memory and on disk.
 
-    Stage by stage; exit code 2 when it does not fit.
+    Stage by stage; exit code 2 when it does not fit here. With --processes it is a plan for another machine.
     """
-    from hldm.training.sizes import report, survey
+    from hldm.training.sizes import planned, report, report_plan, survey
 
+    if processes is not None:
+        plan = planned(load_config(config, overrides or []), processes)
+        print(json.dumps(plan, indent=1) if as_json else report_plan(plan))
+        return 0
     found = survey(load_config(config, overrides or []))
     print(json.dumps(found, indent=1) if as_json else report(found))
     return 0 if found["fits"] else 2
 
 
-def export(*, run: Run, to: Annotated[Path, Option(help="a folder that is not there yet")]) -> None:
-    """Copy a trained run, without what only training needs."""
-    export_run(run, to)
-    print(f"wrote {to}")
-
-
 def demo(
     *,
     config: Paired = Path("configs/tiny.yaml"),
+    overrides: PairOverrides = None,
     name: Annotated[str | None, Option(help="run folder (default: demo, or demo-CONFIG)")] = None,
 ) -> None:
     """Train a model and its twin, evaluate both, write text.
@@ -98,22 +106,26 @@ def demo(
     What is trained is not trained again. Everything is left in runs/NAME and runs/NAME-twin.
     """
     began = time.monotonic()
-    name = name or ("demo" if config.stem == "tiny" else f"demo-{config.stem}")
-    twin_path = config.with_name(f"{config.stem}-twin.yaml")
-    model, twin = load_config([config]), load_config([twin_path])
-    check_pair(model, config, twin, twin_path)
+    model, twin = load_pair(config, overrides or [])
+    allow_named(model)
+    if name is None:
+        default = "demo" if config.stem == "tiny" else f"demo-{config.stem}"
+        name = default if model.name == config.stem else model.name
     model, twin = changed(model, name=name), changed(twin, name=f"{name}-twin")
     folders = {"model": Path("runs") / name, "twin": Path("runs") / twin.name}
 
+    from hldm.evaluation.validation import validation_on
     from hldm.training.sizes import require_room
-    from hldm.training.stages import train_run
+    from hldm.training.stages import plan, train_run
 
     for planned, stage in ((model, "autoencoder"), (model, "prior"), (twin, "autoencoder")):
         require_room(planned, stage)  # before the first of them takes an hour
-    train_run(model)
-    train_run(twin)
+    parts = plan(model, twin)
+    train_run(model, parts=parts[:-1], validation=validation_on)
+    train_run(twin, parts=parts[-1:], validation=validation_on)
 
     from hldm.evaluation.evaluate import evaluate_run
+    from hldm.evaluation.parts_table import short_tables
     from hldm.runs.reports import save_report
 
     columns = {}
@@ -122,10 +134,11 @@ def demo(
         columns[label] = evaluate_run(folder)
         save_report(folder / "evaluation.json", columns[label])
     _write_samples(model, folders["model"])
-    show(compare(columns))
+    show(compare(columns), *short_tables(columns["model"].get("parts")))
     minutes = (time.monotonic() - began) / 60
     print(f"\n{minutes:.1f} minutes. Everything is in {folders['model']} and {folders['twin']}.")
-    print(f'Next: python generate.py --run {folders["model"]} --prompt "And the king said"')
+    flag = "--allow-code " if named(model) else ""
+    print(f'Next: python generate.py --run {folders["model"]} {flag}--prompt "And the king said"')
 
 
 def _write_samples(config: Config, folder: Path) -> None:

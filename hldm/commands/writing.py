@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from typer import Option
 
-from hldm.commands.options import MaxCharacters, RunOrShipped, Seed, check_minutes
+from hldm.commands.options import AllowCode, MaxCharacters, RunOrShipped, Seed, check_minutes
 from hldm.config import ChunkingConfig, GenerationConfig, Strategy, changed
 from hldm.runs.folder import shipped_run
+from hldm.runs.location import find_model, pipeline_of
 from hldm.runs.signals import Stopped
+from hldm.sources.corpora import typed_bytes
 from hldm.sources.encodings import read_text
 from hldm.text.bytes import MAX_PROMPT_BYTES, shows_colour
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from hldm.generation.pipeline import HLDMPipeline
 
 Scheduler = Literal["ancestral", "ddim", "dpm"]
+STRATEGY_HELP = "or your own, module:Class; may repeat (default: all of ours)"
 OWN_SEGMENTERS = "train a segmenter for each strategy that takes one (default: ask those that come with hldm)"
 
 
@@ -39,16 +42,19 @@ def generate(
     temperature: Annotated[float | None, Option(help="scale of the latents' noise")] = None,
     decoder_temperature: Annotated[float | None, Option(help="of the bytes; 0 takes the likeliest")] = None,
     top_p: Annotated[float | None, Option(help="nucleus of the bytes")] = None,
+    stop: Annotated[
+        list[str] | None, Option(help=r"end before the first of these, e.g. \n; may repeat")
+    ] = None,
     seed: Seed = 0,
     show_chunks: Annotated[bool, Option("--show-chunks", help="tint chunks, or mark them with |")] = False,
     as_json: Annotated[bool, Option("--json", help="one JSON object a continuation")] = False,
     raw: Annotated[bool, Option("--raw", help="send a terminal control characters as they are")] = False,
+    allow_code: AllowCode = False,
 ) -> None:
     """Write on from prompts."""
     if sys.stdout is None:
         raise ValueError("standard output is closed: there is nowhere to write to")
-    folder = shipped_run() if run is None else run
-    folder = folder if (folder / "model_index.json").exists() else folder / "pipeline"
+    folder = pipeline_of(shipped_run() if run is None else find_model(run))
     asked: dict[str, Any] = {"steps": steps, "scheduler": scheduler, "guidance": guidance}
     asked |= {"temperature": temperature, "decoder_temperature": decoder_temperature, "top_p": top_p}
     given = {name: value for name, value in asked.items() if value is not None}
@@ -60,12 +66,14 @@ def generate(
         raise ValueError("no prompt given: pass --prompt TEXT, --prompt-file FILE or --prompt-file -")
     from hldm.generation.footprint import require_room_to_write
     from hldm.generation.pipeline import read_pipeline
+    from hldm.generation.streams import stop_bytes
 
     pipeline = read_pipeline(folder)
     require_room_to_write(pipeline.autoencoder, pipeline.prior, prompts, num_samples, max_characters)
     wanted = [text for text in prompts for _ in range(num_samples)]
     settings = changed(pipeline.settings, **given)
-    _write(pipeline, wanted, settings, max_characters, seed, show_chunks, as_json, raw)
+    stops = stop_bytes([typed_bytes(text) for text in stop or []])
+    _write(pipeline, wanted, settings, max_characters, stops, seed, show_chunks, as_json, raw)
 
 
 def _write(
@@ -73,12 +81,14 @@ def _write(
     prompts: list[bytes],
     settings: GenerationConfig,
     max_characters: int,
+    stops: list[bytes],
     seed: int,
     show_chunks: bool,
     as_json: bool,
     raw: bool,
 ) -> None:
     """Write to standard output: streamed for one continuation, each whole for several."""
+    from hldm.generation.streams import stop_at
     from hldm.generation.writer import Continuation, write_on
     from hldm.text.bytes import count_characters, printable, stream_decoder, tinted
 
@@ -98,6 +108,7 @@ def _write(
         sys.stdout.buffer.flush()
 
     streams = len(prompts) == 1 and not as_json
+    waits = show_chunks and bool(stops)  # bytes held back would come with the next chunk's
     if streams:
         send(prompts[0])
     began = time.monotonic()
@@ -105,15 +116,17 @@ def _write(
     calls = written = 0
     stopped: Stopped | None = None
     try:
-        for rows, news, calls in write_on(  # noqa: B007 - the last yield is the finished text
-            pipeline.autoencoder, pipeline.prior, prompts, settings, max_characters=max_characters, seed=seed
-        ):
-            if streams and news[0]:
+        parts = pipeline.autoencoder, pipeline.prior, prompts, settings
+        writing = write_on(*parts, max_characters=max_characters, seed=seed)
+        for rows, news, calls in stop_at(writing, stops):  # noqa: B007 - the last yield is the finished text
+            if streams and news[0] and not waits:
                 send(news[0], is_last=False, chunk=written if show_chunks else None)
                 written += 1
     except Stopped as signal:  # what is written so far is worth showing
         stopped = signal
     seconds = time.monotonic() - began
+    for number, part in enumerate(rows[0].chunks if streams and waits and rows else []):
+        send(part, is_last=False, chunk=number)
     if streams:
         send(b"\n")
     total = sum(count_characters(row.text) for row in rows)
@@ -142,7 +155,7 @@ def _write(
 def chunk(
     *,
     text: Annotated[str, Option(metavar="FILE", help="- is standard input")],
-    strategy: Annotated[list[str] | None, Option(metavar="NAME", help="may repeat (default: all)")] = None,
+    strategy: Annotated[list[str] | None, Option(metavar="NAME", help=STRATEGY_HELP)] = None,
     run: Annotated[list[Path] | None, Option(metavar="RUN", help="cut as this run does; may repeat")] = None,
     min_bytes: Annotated[int, Option(help="of a chunk")] = 4,
     max_bytes: Annotated[int | None, Option(help="default: 12, of a sentence or paragraph 1024")] = None,
@@ -150,6 +163,7 @@ def chunk(
     minutes: Annotated[float | None, Option(callback=check_minutes, help=OWN_SEGMENTERS)] = None,
     as_json: Annotated[bool, Option("--json", help="bytes of each chunk, as JSON")] = False,
     html: Annotated[Path | None, Option(metavar="FILE", help="write a page there instead")] = None,
+    allow_code: AllowCode = False,
 ) -> None:
     """Where a text is cut, by one strategy or all."""
     chunking = ChunkingConfig(

@@ -46,12 +46,17 @@ def write_batch(
 
 
 def continue_prompts(
-    pipeline: HLDMPipeline, prompts: Sequence[Prompt], training_text: bytes, *, max_characters: int, seed: int
+    pipeline: HLDMPipeline,
+    prompts: Sequence[Prompt],
+    training_text: bytes | None,
+    *,
+    max_characters: int,
+    seed: int,
 ) -> dict[str, Any]:
     """ROUGE, diversity, re-chunking and speed of continuations written in one batch; each None without prompts.
 
-    ROUGE compares with the true continuation, and so does it two baselines that read nothing: the
-    prompt's last words repeated, and a random passage of the training text. Re-chunking: the share of written
+    ROUGE compares with the true continuation, and so does it two baselines that read nothing: the prompt's last words
+    repeated, and a random passage of the training text, where that is at hand. Re-chunking: the share of written
     chunks that start where the strategy starts one, reading what was written; None for the twin.
     """
     if not prompts:
@@ -63,8 +68,11 @@ def continue_prompts(
         "repeat_prompt": [
             repeat_last_words(text.decode("utf-8", "replace"), max_characters) for text in starts
         ],
-        "random_passage": [random_passage(training_text, max_characters, generator) for _ in prompts],
     }
+    if training_text is not None:
+        baselines["random_passage"] = [
+            random_passage(training_text, max_characters, generator) for _ in prompts
+        ]
     found = write_batch(pipeline, pipeline.settings, starts, max_characters=max_characters, seed=seed)
     written = [row.text.decode("utf-8", errors="replace") for row in found.rows]
     return {

@@ -17,23 +17,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hldm.evaluation.bound import evaluate_bound, held_out_windows
+from hldm.chunking.reading import held_out_windows, prompt_chunker, read_windows
+from hldm.evaluation.bound import evaluate_bound
 from hldm.evaluation.context_length import by_distance, compare_contexts, cut_documents
 from hldm.evaluation.continuations import continue_prompts
 from hldm.evaluation.metrics import compute
-from hldm.evaluation.prompts import choose_prompts, prompt_chunker
-from hldm.evaluation.reconstruction import ENOUGH_CHUNKS, read_windows, reconstruct
+from hldm.evaluation.parts_table import short_parts
+from hldm.evaluation.prompts import choose_prompts
+from hldm.evaluation.reconstruction import ENOUGH_CHUNKS, reconstruct
 from hldm.evaluation.words import count_words
 from hldm.generation.pipeline import HLDMPipeline, read_pipeline
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.prior import Prior
 from hldm.model.vitals import complaints, signs_of_latents, signs_of_schedule, signs_of_weights
-from hldm.runs.folder import corpora_of_run, read_totals
-from hldm.sources.encodings import is_blank, read_text
-from hldm.text.corpus import Split, make_corpus
+from hldm.runs.export import stages_of
+from hldm.runs.files import fingerprint
+from hldm.runs.folder import corpora_of_run, read_totals, training_text_of
+from hldm.runs.location import pipeline_of
+from hldm.sources.corpora import corpus_of_file
+from hldm.sources.encodings import is_blank
+from hldm.text.corpus import Split
+from hldm.text.noise import PlacedGenerator
 from hldm.text.windows import Windows
-
-MAX_TEXT_BYTES = 10**9  # as data.max_bytes: more text would take days
 
 
 def evaluate_run(
@@ -41,7 +46,7 @@ def evaluate_run(
     *,
     split: Split = "test",
     text: Path | None = None,
-    draws: int = 16,
+    draws: int = 8,
     samples: int = 0,
     contexts: Sequence[int] = (),
     prompts: int = 24,
@@ -59,21 +64,25 @@ def evaluate_run(
     for name, value, least in (*limits, ("seed", seed, 0), *(("context", length, 2) for length in contexts)):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
-    given = None if text is None else read_text(text, MAX_TEXT_BYTES)
-    if given == b"":
-        raise ValueError(f"{text} is empty: there is nothing to measure")
-    pipeline = read_pipeline(folder / "pipeline")
+    given = None if text is None else corpus_of_file(text)
+    pipeline = read_pipeline(pipeline_of(folder))
     if torch.cuda.is_available():
         pipeline.to("cuda")
     autoencoder, prior = pipeline.autoencoder, pipeline.prior
-    corpora = corpora_of_run(folder)
-    corpus = corpora[split] if given is None else make_corpus(str(text), [given])
-    if is_blank(corpus.text.tobytes()):
-        raise ValueError(f"{corpus.name} holds nothing but white space: there is nothing to measure")
+    training_text: bytes | None
+    if given is None:
+        corpora = corpora_of_run(folder)
+        corpus, training_text = corpora[split], corpora["train"].text.tobytes()
+        if is_blank(corpus.text.tobytes()):
+            raise ValueError(f"{corpus.name} holds nothing but white space: there is nothing to measure")
+    else:
+        corpus, training_text = given, training_text_of(folder) if prompts else None
     generator = torch.Generator().manual_seed(seed)
+    # one text costs what `HLDMPipeline.score` says of it, to rounding
+    noise = generator if text is None else PlacedGenerator(seed)
     windows = held_out_windows(autoencoder, corpus)
     samples = 0 if prior is None else samples  # the twin's likelihood needs no bound
-    bound = evaluate_bound(autoencoder, prior, windows, draws=draws, samples=samples, generator=generator)
+    bound = evaluate_bound(autoencoder, prior, windows, draws=draws, samples=samples, generator=noise)
 
     def cut(every: int) -> dict[str, Any] | None:
         pieces = held_out_windows(autoencoder, cut_documents(windows, every), windows.chunk_start)
@@ -84,6 +93,7 @@ def evaluate_run(
         "run": folder.resolve().name,
         "split": split if text is None else str(text),
         "text": corpus.fingerprint,
+        "model": weights_of(pipeline),
         "commit": _commit(folder),
         "seed": seed,
         "draws": draws,
@@ -96,10 +106,11 @@ def evaluate_run(
             None if prior is None else reconstruct(autoencoder, windows, prior.diffusion.gamma_0, generator)
         ),
         "alive": None if prior is None else signs_of_life(autoencoder, prior, windows),
+        "parts": None if prior is None else short_parts(autoencoder, prior, windows, seed),
         **continue_prompts(
             pipeline,
             choose_prompts(corpus, prompt_chunker(autoencoder), prompts, max_characters=max_characters),
-            corpora["train"].text.tobytes(),
+            training_text,
             max_characters=max_characters,
             seed=seed,
         ),
@@ -136,22 +147,28 @@ def _perplexity(nats: float, windows: Windows) -> dict[str, float | None]:
     return {unit: value if math.isfinite(value) else None for unit, value in found.items()}
 
 
-def _stages(folder: Path) -> list[Path]:
-    return [folder / stage for stage in ("autoencoder", "prior") if (folder / stage).is_dir()]
+def weights_of(pipeline: HLDMPipeline) -> str:
+    """A fingerprint of a pipeline's weights."""
+    parts = {"autoencoder": pipeline.autoencoder, "prior": pipeline.prior}
+    return fingerprint(
+        {f"{name}.{k}": v for name, part in parts.items() if part for k, v in part.state_dict().items()}
+    )
 
 
-def _cost(folder: Path, pipeline: HLDMPipeline) -> dict[str, float]:
-    """Parameters, and seconds and characters of training, summed over the stages."""
-    totals = [read_totals(stage) for stage in _stages(folder)]
+def _cost(folder: Path, pipeline: HLDMPipeline) -> dict[str, float | None]:
+    """Parameters, and seconds and characters of training, summed over the stages; None of a pipeline alone."""
+    totals = [read_totals(stage) for stage in stages_of(folder)]
     parts = [part for part in (pipeline.autoencoder, pipeline.prior) if part is not None]
     return {
         "parameters": sum(p.numel() for part in parts for p in part.parameters()),
-        "train_seconds": sum(total.seconds for total in totals),
-        "train_characters": sum(total.characters for total in totals),
+        "train_seconds": sum(total.seconds for total in totals) if totals else None,
+        "train_characters": sum(total.characters for total in totals) if totals else None,
     }
 
 
 def _commit(folder: Path) -> str | None:
     """The commit that the run's last stage last started from, if it was a clone's."""
-    path = _stages(folder)[-1] / "environment.json"
-    return json.loads(path.read_text(encoding="utf-8"))[-1].get("commit") if path.exists() else None
+    for stage in reversed(stages_of(folder)):
+        path = stage / "environment.json"
+        return json.loads(path.read_text(encoding="utf-8"))[-1].get("commit") if path.exists() else None
+    return None

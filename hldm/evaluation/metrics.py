@@ -75,7 +75,7 @@ def ratio_error(part: np.ndarray, whole: np.ndarray) -> float | None:
     if groups < 2:
         return None
     residual = part - part.sum() * (whole / whole.sum())
-    return math.sqrt(groups / (groups - 1) * (residual**2).sum()) / whole.sum()
+    return math.sqrt(groups / (groups - 1) * (residual**2).sum()) / float(whole.sum())
 
 
 def diversity(texts: Sequence[str]) -> dict[str, float]:

@@ -6,10 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hldm.chunking.chunker import Chunker, make_chunker
-from hldm.chunking.strategies import chunker_of
-from hldm.config import ChunkingConfig
-from hldm.model.autoencoder import Autoencoder
+from hldm.chunking.chunker import Chunker
+from hldm.chunking.reading import prompt_chunker as prompt_chunker
 from hldm.text.corpus import Corpus
 
 PROMPT_CHARACTERS = 200  # some 35 words: enough to say who speaks and about what
@@ -20,14 +18,6 @@ class Prompt(NamedTuple):
 
     text: bytes  # whole chunks
     continuation: str
-
-
-TWIN_WORDS = ChunkingConfig(strategy="words", min_bytes=4, max_bytes=12)  # those of the reports so far
-
-
-def prompt_chunker(autoencoder: Autoencoder) -> Chunker:
-    """What cuts a model's prompts: its own chunker, for the twin (which goes on from anywhere) TWIN_WORDS."""
-    return chunker_of(autoencoder) if autoencoder.latent_dim else make_chunker(TWIN_WORDS)
 
 
 def choose_prompts(

@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 
+from hldm.chunking.reading import read_windows as read_windows
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.diffusion import alpha_sigma
 from hldm.model.likelihood import noisy_latents, read_chunks, sum_by_chunk
-from hldm.model.state import Encoding
 from hldm.text.bytes import END_OF_CHUNK, END_OF_DOCUMENT, count_characters
-from hldm.text.windows import Batch, Windows
+from hldm.text.windows import Windows
 
 ENOUGH_CHUNKS = 4096  # the standard error of a share is then below 0.8 points: 0.5 / sqrt(4096)
-
-
-def read_windows(autoencoder: Autoencoder, windows: Windows) -> Iterator[tuple[Batch, Encoding]]:
-    """Every window on the model's device, and what the encoder makes of it, its state carried along."""
-    device = next(autoencoder.parameters()).device
-    state = autoencoder.encoder_state(windows.lanes, device)
-    for step in range(windows.windows_per_epoch):
-        batch = windows.batch(step).to(device)
-        encoding, state = autoencoder.encode(batch, state)
-        yield batch, encoding
 
 
 @torch.no_grad()

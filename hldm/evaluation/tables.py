@@ -154,6 +154,15 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
     ("  entropy of its weights, bits", "alive.weights_bits", ".2f"),
     ("noise levels, largest share of a bin", "alive.largest_bin", ".2f"),
     *(
+        (label, f"parts.rows.{name}.hidden.bits", ".4f")
+        for label, name in (
+            ("bits lost with the denoiser hidden", "denoiser"),
+            ("  its context", "context"),
+            ("  the memory of the trunk", "trunk"),
+            ("  the latent of the decoder", "latent"),
+        )
+    ),
+    *(
         row
         for kind in ("1", "2", "L")
         for row in (

@@ -15,6 +15,7 @@ from torch import Tensor
 from hldm.config import GenerationConfig
 from hldm.generation.finite import require_finite
 from hldm.model.autoencoder import Autoencoder
+from hldm.model.likelihood import floored
 from hldm.model.state import DecoderState, EncoderState, pick_rows, put_rows
 from hldm.text.bytes import END_OF_CHUNK, END_OF_DOCUMENT, START
 
@@ -102,7 +103,7 @@ def write_chunks(
         logits, writing = autoencoder.decode_symbols(
             symbol, opening, start, writing, latent=latent, place=place, told=told
         )
-        logits = _allowed(logits[:, 0].float(), event, most)
+        logits = _allowed(floored(logits[:, 0].float(), autoencoder.byte_floor), event, most)
         symbol = pick(logits, u[live, event], settings.decoder_temperature, settings.top_p)[:, None]
         symbols[live, event] = symbol[:, 0]
         done = symbol[:, 0] >= END_OF_CHUNK
@@ -161,7 +162,7 @@ def write_bytes(
     for index in range(u.shape[1]):
         start = (opening & (index == 0))[:, None]
         logits, griffin = autoencoder.decode_symbols(symbol[:, None], start, start, griffin)
-        logits = logits[:, 0].float()
+        logits = floored(logits[:, 0].float(), autoencoder.byte_floor)
         logits[:, END_OF_CHUNK] = float("-inf")
         symbol = pick(logits, u[:, index], settings.decoder_temperature, settings.top_p)
         # what follows an end counts for nothing: its state is reset before anyone reads it

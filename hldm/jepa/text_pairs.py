@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from hldm.chunking.chunker import Chunker, SentenceChunker
 from hldm.config import ConfigError
@@ -23,7 +24,7 @@ from hldm.jepa.texts import make_change
 from hldm.jepa.translations import verses_of
 from hldm.sources.corpora import load_corpora, split_of_book
 from hldm.text.corpus import Corpus, make_corpus
-from hldm.text.windows import Batch, window_of
+from hldm.text.windows import Batch, ByStep, window_of
 
 NUL = b"\0"  # between the two views of a document
 MakePair = Callable[[int, np.random.Generator], tuple[bytes, bytes]]
@@ -41,7 +42,7 @@ class PairBatch:
         return PairBatch(self.context.to(device), self.target.to(device))
 
 
-class TextPairs:
+class TextPairs(ByStep):
     """Batches of pairs, `lanes` a step; every epoch takes each pair once, in another order."""
 
     def __init__(
@@ -53,6 +54,18 @@ class TextPairs:
         self._order = lru_cache(maxsize=2)(
             lambda epoch: np.random.default_rng([seed, epoch]).permutation(count)
         )
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What a training that goes on must find unchanged."""
+        return {"corpus": self.corpus.fingerprint}
+
+    def cursor(self) -> dict[str, Tensor]:
+        """Nothing: a batch is a function of seed and step."""
+        return {}
+
+    def seek(self, step: int, saved: dict[str, Tensor]) -> None:
+        """Nothing is to be done: any batch can be made."""
 
     def places(self, step: int) -> list[tuple[int, int] | None]:
         """Which pairs a step has: (number, 0)."""

@@ -29,13 +29,16 @@ from hldm.jepa.predictor import Predictor
 from hldm.jepa.sentences import SentenceObjective
 from hldm.jepa.text_pairs import NUL, PairBatch, TextPairs, pairs_of, read_corpora
 from hldm.model.autoencoder import Autoencoder
+from hldm.plugins import allow
 from hldm.runs.files import fingerprint
 from hldm.runs.folder import check_settings, require_same_text
 from hldm.runs.identity import TEXT_SETTINGS
+from hldm.runs.progress import Part
 from hldm.text.corpus import Corpus, Split
 from hldm.text.windows import Batch, Window, Windows
 from hldm.training.stage import Stage, open_stage
 from hldm.training.stages import train_autoencoder
+from hldm.training.stream import StreamedWindows
 
 WATCHED_LANES, WATCHED_BYTES = 8, 512  # of validation text, for figures while it trains: about 700 chunks
 WATCHED_PAIRS = 128
@@ -56,6 +59,7 @@ SHARED_SETTINGS = (
 
 def train_jepa(config: JepaConfig, *, resume: bool = False, root: Path = Path("runs")) -> Path:
     """The encoder, with what its option adds. Returns the run's folder."""
+    allow([config.chunking.strategy])
     corpora = read_corpora(config)  # before the folder is opened: a mistake leaves none
     with open_jepa_stage(config, "jepa", resume, root) as stage:
         segmenter = stage.segmenter(corpora["train"])
@@ -71,9 +75,9 @@ def train_jepa(config: JepaConfig, *, resume: bool = False, root: Path = Path("r
             objective,
             windows,
             partial(_sample, batch=held_out),
-            bound_to,
-            complaints,
-            config.objective.weight_decay_growth,
+            bound_to=bound_to,
+            complaints=complaints,
+            decay_growth=config.objective.weight_decay_growth,
         )
         for name, part in objective.parts().items():
             stage.export(part, stage.run.folder / name)
@@ -83,6 +87,7 @@ def train_jepa(config: JepaConfig, *, resume: bool = False, root: Path = Path("r
 
 def train_decoder(config: JepaConfig, *, resume: bool = False, root: Path = Path("runs")) -> Path:
     """A decoder of chunks, or of sentences, for the frozen encoder of the same run. Returns the run's folder."""
+    allow([config.chunking.strategy])
     folder = root / config.name
     jepa = read_objective(folder, config)
     binding = fingerprint(jepa.state_dict())
@@ -99,7 +104,7 @@ def train_decoder(config: JepaConfig, *, resume: bool = False, root: Path = Path
             objective = DecoderObjective(jepa, decoder)
         held_out = watched(config, corpora, segmenter).to(stage.accelerator.device)
         on_sample = partial(_sample, batch=held_out)
-        totals = stage.fit(objective, windows, on_sample, {"jepa": binding})
+        totals = stage.fit(objective, windows, on_sample, bound_to={"jepa": binding})
         stage.export(objective.decoder, stage.run.folder / "model")
         stage.finish(totals, corpora["train"])
     return folder
@@ -187,17 +192,21 @@ def score_run(run: Path, sentences: int, split: Split = "test") -> list[dict[str
 
 def open_jepa_stage(config: JepaConfig, name: str, resume: bool, root: Path) -> Any:
     """`open_stage`, which reads only sections that both trees of settings have."""
-    return open_stage(cast(Config, config), name, resume, root)
+    return open_stage(cast(Config, config), name, resume, root, Part(1, 1, None))
 
 
-def laid_out(stage: Stage, config: JepaConfig, corpus: Corpus, segmenter: Any) -> Windows | TextPairs:
+def laid_out(
+    stage: Stage, config: JepaConfig, corpus: Corpus, segmenter: Any
+) -> Windows | StreamedWindows | TextPairs:
     """The training text as the task reads it: windows of many lanes, or pairs of texts."""
     if config.task == "chunks":
         return stage.windows(corpus, segmenter)
     return pairs_of(config, corpus, corpus, make_chunker(config.chunking, segmenter), config.data.lanes)
 
 
-def make_objective(config: JepaConfig, windows: Windows | TextPairs) -> JepaObjective | PairObjective:
+def make_objective(
+    config: JepaConfig, windows: Windows | StreamedWindows | TextPairs
+) -> JepaObjective | PairObjective:
     """The objective that a config describes, for a text that is laid out."""
     if config.task == "pairs":
         return PairObjective(config)

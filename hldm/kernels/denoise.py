@@ -56,11 +56,15 @@ class PlannedSteps:
             **_parameters(prior),
         )
 
-    def draw(self, told: Told, latent: Tensor, noise: Tensor) -> Tensor:
-        """z_0 (b z) after all steps, from noise (b z).
+    def draw(
+        self, told: Told, noise: Tensor, uniform: Tensor | None = None, temperature: float = 1.0
+    ) -> Tensor:
+        """z_0 (b z) after all steps.
 
-        told: `Prior.tell` of one context a row;  noise: (steps b z), or (0 b z) where steps add none
+        told: `Prior.tell` of one context a row;  noise: (1 + steps b z), or (1 b z) where steps add none
+        uniform, temperature: (steps b) float64, of `Prior.spread`; None: steps take the estimate as it is
         """
+        latent, noise = noise[0], noise[1:]
         call, rows = self._call, len(latent)
         assert latent.shape == (rows, call.z) and len(noise) in (0, call.steps)
         assert told.log_weights is not None
@@ -69,6 +73,8 @@ class PlannedSteps:
             rows=rows,
             entries=told.blocks[0].key.shape[2],
             latent=latent,
+            uniform=None if uniform is None else uniform.contiguous(),
+            temperature=temperature,
             noise=noise.contiguous() if len(noise) else latent.new_zeros(call.steps, rows, call.z),
             log_weights=told.log_weights.float().contiguous(),
             told=[part.float().contiguous() for block in told.blocks for part in block],

@@ -36,7 +36,7 @@ FORMS: dict[Any, Any] = {
 MIRRORED = [
     *(f"generation/{name}.py" for name in ("chunk", "writer")),
     *(f"model/{name}.py" for name in ("autoencoder", "contextualiser", "denoiser", "diffusion", "griffin")),
-    *(f"model/{name}.py" for name in ("hierarchy", "mixture", "prior", "readouts")),
+    *(f"model/{name}.py" for name in ("hierarchy", "likelihood", "mixture", "prior", "readouts")),
 ]
 RECORD = Path(__file__).with_name("plain.json")
 

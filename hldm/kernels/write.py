@@ -114,6 +114,7 @@ def _write(autoencoder: Autoencoder, u: Tensor, settings: GenerationConfig, give
         events=events,
         temperature=settings.decoder_temperature,
         top_p=settings.top_p,
+        floor=autoencoder.byte_floor,
         u=u,
         emitted=emitted,
         **given,

@@ -23,7 +23,7 @@ from hldm.kernels.structs import is_plain
 from hldm.kernels.write import write_bytes, write_chunks
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.denoiser import Denoiser
-from hldm.model.diffusion import draw_noise
+from hldm.model.diffusion import draw_numbers
 from hldm.model.prior import Prior
 
 Step = Literal["denoise", "context"]
@@ -75,6 +75,8 @@ def plain_steps(prior: Prior, settings: GenerationConfig) -> dict[Step, str]:
     if not settings.steps:
         return found
     context = reason = "" if denoiser is Denoiser else f"the denoiser is a {denoiser.__name__}"
+    if type(prior) is not Prior:  # a user's own, which may do anything otherwise
+        context = reason = f"the prior is a {type(prior).__name__}"
     if settings.steps > MOST_STEPS:
         reason = f"generation.steps={settings.steps} is above {MOST_STEPS}"
     if prior.mixture is None:
@@ -118,12 +120,11 @@ class FusedLatentWriter(LatentWriter):
     def sample_latents(self) -> Tensor:
         if self.plan is None or self.planned is None:
             return super().sample_latents()
-        steps, rows = self.settings.steps, len(self.generators)
-        self.calls += steps
-        draws = 1 + steps if self.plan.draws else 1
+        rows = len(self.generators)
+        self.calls += self.settings.steps
         shape, temperature = (rows, self.prior.latent_dim), self.settings.temperature
-        noise = draw_noise(draws, shape, self.generators, temperature, self.device)
-        return self.planned.draw(self.told, noise[0], noise[1:])
+        uniform, noise = draw_numbers(self.plan, shape, self.generators, temperature, self.device)
+        return self.planned.draw(self.told, noise, uniform if self.draws_x0 else None, temperature)
 
     def add_chunks(self, latents: Tensor, opens: Tensor, closed: Tensor) -> None:
         if self.kept is None:

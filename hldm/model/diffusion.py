@@ -25,6 +25,8 @@ from hldm.config import ConfigError, DiffusionConfig
 Target = Literal["x0", "v"]
 SchedulerName = Literal["ancestral", "ddim", "dpm"]
 Scheduler: TypeAlias = DDIMScheduler | DPMSolverMultistepScheduler
+# (z (b z), gamma (b), uniform (b)) -> how far a draw of x0 lies from its estimate, and the variance around that
+Spread: TypeAlias = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 BINS = 32  # measured on the toy of the tests: 16 follow a little worse, 64 take longer to see rare errors
 UNIFORM_SHARE = 0.1  # no weight 1/p exceeds 10x the uniform one; raises E[(f/p)^2] by 1/0.9 at most
@@ -250,19 +252,27 @@ def sampler_steps(name: SchedulerName, schedule: Schedule, steps: int) -> Steps:
     return Steps(gammas, torch.stack(weights).to(gammas.device))
 
 
-def draw_noise(
-    draws: int,
+def draw_numbers(
+    plan: Steps,
     shape: tuple[int, int],
     generators: Sequence[torch.Generator],
     temperature: float,
     device: torch.device | str,
-) -> Tensor:
-    """temperature times standard normal numbers (draws b z), one draw after another from each row's own generator."""
-    rows = [
-        torch.stack([torch.randn(shape[1], generator=g, device=g.device) for _ in range(draws)])
+) -> tuple[Tensor, Tensor]:
+    """What a plan draws, each row from its own generator: a uniform number a step, then noise at the start and a step.
+
+    Returns (s b) float64 in [0, 1) and (1 + s b z), temperature times standard normal; s is 0 where steps draw nothing.
+    """
+    draws = len(plan.weights) if plan.draws else 0
+    drawn = [
+        (
+            torch.rand(draws, generator=g, device=g.device, dtype=torch.float64),
+            torch.randn(1 + draws, shape[1], generator=g, device=g.device),
+        )
         for g in generators
     ]
-    return temperature * torch.stack(rows, dim=1).to(device)
+    uniform, noise = (torch.stack(numbers, dim=1).to(device) for numbers in zip(*drawn, strict=True))
+    return uniform, temperature * noise
 
 
 @torch.no_grad()
@@ -273,21 +283,31 @@ def sample(
     generators: Sequence[torch.Generator],
     temperature: float = 1.0,
     device: torch.device | str = "cpu",
+    spread: Spread | None = None,
 ) -> Tensor:
     """Draw latents z_0 at gamma_0, as the decoder reads them, starting from N(0, I) as the bound charges.
 
     denoise: (z (b z), gamma (b,)) -> estimate of x0 (b z);  shape: (b, z);  plan: `sampler_steps`
     generators: one a row, so that a batch equals its rows;  temperature: scales all noise, first and later
+    spread: steps then draw x0 instead of taking its mean, so few of them lose no variance; for plans that draw
     Returns (b z) float32. Raises ValueError unless there is one generator a row.
     """
     if len(generators) != shape[0]:
         raise ValueError(f"sample needs one generator a row, got {len(generators)} for {shape[0]} rows")
-    z = draw_noise(1, shape, generators, temperature, device)[0]
-    before, draws = torch.zeros_like(z), plan.draws
-    for gamma, weights in zip(plan.gammas[:-1].to(device), plan.weights.tolist(), strict=True):
-        x0_hat = denoise(z, gamma.expand(shape[0])).to(z)
-        z = weights[0] * z + weights[1] * x0_hat + weights[2] * before
-        if draws:
-            z = z + weights[3] * draw_noise(1, shape, generators, temperature, device)[0]
-        before = x0_hat
+    uniform, noise = draw_numbers(plan, shape, generators, temperature, device)
+    z = noise[0]
+    before = torch.zeros_like(z)
+    for step, (gamma, weights) in enumerate(
+        zip(plan.gammas[:-1].to(device), plan.weights.tolist(), strict=True)
+    ):
+        gamma = gamma.expand(shape[0])
+        x0_hat = denoise(z, gamma).to(z)
+        after = weights[0] * z + weights[1] * x0_hat + weights[2] * before
+        if spread is not None:
+            offset, variance = spread(z, gamma, uniform[step])
+            deviation = (weights[3] ** 2 + weights[1] ** 2 * variance).sqrt()
+            after = after + weights[1] * offset + deviation * noise[1 + step]
+        elif plan.draws:
+            after = after + weights[3] * noise[1 + step]
+        z, before = after, x0_hat
     return z

@@ -5,6 +5,7 @@ The decoder's half of the bound, -log p(x_c | z_0, h); its layers are part of `h
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -50,15 +51,29 @@ def read_chunks(
     events = autoencoder.events(window, state)
     told = None if encoding is None else autoencoder.tell(events, encoding)
     logits, griffin = autoencoder.decode(events, latent, state.griffin, told)
-    nats = symbol_nats(logits, events)
+    nats = symbol_nats(logits, events, autoencoder.byte_floor)
     reading = Reading(sum_by_chunk(nats, events, window.chunks), nats, logits, events)
     return reading, DecoderState(griffin, events.last)
 
 
-def symbol_nats(logits: Tensor, events: Events) -> Tensor:
-    """-log p of each event's target in nats, 0 where padded. (b t' 258) -> (b t')."""
+def symbol_nats(logits: Tensor, events: Events, floor: float = 0.0) -> Tensor:
+    """-log p of each event's target in nats, 0 where padded. (b t' 258) -> (b t').
+
+    floor: p = (1 - floor) softmax(logits) + floor / 258
+    """
     nats = softmax_nats(logits.float().flatten(0, 1), events.target.flatten())
+    if floor:
+        even = nats.new_tensor(math.log(floor / logits.shape[-1]))
+        nats = -torch.logaddexp(math.log1p(-floor) - nats, even)
     return nats.view_as(events.target) * events.mask
+
+
+def floored(logits: Tensor, floor: float) -> Tensor:
+    """Logits (... v) of the same p."""
+    if not floor:
+        return logits
+    log_p = logits.log_softmax(dim=-1) + math.log1p(-floor)
+    return torch.logaddexp(log_p, log_p.new_tensor(math.log(floor / logits.shape[-1])))
 
 
 def sum_by_chunk(values: Tensor, events: Events, chunks: int) -> Tensor:

@@ -93,20 +93,43 @@ class MixturePredictor(SavedModel):
             (torch.rand(1, generator=g, dtype=torch.float64), torch.randn(z, generator=g)) for g in generators
         ]
         u, noise = (torch.stack(numbers).to(device) for numbers in zip(*drawn, strict=True))
-        sharp = log_weights.double() / max(temperature, 1e-6)
-        cdf = sharp.softmax(dim=-1).cumsum(dim=-1)
-        chosen = torch.searchsorted(cdf, u * cdf[:, -1:], right=True)[:, 0]
+        chosen = _choose(log_weights, u[:, 0], temperature)
         alpha, sigma = (float(x) for x in alpha_sigma(torch.tensor(gamma, dtype=torch.float64)))
         deviation = (alpha**2 * (2 * self.log_deviation).exp() + sigma**2).sqrt()
-        mean = alpha * self.prototypes[chosen.clamp(max=len(self.prototypes) - 1)]
+        mean = alpha * self.prototypes[chosen]
         return mean + temperature * deviation * noise
 
     def denoise(self, z: Tensor, gamma: Tensor, log_weights: Tensor) -> Tensor:
         """E[mu | z_gamma] under the mixture. z: (... z); gamma: (...); log_weights: (... k)."""
-        alpha, sigma = (x.unsqueeze(-1) for x in alpha_sigma(gamma))
-        share = self.joint(z, gamma, log_weights).softmax(dim=-1)
-        mean = share @ self.prototypes
-        square = (2 * self.log_deviation).exp()
+        alpha, _ = (x.unsqueeze(-1) for x in alpha_sigma(gamma))
+        mean = self.joint(z, gamma, log_weights).softmax(dim=-1) @ self.prototypes
         # each component corrects its prototype by the same share of what it misses
-        gain = alpha * square / (alpha.square() * square + sigma.square())
-        return mean + gain * (z - alpha * mean)
+        return mean + self._gain(gamma) * (z - alpha * mean)
+
+    def spread(
+        self, z: Tensor, gamma: Tensor, log_weights: Tensor, u: Tensor, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """Draw a component of p(mu | z_gamma): its mean less `denoise`, and its variance, the same for all.
+
+        z: (b z); gamma and u: (b), u uniform in [0, 1); log_weights: (b k). Returns (b z) twice.
+        temperature: sharpens the components' shares to a power of 1 / temperature, as in `sample`
+        """
+        joint = self.joint(z, gamma, log_weights)
+        mean = joint.softmax(dim=-1) @ self.prototypes
+        alpha, _ = (x.unsqueeze(-1) for x in alpha_sigma(gamma))
+        left = 1 - alpha * self._gain(gamma)
+        chosen = self.prototypes[_choose(joint, u, temperature)]
+        return left * (chosen - mean), left * (2 * self.log_deviation).exp()
+
+    def _gain(self, gamma: Tensor) -> Tensor:
+        """alpha s^2 / (alpha^2 s^2 + sigma^2), the regression of mu on z_gamma in a component. (...) -> (... z)."""
+        alpha, sigma = (x.unsqueeze(-1) for x in alpha_sigma(gamma))
+        square = (2 * self.log_deviation).exp()
+        return alpha * square / (alpha.square() * square + sigma.square())
+
+
+def _choose(log_weights: Tensor, u: Tensor, temperature: float) -> Tensor:
+    """One component a row by inverse CDF at u. (b k), (b) -> (b)."""
+    cdf = (log_weights.double() / max(temperature, 1e-6)).softmax(dim=-1).cumsum(dim=-1)
+    chosen = torch.searchsorted(cdf, u.double()[:, None] * cdf[:, -1:], right=True)[:, 0]
+    return chosen.clamp(max=log_weights.shape[1] - 1)

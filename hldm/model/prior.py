@@ -22,7 +22,7 @@ from hldm.config import (
     to_dict,
 )
 from hldm.model.contextualiser import Context, Contextualiser
-from hldm.model.denoiser import Denoiser, Told
+from hldm.model.denoiser import Told
 from hldm.model.diffusion import (
     Schedule,
     alpha_sigma,
@@ -33,6 +33,7 @@ from hldm.model.diffusion import (
     x0_from,
 )
 from hldm.model.mixture import LOGIT_CAP, MixturePredictor
+from hldm.model.own_denoiser import make_denoiser
 from hldm.model.state import ContextState, Encoding
 from hldm.runs.saved_model import SavedModel
 from hldm.text.windows import Batch, draw_normal, draw_uniform
@@ -52,11 +53,13 @@ class Prior(SavedModel):
         components: int = 0,
         autoencoder: str = "",
         logit_cap: float = 0.0,
+        code: str = "",
     ):
         """feature_dim: width of what is known before a chunk, if anything here reads text;
 
         components, logit_cap: of the mixture that the denoiser corrects, 0 components for none;
         autoencoder: fingerprint of the weights whose latents these are; '' while both train.
+        code: of the user's own parts it was trained with (hldm.generation.own_prior); '' for none
         """
         super().__init__()
         self.settings = section_from_dict(PriorConfig, prior)
@@ -64,12 +67,16 @@ class Prior(SavedModel):
         self.diffusion = section_from_dict(DiffusionConfig, diffusion)
         self.latent_dim = latent_dim
         self.contextualiser = Contextualiser(self.settings, self.hierarchy, latent_dim, feature_dim)
-        self.denoiser = Denoiser(self.settings, self.hierarchy, latent_dim)
+        self.denoiser = make_denoiser(self.settings, self.hierarchy, latent_dim)
         self.mixture = (
             MixturePredictor(feature_dim, latent_dim, components, logit_cap) if components else None
         )
         self.schedule = Schedule(self.diffusion)
         self.nothing = nn.Parameter(torch.zeros(self.settings.width))  # the context, when it is hidden
+        self.build()
+
+    def build(self) -> None:
+        """Add what a subclass has beside this (`prior.plugin`)."""
 
     @classmethod
     def from_settings(
@@ -120,6 +127,16 @@ class Prior(SavedModel):
             return estimate + sigma * self.denoiser(z, gamma, told.blocks, estimate)
         prediction = self.denoiser(z, gamma, told.blocks, torch.zeros_like(z))
         return x0_from(prediction, z, gamma, self.diffusion.target)
+
+    def spread(
+        self, z: Tensor, gamma: Tensor, told: Told, u: Tensor, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """How a draw of x0 varies around `denoise`: as the mixture's, which the network shifts as a whole.
+
+        z, result: (b z); gamma, u: (b); told: of one chunk a row. See `MixturePredictor.spread`.
+        """
+        assert self.mixture is not None and told.log_weights is not None
+        return self.mixture.spread(z, gamma, told.log_weights[:, 0, 0], u, temperature)
 
     def estimate(self, x0: Tensor, gamma: Tensor, noise: Tensor, context: Context) -> Tensor:
         """x0_hat from x0 made noisy. x0, noise and result: (b n m z); gamma: (b n m)."""

@@ -15,7 +15,6 @@ import math
 import os
 import platform
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -31,7 +30,8 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import yaml
 
-from hldm.config import ConfigError, is_retired, load_config
+from hldm.config import Config, ConfigError, load_config, to_dict
+from hldm.retired import is_retired
 from hldm.runs.checkpoints import checkpoints_in
 from hldm.runs.files import atomic_write, naming, sha256_of
 from hldm.settings import dotted
@@ -43,6 +43,7 @@ NAME = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,64}")
 LIBRARIES = ("torch", "numpy", "safetensors", "diffusers", "accelerate", "transformers", "datasets")
 BITWISE = ("cpu", "threads", "accelerators", "torch")  # a resumed run repeats bit for bit only if these agree
 OPENING = frozenset({"config.yaml", "environment.json", ".lock"})  # what a run that did nothing holds
+VALIDATION = b'"event": "validation"'  # in a line of metrics.jsonl
 SAMPLE_HEADER = re.compile(rb"^=== step (-?[0-9]+) ===$", re.MULTILINE)
 
 
@@ -83,9 +84,10 @@ class Run:
             with naming(path), open(path, "ab") as file:
                 file.write(b"=== step %d ===\n    %s\n" % (step, indented))
 
-    def rewind(self, step: int) -> None:
+    def rewind(self, step: int, validated: int | None = None) -> None:
         """Drop metrics and samples after `step` (-1: all), as a resumed run will write them again.
 
+        validated: step of the last validation that is known of, if earlier; those after it go, too
         So do lines that a kill tore; each is said.
         """
         if not self.is_main:
@@ -97,7 +99,7 @@ class Run:
                 logged = _step_logged(line)
                 if logged is None:
                     self._say(f"{path}: dropping line {number}, which is torn")
-                elif logged <= step:
+                elif logged <= (step if validated is None or VALIDATION not in line else validated):
                     kept.append(line)
             atomic_write(path, b"".join(kept))
         path = self.folder / "samples.txt"
@@ -191,6 +193,32 @@ def open_run(
     return run
 
 
+def last_sample(run: Path) -> str:
+    """The text that the last stage of a run wrote last, as samples.txt holds it; "" where there is none."""
+    for stage in ("prior", "autoencoder"):
+        path = run / stage / "samples.txt"
+        if path.is_file():
+            *_, text = SAMPLE_HEADER.split(path.read_bytes())
+            return text.decode("utf-8", "replace").strip().replace("\n    ", "\n")
+    return ""
+
+
+def last_validation(run: Path) -> dict[str, float]:
+    """The bound and its terms, bits a character, that the last stage of a run validated at last; {} if it did not."""
+    for stage in ("prior", "autoencoder"):
+        path = run / stage / "metrics.jsonl"
+        lines = path.read_bytes().splitlines() if path.is_file() else []
+        found = [json.loads(line) for line in lines if VALIDATION in line]
+        if found:
+            opening = "validation_"
+            return {
+                name.removeprefix(opening): float(value)
+                for name, value in found[-1].items()
+                if name.startswith(opening)
+            }
+    return {}
+
+
 def read_totals(folder: Path) -> Totals:
     """What a stage cost, from its totals.json. Raises ConfigError for one that was saved untrained."""
     totals = Totals(**json.loads((folder / "totals.json").read_text(encoding="utf-8")))
@@ -216,13 +244,30 @@ def require_same_text(stage: Path, corpus: Corpus) -> None:
 
 
 def corpora_of_run(folder: Path) -> dict[Split, Corpus]:
-    """The splits of the text that a run was trained on. Raises ConfigError where that text is another by now."""
+    """The splits of the text that a run was trained on. Raises OSError or ValueError where it is not here as it was."""
     from hldm.sources.corpora import load_corpora
 
     stage = folder / "autoencoder"
-    corpora = load_corpora(load_config(stage / "config.yaml").data)
-    require_same_text(stage, corpora["train"])
+    if not (stage / "config.yaml").is_file():
+        raise FileNotFoundError(f"{folder} does not say what it was trained on: pass --text with a file")
+    try:
+        corpora = load_corpora(load_config(stage / "config.yaml").data)
+        require_same_text(stage, corpora["train"])
+    except (FileNotFoundError, ConfigError) as error:
+        raise type(error)(f"{error}; or pass --text with a file to measure {folder} on that") from None
     return corpora
+
+
+def training_text_of(folder: Path) -> bytes | None:
+    """The training split of the text that a run was trained on; None, which is said, where it is not here as it was."""
+    from hldm.sources.notes import first_line, note
+
+    try:
+        return corpora_of_run(folder)["train"].text.tobytes()
+    except (OSError, ValueError) as error:
+        reason = first_line(error).partition("; or pass --text")[0]
+        note(f"nothing is compared with the training text, which is not at hand ({reason})")
+        return None
 
 
 def shipped(name: str) -> Path:
@@ -236,30 +281,6 @@ def shipped(name: str) -> Path:
 def shipped_run(twin: bool = False) -> Path:
     """The trained run that comes with hldm, or its twin. Raises FileNotFoundError in a copy without it."""
     return shipped("small-twin" if twin else "small")
-
-
-def export_run(folder: Path, target: Path) -> None:
-    """Copy a trained run without what only training needs: its pipeline, and of each stage settings and cost.
-
-    Raises FileNotFoundError for a run that is not finished, ValueError when the target is there already.
-    """
-    if not (folder / "pipeline" / "model_index.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no finished run: train its last stage first")
-    if target.exists():
-        raise ValueError(f"{target} is there already: delete it or choose another name")
-    fresh = target.with_name(f".{target.name}.new-{os.getpid()}")
-    shutil.rmtree(fresh, ignore_errors=True)
-    try:
-        shutil.copytree(folder / "pipeline", fresh / "pipeline")
-        for stage in folder.iterdir():
-            if (stage / "totals.json").is_file():
-                read_totals(stage)
-                (fresh / stage.name).mkdir()
-                for name in ("config.yaml", "environment.json", "totals.json"):
-                    shutil.copyfile(stage / name, fresh / stage.name / name)
-        fresh.rename(target)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def check_run_name(name: str) -> None:
@@ -320,11 +341,12 @@ def check_settings(
         raise ValueError(f"{path} is damaged; restore it or choose another --name") from error
     started = {key: value for key, value in started.items() if not is_retired(key, value)}
     now = dotted(config)
+    defaults = dotted(to_dict(Config()))  # of settings that there were none of when it was started
     changes = [
         f"{key} {_shown(started, key)} -> {_shown(now, key)}"
         for key in sorted(started.keys() | now.keys())
         if key.startswith(only) and not key.startswith(may_change)
-        if started.get(key, ...) != now.get(key, ...)
+        if started.get(key, defaults.get(key, ...)) != now.get(key, ...)
     ]
     if changes:
         raise ValueError(

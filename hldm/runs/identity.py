@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hldm import plugins
 from hldm.config import Config, ConfigError, load_config, to_dict
 from hldm.runs.files import sha256_of
 from hldm.runs.folder import check_settings, code_fingerprint, read_totals
 from hldm.runs.reports import save_report
+from hldm.settings import dotted, is_own
 
 if TYPE_CHECKING:
     from hldm.text.corpus import Corpus, Split
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 # Of the data section, what says which text is read and how it is split; the others lay it out.
 TEXT_SETTINGS = tuple(
     f"data.{key}"
-    for key in ("path", "dataset", "subset", "split", "field", "separator", "max_bytes", "held_out")
+    for key in ("path", "dataset", "subset", "split", "field", "separator", "stream", "max_bytes", "held_out")
 )
 # Settings that may differ between a trained run and the config that asks for it.
 MAY_CHANGE_ONCE_TRAINED = ("name", "checkpoint.", "logging.", "generation.")
@@ -94,6 +96,29 @@ def check_pair(config: Config, path: Path, other: Config, other_path: Path) -> N
                 f"{path} has {key}={values[0]!r}, {other_path} has {values[1]!r}: they are compared, so both must "
                 "read the same text"
             )
+
+
+def inherited(
+    config: Config, files: Sequence[Path], overrides: Sequence[str], name: str, root: Path = Path("runs")
+) -> tuple[Config, list[str]]:
+    """A config over the settings that stage one of the run of that name was trained with, and those it took over.
+
+    config: what files and overrides say on their own, returned as it is where there is no such stage one
+    The second is as it would be typed: data.path="x.txt". Raises ConfigError where it would take over code.
+    """
+    path = root / name / "autoencoder" / "config.yaml"
+    if not path.is_file():
+        return config, []
+    found = load_config(files, overrides, inherited=[path])
+    before, now = dotted(to_dict(config)), dotted(to_dict(found))
+    for key in plugins.SETTINGS:  # a folder may come from anyone, and its word is not its user's
+        if now[key] != before[key] and is_own(now[key]):
+            raise ConfigError(
+                f"{path.parent} was trained with code of its own, which is not run unasked: read it, and give "
+                f"{key}={now[key]} again"
+            )
+    differing = [f"{key}={json.dumps(value)}" for key, value in now.items() if before[key] != value]
+    return found, differing
 
 
 def require_shared_text(run: Path, other: Path) -> None:

@@ -1,4 +1,4 @@
-"""How far a training is: a live bar on a terminal, a plain line every so often elsewhere."""
+"""How far a training is: two lines that change in place on a terminal, a plain line every so often elsewhere."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from rich.progress import Progress as Bar
+    from rich.live import Live
 
 
-BAR_WIDTH = 12  # columns of a terminal
+REDRAWN = 0.1  # seconds between two pictures of the live display, at least
+MOST_POINTS = 256  # of a curve that are kept; beyond, neighbours are averaged
+BARS, ASCII_BARS = "▁▂▃▄▅▆▇█", "_.-=+*#@"
 # signs of life of what trains (hldm.model.vitals): those that a line of progress shows, and the others
 SIGNS = {
     "prototypes": "{:.0f} prototypes",
@@ -32,25 +35,46 @@ OTHER_SIGNS = {"weights_bits", "dimensions", "dead_dimensions", "largest_bin", "
 }
 
 
-def describe(metrics: dict[str, float]) -> str:
-    """Bits per character by name, their sum first when there are several, the speed, and signs of life."""
+def bits_of(metrics: dict[str, float]) -> dict[str, float]:
+    """Of a step's metrics, those that are bits a character."""
     skip = {"learning_rate", "gradient_norm", "characters_per_second", "seconds"} | SIGNS.keys() | OTHER_SIGNS
-    bits = {name: value for name, value in metrics.items() if name not in skip}
-    # stage two trains the latents' terms of the bound alone
+    return {name: value for name, value in metrics.items() if name not in skip}
+
+
+def describe(metrics: dict[str, float], validation: dict[str, float] | None = None) -> str:
+    """Bits per character by name, their sum first when there are several, the speed, and signs of life.
+
+    validation: the last one's bound and terms, if there was one; stage two, which trains the latents' terms alone, has
+    its total from there. An encoder that is trained on latents alone writes no bytes and has no bits.
+    """
+    bits = bits_of(metrics)
+    total = f"{sum(bits.values()):.3f}"
     of_what = " in latents alone" if "latent" in bits and "decoder" not in bits else ""
-    # an encoder that is trained on latents alone writes no bytes
-    parts = [f"{sum(bits.values()):.3f} bits/char{of_what}"] if bits else []
+    parts = [f"{total} bits/char{of_what}"] if bits else []
     if len(bits) > 1:
-        parts.append("(" + " + ".join(f"{name} {value:.3f}" for name, value in bits.items()) + ")")
+        parts.append(_terms(bits))
+    if validation is not None:
+        if "decoder" in bits:
+            parts.append(f"validation {validation['bound']:.3f}")
+        else:
+            terms = {name: value for name, value in validation.items() if name != "bound"}
+            parts = [
+                f"validation {validation['bound']:.3f} bits/char {_terms(terms)} latents in training {total}"
+            ]
     parts.append(f"{metrics['characters_per_second']:,.0f} chars/s")
     parts += [form.format(metrics[name]) for name, form in SIGNS.items() if name in metrics]
     return " ".join(parts)
 
 
+def _terms(bits: dict[str, float]) -> str:
+    return "(" + " + ".join(f"{name} {value:.3f}" for name, value in bits.items()) + ")"
+
+
 def clock(seconds: float) -> str:
-    """65 -> 1:05."""
+    """65 -> 1:05, 3700 -> 1:01:40."""
     minutes, rest = divmod(int(seconds), 60)
-    return f"{minutes}:{rest:02d}"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def say_line(line: str) -> None:
@@ -59,6 +83,20 @@ def say_line(line: str) -> None:
         print(line, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class Part(NamedTuple):
+    """Which of the trainings that were asked for: stage 1 of 2."""
+
+    number: int  # from 1
+    of: int
+    later_minutes: float | None  # of those that follow; None: some have no limit in minutes
+
+    def __str__(self) -> str:
+        return f"stage {self.number} of {self.of}"
+
+
+ALONE = Part(1, 1, 0.0)
 
 
 class Recent:
@@ -76,51 +114,173 @@ class Recent:
         return {name: total / self.characters / math.log(2) for name, total in self.nats.items()}
 
 
+class Curve:
+    """A loss over the steps of a training, at most MOST_POINTS of it, evenly."""
+
+    def __init__(self) -> None:
+        self.points: list[float] = []
+        self._each = 1  # steps that a point stands for
+        self._open: list[float] = []
+
+    def add(self, loss: float) -> None:
+        """Include a step."""
+        self._open.append(loss)
+        if len(self._open) == self._each:
+            self.points.append(sum(self._open) / self._each)
+            self._open = []
+        if len(self.points) == MOST_POINTS:
+            self.points = _binned(self.points, MOST_POINTS // 2)
+            self._each *= 2
+
+    def drawn(self, columns: int, bars: str = BARS) -> str:
+        """As wide as that at most, a bar a column; a fall at the start is cut, or what follows would look flat."""
+        finite = [loss for loss in self.points if math.isfinite(loss)]
+        if columns < 1 or not finite:
+            return ""
+        values = _binned(finite, min(columns, len(finite)))
+        least, most = min(values), sorted(values)[(3 * len(values) - 1) // 4]
+        span = most - least or 1.0
+        return "".join(bars[min(max(int((v - least) / span * len(bars)), 0), len(bars) - 1)] for v in values)
+
+
+def _binned(values: Sequence[float], bins: int) -> list[float]:
+    """Means of neighbours, in so many bins of nearly equal size."""
+    edges = [round(place * len(values) / bins) for place in range(bins + 1)]
+    return [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
+
+
+class Picture(NamedTuple):
+    """What the live display shows."""
+
+    run: str
+    stage: str  # which of how many, and its name
+    progress: float
+    left: float | None  # seconds of the stage; None: not known yet
+    in_all: float | None  # seconds of what follows, too
+    step: int
+    bits: str
+    validation: float | None
+    speed: float  # characters a second
+    curve: Curve
+
+    def lines(self, columns: int, plain: bool = False) -> tuple[str, str]:
+        """Two lines of at most so many columns: where the training is; what it has learnt.
+
+        plain: nothing but ASCII
+        """
+        full, empty, dots, bars = ("#", "-", "..", ASCII_BARS) if plain else ("━", "╌", "…", BARS)
+        done = f"{math.floor(100 * self.progress):3d}%"
+        times = [] if self.left is None else [f"{clock(self.left)} left"]
+        if self.in_all is not None and self.left is not None and self.in_all > self.left:
+            times.append(f"{clock(self.in_all)} in all")
+        end = f" {done} {', '.join(times)}".rstrip()
+        begin = f"{self.run} {self.stage} "
+        room = columns - len(begin) - len(end)
+        if room < 4:  # no bar; and what does not fit of the name is cut
+            most = columns - len(end)
+            begin = begin.rstrip()
+            first = (begin if len(begin) <= most else begin[: max(most - len(dots), 0)] + dots) + end
+        else:
+            filled = round(self.progress * room)
+            first = begin + full * filled + empty * (room - filled) + end
+        parts = [f"step {self.step:,}", self.bits]
+        parts += [] if self.validation is None else [f"validation {self.validation:.3f}"]
+        parts.append(f"{self.speed:,.0f} chars/s")
+        second = ""
+        for part in parts:  # the most important first
+            joined = f"{second}  {part}" if second else part
+            if len(joined) > columns:
+                break
+            second = joined
+        curve = self.curve.drawn(columns - len(second) - 2, bars)
+        return first[:columns], f"{second}  {curve}" if curve else second
+
+
 class Progress:
     """Reports steps of one stage; rank 0's `say` prints, the others' says nothing."""
 
-    def __init__(self, stage: str, say: Callable[[str], None], live: bool):
-        """live: draw a bar if this is a terminal (the main process alone should)."""
-        self.stage, self.say = stage, say
-        self.live = live and sys.stdout.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "")
+    def __init__(self, folder: Path, part: Part, say: Callable[[str], None], live: bool):
+        """folder: runs/<run>/<stage>;  live: draw in place if this is a terminal (the main process alone should)."""
+        self.run, self.stage = folder.parent.name, folder.name
+        self.part, self.say = part, say
+        is_terminal = sys.stdout is not None and sys.stdout.isatty()
+        self.live = live and is_terminal and os.environ.get("TERM", "dumb") not in ("dumb", "")
         self.began: tuple[float, float] | None = None  # (time, progress) of the first report
-        self.bar: Bar | None = None
+        self.validation: dict[str, float] | None = None
+        self.curve = Curve()
+        self.distance: float | None = None
+        self.display: Live | None = None
+        self.picture: Picture | None = None
+        self.drawn = -math.inf  # when the display was drawn last
 
     def __enter__(self) -> Progress:
         if self.live:
-            from rich.progress import BarColumn, TextColumn
-            from rich.progress import Progress as Bar
-            from rich.table import Column
+            from rich.live import Live
 
-            # of what does not fit, the end of the note is cut
-            whole, rest = (
-                Column(no_wrap=True, min_width=len(self.stage)),
-                Column(no_wrap=True, overflow="ellipsis"),
-            )
-            bar = BarColumn(BAR_WIDTH, table_column=Column(no_wrap=True, min_width=BAR_WIDTH))
-            note = TextColumn("{task.fields[note]}", table_column=rest)
-            self.bar = Bar(TextColumn("{task.description}", table_column=whole), bar, note)
-            self.bar.start()
-            self.task = self.bar.add_task(self.stage, total=1.0, note="")
+            # drawn by this thread alone: a signal finds nothing half written
+            self.display = Live(auto_refresh=False, vertical_overflow="crop")
+            self.display.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.bar is not None:
-            self.bar.stop()
+        if self.display is not None:
+            self._draw()
+            self.display.stop()
+
+    def validated(self, found: dict[str, float]) -> None:
+        """Report a validation: its bound and terms, bits a character."""
+        self.validation = found
 
     def advance(self, step: int, progress: float, metrics: dict[str, float], every: int) -> None:
         """Report a step. progress: share of the training done; metrics: see `describe`."""
         now = time.monotonic()
+        progress = min(max(progress, 0.0), 1.0)
         if self.began is None:
             self.began = (now, progress)
         done = progress - self.began[1]
-        left = (now - self.began[0]) / done * (1 - progress) if done > 0 else 0.0
-        place, rest = f"step {step} {min(progress, 1.0):4.0%}", f"{clock(max(left, 0.0))} left"
-        if self.bar is not None:
-            self.bar.update(
-                self.task, completed=min(progress, 1.0), note=f"{place} {rest} {describe(metrics)}"
-            )
-        elif step % every == 0:
-            self.say(f"{self.stage}: {place} {describe(metrics)} {rest}")
+        left = (now - self.began[0]) / done * (1 - progress) if done > 0 else None
+        if progress == 1:
+            left = 0.0
+        bits = bits_of(metrics)
+        # an encoder that writes no bytes has a distance, measured at the steps that are logged
+        self.distance = metrics.get("distance", self.distance)
+        total = sum(bits.values()) if bits else self.distance
+        if total is not None:
+            self.curve.add(total)
+        if self.display is None:
+            if step % every == 0:
+                rest = "" if left is None else f" {clock(left)} left"
+                told = describe(metrics, self.validation)
+                self.say(f"{self.run}/{self.stage}: step {step} {progress:4.0%} {told}{rest}")
+            return
+        later = self.part.later_minutes
+        unit = "{:.3f} bits/char" if "decoder" in bits else "latents {:.3f} bits/char"
+        self.picture = Picture(
+            run=self.run,
+            stage=f"{self.part}, {self.stage}",
+            progress=progress,
+            left=left,
+            in_all=None if left is None or later is None else left + 60 * later,
+            step=step,
+            bits="" if total is None else (unit if bits else "distance {:.3f}").format(total),
+            validation=None if self.validation is None else self.validation["bound"],
+            speed=metrics["characters_per_second"],
+            curve=self.curve,
+        )
+        if now - self.drawn >= REDRAWN:
+            self.drawn = now
+            self._draw()
+
+    def _draw(self) -> None:
+        if self.display is not None and self.picture is not None:
+            from rich.text import Text
+
+            encoding = getattr(sys.__stdout__, "encoding", None) or "ascii"
+            plain = "utf" not in encoding.lower()
+            first, second = self.picture.lines(self.display.console.width, plain)
+            text = Text(f"{first}\n{second}", no_wrap=True, overflow="crop")
+            text.highlight_regex(r"[━#]+", "cyan")
+            text.highlight_regex(r"validation [0-9.]+", "bold")
+            self.display.update(text, refresh=True)

@@ -11,7 +11,8 @@ from typing import Any
 from hldm.runs.files import atomic_write
 
 MAX_REPORT_BYTES = 10_000_000
-PNG = b"\x89PNG\r\n\x1a\n"  # how such a file begins
+# Kinds of pictures by the ending of their names, and how such a file begins.
+PICTURES = {"png": b"\x89PNG\r\n\x1a\n", "svg": b"<?xml", "pdf": b"%PDF-"}
 
 
 def check_report_path(path: Path, key: str) -> None:
@@ -29,9 +30,18 @@ def check_report_path(path: Path, key: str) -> None:
     _check(path, "--json", "report of this kind", is_report)
 
 
-def check_picture_path(path: Path) -> None:
-    """The same for a picture, which may replace another PNG."""
-    _check(path, "--png", "picture", lambda data: data.startswith(PNG))
+def picture_kind(path: Path) -> str:
+    """png, svg or pdf, by a file's ending. Raises ValueError for any other."""
+    kind = path.suffix.lower().removeprefix(".")
+    if kind not in PICTURES:
+        raise ValueError(f"{path} must end in .{', .'.join(PICTURES)}: that says what picture it becomes")
+    return kind
+
+
+def check_picture_path(path: Path, option: str = "--figure") -> None:
+    """The same for a picture, by its ending PNG, SVG or PDF, which may replace another of its kind."""
+    begin = PICTURES[picture_kind(path)]
+    _check(path, option, f"{path.suffix} picture", lambda data: data.startswith(begin))
 
 
 def check_page_path(path: Path, mark: bytes) -> None:

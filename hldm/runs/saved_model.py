@@ -12,14 +12,18 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
+from hldm import plugins
 from hldm.sources.notes import first_line
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
@@ -34,6 +38,11 @@ JSON_TYPES: dict[str, tuple[type, ...]] = {
     "str": (str,),
 }
 
+NEVER = 2**62  # bytes of a shard: weights are one file
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12} | {
+    f"{letter}I": 2 ** (10 * power) for power, letter in enumerate("KMGT", start=1)
+}
+
 M = TypeVar("M", bound="SavedModel")
 
 
@@ -43,14 +52,113 @@ class SavedModel(ModelMixin, ConfigMixin):
     config_name = CONFIG
 
     @classmethod
-    def from_pretrained(cls: type[M], folder: str | Path, **options: Any) -> M:
-        """The model that `save_pretrained` wrote to a folder.
+    def from_pretrained(
+        cls: type[M], folder: str | Path, *, torch_dtype: Any = None, allow_code: bool = False
+    ) -> M:
+        """The model that `save_pretrained` wrote to a folder, in float32.
 
-        options: of diffusers' from_pretrained, such as torch_dtype
-        Raises FileNotFoundError for a folder without a model, ValueError for one that is not exactly as saved.
+        allow_code: import the classes of someone's own that it names, if any (hldm.plugins)
+        Raises FileNotFoundError for a folder without a model, ValueError for one that is not exactly as saved, or for
+        another dtype.
         """
-        check_model(cls, Path(folder))
-        return super().from_pretrained(str(folder), **options, use_safetensors=True, local_files_only=True)
+        require_float32(torch_dtype)
+        require_consent_of(Path(folder), allow_code)
+        with default_float32():
+            check_model(cls, Path(folder))
+            return super().from_pretrained(str(folder), use_safetensors=True, local_files_only=True)
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        is_main_process: bool = True,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+    ) -> None:
+        """Write config and weights. Raises ValueError, before anything is written, for what could not be loaded."""
+        check_save([self], safe_serialization, variant, max_shard_size)
+        super().save_pretrained(str(folder), is_main_process, max_shard_size=NEVER)
+
+    def to_json_string(self) -> str:
+        """config.json, without the path that the model was loaded from."""
+        config = json.loads(super().to_json_string())
+        config.pop("_name_or_path", None)
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+
+def require_float32(dtype: Any) -> None:
+    """Raise ValueError for a dtype, or its name, that models are not computed in. None, "auto": as saved."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in ("None", "auto", "float32", "float"):
+        raise ValueError(
+            f"hldm computes in float32, got {name}: float16 overflows, bfloat16 writes 20 times slower; "
+            "with torch.autocast(device, torch.bfloat16) around a call works"
+        )
+
+
+@contextmanager
+def default_float32() -> Iterator[None]:
+    """Within, new tensors are float32, whatever torch.set_default_dtype says."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def check_save(
+    models: Iterable[nn.Module],
+    safe_serialization: bool,
+    variant: str | None,
+    max_shard_size: int | str | None,
+) -> None:
+    """Raise ValueError where weights, or the form they are to be saved in, could not be loaded again."""
+    if not safe_serialization:
+        raise ValueError(
+            "weights are saved as safetensors alone (safe_serialization=True): a pickle can run code"
+        )
+    if variant is not None:
+        raise ValueError(f"weights have one form, float32, and no variant={variant!r}: leave it out")
+    most = NEVER if max_shard_size is None else _bytes_of(max_shard_size)
+    for model in models:
+        state = model.state_dict()
+        for name, tensor in state.items():
+            if tensor.is_floating_point() and tensor.dtype != torch.float32:
+                raise ValueError(
+                    f"{name} is {tensor.dtype}, weights are saved in float32: call .to(torch.float32)"
+                )
+            if not bool(tensor.isfinite().all()):
+                raise ValueError(f"{name} is not finite everywhere: such weights are not saved")
+        size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+        if size > most:
+            raise ValueError(
+                f"weights are saved as one file, here of {size:,} bytes: max_shard_size={max_shard_size!r} is less"
+            )
+
+
+def _bytes_of(size: int | str) -> int:
+    """5_000_000 or "5MB" or "5MiB" in bytes."""
+    parts = re.fullmatch(r"([0-9]+)\s*([KMGT]I?|)B?", str(size).upper().strip())
+    if parts is None:
+        raise ValueError(f"max_shard_size must be bytes or such as '5GB', got {size!r}")
+    return int(parts[1]) * UNITS[parts[2]]
+
+
+def require_consent_of(folder: Path, allow_code: bool = False) -> None:
+    """Raise ConfigError where a model in this folder, or right below it, names a class of someone's own.
+
+    allow_code: allow what they name instead, in this process. A config that cannot be read names nothing.
+    """
+    for path in sorted((*folder.glob(CONFIG), *folder.glob(f"*/{CONFIG}"))):
+        try:
+            names = plugins.named_in(read_json(path)).values()
+        except (ValueError, OSError):
+            continue  # whoever loads it says what is wrong with it
+        if allow_code:
+            plugins.allow(names)
+        for name in names:
+            plugins.require_consent(name, f"{folder} asks for")
 
 
 def check_model(cls: type[SavedModel], folder: Path) -> None:

@@ -18,20 +18,25 @@ import numpy as np
 
 from hldm.config import ConfigError, DataConfig
 from hldm.sources.encodings import (
+    character_border,
     damage_named,
     is_blank,
+    line_border,
     open_packed,
     open_text,
+    read_text,
     read_up_to,
     require_utf8,
     unix_lines,
 )
-from hldm.sources.files import format_of, matching_files
+from hldm.sources.files import format_of, matching_files, typed_bytes
 from hldm.sources.hub import read_dataset
 from hldm.sources.notes import note, one_line
 from hldm.sources.rows import good_rows, read_jsonl, read_parquet
+from hldm.sources.stream import head_corpora
 from hldm.text.corpus import SPLITS, Corpus, Split, make_corpus
 
+MAX_TEXT_BYTES = 10**9  # of a file that is measured, as data.max_bytes: more text would take days
 ENOUGH_STEPS = 10  # optimizer steps that training text must hold: less is learnt by heart at once
 
 
@@ -46,10 +51,12 @@ def load_corpora(config: DataConfig) -> dict[Split, Corpus]:
     The built-in corpus holds out whole books (data.max_bytes then limits each split). Files and datasets
     hold out documents by a hash of their index, so that adding documents moves none; where that leaves a
     split empty because documents are few, every document gives its last part to the test split and the
-    part before it to validation.
+    part before it to validation. Of a stream they are those of its beginning (hldm.sources.stream).
     Raises ConfigError, FileNotFoundError (no such file) or ValueError (a file or row that cannot be read; one
     bad row in a thousand is left out with a warning).
     """
+    if config.stream:
+        return head_corpora(config)
     if not (config.path or config.dataset):
         return {
             split: make_corpus(f"bible-bbe/{split}", _limited(_bible_documents(split), config.max_bytes))
@@ -70,6 +77,16 @@ def load_corpora(config: DataConfig) -> dict[Split, Corpus]:
     return corpora
 
 
+def corpus_of_file(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> Corpus:
+    """A file as one document, named like it. Raises OSError, or ValueError where it holds nothing to measure."""
+    text = read_text(path, max_bytes)
+    if not text:
+        raise ValueError(f"{path} is empty: there is nothing to measure")
+    if is_blank(text):
+        raise ValueError(f"{path} holds nothing but white space: there is nothing to measure")
+    return make_corpus(str(path), [text])
+
+
 def _limited(documents: Generator[bytes, None, None], max_bytes: int, name: str = "") -> Iterator[bytes]:
     """Documents, LF at the end of every line, up to max_bytes in all; the last is cut there, at a character's border.
 
@@ -80,20 +97,10 @@ def _limited(documents: Generator[bytes, None, None], max_bytes: int, name: str 
         for document in map(unix_lines, documents):
             if len(document) > left and name:
                 note(f"{name}: holds more than data.max_bytes={max_bytes:,}; what comes after is not read")
-            yield document[: _character_border(document, left)]
+            yield document[: character_border(document, left)]
             left -= len(document)
             if left <= 0:
                 return
-
-
-def _character_border(text: bytes, at: int) -> int:
-    """`at`, or up to 3 bytes less where that lies inside a UTF-8 character."""
-    if at >= len(text):
-        return len(text)
-    back = 0
-    while back < 3 and back < at and text[at - back] & 0xC0 == 0x80:
-        back += 1
-    return at - back
 
 
 # ---- splits
@@ -107,8 +114,8 @@ def _split_documents(documents: Corpus, held_out: float) -> dict[Split, Corpus]:
         parts = {split: [] for split in SPLITS}
         for document in documents:
             text = document.tobytes()
-            to_validation = _line_border(text, int(len(text) * (1 - 2 * held_out)))
-            to_test = max(to_validation, _line_border(text, int(len(text) * (1 - held_out))))
+            to_validation = line_border(text, int(len(text) * (1 - 2 * held_out)))
+            to_test = max(to_validation, line_border(text, int(len(text) * (1 - held_out))))
             parts["train"].append(text[:to_validation])
             parts["validation"].append(text[to_validation:to_test])
             parts["test"].append(text[to_test:])
@@ -129,15 +136,6 @@ def _split_of(index: int, held_out: float) -> Split:
     digest = hashlib.sha256(index.to_bytes(8, "little")).digest()
     share = int.from_bytes(digest[:8], "little") / 2**64  # uniform in [0, 1)
     return "validation" if share < held_out else "test" if share < 2 * held_out else "train"
-
-
-def _line_border(text: bytes, at: int) -> int:
-    """The start of the next line, or of the next word, within 1000 bytes of `at`; else of a character."""
-    for border in (b"\n", b" "):
-        found = text.find(border, at, at + 1000)
-        if 0 <= found < len(text) - 1:
-            return found + 1
-    return _character_border(text, at)
 
 
 def _note_duplicates(name: str, corpora: dict[Split, Corpus]) -> None:
@@ -238,7 +236,7 @@ def _read_path(config: DataConfig) -> Generator[bytes, None, None]:
     """Documents of files, and how the separator fared in one line."""
     cuts = 0
     files = matching_files(config.path)
-    separator = _separator(config.separator)
+    separator = typed_bytes(config.separator)
     for path in files:
         with closing(_read_file(path, config.max_bytes, config.field, separator)) as documents:
             for index, document in enumerate(documents):
@@ -251,16 +249,6 @@ def _read_path(config: DataConfig) -> Generator[bytes, None, None]:
             f"file{'s' * (texts > 1)} made {texts:,} document{'s' * (texts > 1)}; a blank line is "
             r"""'data.separator="\n\n"' in a shell"""
         )
-
-
-def _separator(typed: str) -> bytes:
-    r"""The separator with the line ends of texts as they are read, and `\n`, `\r`, `\t` of a shell as what they mean.
-
-    Not where a letter follows: `\newpage` and `\textbf` are themselves.
-    """
-    escapes = {"n": "\n", "r": "\r", "t": "\t"}
-    meant = re.sub(r"\\([nrt])(?![A-Za-z])", lambda match: escapes[match[1]], typed)
-    return meant.replace("\r\n", "\n").replace("\r", "\n").encode("utf-8", "surrogateescape")
 
 
 def _read_file(path: Path, max_bytes: int, field: str, separator: bytes) -> Generator[bytes, None, None]:

@@ -128,6 +128,25 @@ def unix_lines(text: bytes) -> bytes:
     return text.replace(b"\r\n", b"\n") if b"\n" in text else text.replace(b"\r", b"\n")
 
 
+def character_border(text: bytes, at: int) -> int:
+    """`at`, or up to 3 bytes less where that lies inside a UTF-8 character."""
+    if at >= len(text):
+        return len(text)
+    back = 0
+    while back < 3 and back < at and text[at - back] & 0xC0 == 0x80:
+        back += 1
+    return at - back
+
+
+def line_border(text: bytes, at: int) -> int:
+    """The start of the next line, or of the next word, within 1000 bytes of `at`; else of a character."""
+    for border in (b"\n", b" "):
+        found = text.find(border, at, at + 1000)
+        if 0 <= found < len(text) - 1:
+            return found + 1
+    return character_border(text, at)
+
+
 def is_blank(text: bytes) -> bool:
     """Whether there is nothing but white space."""
     return not any(
@@ -152,6 +171,11 @@ def require_utf8(text: bytes, name: str, *, is_cut: bool = False) -> None:
             line = text.count(b"\n", 0, at) + 1
             guess = _guess(text[max(at - 2048, 0) : at + 2048])
             raise ValueError(f"{name}: not UTF-8: byte 0x{text[at]:02x} in line {line:,}; {guess}") from None
+
+
+def is_read_from_its_start(head: bytes) -> bool:
+    """Whether a file that begins so is packed or in another encoding, and cannot be entered in its middle."""
+    return head.startswith(GZIP) or any(head.startswith(mark) for mark, encoding in _BOMS if encoding)
 
 
 def kind_of(head: bytes) -> str:

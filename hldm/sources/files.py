@@ -60,6 +60,16 @@ def matching_files(path: str) -> list[Path]:
     return sorted(search.files.values())
 
 
+def typed_bytes(typed: str) -> bytes:
+    r"""A word as typed in a shell, its line ends those of texts as they are read, `\n`, `\r` and `\t` what they mean.
+
+    Not where a letter follows: `\newpage` and `\textbf` are themselves.
+    """
+    escapes = {"n": "\n", "r": "\r", "t": "\t"}
+    meant = re.sub(r"\\([nrt])(?![A-Za-z])", lambda match: escapes[match[1]], typed)
+    return meant.replace("\r\n", "\n").replace("\r", "\n").encode("utf-8", "surrogateescape")
+
+
 class _Search:
     """The files below a folder that a glob names, or that lie in a folder it names; and what was left out.
 

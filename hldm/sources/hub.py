@@ -5,12 +5,13 @@ Whatever goes wrong, in the network or in a dataset's own files, becomes one lin
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from traceback import walk_tb
@@ -28,6 +29,40 @@ _FILE_VARIABLES = ("file", "filepath", "file_path", "filename", "original_file")
 
 def read_dataset(config: DataConfig) -> Iterator[bytes | ValueError]:
     """Rows of a dataset; a ValueError for one that holds no text. Raises ValueError where reading fails."""
+    place = _require_dataset(config)
+    for _, row in _rows_of(config, lambda: _open_dataset(config), f"{place} ({config.split})", 0):
+        yield row
+
+
+def dataset_parts(
+    config: DataConfig,
+) -> tuple[list[str], Callable[[int, int], Iterator[tuple[int, bytes | ValueError]]], str]:
+    """A dataset to be streamed: the names of its parts, what reads one from a row on, and a fingerprint.
+
+    What reads gives the number of each row in its part, from 1, and its text or a ValueError.
+    """
+    place = _require_dataset(config)
+    with _one_voice(), _errors_named(place, lambda: 0):
+        rows = _open_dataset(config)
+        if not hasattr(rows, "num_shards") or not hasattr(rows, "shard") or hasattr(rows, "__len__"):
+            rows = rows.to_iterable_dataset(num_shards=max(1, min(len(rows) // 1000, 64)))
+        parts = int(rows.num_shards)
+        known = [rows.info.dataset_size, rows.info.download_size, str(rows.info.version), parts]
+    names = [f"{place} ({config.split}) part {index + 1} of {parts}" for index in range(parts)]
+
+    def read(index: int, first: int) -> Iterator[tuple[int, bytes | ValueError]]:
+        def start() -> Any:
+            part = rows.shard(num_shards=parts, index=index)
+            return part.skip(first) if first else part
+
+        return _rows_of(config, start, names[index], first)
+
+    words = "\n".join(map(str, [config.dataset, config.subset, config.split, *known]))
+    return names, read, hashlib.sha256(words.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _require_dataset(config: DataConfig) -> str:
+    """What a dataset is called in messages. Raises ConfigError where it is a script or cannot be reached."""
     place = f"data.dataset={config.dataset}"
     is_offline = any(
         os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")
@@ -39,20 +74,32 @@ def read_dataset(config: DataConfig) -> Iterator[bytes | ValueError]:
     elif not is_offline:
         require_hub(place)  # datasets itself tries five times, half a minute
 
-    number = 0  # of the row that is read; 0: none yet
-    with _one_voice():
-        try:
-            rows = _open_dataset(config)
-            for number, row in enumerate(rows, start=1):
-                yield text_of(row, config.field, f"{place} ({config.split}) row {number}")
-        except MemoryError:
-            raise
-        # Exception: what the network layer, a decompressor or a format's reader raises has no common base
-        except Exception as error:
-            if not number:
-                raise ConfigError(f"{place} cannot be read ({_causes(error)}); {_OTHER_WAYS}") from None
-            row_place = f"{place} ({config.split}) row {number + 1}"
-            raise ValueError(f"{row_place}: reading stopped ({_causes(error)})") from None
+    return place
+
+
+def _rows_of(
+    config: DataConfig, start: Callable[[], Any], place: str, first: int
+) -> Iterator[tuple[int, bytes | ValueError]]:
+    """The number of each row, from first + 1 on, and its text or why there is none."""
+    number = first
+    with _one_voice(), _errors_named(place, lambda: number):
+        for number, row in enumerate(start(), start=first + 1):
+            yield number, text_of(row, config.field, f"{place} row {number}")
+
+
+@contextmanager
+def _errors_named(place: str, rows: Callable[[], int]) -> Iterator[None]:
+    """Within: whatever goes wrong becomes one line. rows: how many have been read"""
+    try:
+        yield
+    except MemoryError:
+        raise
+    # Exception: what the network layer, a decompressor or a format's reader raises has no common base
+    except Exception as error:
+        if not rows():
+            name = place.partition(" (")[0]
+            raise ConfigError(f"{name} cannot be read ({_causes(error)}); {_OTHER_WAYS}") from None
+        raise ValueError(f"{place} row {rows() + 1}: reading stopped ({_causes(error)})") from None
 
 
 def _open_dataset(config: DataConfig) -> Any:
@@ -127,6 +174,14 @@ def _named(error: BaseException) -> str:
 
 def require_hub(place: str) -> None:
     """Raise ConfigError within HUB_TIMEOUT_S when the hub does not answer."""
+    if failure := hub_failure():
+        raise ConfigError(
+            f"{place}: {failure}; {_OTHER_WAYS} (HF_HUB_OFFLINE=1 reads a copy downloaded before)"
+        )
+
+
+def hub_failure() -> str:
+    """Why the hub does not answer within HUB_TIMEOUT_S, in words; "" where it does."""
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     failure: list[str] = [f"no answer in {HUB_TIMEOUT_S:g} s"]
 
@@ -147,8 +202,4 @@ def require_hub(place: str) -> None:
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     asking.join(HUB_TIMEOUT_S)
-    if failure:
-        raise ConfigError(
-            f"{place}: {endpoint} cannot be reached ({failure[0]}); {_OTHER_WAYS} "
-            "(HF_HUB_OFFLINE=1 reads a copy downloaded before)"
-        )
+    return f"{endpoint} cannot be reached ({failure[0]})" if failure else ""

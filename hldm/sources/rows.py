@@ -53,15 +53,22 @@ def read_jsonl(file: BinaryIO, path: Path, field: str) -> Iterator[bytes | Value
             raise ValueError(f"{place}: a row of more than {MAX_ROW_BYTES} bytes; .jsonl holds one a line")
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            yield ValueError(f"{place}: not a row of JSON ({first_line(error)}); remove or mend it")
-        else:
-            yield text_of(row, field, place)
+        yield row_of_json(line, field, place)
 
 
-def read_parquet(file: BinaryIO, path: Path, field: str) -> Iterator[bytes | ValueError]:
+def row_of_json(line: bytes, field: str, place: str) -> bytes | ValueError:
+    """The text of a row of JSON."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return ValueError(f"{place}: not a row of JSON ({first_line(error)}); remove or mend it")
+    return text_of(row, field, place)
+
+
+def read_parquet(
+    file: BinaryIO, path: Path, field: str, groups: list[int] | None = None
+) -> Iterator[bytes | ValueError]:
+    """Rows of these row groups, or of all."""
     import pyarrow
     from pyarrow import parquet
 
@@ -71,7 +78,7 @@ def read_parquet(file: BinaryIO, path: Path, field: str) -> Iterator[bytes | Val
         if field not in columns:
             raise ValueError(f"{path}: no column {field!r}; set data.field to one of {some(columns)}")
         number = 0
-        for batch in table.iter_batches(batch_size=256, columns=[field]):
+        for batch in table.iter_batches(batch_size=256, columns=[field], row_groups=groups):
             for value in batch.column(0):
                 number += 1
                 place = f"{path}:{number}"

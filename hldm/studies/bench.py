@@ -15,6 +15,7 @@ import torch
 
 from hldm.config import Config, ConfigError
 from hldm.evaluation.tables import Table
+from hldm.plugins import allow_named
 from hldm.runs.folder import describe_environment
 from hldm.studies import bench_training, bench_writing
 
@@ -27,6 +28,7 @@ def measure(
     only: "training" or "writing";  long: also after long prompts
     Raises ConfigError unless the one has latents and the other has none; and for writing on several processes.
     """
+    allow_named(config)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes > 1 and only != "training":
         raise ConfigError(
@@ -60,7 +62,7 @@ def measure(
         accelerator.end_training()
     if only != "training":
         two, plain = stages["stage two"].objective, stages["twin"].objective
-        windows = stages["stage two"].windows
+        windows, _ = bench_training.text_of(config.data, config.chunking, config.seed)
         corpus = windows.corpus
         for objective in (two, plain):
             bench_writing.write_like(objective.eval().autoencoder, corpus, windows.chunks)

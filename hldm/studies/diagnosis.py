@@ -20,16 +20,19 @@ from torch import Tensor
 
 from hldm.evaluation.bound import held_out_windows
 from hldm.evaluation.reconstruction import read_windows
+from hldm.evaluation.sampled import sampled_latents
 from hldm.evaluation.tables import Table
 from hldm.generation.pipeline import read_pipeline
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.contextualiser import Context
-from hldm.model.diffusion import alpha_sigma, sample, sampler_steps
+from hldm.model.diffusion import alpha_sigma
 from hldm.model.likelihood import noisy_latents, read_chunks
 from hldm.model.prior import Prior, price_latents
 from hldm.model.state import Encoding
 from hldm.model.vitals import effective_rank
 from hldm.runs.folder import corpora_of_run
+from hldm.runs.location import pipeline_of
+from hldm.sources.corpora import corpus_of_file
 from hldm.text.corpus import Split
 from hldm.text.windows import Batch, Windows, draw_normal
 
@@ -37,6 +40,7 @@ NOISE_LEVELS = 9  # points of the curve of accuracy against noise
 ENOUGH_CHUNKS = 4000  # where a figure needs a pass of its own: a standard error of about 1 % of it
 NEIGHBOURS, PROBES = 5, 12
 SHOWN_BINS = 16  # of log SNR
+SAMPLER_STEPS = 16  # of the latents sampled to see what the decoder makes of them
 
 # tables of the summary: key and format by head
 BITS = {"bits": ("bits", ".4f"), "symbols right": ("accuracy", ".2%")}
@@ -49,20 +53,26 @@ BY_PLACE = {"place in the chunk": ("place", ""), **SYMBOL_BITS}
 
 
 def diagnose_run(
-    folder: Path, *, split: Split = "validation", draws: int = 8, seed: int = 0
+    folder: Path, *, split: Split = "validation", text: Path | None = None, draws: int = 8, seed: int = 0
 ) -> dict[str, Any]:
-    """`diagnose` of a run folder's pipeline on held-out text of its data. Raises ValueError or OSError."""
-    pipeline = read_pipeline(folder / "pipeline")
+    """`diagnose` of a run folder's pipeline on held-out text of its data, or on the file `text`.
+
+    Raises ValueError or OSError.
+    """
+    pipeline = read_pipeline(pipeline_of(folder))
     if pipeline.prior is None:
         raise ValueError(f"{folder} is a twin: it has no latents to diagnose")
     if draws < 1:
         raise ValueError(f"draws must be at least 1, got {draws}")
     autoencoder, prior = pipeline.autoencoder.eval(), pipeline.prior.eval()
-    corpora = corpora_of_run(folder)
+    corpus = corpora_of_run(folder)[split] if text is None else corpus_of_file(text)
+    windows = held_out_windows(autoencoder, corpus)
+    if windows.chunks < 2:
+        raise ValueError(f"{corpus.name} holds a single chunk: there is nothing to compare its latent with")
     return {
         "run": folder.resolve().name,
-        "split": split,
-        **diagnose(autoencoder, prior, held_out_windows(autoencoder, corpora[split]), draws=draws, seed=seed),
+        "split": split if text is None else str(text),
+        **diagnose(autoencoder, prior, windows, draws=draws, seed=seed),
     }
 
 
@@ -204,30 +214,17 @@ def _variants(
         "own": mu,
         "zero": torch.zeros_like(mu),
         "shuffled": shuffled,
-        "other document": mu.roll(1, dims=0),
     }
+    if len(mu) > 1:
+        latents["other document"] = mu.roll(1, dims=0)
     variants: dict[str | float, Tensor] = {"own": mu, "clean": alpha_0 * mu}
     variants |= {name: alpha_0 * latent + sigma_0 * noise for name, latent in latents.items()}
-    variants["sampled"] = _sampled(prior, mu, context, generator)
+    variants["sampled"] = sampled_latents(prior, context.first(mu.shape[1]), SAMPLER_STEPS, generator)
     for gamma in torch.linspace(gamma_0 - 4, gamma_1, NOISE_LEVELS):
         # the decoder expects the signal at alpha_0 whatever the noise: only the noise changes
         alpha, sigma = (part.to(mu) for part in alpha_sigma(gamma))
         variants[float(gamma)] = alpha_0 / alpha * (alpha * mu + sigma * noise)
     return variants
-
-
-def _sampled(prior: Prior, mu: Tensor, context: Context, generator: torch.Generator) -> Tensor:
-    """Latents (b n z) drawn from the prior, given the true text before."""
-    b, n, z = mu.shape
-    told = prior.tell(context.first(n))
-
-    def denoise(state: Tensor, gamma: Tensor) -> Tensor:
-        return prior.denoise(state.view(b, n, 1, z), gamma.view(b, n, 1), told).view(b * n, z)
-
-    seeds = torch.randint(2**62, (b * n,), generator=generator).tolist()
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    plan = sampler_steps("ancestral", prior.schedule, 16)
-    return sample(denoise, (b * n, z), plan, generators, device=mu.device).view(b, n, z)
 
 
 def _bits_by_variant(reads: Mapping[str | float, np.ndarray]) -> dict[str, Any]:

@@ -4,7 +4,8 @@
 
 Bits per character under an interpolated n-gram model of held-out text that no writer was trained on, and
 under a run given as a second judge (a twin trained with another seed), always beside what gives the game
-away: entropy, distinct words, repetition, known words, and copying. True continuations stand first.
+away: entropy, distinct words, repetition, known words, and copying; then BrierLM on bytes and MAUVE, which judge
+distributions rather than texts. True continuations stand first.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from hldm.config import GenerationConfig, changed
@@ -24,12 +26,17 @@ from hldm.evaluation.metrics import TrainingText, diversity
 from hldm.evaluation.prompts import choose_prompts, prompt_chunker
 from hldm.evaluation.tables import Table
 from hldm.generation.pipeline import HLDMPipeline, read_pipeline
-from hldm.runs.folder import corpora_of_run
+from hldm.runs.folder import corpora_of_run, training_text_of
 from hldm.runs.identity import require_shared_text
+from hldm.runs.location import pipeline_of
+from hldm.sources.corpora import corpus_of_file
+from hldm.studies.brier import GRAM, measure_brier
+from hldm.studies.mauve import load_encoder, mauve_of, passages
 from hldm.text.bytes import count_characters
-from hldm.text.corpus import make_corpus
+from hldm.text.corpus import Corpus, make_corpus
 
 ORDER = 6  # bytes of an n-gram: on 64,000 characters, longer ones are too rare to change the figures
+PLACES = 16  # of BrierLM, for each prompt: four bytes take little time, and its error is large
 SPAN = 50  # characters: nobody writes so many like another by chance
 
 # head of the table: key, format
@@ -43,6 +50,9 @@ COLUMNS: Mapping[str, tuple[str, str]] = {
     "repetition": ("repetition", ".3f"),
     "known words": ("known_words", ".1%"),
     "copied": ("copied", ".2%"),
+    "BrierLM": ("brier", ".2f"),
+    "its ±": ("brier_error", ".2f"),
+    "MAUVE": ("mauve", ".3f"),
     "chars/s": ("characters_per_second", ",.0f"),
 }
 
@@ -91,6 +101,7 @@ def judge_run(
     *,
     judge: Path | None = None,
     twin: Path | None = None,
+    text: Path | None = None,
     vary: Sequence[str] = (),
     prompts: int = 48,
     max_characters: int = 400,
@@ -100,6 +111,8 @@ def judge_run(
     """Judge what a run writes after held-out prompts of the test text, beside what the text says there.
 
     judge: a twin trained with another seed;  twin: a run whose writing is judged, too
+    text: a file to judge on instead, where the run's own text is not at hand: its first half trains the n-grams, from
+    its second half come prompts
     vary: names of VARIATIONS: each value in turn instead of the run's own
     Raises ValueError or OSError.
     """
@@ -111,39 +124,61 @@ def judge_run(
             f"judging needs --prompts of at least 1 and --max-characters of at least {SPAN}, "
             f"got {prompts} and {max_characters}"
         )
-    pipeline = read_pipeline(folder / "pipeline")
+    pipeline = read_pipeline(pipeline_of(folder))
     if vary and pipeline.prior is None:
         raise ValueError(f"{folder} is a twin: it has no sampler to vary")
     for other in filter(None, (judge, twin)):
         require_shared_text(folder, other)
-    judging = None if judge is None else read_pipeline(judge / "pipeline")
+    judging = None if judge is None else read_pipeline(pipeline_of(judge))
     if judging is not None and judging.prior is not None:
         raise ValueError(f"--judge {judge} is no twin: of a model with latents there is only a bound")
     if judge is not None and twin is not None and judge.resolve() == twin.resolve():
         raise ValueError(
             f"--judge {judge} would judge its own writing: take a twin trained with another seed"
         )
-    corpora = corpora_of_run(folder)
+    texts = _texts_of_run(folder) if text is None else _texts_of_file(text, folder)
     chunker = prompt_chunker(pipeline.autoencoder)
-    chosen = choose_prompts(corpora["test"], chunker, prompts, max_characters=max_characters)
+    chosen = choose_prompts(texts.prompts, chunker, prompts, max_characters=max_characters)
+    if not chosen:
+        raise ValueError(
+            f"{texts.prompts.name} has no room for a prompt and a continuation: take a longer text"
+        )
     starts = [prompt.text for prompt in chosen]
+    true = [prompt.continuation.encode() for prompt in chosen]
+    encode, no_mauve = load_encoder()
     judges = _Judges(
-        NGram(corpora["validation"].text.tobytes()),
+        NGram(texts.other.text.tobytes()),
         judging,
-        TrainingText(corpora["train"].text.tobytes(), SPAN),
+        None if texts.training is None else TrainingText(texts.training, SPAN),
         starts,
+        encode,
+        None if encode is None else _vectors(encode, true),
     )
+    places = choose_prompts(texts.prompts, chunker, PLACES * prompts, max_characters=GRAM)
 
     def write(model: HLDMPipeline, settings: GenerationConfig) -> dict[str, Any]:
         written = write_batch(model, settings, starts, max_characters=max_characters, seed=seed)
-        judged = judges.judge([row.text for row in written.rows])
-        return {**judged, "characters_per_second": written.characters_per_second}
+        continuations = [row.text for row in written.rows]
+        brier = measure_brier(model, settings, places, seed=seed)
+        return {
+            **judges.judge(continuations),
+            "brier": brier.value,
+            "brier_error": brier.standard_error,
+            "mauve": judges.mauve(continuations),
+            "characters_per_second": written.characters_per_second,
+        }
 
-    true = [prompt.continuation.encode() for prompt in chosen]
-    found: dict[str, Any] = {"true text": judges.judge(true)}
+    # of the true text itself, MAUVE against as much of another held-out text: what chance leaves of 1
+    other_text = choose_prompts(texts.other, chunker, prompts, max_characters=max_characters)
+    found: dict[str, Any] = {
+        "true text": {
+            **judges.judge(true),
+            "mauve": judges.mauve([prompt.continuation.encode() for prompt in other_text]),
+        }
+    }
     if twin is not None:
         say(f"judging {twin}")
-        other = read_pipeline(twin / "pipeline")
+        other = read_pipeline(pipeline_of(twin))
         found["twin"] = write(other, other.settings)
     say(f"judging {folder}")
     settings = pipeline.settings
@@ -157,11 +192,37 @@ def judge_run(
                 found[f"{name} {value}"] = write(pipeline, changed(settings, **{name: value}))
     return {
         "run": folder.resolve().name,
+        "text": "test" if text is None else str(text),
         "prompts": len(chosen),
         "max_characters": max_characters,
         "seed": seed,
+        "brier_places": len(places),
+        "no_mauve": no_mauve,
         "judged": found,
     }
+
+
+class _Texts(NamedTuple):
+    """What is judged with; no writer was trained on the first two."""
+
+    other: Corpus  # that the n-gram model counts, and that chance is measured on
+    prompts: Corpus  # that prompts are of
+    training: bytes | None  # that the run was trained on; None: not at hand
+
+
+def _texts_of_run(folder: Path) -> _Texts:
+    corpora = corpora_of_run(folder)
+    return _Texts(corpora["validation"], corpora["test"], corpora["train"].text.tobytes())
+
+
+def _texts_of_file(path: Path, folder: Path) -> _Texts:
+    """The halves of a file, cut between two words where it has any near the middle."""
+    text = corpus_of_file(path).text.tobytes()
+    middle = text.find(b" ", len(text) // 2) + 1 or len(text) // 2
+    while text[middle : middle + 1] and text[middle] & 0xC0 == 0x80:  # inside a character of UTF-8
+        middle += 1
+    other, prompts = (make_corpus(str(path), [half]) for half in (text[:middle], text[middle:]))
+    return _Texts(other, prompts, training_text_of(folder))
 
 
 class _Judges(NamedTuple):
@@ -169,8 +230,18 @@ class _Judges(NamedTuple):
 
     ngram: NGram
     model: HLDMPipeline | None
-    training: TrainingText
+    training: TrainingText | None
     prompts: Sequence[bytes]
+    encode: Callable[[Sequence[str]], np.ndarray] | None  # of MAUVE; None: not installed
+    true_vectors: np.ndarray | None  # (passages d) of the true continuations
+
+    def mauve(self, texts: Sequence[bytes]) -> float | None:
+        """Of texts against the true continuations; None where it cannot be measured."""
+        if self.encode is None or self.true_vectors is None:
+            return None
+        vectors = _vectors(self.encode, texts)
+        size = min(len(vectors), len(self.true_vectors))  # equal numbers: MAUVE depends on them
+        return mauve_of(self.true_vectors[:size], vectors[:size])
 
     def judge(self, texts: Sequence[bytes]) -> dict[str, Any]:
         """Everything about texts that continue the prompts."""
@@ -181,8 +252,8 @@ class _Judges(NamedTuple):
             "ngram_bits": sum(self.ngram.bits(a + b, begin=len(a)) for a, b in pairs) / characters,
             "judge_bits": None if self.model is None else self._model_bits(pairs) / characters,
             **diversity(decoded),
-            "known_words": self.training.known_words(decoded),
-            "copied": self.training.copied_share(texts),
+            "known_words": None if self.training is None else self.training.known_words(decoded),
+            "copied": None if self.training is None else self.training.copied_share(texts),
         }
 
     def _model_bits(self, pairs: Sequence[tuple[bytes, bytes]]) -> float:
@@ -196,6 +267,11 @@ class _Judges(NamedTuple):
             bound = evaluate_bound(model, None, windows, generator=torch.Generator())
             totals.append(bound.decoder.sum() / math.log(2))
         return float(totals[0] - totals[1])
+
+
+def _vectors(encode: Callable[[Sequence[str]], np.ndarray], texts: Sequence[bytes]) -> np.ndarray:
+    """A vector of each passage of texts (passages d)."""
+    return encode(passages([text.decode("utf-8", "replace") for text in texts]))
 
 
 def table(found: Mapping[str, Any]) -> Table:

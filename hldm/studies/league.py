@@ -15,13 +15,15 @@ from typing import Any, NamedTuple, get_args
 
 from hldm.config import ChunkingConfig, Config, ConfigError, Strategy, changed, load_config, to_dict
 from hldm.evaluation.tables import Table, cell
+from hldm.plugins import allow, allow_named
 from hldm.runs.files import atomic_write
 from hldm.runs.folder import code_fingerprint
 from hldm.runs.identity import MAY_CHANGE_ONCE_TRAINED, differences, text_fingerprint
+from hldm.runs.pairs import load_pair
 from hldm.runs.reports import save_report
-from hldm.settings import dotted
+from hldm.settings import dotted, is_own
 from hldm.sources.corpora import load_corpora
-from hldm.studies.rate_curve import BITS, measure_once, read_base, say_other_code, timed, twin_of
+from hldm.studies.rate_curve import BITS, measure_once, read_base, say_other_code, timed
 
 # the last is fixed chunks again, their latents by autoencoder.pooling=strided
 STRATEGIES = (*get_args(Strategy), "strided")
@@ -66,9 +68,16 @@ def entries(
     only: Sequence[str] = (),
     targets: Sequence[int] = TARGETS,
     clock: str = "wall",
+    overrides: Sequence[str] = (),
 ) -> list[Entry]:
-    """A run a strategy and target, all of the same minutes. Raises ConfigError."""
-    base = read_base(path, only, STRATEGIES)
+    """A run a strategy and target, all of the same minutes. Raises ConfigError.
+
+    only: by name, or module:Class of one's own, whose code is run
+    """
+    own = [name for name in only if is_own(name)]
+    base = read_base(path, only, (*STRATEGIES, *own), overrides)
+    allow_named(base)
+    allow(own)
     if not all(2 <= target <= 4096 for target in targets):
         raise ConfigError(f"--targets must lie in 2..4096, got {', '.join(map(str, targets))}")
     found = []
@@ -77,7 +86,8 @@ def entries(
             chunking = chunking_for(base, strategy, target)
             autoencoder = changed(base.autoencoder, pooling="strided" if strategy == "strided" else "mean")
             config = changed(timed(base, minutes, clock), chunking=chunking, autoencoder=autoencoder)
-            found.append(Entry(f"{strategy}-{target}", strategy, target, config))
+            name = f"{strategy.replace(':', '.')}-{target}"
+            found.append(Entry(name, strategy, target, config))
     return found
 
 
@@ -119,18 +129,22 @@ def run_league(
     only: Sequence[str] = (),
     targets: Sequence[int] = TARGETS,
     clock: str = "wall",
+    overrides: Sequence[str] = (),
     root: Path = Path("runs"),
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Train and measure what is not there yet; returns what is known.
 
-    Leaves root/<config>-league/<entry>/, and beside them league.json and league.md, rewritten after each. Rows of
-    earlier calls, of the same minutes, stay in them. Raises ValueError or OSError.
+    overrides: of all of them, the twin as well (hldm.runs.pairs); chunking is each entry's own
+    Leaves root/<name>-league/<entry>/, by the config's name, and beside them league.json and league.md, rewritten
+    after each. Rows of earlier calls, of the same minutes, stay in them. Raises ValueError or OSError.
     """
-    twin = twin_of(path, minutes, clock)
-    todo = entries(path, minutes, only, targets, clock)
-    folder = root / f"{path.stem}-league"
-    league: dict[str, Any] = {"config": str(path), "minutes": minutes, "clock": clock, "split": "test"}
+    model, twin = load_pair(path, overrides)
+    todo = entries(path, minutes, only, targets, clock, overrides)
+    twin = timed(twin, minutes, clock)
+    folder = root / f"{model.name}-league"
+    league: dict[str, Any] = {"config": str(path), "name": model.name, "overrides": list(overrides)}
+    league |= {"minutes": minutes, "clock": clock, "split": "test"}
     text = text_fingerprint(load_corpora(twin.data))
     names = {"twin", *(entry.name for entry in todo)}
     others, left_out = _earlier_rows(folder, names, text, (twin, todo[0].config))

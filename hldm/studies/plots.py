@@ -1,29 +1,55 @@
-"""Figures as PNG files, drawn without a display. Knows the shapes of the JSON it draws, and no model."""
+"""Figures as PNG, SVG or PDF by the file's ending, drawn without a display. Knows JSON's shapes, and no model.
+
+Axes begin where the values do, but for bars, which begin at zero; names stand at what they name.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
-# The three colours of every figure, distinguishable without colour vision (Okabe and Ito 2008).
+P = ParamSpec("P")
+
+# Colours that are told apart without colour vision (Okabe and Ito 2008).
 LATENT, DECODER, TWIN = "#0072B2", "#E69F00", "#000000"
+DIALS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+OTHERS = "#666666"  # compressors, told apart by their lines and names
+DASHES = ((0, (1, 2)), (0, (5, 3)), (0, (7, 2, 1, 2)), (0, (3, 1)))
+PAPER: dict[
+    Any, Any
+] = {  # what journals ask for: TrueType in PDF; and the same figure twice is the same file
+    "pdf.fonttype": 42,
+    "svg.hashsalt": "hldm",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+}
+NO_DATE = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
+
+
+def _styled(plot: Callable[P, None]) -> Callable[P, None]:
+    """Draw with the settings of PAPER."""
+
+    @wraps(plot)
+    def styled(*arguments: P.args, **options: P.kwargs) -> None:
+        from matplotlib import rc_context
+
+        with rc_context(PAPER):
+            plot(*arguments, **options)
+
+    return styled
 
 
 def _column(rows: Iterable[Mapping[str, Any]], key: str) -> list[Any]:
     return [row[key] for row in rows]
 
 
-def _stacked(
-    ax: Any, names: Sequence[str], latent: Sequence[float], decoder: Sequence[float], **style: Any
-) -> None:
-    """Bars of bits per character, latents below decoder."""
-    ax.bar(names, latent, color=LATENT, label="latents")
-    ax.bar(names, decoder, bottom=latent, color=DECODER, label="decoder", **style)
-    ax.set_ylabel("bits per character")
-
-
-def plot_diagnosis(diagnosis: Mapping[str, Any], path: Path) -> None:
+@_styled
+def plot_diagnosis(diagnosis: Mapping[str, Any], *paths: Path) -> None:
     """Five panels of what `hldm.studies.diagnosis.diagnose` measured."""
     figure, ((dims, levels, variants), (noise, places, spare)) = _panels(2, 3, (13, 8))
     spare.axis("off")
@@ -39,11 +65,14 @@ def plot_diagnosis(diagnosis: Mapping[str, Any], path: Path) -> None:
     levels.bar(x, _column(by_level, "bits"), width=0.9 * abs(x[1] - x[0]), color=LATENT)
     levels.set(title="latent bits by noise level", xlabel="log SNR", ylabel="bits per character")
     error = levels.twinx()
+    error.spines.right.set_visible(True)
     error.plot(x, _column(by_level, "error"), color=DECODER)
     error.set_ylabel("mean square error of x0", color=DECODER)
 
     with_latents = diagnosis["decoder"]["with_latents"]
-    variants.barh(list(with_latents), _column(with_latents.values(), "bits"), color=DECODER)
+    bars = variants.barh(list(with_latents), _column(with_latents.values(), "bits"), color=DECODER)
+    variants.bar_label(bars, fmt="%.2f", padding=3)
+    variants.margins(x=0.14)
     variants.invert_yaxis()
     variants.set(title="decoder with these latents", xlabel="bits per character")
 
@@ -57,54 +86,149 @@ def plot_diagnosis(diagnosis: Mapping[str, Any], path: Path) -> None:
         title="decoder bits by place in the chunk", xlabel="symbol of the chunk", ylabel="bits a symbol"
     )
 
-    _save(figure, path)
+    _save(figure, paths)
 
 
-def plot_rate_curve(curve: Mapping[str, Any], path: Path) -> None:
+@_styled
+def plot_rate_curve(curve: Mapping[str, Any], *paths: Path) -> None:
     """Share of the bits in the latents against the bound, a line a dial; twin and compressors as lines."""
-    figure, ((ax,),) = _panels(1, 1, (9, 6))
-    for dial in dict.fromkeys(_column(curve["points"], "dial")):
-        found = [point for point in curve["points"] if point["dial"] == dial]
-        if dial == "twin":
-            ax.axhline(found[0]["bound"], color=TWIN, label=f"twin, {found[0]['bound']:.3f}")
-            continue
+    figure, ((ax,),) = _panels(1, 1, (8, 5.5))
+    base = [point for point in curve["points"] if point["dial"] == "base"]
+    dials = [dial for dial in dict.fromkeys(_column(curve["points"], "dial")) if dial not in ("twin", "base")]
+    for dial, colour in zip(dials, DIALS * len(dials), strict=False):
+        # the base is a point of every dial's curve: its own value of it
+        found = base + [point for point in curve["points"] if point["dial"] == dial]
         found.sort(key=lambda point: point["share"])
-        share, bound = _column(found, "share"), _column(found, "bound")
-        errors = [2 * error for error in _column(found, "standard_error")]
-        ax.errorbar(share, bound, yerr=errors, fmt="o-", label=dial)
+        _points(ax, found, colour)
         for point in found:
-            name = "base" if point["value"] is None else f"{point['value']:g}"
-            ax.annotate(name, (point["share"], point["bound"]), textcoords="offset points", xytext=(5, 4))
-    for name, bits in curve["compressors"].items():
-        ax.axhline(bits, color="#999999", linestyle=":", label=f"{name}, {bits:.3f}")
+            if point["value"] is not None:
+                _name(ax, f"{point['value']:g}", point["share"], point["bound"], colour)
+        turned = [point for point in found if point["value"] is not None]
+        highest = max(turned, key=lambda point: point["bound"])
+        _name(ax, dial, highest["share"], highest["bound"], colour, (5, -10))
+    _points(ax, base, TWIN)
+    for point in base:
+        _name(ax, "base", point["share"], point["bound"], TWIN, (5, -11))
+    lines = [("twin", point["bound"], TWIN) for point in curve["points"] if point["dial"] == "twin"]
+    lines += [(name, bits, OTHERS) for name, bits in curve["compressors"].items()]
+    for (_, bits, colour), dash in zip(lines, ("-", *DASHES * len(lines)), strict=False):
+        ax.axhline(bits, color=colour, linestyle=dash, linewidth=1.2, zorder=1)
+    _name_lines(ax, lines)
     ax.set(
         title=f"{curve['config']}, {curve['minutes']:g} minutes a point; bars: 2 standard errors",
         xlabel="share of the bits that is in the latents",
         ylabel="bits per character of the test text, an upper bound",
     )
-    ax.legend()
-    _save(figure, path)
+    _save(figure, paths)
 
 
-def plot_league(league: Mapping[str, Any], path: Path) -> None:
-    """Bits per character of every chunker, latents below decoder, a panel a length; the twin as a line."""
-    rows = sorted(league["chunkers"], key=lambda row: row["bound"])
-    targets = sorted({row["target"] for row in rows} - {None})
-    panels = max(len(targets), 1)
-    figure, (axes,) = _panels(1, panels, (5 * panels + 2, 6), sharey=True)
-    for ax, target in zip(axes, targets, strict=False):
-        found = [row for row in rows if row["target"] == target]
-        latent, errors = _column(found, "latent"), [2 * row["standard_error"] for row in found]
-        rest = [row["bound"] - row["latent"] for row in found]
-        _stacked(ax, _column(found, "strategy"), latent, rest, yerr=errors)
-        for row in rows:
-            if row["target"] is None:
-                ax.axhline(row["bound"], color=TWIN, label=f"twin, {row['bound']:.3f}")
-        ax.tick_params(axis="x", rotation=60)
-        ax.set(title=f"{target:g} bytes a latent", ylabel="bits per character of the test text")
-        ax.legend(loc="lower right")
-    figure.suptitle(f"{league['config']}, {league['minutes']:g} minutes each; bars: 2 standard errors")
-    _save(figure, path)
+def _points(ax: Any, found: Sequence[Mapping[str, Any]], colour: str) -> None:
+    """Bounds by share, with twice their standard errors."""
+    errors = [2 * error for error in _column(found, "standard_error")]
+    ax.errorbar(
+        _column(found, "share"), _column(found, "bound"), yerr=errors, fmt="o-", color=colour, markersize=5
+    )
+
+
+def _name(ax: Any, text: str, x: float, y: float, colour: str, offset: tuple[float, float] = (5, 4)) -> None:
+    ax.annotate(text, (x, y), textcoords="offset points", xytext=offset, color=colour)
+
+
+def _name_lines(ax: Any, lines: Sequence[tuple[str, float, str]]) -> None:
+    """Names of horizontal lines at their right ends, outside of the frame, none over another."""
+    low, high = ax.get_ylim()
+    least = (high - low) * 0.035  # the height of a name
+    place = low
+    for name, bits, colour in sorted(lines, key=lambda line: line[1]):
+        place = max(bits, place + least)
+        ax.text(
+            1.01, place, f"{name} {bits:.3f}", transform=ax.get_yaxis_transform(), color=colour, va="center"
+        )
+
+
+@_styled
+def plot_league(league: Mapping[str, Any], *paths: Path) -> None:
+    """Bits per character of every chunker, least first, a panel a length, beside the latents' share; twin as a line.
+
+    The axis begins where the values do: chunkers differ by a hundredth.
+    """
+    rows = sorted(league["chunkers"], key=lambda row: row["bound"], reverse=True)
+    targets = sorted({row["target"] for row in rows} - {None}) or [None]
+    panels = [[row for row in rows if row["target"] == target and row["target"]] for target in targets]
+    heights = [len(found) + 2 for found in panels]
+    figure, axes = _panels(
+        len(targets),
+        2,
+        (8.5, 1.2 + 0.27 * sum(heights)),
+        sharex="col",
+        sharey="row",
+        height_ratios=heights,
+        width_ratios=(3, 1),
+    )
+    twins = [row["bound"] for row in rows if row["target"] is None]
+    for (bounds, shares), target, found in zip(axes, targets, panels, strict=True):
+        names, bits = _column(found, "strategy"), _column(found, "bound")
+        errors = [2 * row["standard_error"] for row in found]
+        bounds.errorbar(bits, names, xerr=errors, fmt="o", color=LATENT, markersize=5)
+        for name, value in zip(names, bits, strict=True):
+            _name(bounds, f"{value:.3f}", value, name, TWIN, (7, -3))
+        for twin in twins:
+            bounds.axvline(twin, color=TWIN, linewidth=1.2, zorder=1)
+            bounds.text(twin, 1.0, f" twin {twin:.3f}", transform=bounds.get_xaxis_transform(), va="top")
+        bounds.margins(x=0.12, y=0.09)
+        bounds.grid(axis="y", color="#dddddd", linewidth=0.6)
+        bounds.set_title("" if target is None else f"{target:g} bytes a latent", loc="right")
+        share = [row["latent"] / row["bound"] for row in found]
+        labels = shares.bar_label(
+            shares.barh(names, share, color=LATENT, height=0.6), fmt="{:.0%}", padding=3
+        )
+        assert len(labels) == len(found)
+        shares.set_xlim(0, 1)
+    axes[-1][0].set_xlabel("bits per character of the test text")
+    axes[-1][1].set_xlabel("share in the latents")
+    figure.suptitle(
+        f"{league['config']}, {league['minutes']:g} minutes each; bars: 2 standard errors", fontsize=10
+    )
+    _save(figure, paths)
+
+
+@_styled
+def plot_parts(parts: Mapping[str, Any], *paths: Path) -> None:
+    """Three panels of what `hldm.evaluation.parts_table.parts_of_run` measured."""
+    figure, ((worths, steps, shares),) = _panels(1, 3, (17, 6), width_ratios=(2, 1.2, 1))
+    rows = list(parts["rows"].values())
+    for place, (key, colour) in enumerate((("hidden", LATENT), ("retrained", DECODER))):
+        found = [(at + 0.4 * place, row[key]) for at, row in enumerate(rows) if row[key]]
+        if found:
+            y, bits = [at for at, _ in found], [worth["bits"] for _, worth in found]
+            errors = [2 * (worth["standard_error"] or 0) for _, worth in found]
+            worths.barh(y, bits, height=0.4, xerr=errors, color=colour, label=key)
+    worths.set_yticks(range(len(rows)), [row["part"].strip() for row in rows])
+    worths.invert_yaxis()
+    worths.set_xscale("symlog", linthresh=1e-3)
+    worths.axvline(0, color=TWIN, linewidth=0.8)
+    worths.set(title="worth of a part; bars: 2 standard errors", xlabel="bits per character lost without it")
+    if any(row["retrained"] for row in rows):
+        figure.legend(*worths.get_legend_handles_labels(), loc="outside lower left", ncols=2, frameon=False)
+
+    samplers = [row for row in parts["steps"] if row["steps"]]
+    steps.plot(_column(samplers, "steps"), _column(samplers, "over"), "o-", color=LATENT)
+    steps.set_xscale("log", base=2)
+    steps.set_yscale("log")
+    steps.set(title="ancestral sampler", xlabel="steps S", ylabel="L_S - L_inf, bits per character")
+
+    sure = parts["sure"]
+    bars = {
+        "given z_0": sure["model"],
+        "twin": sure["twin"],
+        "two writings\nagree": parts["agreement"]["share"],
+    }
+    known = {name: share for name, share in bars.items() if share is not None}
+    colours = dict(zip(bars, (DECODER, TWIN, LATENT), strict=True))
+    shares.bar(list(known), list(known.values()), color=[colours[name] for name in known])
+    shares.set(title="what a latent tells the decoder", ylim=(0, 1), ylabel="share")
+    figure.suptitle(f"{parts['run']}, {parts['characters']:,} characters")
+    _save(figure, paths)
 
 
 def _panels(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Any, Any]:
@@ -115,12 +239,15 @@ def _panels(rows: int, columns: int, size: tuple[float, float], **options: Any) 
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-def _save(figure: Any, path: Path) -> None:
-    """Write whole or not at all."""
+def _save(figure: Any, paths: Sequence[Path]) -> None:
+    """Write each whole or not at all, as what its ending says. Raises ValueError for any other ending."""
     from io import BytesIO
 
     from hldm.runs.files import atomic_write
+    from hldm.runs.reports import picture_kind
 
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    atomic_write(path, buffer.getvalue())
+    for path in paths:
+        kind = picture_kind(path)
+        buffer = BytesIO()
+        figure.savefig(buffer, format=kind, dpi=160, metadata=NO_DATE[kind])
+        atomic_write(path, buffer.getvalue())

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 from hldm.config import Config, ConfigError, changed, load_config, stage_training
 from hldm.evaluation.tables import Table
 from hldm.runs.folder import code_fingerprint
-from hldm.runs.identity import SHOWN, check_pair, measured_once, origin_of, text_fingerprint
+from hldm.runs.identity import SHOWN, measured_once, origin_of, text_fingerprint
+from hldm.runs.pairs import load_pair
 from hldm.runs.reports import save_report
 from hldm.sources.corpora import load_corpora
 from hldm.text.bytes import count_characters
@@ -60,9 +61,11 @@ class Point(NamedTuple):
     config: Config
 
 
-def read_base(path: Path, only: Sequence[str], known: Collection[str]) -> Config:
+def read_base(
+    path: Path, only: Sequence[str], known: Collection[str], overrides: Sequence[str] = ()
+) -> Config:
     """The config that is varied. Raises ConfigError for a twin, and for names beside the known ones."""
-    base = load_config([path])
+    base = load_config([path], overrides)
     if base.is_twin:
         raise ConfigError(f"{path} is a twin: it has no latents to vary")
     for name in only:
@@ -71,23 +74,21 @@ def read_base(path: Path, only: Sequence[str], known: Collection[str]) -> Config
     return base
 
 
-def twin_of(path: Path, minutes: float, clock: str) -> Config:
-    """The twin of a config, trained for as long. Raises ConfigError where it reads another text."""
-    twin = path.with_name(f"{path.stem}-twin.yaml")
-    config = load_config([twin])
-    check_pair(load_config([path]), path, config, twin)
-    return timed(config, minutes, clock)
-
-
-def points(path: Path, minutes: float, only: Sequence[str] = (), clock: str = "wall") -> list[Point]:
+def points(
+    path: Path,
+    minutes: float,
+    only: Sequence[str] = (),
+    clock: str = "wall",
+    overrides: Sequence[str] = (),
+) -> list[Point]:
     """The config as it is, then with one dial turned at a time, each for `minutes` over both stages."""
-    base = read_base(path, only, DIALS)
+    base = read_base(path, only, DIALS, overrides)
     found = [Point("base", "base", math.nan, timed(base, minutes, clock))]
     for dial, (key, values) in DIALS.items():
         if only and dial not in only:
             continue
         for value in values:
-            config = load_config([path], [f"{key}={value:g}"])
+            config = load_config([path], [*overrides, f"{key}={value:g}"])
             if config != base:
                 found.append(Point(f"{dial}-{value:g}", dial, value, timed(config, minutes, clock)))
     return found
@@ -114,19 +115,24 @@ def run_curve(
     *,
     only: Sequence[str] = (),
     clock: str = "wall",
+    overrides: Sequence[str] = (),
     root: Path = Path("runs"),
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Train and measure every point that is not there yet, and the twin; returns what is known.
 
-    Leaves root/<config>-curve/<point>/ and rate-curve.json beside them, rewritten after every point.
-    Raises ValueError or OSError.
+    overrides: of all of them, the twin as well (hldm.runs.pairs)
+    Leaves root/<name>-curve/<point>/, by the config's name, and rate-curve.json beside them, rewritten after every
+    point. Raises ValueError or OSError.
     """
-    varied = points(path, minutes, only, clock)
-    todo = [Point("twin", "twin", math.nan, twin_of(path, minutes, clock)), *varied]
-    folder = root / f"{path.stem}-curve"
+    model, twin = load_pair(path, overrides)
+    varied = points(path, minutes, only, clock, overrides)
+    todo = [Point("twin", "twin", math.nan, timed(twin, minutes, clock)), *varied]
+    folder = root / f"{model.name}-curve"
     curve: dict[str, Any] = {
         "config": str(path),
+        "name": model.name,
+        "overrides": list(overrides),
         "minutes": minutes,
         "split": "test",
         "compressors": {},

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hldm.text.bytes import count_characters, to_ids
 from hldm.text.corpus import Corpus
+from hldm.text.noise import PlacedGenerator
 
 W = TypeVar("W", bound="Window")
 
@@ -164,12 +165,16 @@ class Batch(Window):
 
 
 def draw_normal(batch: Batch, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Standard normal noise (b *shape): drawn for the global batch, then this part's rows."""
+    """Standard normal noise (b *shape): drawn for the global batch, then this part's rows; or by place."""
+    if isinstance(generator, PlacedGenerator):
+        return generator.draw(torch.randn, batch, shape)
     return _own_rows(batch, torch.randn(batch.total_rows, *shape, generator=generator))
 
 
 def draw_uniform(batch: Batch, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Uniform noise in [0, 1), by the same rule."""
+    if isinstance(generator, PlacedGenerator):
+        return generator.draw(torch.rand, batch, shape)
     return _own_rows(batch, torch.rand(batch.total_rows, *shape, generator=generator))
 
 
@@ -195,7 +200,28 @@ class _Stream(NamedTuple):
     start: np.ndarray  # (documents + 1,) where each begins in the stream
 
 
-class Windows:
+class ByStep:
+    """Batches of a corpus that are functions of their step: a checkpoint need not keep where they are."""
+
+    corpus: Corpus
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What a training that goes on must find unchanged."""
+        return {"corpus": self.corpus.fingerprint}
+
+    def cursor(self) -> dict[str, Tensor]:
+        """What a checkpoint must keep of where it is, by name."""
+        return {}
+
+    def seek(self, step: int, saved: dict[str, Tensor]) -> None:
+        """Go on after so many steps."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class Windows(ByStep):
     """Batches of a corpus, each a pure function of (seed, step).
 
     shuffle=True (training): every epoch permutes the documents, and the stream they make is cut into
@@ -215,8 +241,12 @@ class Windows:
         seed: int = 0,
         shuffle: bool = True,
         chunk_start: np.ndarray | None = None,
+        closes: np.ndarray | None = None,
     ) -> None:
-        """chunk_start: (t,) bool where the chunks of the corpus start, if that is known already."""
+        """chunk_start: (t,) bool where the chunks of the corpus start, if that is known already
+
+        closes: (documents,) bool which of them end with their last byte; None: all
+        """
         if not len(corpus):
             raise ValueError(f"{corpus.name} holds no text")
         if window_bytes < 2 * chunker.max_bytes:  # else a window may hold the start of no chunk
@@ -229,6 +259,7 @@ class Windows:
         self.seed = seed
         self.lanes = lanes if shuffle else min(lanes, len(corpus))
         self.window_bytes = window_bytes
+        self.closes = np.ones(len(corpus), bool) if closes is None else closes
         documents = list(corpus)
         self.characters = sum(count_characters(document.tobytes()) for document in documents)
         self.chunk_start = chunker.chunk_starts(documents) if chunk_start is None else chunk_start
@@ -265,13 +296,14 @@ class Windows:
         is_valid = column < length[:, None]  # (lanes t)
         place = np.where(is_valid, begin[:, None] + column, 0)
         turn = np.searchsorted(stream.start, place, side="right") - 1  # which document of the stream
-        at = self.corpus.offsets[stream.order[turn]] + place - stream.start[turn]
+        document = stream.order[turn]
+        at = self.corpus.offsets[document] + place - stream.start[turn]
 
         chunk_start = self.chunk_start[at] & is_valid
         doc_start = (place == stream.start[turn]) & is_valid
         if window == 0:
             doc_start[:, 0] |= is_valid[:, 0]  # a lane may begin inside a document
-        doc_end = (place == stream.start[turn + 1] - 1) & is_valid
+        doc_end = (place == stream.start[turn + 1] - 1) & is_valid & self.closes[document]
 
         # chunk numbers, moved to the left of each row
         count = chunk_start.sum(axis=1)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hldm.config import ConfigError, TrainingConfig
+from hldm.config import ConfigError, LoggingConfig, TrainingConfig
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -123,6 +123,20 @@ def check_training(config: TrainingConfig, section: str, environment: Mapping[st
             raise ConfigError(
                 f"accelerate was asked for {name}={asked}, but this run has {has}: "
                 f"{way_out}, and unset {name} or pass `accelerate launch` what the config says"
+            )
+
+
+def check_trackers(logging: LoggingConfig) -> None:
+    """Raise ConfigError for a tracker that accelerate does not know, or whose package is missing."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    there = {str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()}
+    for name in logging.trackers:
+        if name not in {"all", *LOGGER_TYPE_TO_CLASS}:
+            raise ConfigError(f"logging.trackers must be among {sorted(LOGGER_TYPE_TO_CLASS)}, got {name!r}")
+        if name not in {"all", *there}:
+            raise ConfigError(
+                f"logging.trackers names {name}, which is not installed: install it or leave it out"
             )
 
 

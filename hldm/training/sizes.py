@@ -19,11 +19,13 @@ from hldm.chunking.segmenter import Segmenter
 from hldm.chunking.strategies import SEGMENTERS
 from hldm.config import Config, ConfigError, DataConfig, GriffinConfig
 from hldm.generation.footprint import FLOAT, INTEGER, RUNTIME, chunk_bytes, state_bytes
+from hldm.generation.own_prior import prior_class
 from hldm.model.autoencoder import Autoencoder
-from hldm.model.prior import Prior
+from hldm.plugins import allow_named
 from hldm.runs.machine import available_memory, free_disk, gpu_memory, human
 from hldm.sources.files import matching_files
 from hldm.sources.notes import TextNote
+from hldm.sources.stream import HEAD_BYTES
 from hldm.text.bytes import OUTPUTS
 from hldm.training.environment import launched_number
 from hldm.training.objectives import AutoencoderObjective, PriorObjective
@@ -76,6 +78,7 @@ class Need(NamedTuple):
 WAY_OUT = {
     "python and torch": "close other programs",
     "corpus": "lower data.max_bytes",
+    "stream": "lower data.shuffle_bytes",
     "activations": "lower data.lanes, data.window_bytes or the widths, or raise training.{stage}.accumulation",
     "carried states": "lower data.lanes",
     "segmenter": "lower chunking.segmenter's width, layers, lanes or window_bytes",
@@ -88,6 +91,8 @@ def text_bytes(data: DataConfig) -> int:
 
     Raises ConfigError or FileNotFoundError where data.path names no text.
     """
+    if data.stream:
+        return min(HEAD_BYTES, data.max_bytes)
     if data.dataset:
         return data.max_bytes
     if not data.path:
@@ -105,12 +110,14 @@ def text_bytes(data: DataConfig) -> int:
 
 def untrained(config: Config, stage: str) -> AutoencoderObjective | PriorObjective:
     """What a stage ("autoencoder" or "prior") trains, on whatever device is the default."""
+    allow_named(config)
     autoencoder = Autoencoder.from_settings(config.autoencoder, config.chunking)
     if stage == "autoencoder":
         if config.training.autoencoder.gradient_checkpointing:
             autoencoder.enable_gradient_checkpointing()
         return AutoencoderObjective(autoencoder, config.autoencoder, config.diffusion.gamma_0)
-    prior = Prior.from_settings(config.autoencoder, config.prior, config.hierarchy, config.diffusion)
+    sections = (config.autoencoder, config.prior, config.hierarchy, config.diffusion)
+    prior = prior_class(config.prior).from_settings(*sections)
     return PriorObjective(prior, autoencoder)
 
 
@@ -136,6 +143,7 @@ def stage_sizes(config: Config, stage: str, processes: int = 1) -> Sizes:
     lanes = -(-data.lanes // processes)
     model = FLOAT * count(objective)
     average = model if training.ema_decay else 0
+    best = model if training.patience else 0
     gradients = optimizer = 0
     for each in make_optimizers(objective, training):
         trained = FLOAT * sum(p.numel() for group in each.param_groups for p in group["params"])
@@ -143,7 +151,7 @@ def stage_sizes(config: Config, stage: str, processes: int = 1) -> Sizes:
         optimizer += trained * (2 if isinstance(each, torch.optim.AdamW) else 1)  # moments; Muon has one
     states = state_bytes(objective.initial_carry(1, torch.device("meta")))
     records = 4 * len(list(objective.parameters())) * TENSOR_RECORD
-    checkpoint = model + average + optimizer + data.lanes * states + records
+    checkpoint = model + average + best + optimizer + data.lanes * states + records
     text = text_bytes(data)
     chunks = text // chunk_bytes(config.chunking)
     # there once as it was saved and once in float64, to cut: three numbers a weight, and less
@@ -162,8 +170,11 @@ def stage_sizes(config: Config, stage: str, processes: int = 1) -> Sizes:
             "python and torch": RUNTIME,
             # as read, split, and joined again; then a flag a byte, a number a chunk
             "corpus": 4 * text + 2 * INTEGER * chunks,
+            # what each reader has read, what is shuffled of it, and what the lanes still hold of the block before
+            "stream": 3 * data.shuffle_bytes * -(-data.readers // processes) if data.stream else 0,
             # indices of every byte of a global batch, ten of them
             "batch": 10 * INTEGER * data.lanes * (data.window_bytes + config.chunking.max_bytes),
+            "best weights": best,
             "segmenter": training_bytes(segmenter) if stage == "autoencoder" else asked,
         },
         disk={
@@ -298,6 +309,49 @@ def survey(config: Config, root: Path = Path("runs")) -> dict[str, Any]:
         }
     fits = all(need["fits"] for found in stages.values() for need in found["needs"])
     return {"config": config.name, "fits": fits, "stages": stages}
+
+
+def planned(config: Config, processes: int) -> dict[str, Any]:
+    """What each of so many processes would need, wherever they will run, in bytes. `report_plan` makes a table of it.
+
+    Raises ConfigError where the lanes cannot be shared among them.
+    """
+    stages: dict[str, Any] = {}
+    for stage in ("autoencoder",) if config.is_twin else ("autoencoder", "prior"):
+        parts = processes * getattr(config.training, stage).accumulation
+        if config.data.lanes % parts:
+            raise ConfigError(
+                f"data.lanes must be divisible by processes x training.{stage}.accumulation, got {config.data.lanes} "
+                f"lanes and {processes} x {parts // processes}"
+            )
+        sizes = stage_sizes(config, stage, processes)
+        # models are built, and checkpoints gathered, in the memory of the machine
+        built = {name: sizes.device[name] for name in ("parameters", "optimizer state")}
+        stages[stage] = {"device": sizes.device, "host": sizes.host | built, "disk": sizes.disk}
+    return {"config": config.name, "processes": processes, "stages": stages}
+
+
+def report_plan(found: dict[str, Any]) -> str:
+    """What `planned` found, as a table."""
+    processes = found["processes"]
+    lines = [
+        f"{found['config']} in {processes} process{'es' if processes > 1 else ''}, each on a GPU of its own"
+    ]
+    for stage, sizes in found["stages"].items():
+        lines.append(f"training.{stage}")
+        device, host, disk = (sum(sizes[part].values()) for part in ("device", "host", "disk"))
+        shared = f", {human(processes * host)} where all share a machine"
+        alone = (
+            device + host - sum(sizes["device"][name] for name in sizes["device"] if name in sizes["host"])
+        )
+        for what, total, kind, more in (
+            ("GPU memory", device, "device", " each"),
+            ("memory", host, "host", f" each{shared}; without GPUs {human(alone)} each"),
+            ("disk", disk, "disk", " in all"),
+        ):
+            lines.append(f"  {what:<18}{human(total):>9}{more}")
+            lines += [f"    {part:<16}{human(size):>9}" for part, size in sizes[kind].items() if size]
+    return "\n".join(lines)
 
 
 def report(found: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.state import AcceleratorState
 from torch import nn
 
 from hldm.chunking.chunker import make_chunker
@@ -27,14 +28,22 @@ from hldm.runs.exits import Interrupted
 from hldm.runs.files import atomic_write, naming
 from hldm.runs.folder import Run, Totals, check_run_name, open_run, write_totals
 from hldm.runs.identity import MAY_CHANGE_ONCE_TRAINED, SHOWN
-from hldm.runs.progress import say_line
+from hldm.runs.progress import Part, say_line
 from hldm.runs.ranks import RankLost, is_rank_failure, make_roll_call, missing_ranks
 from hldm.runs.signals import Stopped
 from hldm.settings import dotted
+from hldm.sources.shards import open_source
 from hldm.text.corpus import Corpus
 from hldm.text.windows import Windows
-from hldm.training.environment import check_launch, check_training, naming_variables, rounding_variables
+from hldm.training.environment import (
+    check_launch,
+    check_trackers,
+    check_training,
+    naming_variables,
+    rounding_variables,
+)
 from hldm.training.segmenters import train_segmenter
+from hldm.training.stream import StreamedWindows, agreement
 from hldm.training.trainer import Complaints, Trainer
 
 MAY_CHANGE = (*MAY_CHANGE_ONCE_TRAINED, "training.")  # on resume
@@ -52,12 +61,14 @@ class Stage:
     say: Callable[[str], None]  # prints on the main process
     resume: bool
     opened: float  # what the clock of its training showed at the start
+    part: Part  # which of the trainings that were asked for
 
     def fit(
         self,
         objective: nn.Module,
         windows: Any,
         on_sample: Callable[[nn.Module], str],
+        on_validate: Callable[[nn.Module], dict[str, float]] | None = None,
         bound_to: dict[str, str] | None = None,
         complaints: Complaints = complaints,
         decay_growth: float = 1.0,
@@ -67,6 +78,11 @@ class Stage:
         The minutes count from the opening of the stage, so they include what it prepares, such as a segmenter.
         """
         config = self.config
+        if self.training.patience and not (on_validate and config.logging.validate_every):
+            raise ConfigError(
+                f"training.{self.run.folder.name}.patience needs validations: set logging.validate_every above 0, and "
+                "autoencoder.components, without which latents have no price (in Python: pass validation=)"
+            )
         trainer = Trainer(
             objective,
             windows,
@@ -76,29 +92,40 @@ class Stage:
             checkpoint=config.checkpoint,
             logging=config.logging,
             accelerator=self.accelerator,
-            extras={"corpus": windows.corpus.fingerprint, **(bound_to or {})},
+            extras={**windows.identity, **(bound_to or {})},
             spent=clock_named(self.training.clock)() - self.opened,
+            part=self.part,
             complaints=complaints,
             decay_growth=decay_growth,
         )
         if self.resume:
             trainer.restore(self.say)
-            self.run.rewind(trainer.totals.steps or -1)
+            self.run.rewind(trainer.totals.steps or -1, trainer.validated)
             self.say(f"resuming {self.run.folder} at step {trainer.totals.steps}")
-        trained = [(name, part) for name, part in objective.named_children() if part.training]
-        sizes = ", ".join(f"{name} {sum(p.numel() for p in part.parameters()):,}" for name, part in trained)
-        minutes, steps = self.training.minutes, self.training.steps
-        self.say(
-            f"{self.run.folder}: {f'{minutes:g} minutes' if minutes else f'{steps} steps'}, "
-            f"{config.data.lanes} lanes x {config.data.window_bytes} bytes a step | {sizes} parameters | "
-            f"{self.accelerator.num_processes} process(es) {self.accelerator.distributed_type.value}, "
-            f"{self.accelerator.device}, {self.training.mixed_precision}, {torch.get_num_threads()} threads"
-        )
+        self._say_what_is_trained(objective)
         if config.logging.trackers:
             self.accelerator.init_trackers(config.name, config=_plain_settings(config))
-        totals = trainer.fit(self.say, on_sample)
+        with closing(windows):
+            totals = trainer.fit(self.say, on_sample, on_validate)
         objective.eval()
         return totals
+
+    def _say_what_is_trained(self, objective: nn.Module) -> None:
+        """Where, for how long, and with what."""
+        trained = [(name, part) for name, part in objective.named_children() if part.training]
+        sizes = " + ".join(f"{name} {sum(p.numel() for p in part.parameters()):,}" for name, part in trained)
+        minutes, steps = self.training.minutes, self.training.steps
+        limit = f"{minutes:.3g} minutes" if minutes else f"{steps:,} steps"
+        data, accelerator, threads = self.config.data, self.accelerator, torch.get_num_threads()
+        several = accelerator.num_processes > 1
+        processes = f"{accelerator.num_processes} processes" if several else "1 process"
+        threads_of = f"{threads} thread{'s' if threads > 1 else ''}{' each' if several else ''}"
+        precision = "" if self.training.mixed_precision == "no" else f", {self.training.mixed_precision}"
+        self.say(f"{self.part}: {self.run.folder}, {limit}")
+        self.say(
+            f"  {sizes} parameters, {data.lanes} lanes x {data.window_bytes} bytes a step, {processes} on "
+            f"{accelerator.device.type}, {threads_of}{precision}"
+        )
 
     def main_says(self, fact: bool) -> bool:
         """Whether the fact holds on rank 0; every rank gets the same answer."""
@@ -135,9 +162,23 @@ class Stage:
         self.on_main(make, unless=path.is_dir())
         return read_segmenter(path, chunking)
 
-    def windows(self, corpus: Corpus, segmenter: Segmenter | None) -> Windows:
-        """A corpus laid out for training; where its chunks start is kept in the run when that took a segmenter."""
+    def windows(self, corpus: Corpus, segmenter: Segmenter | None) -> Windows | StreamedWindows:
+        """A corpus laid out for training; where its chunks start is kept in the run when that took a segmenter.
+
+        Where text is streamed, the stream that the corpus is the beginning of, which is cut as it comes.
+        """
         config, starts = self.config, None
+        if config.data.stream:
+            return StreamedWindows(
+                open_source(config.data),
+                corpus,
+                make_chunker(config.chunking, segmenter),
+                config.data,
+                seed=config.seed,
+                rank=self.accelerator.process_index,
+                ranks=self.accelerator.num_processes,
+                agree=agreement(self.accelerator),
+            )
         if segmenter is not None:
             folder = self.run.folder.parent / "segmenter"
             self.on_main(lambda: cached_starts(folder, segmenter, corpus, self.beat))
@@ -187,6 +228,8 @@ def make_accelerator(
     """
     check_launch()
     check_training(config, section)
+    check_trackers(logging)
+    AcceleratorState._reset_state()  # of a stage before this one; the processes stay
     with naming_variables():
         accelerator = Accelerator(
             cpu=not torch.cuda.is_available(),  # other accelerators lack float64 or operators used here
@@ -199,17 +242,31 @@ def make_accelerator(
                 InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_s)),
             ],
         )
-    there = {getattr(tracker, "value", tracker) for tracker in accelerator.log_with}
-    if missing := sorted(set(logging.trackers) - there - {"all"}):
-        raise ConfigError(
-            f"logging.trackers names {missing[0]}, which is not installed: install it or leave it out"
-        )
     return accelerator
 
 
+def stages_of(config: Config) -> tuple[str, ...]:
+    """What is trained of a config, in order: both stages, or the twin's one."""
+    return ("autoencoder",) if config.is_twin else ("autoencoder", "prior")
+
+
+def plan(*configs: Config) -> list[Part]:
+    """The trainings of runs one after another: the number of each, and the minutes of those after it."""
+    minutes = [getattr(config.training, stage).minutes for config in configs for stage in stages_of(config)]
+    return [
+        Part(place, len(minutes), sum(minutes[place:]) if all(minutes[place:]) else None)
+        for place in range(1, len(minutes) + 1)
+    ]
+
+
 @contextmanager
-def open_stage(config: Config, name: str, resume: bool, root: Path) -> Iterator[Stage]:
-    """Open runs/<config.name>/<name> for one stage, and seed it."""
+def open_stage(
+    config: Config, name: str, resume: bool, root: Path, part: Part | None = None
+) -> Iterator[Stage]:
+    """Open runs/<config.name>/<name> for one stage, and seed it.
+
+    part: of what this process trains, so that the processes stay together for what follows; None: nothing follows
+    """
     check_run_name(config.name)
     training: TrainingConfig = getattr(config.training, name)
     folder = root / config.name / name
@@ -224,11 +281,15 @@ def open_stage(config: Config, name: str, resume: bool, root: Path) -> Iterator[
     if accelerator.device.type == "cpu" and (reason := why_plain()):
         say(f"C++ kernels: {reason}; sums round otherwise than with them")
     roll_call = make_roll_call()
+    place, opened = part or plan(config)[stages_of(config).index(name)], clock_named(training.clock)()
     try:
         torch.manual_seed(config.seed)
-        yield Stage(config, training, run, accelerator, say, resume, clock_named(training.clock)())
+        yield Stage(config, training, run, accelerator, say, resume, opened, place)
         accelerator.wait_for_everyone()
-        accelerator.end_training()
+        for tracker in accelerator.trackers:
+            tracker.finish()
+        if part is None or part.number == part.of:
+            accelerator.state.destroy_process_group()
     except Stopped as stopped:  # outside the training loop; what that has saved stands
         if saved := list(checkpoints_in(folder).values()):
             raise Interrupted(stopped.signum, str(saved[-1])) from None

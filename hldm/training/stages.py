@@ -8,17 +8,19 @@ runs/<name>/pipeline/     both, as a diffusers pipeline
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from hldm.chunking.chunker import Chunker, make_chunker
 from hldm.chunking.strategies import attach_segmenter, chunker_of, read_segmenter
-from hldm.config import Config, ConfigError, to_dict
+from hldm.config import Config, ConfigError, PriorConfig, changed, to_dict
+from hldm.generation.own_prior import code_of, prior_class
 from hldm.generation.pipeline import HLDMPipeline
 from hldm.generation.writer import write_on
 from hldm.model.autoencoder import Autoencoder
@@ -26,19 +28,27 @@ from hldm.model.diffusion import alpha_sigma
 from hldm.model.likelihood import read_chunks
 from hldm.model.mixture import MixturePredictor
 from hldm.model.prior import Prior
+from hldm.plugins import allow_named
 from hldm.runs.files import fingerprint
 from hldm.runs.folder import check_settings, code_fingerprint, read_totals, require_same_text
 from hldm.runs.identity import MAY_CHANGE_ONCE_TRAINED, SHOWN, TEXT_SETTINGS, trained_by
+from hldm.runs.progress import Part
+from hldm.runs.signals import is_first_rank
 from hldm.sources.corpora import load_corpora
 from hldm.text.bytes import END_OF_CHUNK
 from hldm.text.corpus import Corpus
 from hldm.text.windows import window_of
+from hldm.training.environment import check_trackers
 from hldm.training.objectives import AutoencoderObjective, PriorObjective
 from hldm.training.sizes import require_room
-from hldm.training.stage import open_stage
+from hldm.training.stage import open_stage, plan, stages_of
 
-# What both stages must agree on: the model and, of the data section, which text is read and how it is split.
-SHARED_SETTINGS = ("autoencoder.", "chunking.", "diffusion.gamma_0", *TEXT_SETTINGS)
+# What both stages must agree on of the settings. They must read the same text, too, wherever it lies.
+SHARED_SETTINGS = ("autoencoder.", "chunking.", "diffusion.gamma_0")
+# What measures an autoencoder and its prior, made of an autoencoder, a text, how many bytes of it, and a seed.
+Validation = Callable[
+    [Autoencoder, Corpus, int, int], Callable[[Autoencoder, Prior | None], dict[str, float]]
+]
 SAMPLE_BYTES = 160  # of validation text: what samples reconstruct or go on from
 
 
@@ -47,30 +57,37 @@ def train_autoencoder(
     *,
     resume: bool = False,
     root: Path = Path("runs"),
+    part: Part | None = None,
+    validation: Validation | None = None,
     begin: Callable[[Autoencoder], None] = lambda autoencoder: None,
 ) -> Path:
     """Stage one, or the twin. Returns the run's folder.
 
+    validation: `hldm.evaluation.validation.validation_on`, to measure the model as it trains
+    part: which of how many trainings this is, for what is shown; the run's own stages when None
     begin: called on the new autoencoder before its first step, such as to give it weights
     """
     folder = root / config.name
+    allow_named(config)  # whoever trains a config has asked for the code it names
     require_room(config, "autoencoder", root)
+    check_trackers(config.logging)
     corpora = load_corpora(config.data)  # before the folder is opened: a mistake leaves none
-    with open_stage(config, "autoencoder", resume, root) as stage:
+    with open_stage(config, "autoencoder", resume, root, part) as stage:
         segmenter = stage.segmenter(corpora["train"])
         windows = stage.windows(corpora["train"], segmenter)
         chunker = make_chunker(config.chunking, segmenter)
         sample_text = opening(chunker, corpora["validation"])
         autoencoder = Autoencoder.from_settings(config.autoencoder, config.chunking, config.diffusion.gamma_0)
         begin(autoencoder)
-        if segmenter is not None:
-            attach_segmenter(autoencoder, segmenter)
+        attach_segmenter(autoencoder, segmenter)
         if stage.training.gradient_checkpointing:
             autoencoder.enable_gradient_checkpointing()
         objective = AutoencoderObjective(autoencoder, config.autoencoder, config.diffusion.gamma_0)
         on_sample = partial(_sample, text=sample_text, config=config)
-        bound_to = {} if segmenter is None else {"segmenter": autoencoder.config["segmenter"]}
-        totals = stage.fit(objective, windows, on_sample, bound_to)
+        mark = autoencoder.config["segmenter"]
+        bound_to = {"segmenter": mark} if mark else {}
+        on_validate = _validate_autoencoder(config, autoencoder, corpora["validation"], validation)
+        totals = stage.fit(objective, windows, on_sample, on_validate, bound_to)
         stage.export(autoencoder, stage.run.folder / "model")
         if objective.mixture is not None:
             stage.export(objective.mixture, stage.run.folder / "rate")
@@ -81,27 +98,39 @@ def train_autoencoder(
     return folder
 
 
-def train_diffusion(config: Config, *, resume: bool = False, root: Path = Path("runs")) -> Path:
-    """Stage two, on the autoencoder of the same run. Returns the run's folder."""
+def train_diffusion(
+    config: Config,
+    *,
+    resume: bool = False,
+    root: Path = Path("runs"),
+    part: Part | None = None,
+    validation: Validation | None = None,
+) -> Path:
+    """Stage two, on the autoencoder of the same run. Returns the run's folder.
+
+    part, validation: see `train_autoencoder`
+    """
     if config.is_twin:
         raise ConfigError("autoencoder.latent_dim is 0: the twin has no latents and so no second stage")
     folder = root / config.name
+    allow_named(config)
     require_room(config, "prior", root)
+    check_trackers(config.logging)
     autoencoder = read_autoencoder(folder, config)
     binding = fingerprint(autoencoder.state_dict())
     segmenter = read_segmenter(folder / "segmenter" / "model", config.chunking)
-    if segmenter is not None:
-        attach_segmenter(autoencoder, segmenter)
+    attach_segmenter(autoencoder, segmenter)
     corpora = load_corpora(config.data)
-    require_same_text(folder / "autoencoder", corpora["train"])
+    _require_text_of(folder / "autoencoder", config, corpora["train"])
     sample_text = opening(chunker_of(autoencoder), corpora["validation"])
-    with open_stage(config, "prior", resume, root) as stage:
+    with open_stage(config, "prior", resume, root, part) as stage:
         windows = stage.windows(corpora["train"], segmenter)
         prior = _first_prior(folder, config)
         objective = PriorObjective(prior, autoencoder)
         on_sample = partial(_sample, text=sample_text, config=config)
-        totals = stage.fit(objective, windows, on_sample, {"autoencoder": binding})
-        prior.register_to_config(autoencoder=binding)
+        on_validate = _validate_prior(config, autoencoder, corpora["validation"], validation)
+        totals = stage.fit(objective, windows, on_sample, on_validate, {"autoencoder": binding})
+        prior.register_to_config(autoencoder=binding, code=code_of(config.prior))
         stage.export(prior, stage.run.folder / "model")
         pipeline = HLDMPipeline.assemble(autoencoder, prior, config.generation).with_segmenter(segmenter)
         stage.export(pipeline, folder / "pipeline")
@@ -109,27 +138,39 @@ def train_diffusion(config: Config, *, resume: bool = False, root: Path = Path("
     return folder
 
 
-def train_run(config: Config, *, root: Path = Path("runs")) -> Path:
+def train_run(
+    config: Config,
+    *,
+    root: Path = Path("runs"),
+    resume: bool = True,
+    parts: Sequence[Part] | None = None,
+    validation: Validation | None = None,
+) -> Path:
     """Both stages of a run, or the twin's one: each trained, gone on with, or said to be there already.
 
+    resume: go on with what has begun; otherwise that is refused
+    parts: of what is trained in all, those of this run's stages; when None it is all
+    validation: see `train_autoencoder`
     Raises ValueError where what is there was trained with other settings.
     """
-    for stage, train in (("autoencoder", train_autoencoder), ("prior", train_diffusion)):
+    allow_named(config)
+    train = {"autoencoder": train_autoencoder, "prior": train_diffusion}
+    for stage, part in zip(stages_of(config), parts or plan(config), strict=True):
         folder = root / config.name / stage
-        if stage == "prior" and config.is_twin:
-            continue
         if (folder / "totals.json").is_file():
             check_settings(folder, to_dict(config), MAY_CHANGE_ONCE_TRAINED)
             _check_reuse(folder, config)
-        else:
-            train(config, resume=folder.is_dir(), root=root)  # whatever it was stopped at
+        else:  # whatever it was stopped at
+            options: dict[str, Any] = {"part": part, "validation": validation}
+            train[stage](config, resume=resume and folder.is_dir(), root=root, **options)
     return root / config.name
 
 
 def _check_reuse(folder: Path, config: Config) -> None:
     """Say that a finished stage is reused; raise ConfigError where its text or its stage one is another by now."""
     totals, minutes = read_totals(folder), read_totals(folder).seconds / 60
-    print(f"reusing {folder}, trained in {minutes:.1f} minutes (remove it to train again)", flush=True)
+    say = print if is_first_rank() else (lambda line, flush: None)
+    say(f"reusing {folder}, trained in {minutes:.1f} minutes (remove it to train again)", flush=True)
     if totals.corpus:
         require_same_text(folder, load_corpora(config.data)["train"])
     if totals.autoencoder:
@@ -143,7 +184,18 @@ def _check_reuse(folder: Path, config: Config) -> None:
     code = trained_by(folder.parent)
     if code and code != code_fingerprint():
         named = " and ".join(part[:SHOWN] for part in code.split(" and "))
-        print(f"{folder} was trained by code {named}, this is {code_fingerprint()[:SHOWN]}", flush=True)
+        say(f"{folder} was trained by code {named}, this is {code_fingerprint()[:SHOWN]}", flush=True)
+
+
+def _require_text_of(stage: Path, config: Config, corpus: Corpus) -> None:
+    """Raise ValueError unless this is the text of a stage; the setting that names another is said.
+
+    A text is what it holds: a file may have moved since.
+    """
+    path = stage / "totals.json"
+    if not path.is_file() or read_totals(stage).corpus != corpus.fingerprint:
+        check_settings(stage, to_dict(config), only=TEXT_SETTINGS)
+    require_same_text(stage, corpus)
 
 
 def read_autoencoder(folder: Path, config: Config) -> Autoencoder:
@@ -167,13 +219,58 @@ def opening(chunker: Chunker, corpus: Corpus) -> bytes:
 def _first_prior(folder: Path, config: Config) -> Prior:
     """Stage two starts from stage one's mixture."""
     sections = (config.autoencoder, config.prior, config.hierarchy, config.diffusion)
+    cls = prior_class(config.prior)
     if not config.autoencoder.components:
-        return Prior.from_settings(*sections)
+        return cls.from_settings(*sections)
     mixture = MixturePredictor.from_pretrained(folder / "autoencoder" / "rate")
-    prior = Prior.from_settings(*sections, logit_cap=mixture.logit_cap)  # one trained before had none
+    prior = cls.from_settings(*sections, logit_cap=mixture.logit_cap)  # one trained before had none
     assert prior.mixture is not None
     prior.mixture.load_state_dict(mixture.state_dict())
     return prior
+
+
+def _validate_autoencoder(
+    config: Config, autoencoder: Autoencoder, text: Corpus, validation: Validation | None
+) -> Callable[[nn.Module], dict[str, float]] | None:
+    """What measures stage one: under its mixture alone, as a prior whose network says nothing yet.
+
+    None where latents have no price.
+    """
+    if validation is None or not (config.is_twin or config.autoencoder.components):
+        return None
+    measure = validation(autoencoder, text, config.logging.validation_bytes, config.seed)
+    if config.is_twin:
+
+        def likelihood(objective: Any) -> dict[str, float]:
+            return measure(objective.autoencoder, None)
+
+        return likelihood
+    least = changed(PriorConfig(), width=4, heads=1, layers=1, denoiser_width=4, denoiser_layers=1)
+    with torch.random.fork_rng():
+        prior = Prior.from_settings(
+            config.autoencoder, least, changed(config.hierarchy, levels=0, window=1), config.diffusion
+        ).eval()
+
+    def measured(objective: Any) -> dict[str, float]:
+        prior.to(next(objective.parameters()).device)
+        prior.mixture.load_state_dict(objective.mixture.state_dict())
+        return measure(objective.autoencoder, prior)
+
+    return measured
+
+
+def _validate_prior(
+    config: Config, autoencoder: Autoencoder, text: Corpus, validation: Validation | None
+) -> Callable[[nn.Module], dict[str, float]] | None:
+    """What measures stage two: both stages together."""
+    if validation is None:
+        return None
+    measure = validation(autoencoder, text, config.logging.validation_bytes, config.seed)
+
+    def measured(objective: Any) -> dict[str, float]:
+        return measure(objective.autoencoder, objective.prior)
+
+    return measured
 
 
 @torch.no_grad()

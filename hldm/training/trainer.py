@@ -35,13 +35,15 @@ from hldm.runs.clock import clock_named
 from hldm.runs.exits import Interrupted, RunEnded
 from hldm.runs.folder import Run, Totals, finite_or_text
 from hldm.runs.health import Spikes, gradients, nonfinite_names
-from hldm.runs.progress import Progress, Recent
+from hldm.runs.progress import ALONE, Part, Progress, Recent
 from hldm.runs.ranks import largest_of_ranks
 from hldm.runs.reports import save_report
 from hldm.runs.signals import Interrupt, Stopped
 from hldm.text.windows import Batch, Windows
 from hldm.training.environment import wrapped
 from hldm.training.optimizers import learning_rate, make_average, make_optimizers, weight_decay
+from hldm.training.patience import Patience
+from hldm.training.stream import StreamedWindows, gathered
 
 COUNTED = ("seconds", "characters", "prepared")  # of the totals, what a checkpoint carries
 CLIP_EPS = 1e-6  # what torch's clipping adds to the norm
@@ -68,7 +70,7 @@ class Trainer:
     def __init__(
         self,
         objective: Any,
-        windows: Windows,
+        windows: Windows | StreamedWindows,
         config: TrainingConfig,
         *,
         run: Run,
@@ -78,11 +80,13 @@ class Trainer:
         accelerator: Accelerator,
         extras: dict[str, Any] | None = None,
         spent: float = 0.0,
+        part: Part = ALONE,
         complaints: Complaints = complaints,
         decay_growth: float = 1.0,
     ):
         """extras: JSON that every checkpoint carries, and that must be the same on resume;  spent: seconds before.
 
+        part: which of the trainings that were asked for, for what is shown
         complaints: what the objective's signs of life say is dead, a line each
         decay_growth: weight decay at the end over that at the start
         """
@@ -96,6 +100,7 @@ class Trainer:
                 f"{ranks} processes, accumulation {parts}"
             )
         self.rows = windows.lanes // (ranks * parts)
+        self.part = part
         objective.to(accelerator.device)
         self.objective = objective
         self.average = make_average(objective, config.ema_decay) if config.ema_decay else None
@@ -105,6 +110,8 @@ class Trainer:
         self.complaints, self.decay_growth = complaints, decay_growth
         self.totals = Totals(seconds=spent, prepared=spent)
         self.recent = Recent()
+        self.patience = Patience(config.patience)
+        self.validated = -1  # step of the last validation
         self.spikes = Spikes()
         self.quiet_until = 0  # step before which no more spikes are said
         self.quiet_signs: set[str] = set()  # of what is dead and has been said to be
@@ -127,15 +134,18 @@ class Trainer:
             # this rank's rows in order, then the ranks in order: the rows of the global batch
             own = torch.cat([part[name] for part in parts])
             carry[name] = self.accelerator.gather(own.contiguous()).cpu()
+        stream = gathered(self.accelerator, self.windows.cursor())
         path = ""
         if self.accelerator.is_main_process:
-            tensors = {"model": self.objective.state_dict(), "carry": carry}
+            tensors = {"model": self.objective.state_dict(), "carry": carry, **stream}
             groups = []
             for index, optimizer in enumerate(self.optimizers):
                 tensors[f"optimizer-{index}"], own_groups = flatten_optimizer(optimizer.state_dict())
                 groups.append(own_groups)
             if self.average is not None:
                 tensors["average"] = self.average.state_dict()
+            if self.patience.weights:
+                tensors["best"] = self.patience.weights
             state = {
                 **{name: getattr(self.totals, name) for name in COUNTED},
                 "optimizers": groups,
@@ -143,6 +153,8 @@ class Trainer:
                 "processes": self.accelerator.num_processes,
                 "gradient_norms": list(self.spikes.norms),
                 "dead": sorted(self.quiet_signs),
+                "validated": self.validated,
+                "patience": self.patience.state,
                 **self.extras,
             }
             folder, keep = self.run.folder, self.checkpoint.keep
@@ -160,6 +172,7 @@ class Trainer:
             for index, groups in enumerate(saved.state["optimizers"])
         ]
         self._check(saved, states, say)
+        self.windows.seek(saved.step, saved.tensors.get("stream", {}))
         self.objective.load_state_dict(saved.tensors["model"])
         for optimizer, state in zip(self.optimizers, states, strict=True):
             optimizer.load_state_dict(state)
@@ -173,6 +186,8 @@ class Trainer:
                 tensor.copy_(saved.tensors["carry"][name][first : first + self.rows])
         self.spikes.norms.extend(saved.state.get("gradient_norms", []))  # only what is said depends on these
         self.quiet_signs.update(saved.state.get("dead", []))
+        self.validated = saved.state.get("validated", -1)
+        self.patience.restore(saved.state.get("patience", {"bits": None}), saved.tensors.get("best", {}))
         self.totals = Totals(saved.step, **{name: saved.state.get(name, 0) for name in COUNTED})
         return True
 
@@ -289,10 +304,17 @@ class Trainer:
             torch.distributed.broadcast(share, src=0)
         return max(by_steps, float(share))
 
-    def fit(self, say: Callable[[str], None], on_sample: Callable[[nn.Module], str] | None = None) -> Totals:
-        """Train to the end; returns the totals, with averaged weights left in the objective.
+    def fit(
+        self,
+        say: Callable[[str], None],
+        on_sample: Callable[[nn.Module], str] | None = None,
+        on_validate: Callable[[nn.Module], dict[str, float]] | None = None,
+    ) -> Totals:
+        """Train to the end; returns the totals, with averaged weights, or the best, left in the objective.
 
-        on_sample: called every `logging.sample_every` steps, and at the end, on the averaged model.
+        on_sample: called every `logging.sample_every` steps, and at the end, on the averaged model
+        on_validate: the same every `logging.validate_every` steps, and at the start: its bits a character, the
+        `bound` and its terms
         Raises Interrupted after saving when a signal came, TrainingDiverged on non-finite numbers.
         """
         clock = clock_named(self.config.clock)
@@ -301,9 +323,11 @@ class Trainer:
         self.model.train()
         with (
             Interrupt() as interrupt,
-            Progress(self.run.folder.name, say, live=self.accelerator.is_main_process) as bar,
+            Progress(self.run.folder, self.part, say, live=self.accelerator.is_main_process) as bar,
         ):
-            while (progress := self.progress()) < 1:
+            if self.totals.steps == 0:
+                self._validate(on_validate, bar)
+            while (progress := self.progress()) < 1 and not self.patience.is_spent:
                 metrics = self.step(progress)
                 seconds = before + clock() - began
                 self.totals = replace(self.totals, seconds=seconds)
@@ -324,6 +348,8 @@ class Trainer:
                         metrics |= self._signs(step, progress, say)
                         self.run.log(step, characters=self.totals.characters, **metrics)
                         self.accelerator.log(metrics, step=step)
+                    if self.logging.validate_every and step % self.logging.validate_every == 0:
+                        self._validate(on_validate, bar)
                     bar.advance(step, self.progress(), metrics, every=self.logging.every)
                     if step % self.logging.every == 0:
                         self.recent = Recent()
@@ -339,8 +365,13 @@ class Trainer:
                 )
             for line in self.complaints(self.objective.signs()).values():
                 say(f"at the end: {line}")
+            self._validate(on_validate, bar)
             path = self.save(say)
-            if self.average is not None:
+            for line in self.patience.lines(self.totals.steps):
+                say(line)
+            if self.patience.weights:
+                self.objective.load_state_dict(self.patience.weights)
+            elif self.average is not None:
                 self.objective.load_state_dict(self.average.module.state_dict())
             if on_sample:
                 self._sample(on_sample, interrupt, averaged=False)
@@ -358,6 +389,26 @@ class Trainer:
                 self.run.sample(self.totals.steps, on_sample(model))
             self.objective.train()
         self.accelerator.wait_for_everyone()
+
+    def _validate(self, on_validate: Callable[[nn.Module], dict[str, float]] | None, bar: Progress) -> None:
+        """Measure the averaged model on held-out text, once after a step. It is waited for, signal or not."""
+        step = self.totals.steps
+        if on_validate is None or not self.logging.validate_every or self.validated == step:
+            return
+        model = self.objective if self.average is None else self.average.module
+        bits = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
+        if self.accelerator.is_main_process:
+            model.eval()
+            found = on_validate(model)
+            self.objective.train()
+            bits += found["bound"]
+            self.run.log(
+                step, event="validation", **{f"validation_{name}": value for name, value in found.items()}
+            )
+            self.accelerator.log({"validation_bound": found["bound"]}, step=step)
+            bar.validated(found)
+        self.validated = step
+        self.patience.add(step, float(self.accelerator.reduce(bits)), model.state_dict())
 
     def _signs(self, step: int, progress: float, say: Callable[[str], None]) -> dict[str, float]:
         """Signs of life to log (`hldm.model.vitals`); a line when something has died, and another if it dies again."""

@@ -24,8 +24,8 @@ PRIOR = {"width": 32, "layers": 1, "heads": 2, "denoiser_width": 32, "denoiser_l
 FEW = ["--prompts", "3", "--max-characters", "20", "--draws", "2"]
 
 KEYS = {  # of every evaluation: the latent model's and the twin's
-    "": "run split text commit seed draws samples characters bits_per_character perplexity "
-    "characters_per_chunk reconstruction alive prompts rouge diversity rechunked speed cost by_distance context",
+    "": "run split text model commit seed draws samples characters bits_per_character perplexity "
+    "characters_per_chunk reconstruction alive parts prompts rouge diversity rechunked speed cost by_distance context",
     "bits_per_character": "bound standard_error standard_error_text latent decoder end importance",
     "perplexity": "character word",
     "rouge": "rouge1 rouge2 rougeL baselines",

@@ -17,7 +17,7 @@ from hldm.config import (
 from hldm.generation.writer import row_generators
 from hldm.kernels.denoise import PlannedSteps
 from hldm.model.denoiser import Told
-from hldm.model.diffusion import draw_noise, sample, sampler_steps
+from hldm.model.diffusion import draw_numbers, sample, sampler_steps
 from hldm.model.prior import Prior
 
 Z = 3
@@ -62,20 +62,29 @@ def read(prior: Prior, rows: int) -> Told:
 
 @pytest.mark.parametrize("rows", [1, 3, 12, 40])
 @pytest.mark.parametrize("layers", [1, 2])
-@pytest.mark.parametrize("scheduler", ["ancestral", "ddim", "dpm"])
-def test_one_call_draws_what_torch_draws(plain_torch, scheduler, layers, rows):
+@pytest.mark.parametrize(
+    "scheduler, temperature",
+    [("ancestral", 1.0), ("ancestral", 0.6), ("ancestral", 0.0), ("ddim", 0.9), ("dpm", 0.9)],
+)
+def test_one_call_draws_what_torch_draws(plain_torch, scheduler, temperature, layers, rows):
     prior = make_prior(layers)
     told, plan = read(prior, rows), sampler_steps(scheduler, prior.schedule, 5)
 
     def denoise(z: Tensor, gamma: Tensor) -> Tensor:
         return prior.denoise(z[:, None, None], gamma[:, None, None], told)[:, 0, 0]
 
-    generators = row_generators(1, rows)
-    noise = draw_noise(6 if plan.draws else 1, (rows, Z), generators, 0.9, "cpu")
+    def spread(z: Tensor, gamma: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        return prior.spread(z, gamma, told, u, temperature)
+
+    draws = scheduler == "ancestral"
+    uniform, noise = draw_numbers(plan, (rows, Z), row_generators(1, rows), temperature, "cpu")
     with torch.no_grad():
         planned = PlannedSteps(prior, plan)
-        found = planned.draw(told, noise[0], noise[1:])
-        torch.testing.assert_close(planned.draw(told, noise[0], noise[1:]), found, rtol=0, atol=0)
+        numbers = (told, noise, uniform if draws else None, temperature)
+        found = planned.draw(*numbers)
+        torch.testing.assert_close(planned.draw(*numbers), found, rtol=0, atol=0)
     with plain_torch(), torch.no_grad():
-        expected = sample(denoise, (rows, Z), plan, row_generators(1, rows), temperature=0.9)
+        expected = sample(
+            denoise, (rows, Z), plan, row_generators(1, rows), temperature, spread=spread if draws else None
+        )
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 import pytest
 import torch
 
 from hldm.chunking.chunker import make_chunker
-from hldm.config import ChunkingConfig, Config, ModelStrategy, TextStrategy, load_config
+from hldm.config import ChunkingConfig, Config, load_config
 from hldm.generation.writer import ByteWriter, LatentWriter, make_writer, row_generators
 from hldm.kernels import writer as kernels
 from hldm.kernels.writer import FusedByteWriter, FusedLatentWriter, why_plain
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.denoiser import Denoiser
 from hldm.model.prior import Prior
+from hldm.studies import league, rate_curve
 from tests.conftest import ROOT
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -59,10 +58,27 @@ def test_every_shipped_config_takes_the_fused_writer_whole(path, caplog):
     assert not caplog.messages
 
 
-@pytest.mark.parametrize("strategy", [*get_args(TextStrategy), *get_args(ModelStrategy)])
-def test_every_chunking_strategy_takes_the_fused_writer_whole(strategy, caplog):
-    writer = start(load_config(ROOT / "configs/tiny.yaml", [*SMALLER, f"chunking.strategy={strategy}"]))
-    assert type(writer) is FusedLatentWriter and not writer.plain
+@pytest.mark.parametrize("strategy", league.STRATEGIES)
+def test_every_strategy_of_the_league_takes_the_fused_writer_whole(strategy, caplog):
+    overrides = [*SMALLER, f"chunking.strategy={'fixed' if strategy == 'strided' else strategy}"]
+    if strategy in ("fixed", "strided"):
+        overrides += ["chunking.min_bytes=6", "chunking.max_bytes=6"]
+    overrides += ["autoencoder.pooling=strided"] if strategy == "strided" else []
+    config = load_config(ROOT / "configs/tiny.yaml", overrides)
+    autoencoder, prior = models(config)
+    if not config.chunking.needs_segmenter:
+        autoencoder.attached_chunker = None  # its own
+    writer = start(config, (autoencoder, prior))
+    assert type(writer) is FusedLatentWriter and not writer.plain and len(writer.write()) == 2
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("dial", rate_curve.DIALS)
+def test_every_point_of_the_rate_curve_takes_the_fused_writer_whole(dial, caplog):
+    key, values = rate_curve.DIALS[dial]
+    for value in values:
+        writer = start(load_config(ROOT / "configs/tiny.yaml", [*SMALLER, f"{key}={value:g}"]))
+        assert type(writer) is FusedLatentWriter and not writer.plain
     assert not caplog.messages
 
 
@@ -70,6 +86,8 @@ def test_every_chunking_strategy_takes_the_fused_writer_whole(strategy, caplog):
     ("overrides", "steps", "line"),
     [
         (["autoencoder.reads_text=false"], set(), ""),
+        (["autoencoder.reads_text=false", "prior.reads_text=false"], set(), ""),
+        (["autoencoder.reads_text=false", "autoencoder.trunk_layers=0"], set(), ""),
         (["generation.steps=0"], set(), ""),
         (["generation.guidance=1.5"], {"denoise"}, "generation.guidance=1.5: latents are denoised in plain"),
         (["generation.steps=1001"], {"denoise"}, "generation.steps=1001 is above 1000: latents"),

@@ -54,6 +54,17 @@ def test_temperature_and_nucleus_are_the_same_in_one_call(plain_torch, latent_di
         assert_same(found, write(autoencoder, 9, settings, form=chunk))
 
 
+@pytest.mark.parametrize("latent_dim", [0, 3])
+def test_the_floor_under_the_bytes_is_the_same_in_one_call(plain_torch, latent_dim):
+    autoencoder = make_autoencoder(latent_dim, carry_state=True, width=32)
+    without = write(autoencoder, 40, form=fused)
+    autoencoder.byte_floor = 0.3
+    found = write(autoencoder, 40, form=fused)
+    assert found[0] != without[0]
+    with plain_torch():
+        assert_same(found, write(autoencoder, 40, form=chunk))
+
+
 def test_rows_are_the_same_on_more_threads():
     autoencoder, before = make_autoencoder(reads_text=True), torch.get_num_threads()
     one = write(autoencoder, 40, form=fused)

@@ -17,6 +17,7 @@ from hldm.model.diffusion import (
     Schedule,
     alpha_sigma,
     diffuse,
+    draw_numbers,
     end_term,
     make_scheduler,
     sample,
@@ -238,15 +239,16 @@ def test_every_scheduler_visits_the_quantiles_of_the_schedule(steps):
 
 
 def test_ancestral_sampling_draws_from_the_posterior_of_vdm():
-    schedule, steps, generator = make_schedule("learned", -2.0, 12.0), 5, seeded()
+    schedule, steps = make_schedule("learned", -2.0, 12.0), 5
     levels = schedule.gamma(torch.linspace(1, 0, steps + 1))
-    z = torch.randn(1, 6, generator=generator)
-    for gamma_t, gamma_s in itertools.pairwise(levels):
+    _, noise = draw_numbers(sampler_steps("ancestral", schedule, steps), (1, 6), [seeded()], 1.0, "cpu")
+    z = noise[0]
+    for (gamma_t, gamma_s), eps in zip(itertools.pairwise(levels), noise[1:], strict=True):
         (alpha_t, sigma_t), (alpha_s, sigma_s) = alpha_sigma(gamma_t), alpha_sigma(gamma_s)
         variance_ts = sigma_t**2 - (alpha_t / alpha_s) ** 2 * sigma_s**2
         x0_hat = denoise_gaussian(z, gamma_t[None])
         mean = (alpha_t / alpha_s * sigma_s**2 * z + alpha_s * variance_ts * x0_hat) / sigma_t**2
-        z = mean + (variance_ts * sigma_s**2 / sigma_t**2).sqrt() * torch.randn(1, 6, generator=generator)
+        z = mean + (variance_ts * sigma_s**2 / sigma_t**2).sqrt() * eps
     torch.testing.assert_close(draw_gaussian("ancestral", rows=1, steps=steps), z, atol=1e-4, rtol=1e-4)
 
 

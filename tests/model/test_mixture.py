@@ -1,10 +1,13 @@
 import json
 import math
 
+import pytest
 import torch
 import torch.nn.functional as F
 
-from hldm.model.diffusion import alpha_sigma
+from hldm.config import DiffusionConfig
+from hldm.generation.writer import row_generators
+from hldm.model.diffusion import Schedule, alpha_sigma, sample, sampler_steps
 from hldm.model.mixture import MixturePredictor
 
 
@@ -49,6 +52,39 @@ def test_the_denoiser_is_the_slope_of_the_density():
     mixture.joint(z, gamma, log_weights).logsumexp(-1).sum().backward()
     alpha, sigma = (x[:, None] for x in alpha_sigma(gamma))
     torch.testing.assert_close(alpha * mixture.denoise(z, gamma, log_weights), z + sigma.square() * z.grad)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_drawing_from_its_own_reverse_process_is_exact_at_any_number_of_steps(steps):
+    """Through the steps come the mixture's own shares, means and variances; by its mean alone, less variance."""
+    torch.manual_seed(0)
+    mixture = MixturePredictor(8, 1, 3)
+    mixture.prototypes.data = torch.tensor([[-2.0], [0.0], [3.0]])
+    mixture.log_deviation.data = torch.tensor([math.log(0.2)])
+    rows, gamma_0 = 20_000, -3.0
+    log_weights = torch.tensor([0.2, 0.5, 0.3]).log().expand(rows, -1)
+    schedule = Schedule(DiffusionConfig(gamma_0=gamma_0, gamma_1=12.0))
+    plan, generators = sampler_steps("ancestral", schedule, steps), row_generators(0, rows)
+
+    def denoise(z, gamma):
+        return mixture.denoise(z, gamma, log_weights)
+
+    def spread(z, gamma, u):
+        return mixture.spread(z, gamma, log_weights, u)
+
+    z = sample(denoise, (rows, 1), plan, generators, spread=spread)[:, 0]
+    alpha, sigma = alpha_sigma(torch.tensor(gamma_0))
+    border = alpha * torch.tensor([-1.0, 1.5])
+    found = torch.bucketize(z, border)
+    for k, (share, mean) in enumerate(zip((0.2, 0.5, 0.3), (-2.0, 0.0, 3.0), strict=True)):
+        own = z[found == k]
+        assert abs(len(own) / rows - share) < 4 * math.sqrt(share * (1 - share) / rows)
+        deviation = float((alpha**2 * 0.2**2 + sigma**2).sqrt())
+        # the borders cut the tails: 4.7 deviations from the outer means, 3.2 from the middle one
+        assert abs(own.mean() - alpha * mean) < 5 * deviation / math.sqrt(len(own))
+        assert abs(own.std() / deviation - 1) < 0.03
+    by_mean = sample(denoise, (rows, 1), plan, row_generators(0, rows))[:, 0]
+    assert by_mean.std() < 0.97 * z.std()
 
 
 def test_its_rate_is_the_diffusion_bound_under_its_denoiser():

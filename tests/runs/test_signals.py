@@ -284,7 +284,14 @@ def test_a_signal_at_the_first_step_saves_it(number, train, monkeypatch):
 @pytest.mark.parametrize(
     ("phase", "owner", "name", "call", "arguments", "step"),
     [
-        ("accumulation", Windows, "batch", 5, ["training.autoencoder.accumulation=2"], 3),
+        (
+            "accumulation",
+            Windows,
+            "batch",
+            5,
+            ["training.autoencoder.accumulation=2", "logging.validate_every=0"],
+            3,
+        ),
         ("periodic save", training, "save_checkpoint", 2, [], 6),
         ("last save", training, "save_checkpoint", 4, [], 12),
         ("export", stage, "export", 1, [], 12),

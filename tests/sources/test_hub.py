@@ -51,7 +51,7 @@ def test_a_local_dataset_folder_is_read_like_a_file(tmp_path, monkeypatch, strea
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     file = write(tmp_path / "set" / "train.jsonl", jsonl(DOCUMENTS, field="body"))
     config = DataConfig(dataset=str(file.parent), field="body", stream=stream)
-    plain = DataConfig(path=str(file), field="body")
+    plain = DataConfig(path=str(file), field="body", stream=stream)
     expected = load_corpus(plain, "test").fingerprint
     assert load_corpus(config, "test").fingerprint == expected
     datasets.Dataset.from_dict({"body": DOCUMENTS}).save_to_disk(tmp_path / "saved")

@@ -37,15 +37,15 @@ def test_every_figure_is_shown_and_fits_into_json(diagnosis):
 
 
 def test_the_command_writes_numbers_and_a_picture(trained_run, tmp_path, capsys):
-    targets = [str(tmp_path / name) for name in ("d.json", "d.png")]
+    targets = [str(tmp_path / name) for name in ("d.json", "d.svg")]
     code = cli.main(
-        ["diagnose", "--run", str(trained_run), "--draws", "2", "--json", targets[0], "--png", targets[1]]
+        ["diagnose", "--run", str(trained_run), "--draws", "2", "--json", targets[0], "--figure", targets[1]]
     )
     said = capsys.readouterr().out
     assert code == 0 and "decoder with latents" in said
     assert said.endswith(f"wrote {targets[0]}\nwrote {targets[1]}\n")
     assert json.loads((tmp_path / "d.json").read_text())["run"] == "small"
-    assert (tmp_path / "d.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "d.svg").read_bytes().startswith(b"<?xml")
 
 
 def test_a_mistake_is_one_line(tmp_path, capsys):

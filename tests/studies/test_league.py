@@ -192,4 +192,4 @@ def test_the_command_leaves_a_report_a_table_and_a_figure(monkeypatch, tmp_path,
     assert main(asked) == 0
     assert re.search(r"\| fixed-6 +\| +1\.500 \|", capsys.readouterr().out)
     left = {path.name for path in (tmp_path / "runs/tiny-league").iterdir() if path.is_file()}
-    assert left == {"league.json", "league.md", "league.png"}
+    assert left == {"league.json", "league.md", "league.png", "league.svg", "league.pdf"}

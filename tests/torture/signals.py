@@ -27,7 +27,12 @@ UNSAVED = (small.UNSAVED,)  # what is found afterwards was saved by the signal
 PHASES: dict[str, tuple[tuple[str, ...], str, int, tuple[str, ...]]] = {
     "first step": (small.STAGES, "hldm.training.trainer.Trainer.step", 1, UNSAVED),
     "training": (small.STAGES, "hldm.training.trainer.Trainer.step", 7, UNSAVED),
-    "accumulation": (small.STAGES, "hldm.text.windows.Windows.batch", 12, UNSAVED),
+    "accumulation": (
+        small.STAGES,
+        "hldm.text.windows.Windows.batch",
+        12,
+        (*UNSAVED, "logging.validate_every=0"),
+    ),
     "saving": (small.STAGES, "hldm.training.trainer.save_checkpoint", 5, ()),
     "sampling": (
         small.STAGES,

@@ -15,8 +15,8 @@ from conftest import ROOT, SMALL
 from hldm.cli import main
 from hldm.config import ConfigError, LoggingConfig, TrainingConfig, changed
 from hldm.evaluation.evaluate import evaluate_run
+from hldm.runs.export import export_run
 from hldm.runs.files import fingerprint
-from hldm.runs.folder import export_run
 from hldm.sources.notes import TextNote, note
 from hldm.training.environment import SHARDING, SIZES, check_launch, rounding_variables
 from hldm.training.sizes import require_room

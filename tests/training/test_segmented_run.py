@@ -17,7 +17,7 @@ from hldm.chunking.strategies import chunker_of, read_segmenter
 from hldm.config import Config, SegmenterConfig, Strategy, changed, stage_training
 from hldm.evaluation.evaluate import evaluate_run
 from hldm.generation.pipeline import read_pipeline
-from hldm.runs.folder import export_run
+from hldm.runs.export import export_run
 from hldm.training.stages import train_autoencoder, train_diffusion, train_run
 
 # what each rank's autoencoder is bound to, and cuts a text into

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -109,6 +110,20 @@ def test_every_shipped_config_is_sized_without_taking_its_memory(path):
     assert torch.equal(torch.get_rng_state(), before)  # so that a seed gives the weights that it gave
 
 
+@pytest.mark.parametrize(
+    ("name", "processes"), [("base", 1), ("base-twin", 1), ("large", 8), ("large-twin", 8)]
+)
+def test_the_headers_for_gpus_say_what_a_card_must_hold_and_that_it_fits(name, processes):
+    path = ROOT / f"configs/{name}.yaml"
+    head = " ".join(line for line in path.read_text().splitlines() if line.startswith("#"))
+    said = [int(number) for number in re.findall(r"([0-9]+) GiB", head)]
+    config = load_config([path])
+    for stage, number in zip(("autoencoder", "prior")[: 2 - config.is_twin], said, strict=True):
+        asked = sum(sizes.stage_sizes(config, stage, processes).device.values()) / 2**30
+        assert asked == pytest.approx(number, abs=0.6)
+        assert asked < 0.9 * 80e9 / 2**30 and "80 GB" in head
+
+
 def test_a_config_says_its_text(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"x" * 1000)
     (tmp_path / "b.jsonl").write_bytes(b"x" * 500)
@@ -117,6 +132,14 @@ def test_a_config_says_its_text(tmp_path):
     assert sizes.text_bytes(changed(data, path=str(tmp_path / "*.txt"))) == 1000
     assert sizes.text_bytes(changed(data, path=str(tmp_path), max_bytes=70)) == 70
     assert sizes.text_bytes(changed(data, path="", max_bytes=10**9)) == pytest.approx(4.2e6, rel=0.05)
+
+
+def test_a_stream_takes_what_its_readers_shuffle_however_long_it_is(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"x" * 1000)
+    config = load_config([TINY], [f"data.path={tmp_path}", "data.stream=true", "data.readers=4"])
+    one, two = (sizes.stage_sizes(config, "autoencoder", processes).host for processes in (1, 2))
+    assert one["stream"] == 2 * two["stream"] == 3 * 4 * config.data.shuffle_bytes
+    assert one["corpus"] < 2**28  # of its beginning
 
 
 def trainer_of(config: Config, stage: str, folder: Path) -> Trainer:

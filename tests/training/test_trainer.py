@@ -341,7 +341,7 @@ def test_two_processes_train_what_one_does_and_say_no_more(tmp_path, small_overr
         cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert two.returncode == 0, two.stderr[-3000:]
-    assert "2 process(es) MULTI_CPU" in two.stdout and "Warning" not in two.stderr, two.stderr
+    assert "2 processes on cpu" in two.stdout and "Warning" not in two.stderr, two.stderr
     one = subprocess.run(
         [sys.executable, *arguments, "--name", "one"],
         cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,

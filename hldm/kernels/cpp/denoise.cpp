@@ -10,6 +10,8 @@ struct Denoising {
     const float* levels;              // (steps 2) alpha and sigma
     const float* solver;              // (steps 4) weights of z, x0, the x0 before and the noise
     const float* noise;               // (steps b z)
+    const double* uniform;            // (steps b): steps draw x0 from the mixture's share; null: they take its mean
+    double temperature;               // of that draw
     const float* log_weights;         // (b k)
     const float *prototypes, *square; // (k z), (z) variance of every component
     const float* const* inputs;       // weight (d 2z), bias (d)
@@ -25,23 +27,39 @@ struct Denoiser {
     const Denoising& w;
     int64_t first, rows;
     std::vector<float> numbers;
-    float *z, *x0, *before, *estimate, *x, *y, *wide, *query;
+    float *z, *x0, *before, *estimate, *offset, *x, *y, *wide, *query;
+    std::vector<float> variance;  // of a draw of x0 around its component's mean
 
-    Denoiser(const Denoising& w, int64_t first, int64_t rows) : w(w), first(first), rows(rows) {
+    Denoiser(const Denoising& w, int64_t first, int64_t rows) : w(w), first(first), rows(rows), variance(w.z) {
         const int64_t most = std::max({w.components, w.hidden, w.d, w.width, 2 * w.z});
-        numbers.assign((4 * w.z + 2 * w.d + 2 * most + w.width) * L, 0.0f);
+        numbers.assign((5 * w.z + 2 * w.d + 2 * most + w.width) * L, 0.0f);
         z = numbers.data();
         x0 = z + w.z * L;
         before = x0 + w.z * L;
         estimate = before + w.z * L;
-        x = estimate + w.z * L;
+        offset = estimate + w.z * L;
+        x = offset + w.z * L;
         y = x + w.d * L;
         wide = y + w.d * L;
         query = wide + 2 * most * L;
     }
 
-    // E[mu | z] under the mixture: hldm.model.mixture.MixturePredictor.denoise
-    void ask_mixture(float alpha, float sigma) {
+    // The component that row l draws, of `share`: unnormalised, the largest 1
+    int64_t choose(const float* share, int64_t l, double u) const {
+        const auto sharpened = [&](int64_t i) {
+            const double p = share[i * L + l];
+            return w.temperature == 1 ? p : std::pow(p, 1 / std::max(w.temperature, 1e-6));
+        };
+        double total = 0, sum = 0;
+        for (int64_t i = 0; i < w.components; i++) total += sharpened(i);
+        for (int64_t i = 0; i < w.components; i++)
+            if ((sum += sharpened(i)) > u * total) return i;
+        return w.components - 1;
+    }
+
+    // E[mu | z] under the mixture, and how far from it a draw lies: denoise and spread of
+    // hldm.model.mixture.MixturePredictor
+    void ask_mixture(float alpha, float sigma, const double* uniform) {
         const int64_t k = w.components;
         float *scaled = wide, *share = wide + w.z * L;
         std::vector<float> precision(w.z), gain(w.z);
@@ -70,7 +88,14 @@ struct Denoiser {
             for (int l = 0; l < L; l++) {
                 const float mean = estimate[j * L + l] / total[l];
                 estimate[j * L + l] = mean + gain[j] * (z[j * L + l] - alpha * mean);
+                offset[j * L + l] = -(1 - alpha * gain[j]) * mean;
             }
+        if (uniform == nullptr) return;
+        for (int64_t j = 0; j < w.z; j++) variance[j] = (1 - alpha * gain[j]) * w.square[j];
+        for (int64_t l = 0; l < rows; l++) {
+            const float* prototype = w.prototypes + choose(share, l, uniform[first + l]) * w.z;
+            for (int64_t j = 0; j < w.z; j++) offset[j * L + l] += (1 - alpha * gain[j]) * prototype[j];
+        }
     }
 
     // y = standardised x (1 + scale) + shift, each the context's and the noise level's together; half: 0 or 1
@@ -109,7 +134,7 @@ struct Denoiser {
         into_lanes<L>(w.latent + first * w.z, rows, w.z, z);
         for (int64_t step = 0; step < w.steps; step++) {
             const float alpha = w.levels[2 * step], sigma = w.levels[2 * step + 1];
-            ask_mixture(alpha, sigma);
+            ask_mixture(alpha, sigma, w.uniform == nullptr ? nullptr : w.uniform + step * w.rows);
             std::copy(z, z + w.z * L, wide);
             std::copy(estimate, estimate + w.z * L, wide + w.z * L);
             linear<L>(w.inputs, wide, x, d, 2 * w.z);
@@ -130,13 +155,18 @@ struct Denoiser {
             standardise<L>(x, y, d);
             linear<L>(w.outputs, y, x0, w.z, d);
             const float* solver = w.solver + 4 * step;
-            for (int64_t j = 0; j < w.z; j++)
+            for (int64_t j = 0; j < w.z; j++) {
+                const bool draws = w.uniform != nullptr;
+                const float own = draws ? solver[1] * solver[1] * variance[j] : 0;
+                const float deviation = draws ? std::sqrt(solver[3] * solver[3] + own) : solver[3];
                 for (int64_t row = 0; row < rows; row++) {
                     const int64_t i = j * L + row;
                     x0[i] = estimate[i] + sigma * x0[i];
                     const float noise = w.noise[(step * w.rows + first + row) * w.z + j];
-                    z[i] = solver[0] * z[i] + solver[1] * x0[i] + solver[2] * before[i] + solver[3] * noise;
+                    z[i] = solver[0] * z[i] + solver[1] * (draws ? x0[i] + offset[i] : x0[i]) +
+                           solver[2] * before[i] + deviation * noise;
                 }
+            }
             std::swap(x0, before);
         }
         from_lanes<L>(z, rows, w.z, w.latent + first * w.z);

@@ -13,7 +13,7 @@ constexpr int64_t OUTPUTS = 258, END_OF_CHUNK = 256;  // and 257, the end of the
 // d, w: widths of decoder and encoder
 struct Writing {
     int64_t rows, events, z, placed, pooled, threads;  // placed, pooled: widths within the readouts from and to latents
-    double temperature, top_p;
+    double temperature, top_p, floor;  // floor: share of the probability that all symbols have alike
     Stack decoder, encoder, trunk;     // the twin has the decoder alone
     const float *write, *read;         // (v d), (v w) embeddings
     const float* const* outputs;       // weight (258 d), bias
@@ -55,6 +55,16 @@ int64_t pick(const float* logits, float u, double temperature, double top_p) {
         if (cdf[k] > target) return order[k];
     }
     return likeliest;
+}
+
+// hldm.model.likelihood.floored
+void raise(float* logits, double floor) {
+    const float largest = *std::max_element(logits, logits + OUTPUTS);
+    double total = 0;
+    float p[OUTPUTS];
+    for (int64_t i = 0; i < OUTPUTS; i++) total += p[i] = std::exp(logits[i] - largest);
+    const float share = (1 - floor) / total, even = floor / OUTPUTS;
+    for (int64_t i = 0; i < OUTPUTS; i++) logits[i] = std::log(share * p[i] + even);
 }
 
 struct Writer {
@@ -99,6 +109,7 @@ struct Writer {
         for (int64_t row = 0; row < rows; row++) {
             float own[OUTPUTS];
             for (int64_t i = 0; i < OUTPUTS; i++) own[i] = logits[i * L + row];
+            if (w.floor > 0) raise(own, w.floor);
             if (!w.from_latent) own[END_OF_CHUNK] = -INFINITY;
             if (w.from_latent && e == 0) std::fill(own + END_OF_CHUNK, own + OUTPUTS, -INFINITY);  // no chunk is empty
             if (w.from_latent && e == w.events - 1) std::fill(own, own + END_OF_CHUNK, -INFINITY);  // none is longer

@@ -1,0 +1,122 @@
+"""`hldm train`: a text to a trained model in one command, both stages, and the twin beside it when asked."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from typer import Option
+
+from hldm.commands.options import Configs, Overrides, check_minutes
+from hldm.config import Config, ConfigError, changed, load_config, stage_training, to_yaml
+from hldm.plugins import named
+from hldm.runs.folder import last_sample, last_validation
+from hldm.runs.identity import inherited
+from hldm.runs.signals import is_first_rank
+from hldm.text.bytes import printable
+
+PRIOR_SHARE = 0.1  # of the minutes, where the config gives none: that of configs/small.yaml
+PROMPT_WORDS = 4  # of the sample, in the command that is proposed
+
+Minutes = Annotated[
+    float | None, Option(callback=check_minutes, help="wall clock of both stages, shared as in the config")
+]
+Steps = Annotated[int | None, Option(min=1, help="optimizer steps of each stage")]
+PriorSteps = Annotated[int | None, Option(min=1, help="of stage two, where it takes another number")]
+
+
+def train(
+    *,
+    config: Configs,
+    overrides: Overrides = None,
+    name: Annotated[str | None, Option(help="run folder below runs/ (default: the config's name)")] = None,
+    twin: Annotated[bool, Option("--twin", help="also a plain autoregressive model, as long")] = False,
+    minutes: Minutes = None,
+    steps: Steps = None,
+    prior_steps: PriorSteps = None,
+    resume: Annotated[bool, Option("--resume", help="go on with what has begun")] = False,
+    print_config: Annotated[bool, Option("--print-config", help="print what it would train by")] = False,
+) -> None:
+    """Train both stages of a model on a text.
+
+    What is trained already is not trained again. Everything is left in runs/NAME, the twin's in runs/NAME-twin.
+    """
+    given = overrides or []
+    model = load_config(config, given)
+    name, taken = name or model.name, list[str]()
+    if resume:
+        model, taken = inherited(model, config, given, name)
+    model = with_limits(changed(model, name=name), minutes, steps, prior_steps)
+    if twin and model.is_twin:
+        raise ConfigError("--twin: this config is a twin itself (autoencoder.latent_dim is 0)")
+    if print_config:
+        print(to_yaml(model), end="")
+        return
+    if taken and is_first_rank():
+        print(f"as in runs/{name}/autoencoder: {', '.join(taken)}", flush=True)
+
+    from hldm.evaluation.validation import validation_on
+    from hldm.training.sizes import require_room
+    from hldm.training.stages import plan, stages_of, train_run
+    from hldm.training.twin import twin_of
+
+    runs = [model, *([twin_of(model, config[-1], [*taken, *given])] if twin else [])]
+    for run in runs:  # before the first of them takes an hour
+        for stage in stages_of(run):
+            require_room(run, stage)
+    parts = plan(*runs)
+    for run in runs:
+        own, parts = parts[: len(stages_of(run))], parts[len(stages_of(run)) :]
+        train_run(run, resume=resume, parts=own, validation=validation_on)
+    if is_first_rank():
+        print("\n".join(summary([Path("runs") / run.name for run in runs], named(model))))
+
+
+def with_limits(config: Config, minutes: float | None, steps: int | None, prior_steps: int | None) -> Config:
+    """The config with other limits of its stages. minutes: of both; the one that is given alone lifts the other."""
+    share = _prior_share(config)
+    wanted = {"autoencoder": (1 - share, steps), "prior": (share, prior_steps or steps)}
+    for stage, (part, most) in wanted.items():
+        changes: dict[str, Any] = {}
+        if most is not None:
+            changes = {"steps": most, "minutes": 0.0}
+        if minutes is not None:
+            changes = {"minutes": part * minutes or minutes, "steps": most or 10**9}
+        config = stage_training(config, stage, **changes)
+    return config
+
+
+def _prior_share(config: Config) -> float:
+    """Of a run's minutes, those of stage two."""
+    if config.is_twin:
+        return 0.0
+    first, second = config.training.autoencoder.minutes, config.training.prior.minutes
+    return second / (first + second) if first and second else PRIOR_SHARE
+
+
+def summary(folders: Sequence[Path], own: Sequence[str] = ()) -> list[str]:
+    """What there is now, and what to type next. own: classes of the user's own that the first of them names."""
+    flag = "--allow-code " if own else ""
+    sample = last_sample(folders[0])
+    prompt = shlex.quote(" ".join(printable(sample).split()[:PROMPT_WORDS]))
+    lines = [f"{folder}: {found}" for folder in folders if (found := _validated(folder))]
+    return [
+        "",
+        printable(sample),
+        "",
+        *lines,
+        f"Everything is in {' and '.join(map(str, folders))}.",
+        f"Next: hldm generate --run {folders[0]} {flag}--prompt {prompt}",
+        *(f"      hldm evaluate --run {folder}" for folder in folders),
+    ]
+
+
+def _validated(run: Path) -> str:
+    """The last validation of a run's last stage, in words; "" where there was none."""
+    found = last_validation(run)
+    if not found:
+        return ""
+    terms = ", ".join(f"{found[name]:.3f} {name}" for name in ("latent", "decoder", "end") if found[name])
+    return f"{found['bound']:.3f} bits/char in validation ({terms}), on the beginnings of a few documents"
