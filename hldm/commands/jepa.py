@@ -11,7 +11,7 @@ from typer import Option
 
 from hldm.commands.options import AllowCode, Configs, Overrides, Report, Seed
 from hldm.commands.training import Limit, Name, PrintConfig, Resume, Steps
-from hldm.config import changed, to_yaml
+from hldm.config import changed, load_config, stage_training, to_yaml
 
 app = typer.Typer(help="Predict what hidden text means: the JEPA family.", rich_markup_mode=None)
 
@@ -56,6 +56,27 @@ def _train(stage: str, summary: str) -> Callable[..., None]:
 
 app.command("train")(_train("jepa", "Train an encoder: options, controls and switches are settings."))
 app.command("decoder")(_train("decoder", "Train a decoder afterwards, on the frozen encoder of a run."))
+
+
+@app.command("stage-one")
+def stage_one(
+    *,
+    config: Configs,
+    overrides: Overrides = None,
+    jepa: Annotated[Path, Option(help="folder of the run whose encoder it starts from")],
+    target: Annotated[bool, Option("--target", help="its moving average instead")] = False,
+    name: Name = None,
+    minutes: Limit = None,
+    resume: Resume = False,
+) -> None:
+    """Train stage one from a pretrained encoder: `hldm train-autoencoder`, but for its first weights."""
+    resolved = load_config(config, overrides or [])
+    resolved = changed(resolved, name=name or resolved.name)
+    if minutes is not None:
+        resolved = stage_training(resolved, "autoencoder", minutes=minutes, steps=10**9)
+    from hldm.jepa.train import train_stage_one
+
+    train_stage_one(resolved, jepa, which="target" if target else "model", resume=resume)
 
 
 @app.command("concepts")

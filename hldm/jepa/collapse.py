@@ -81,7 +81,7 @@ class Skill(NamedTuple):
     """How well predictions (k z) fit targets (k z) of held-out chunks."""
 
     r2: float  # 1 - squared error over that of the targets' mean
-    r2_beyond_length: float  # ... over that of a regression on the chunks' lengths
+    r2_beyond_length: float  # the same of what is left of both after a regression on the chunks' lengths
     shuffle_gap: float  # centred cosine with the right target less that with another chunk's
 
 
@@ -89,21 +89,27 @@ def skill(predicted: Tensor, target: Tensor, kind: Tensor) -> Skill:
     """kind: (k) int64, what can be told from outside: the length of each chunk."""
     predicted, target = predicted.detach().double(), target.detach().double()
     mean = target.mean(dim=0)
-    # the regression on the kind is the mean target of each kind; those too rare for a mean share one
+    # beyond length: of what is left of targets and predictions after the mean of each length
     kind, number = kind + 1, int(kind.max()) + 2
+    # those too rare for a mean share one
     kind = kind.masked_fill(torch.bincount(kind, minlength=number)[kind] < LEAST_OF_A_KIND, 0)
-    size = torch.zeros(number, dtype=torch.float64, device=target.device).index_add(
-        0, kind, target.new_ones(len(kind))
-    )
-    sums = target.new_zeros(number, target.shape[1]).index_add(0, kind, target)
-    by_kind = (sums / size.clamp(min=1)[:, None])[kind]
-    error, around_mean, around_kind = (
-        (target - guess).square().sum().clamp(min=1e-300) for guess in (predicted, mean, by_kind)
-    )
+    size = torch.bincount(kind, minlength=number).clamp(min=1)[:, None]
+
+    def left(vectors: Tensor) -> Tensor:
+        sums = vectors.new_zeros(number, vectors.shape[1]).index_add(0, kind, vectors)
+        return vectors - (sums / size)[kind]
+
+    def explained(guess: Tensor, truth: Tensor) -> float:
+        return float(1 - (truth - guess).square().sum() / truth.square().sum().clamp(min=1e-300))
+
     centred, goal = predicted - predicted.mean(dim=0), target - mean
     right = F.cosine_similarity(centred, goal).mean()
     wrong = F.cosine_similarity(centred, goal.roll(len(goal) // 2, dims=0)).mean()
-    return Skill(float(1 - error / around_mean), float(1 - error / around_kind), float(right - wrong))
+    return Skill(
+        explained(predicted - mean, target - mean),
+        explained(left(predicted), left(target)),
+        float(right - wrong),
+    )
 
 
 def complaints(signs: dict[str, float]) -> dict[str, str]:

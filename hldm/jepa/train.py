@@ -33,9 +33,11 @@ from hldm.plugins import allow
 from hldm.runs.files import fingerprint
 from hldm.runs.folder import check_settings, require_same_text
 from hldm.runs.identity import TEXT_SETTINGS
+from hldm.runs.progress import ALONE
 from hldm.text.corpus import Corpus, Split
 from hldm.text.windows import Batch, Window, Windows
 from hldm.training.stage import Stage, open_stage
+from hldm.training.stages import train_autoencoder
 from hldm.training.stream import StreamedWindows
 
 WATCHED_LANES, WATCHED_BYTES = 8, 512  # of validation text, for figures while it trains: about 700 chunks
@@ -73,9 +75,9 @@ def train_jepa(config: JepaConfig, *, resume: bool = False, root: Path = Path("r
             objective,
             windows,
             partial(_sample, batch=held_out),
-            bound_to,
-            complaints,
-            config.objective.weight_decay_growth,
+            bound_to=bound_to,
+            complaints=complaints,
+            decay_growth=config.objective.weight_decay_growth,
         )
         for name, part in objective.parts().items():
             stage.export(part, stage.run.folder / name)
@@ -102,10 +104,34 @@ def train_decoder(config: JepaConfig, *, resume: bool = False, root: Path = Path
             objective = DecoderObjective(jepa, decoder)
         held_out = watched(config, corpora, segmenter).to(stage.accelerator.device)
         on_sample = partial(_sample, batch=held_out)
-        totals = stage.fit(objective, windows, on_sample, {"jepa": binding})
+        totals = stage.fit(objective, windows, on_sample, bound_to={"jepa": binding})
         stage.export(objective.decoder, stage.run.folder / "model")
         stage.finish(totals, corpora["train"])
     return folder
+
+
+def train_stage_one(
+    config: Config, jepa: Path, *, which: str = "model", resume: bool = False, root: Path = Path("runs")
+) -> Path:
+    """Stage one, whose encoder starts as that of a run of the family ("model"), or its average ("target").
+
+    Raises ConfigError where the two encoders differ in shape.
+    """
+    start, settings, _ = read_encoder(jepa, which)
+    if config.is_twin or (config.autoencoder.encoder, config.chunking) != (
+        settings.encoder,
+        settings.chunking,
+    ):
+        raise ConfigError(
+            f"{jepa} has another encoder or chunking than the config: autoencoder.encoder and chunking must be "
+            "those of its encoder and chunking"
+        )
+
+    def begin(autoencoder: Autoencoder) -> None:
+        autoencoder.read.load_state_dict(start.read.state_dict())
+        autoencoder.encoder.load_state_dict(start.encoder.state_dict())
+
+    return train_autoencoder(config, resume=resume, root=root, begin=begin)
 
 
 def match_run(run: Path, split: str = "test", most: int = 0) -> dict[str, Any]:
@@ -166,7 +192,7 @@ def score_run(run: Path, sentences: int, split: Split = "test") -> list[dict[str
 
 def open_jepa_stage(config: JepaConfig, name: str, resume: bool, root: Path) -> Any:
     """`open_stage`, which reads only sections that both trees of settings have."""
-    return open_stage(cast(Config, config), name, resume, root)
+    return open_stage(cast(Config, config), name, resume, root, ALONE)
 
 
 def laid_out(

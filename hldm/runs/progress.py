@@ -208,6 +208,7 @@ class Progress:
         self.began: tuple[float, float] | None = None  # (time, progress) of the first report
         self.validation: dict[str, float] | None = None
         self.curve = Curve()
+        self.distance = math.nan  # the last one that was measured, where there are no bits
         self.display: Live | None = None
         self.picture: Picture | None = None
         self.drawn = -math.inf  # when the display was drawn last
@@ -243,8 +244,11 @@ class Progress:
         if progress == 1:
             left = 0.0
         bits = bits_of(metrics)
-        total = sum(bits.values()) if bits else metrics["distance"]  # of an encoder that writes no bytes
-        self.curve.add(total)
+        # an encoder that writes no bytes has a distance instead, measured now and then
+        total = sum(bits.values()) if bits else metrics.get("distance", self.distance)
+        self.distance = metrics.get("distance", self.distance)
+        if math.isfinite(total):
+            self.curve.add(total)
         if self.display is None:
             if step % every == 0:
                 rest = "" if left is None else f" {clock(left)} left"

@@ -59,11 +59,13 @@ def train_autoencoder(
     root: Path = Path("runs"),
     part: Part | None = None,
     validation: Validation | None = None,
+    begin: Callable[[Autoencoder], None] = lambda autoencoder: None,
 ) -> Path:
     """Stage one, or the twin. Returns the run's folder.
 
     validation: `hldm.evaluation.validation.validation_on`, to measure the model as it trains
     part: which of how many trainings this is, for what is shown; the run's own stages when None
+    begin: called on the new autoencoder before its first step, such as to give it weights
     """
     folder = root / config.name
     allow_named(config)  # whoever trains a config has asked for the code it names
@@ -76,6 +78,7 @@ def train_autoencoder(
         chunker = make_chunker(config.chunking, segmenter)
         sample_text = opening(chunker, corpora["validation"])
         autoencoder = Autoencoder.from_settings(config.autoencoder, config.chunking, config.diffusion.gamma_0)
+        begin(autoencoder)
         attach_segmenter(autoencoder, segmenter)
         if stage.training.gradient_checkpointing:
             autoencoder.enable_gradient_checkpointing()

@@ -43,7 +43,7 @@ def test_skill_of_perfect_of_mean_and_of_length_alone():
 def test_lengths_that_are_rare_explain_nothing():
     target = normal(100, 4)
     found = skill(target + 0.1 * normal(100, 4, seed=1), target, torch.arange(100))
-    assert found.r2_beyond_length == pytest.approx(found.r2) and found.r2 > 0.9
+    assert found.r2_beyond_length == pytest.approx(found.r2, abs=0.01) and found.r2 > 0.9
 
 
 def test_a_rank_that_halves_is_said():
@@ -85,7 +85,7 @@ def test_the_terms_spread_a_line_out(term):
     x = (normal(256, 1) @ normal(1, 8, seed=1) + 0.05 * normal(256, 8, seed=2)).float().requires_grad_()
     optimizer = torch.optim.Adam([x], lr=0.1)
     before = spread(x.detach())["rank"]
-    for index in range(40):
+    for index in range(60):
         if term == "vicreg":
             loss = variance_hinge(x) + squared_covariances(x)
         else:

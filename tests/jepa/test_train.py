@@ -163,6 +163,35 @@ def test_a_segmenter_cuts_the_text_of_the_family_too(small_arguments):
     assert encoder.config["segmenter"] and chunker.chunk_start(b"And the king said")[0]
 
 
+def test_stage_one_starts_from_a_pretrained_encoder(
+    small_arguments, tmp_path, small_overrides, refused, monkeypatch
+):
+    shape = ["encoder.width=16", "encoder.blocks=[recurrent,attention]", "encoder.dropout=0.1"]
+    training.train_jepa(config_of(small_arguments, *shape, "training.jepa.steps=2"), root=Path("runs"))
+    seen = {}
+    original = Trainer.step
+
+    def step_and_look(self, progress):
+        seen.setdefault("read", self.objective.autoencoder.read.weight.detach().clone())
+        return original(self, progress)
+
+    monkeypatch.setattr(Trainer, "step", step_and_look)
+    stage_one = [
+        "stage-one",
+        "--config",
+        str(ROOT / "configs/tiny.yaml"),
+        "--name",
+        "after",
+        *small_overrides,
+    ]
+    few = ["training.autoencoder.steps=1"]
+    assert cli.jepa([*stage_one, *few, "--jepa", "runs/run"]) == 0
+    encoder = training.read_encoder(Path("runs/run"))[0]
+    torch.testing.assert_close(seen["read"], encoder.read.weight.detach(), rtol=0, atol=0)
+    other = [*stage_one, *few, "autoencoder.encoder.width=32", "--jepa", "runs/run"]
+    assert "another encoder or chunking" in refused(cli.jepa(other))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("option", ["encoder_decoder", "predicted"])
 def test_two_processes_train_what_one_does(option, small_arguments, tmp_path):
