@@ -33,7 +33,7 @@ from hldm.plugins import allow
 from hldm.runs.files import fingerprint
 from hldm.runs.folder import check_settings, require_same_text
 from hldm.runs.identity import TEXT_SETTINGS
-from hldm.runs.progress import Part
+from hldm.runs.progress import ALONE
 from hldm.text.corpus import Corpus, Split
 from hldm.text.windows import Batch, Window, Windows
 from hldm.training.stage import Stage, open_stage
@@ -192,7 +192,7 @@ def score_run(run: Path, sentences: int, split: Split = "test") -> list[dict[str
 
 def open_jepa_stage(config: JepaConfig, name: str, resume: bool, root: Path) -> Any:
     """`open_stage`, which reads only sections that both trees of settings have."""
-    return open_stage(cast(Config, config), name, resume, root, Part(1, 1, None))
+    return open_stage(cast(Config, config), name, resume, root, ALONE)
 
 
 def laid_out(

@@ -208,7 +208,7 @@ class Progress:
         self.began: tuple[float, float] | None = None  # (time, progress) of the first report
         self.validation: dict[str, float] | None = None
         self.curve = Curve()
-        self.distance: float | None = None
+        self.distance = math.nan  # the last one that was measured, where there are no bits
         self.display: Live | None = None
         self.picture: Picture | None = None
         self.drawn = -math.inf  # when the display was drawn last
@@ -244,10 +244,10 @@ class Progress:
         if progress == 1:
             left = 0.0
         bits = bits_of(metrics)
-        # an encoder that writes no bytes has a distance, measured at the steps that are logged
+        # an encoder that writes no bytes has a distance instead, measured now and then
+        total = sum(bits.values()) if bits else metrics.get("distance", self.distance)
         self.distance = metrics.get("distance", self.distance)
-        total = sum(bits.values()) if bits else self.distance
-        if total is not None:
+        if math.isfinite(total):
             self.curve.add(total)
         if self.display is None:
             if step % every == 0:
@@ -264,7 +264,7 @@ class Progress:
             left=left,
             in_all=None if left is None or later is None else left + 60 * later,
             step=step,
-            bits="" if total is None else (unit if bits else "distance {:.3f}").format(total),
+            bits=(unit if bits else "distance {:.3f}").format(total),
             validation=None if self.validation is None else self.validation["bound"],
             speed=metrics["characters_per_second"],
             curve=self.curve,
