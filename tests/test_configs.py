@@ -77,7 +77,8 @@ def test_a_config_is_found_by_its_name_and_a_file_of_that_name_comes_first(tmp_p
     Path("tiny.yaml").write_text("seed: 7")
     assert load_config("tiny.yaml").seed == 7
     assert find_config("elsewhere/tiny.yaml") == Path("elsewhere/tiny.yaml")
-    names = "base, base-twin, large, large-twin, small, small-twin, tiny, tiny-twin"
+    family = "jepa-pairs, jepa-sentences, jepa-small, jepa-tiny"
+    names = f"base, base-twin, {family}, large, large-twin, small, small-twin, tiny, tiny-twin"
     for name in ("tinny", "configs/tinny.yaml", "accelerate"):
         with pytest.raises(ConfigError, match=f"{name}: .* no such file, nor one of those of hldm: {names}"):
             load_config(name)

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from hldm.chunking.chunker import Chunker, SentenceChunker
 from hldm.config import ConfigError
@@ -54,18 +53,6 @@ class TextPairs(ByStep):
         self._order = lru_cache(maxsize=2)(
             lambda epoch: np.random.default_rng([seed, epoch]).permutation(count)
         )
-
-    @property
-    def identity(self) -> dict[str, str]:
-        """What a training that goes on must find unchanged."""
-        return {"corpus": self.corpus.fingerprint}
-
-    def cursor(self) -> dict[str, Tensor]:
-        """Nothing: a batch is a function of seed and step."""
-        return {}
-
-    def seek(self, step: int, saved: dict[str, Tensor]) -> None:
-        """Nothing is to be done: any batch can be made."""
 
     def places(self, step: int) -> list[tuple[int, int] | None]:
         """Which pairs a step has: (number, 0)."""
