@@ -13,6 +13,7 @@ import pytest
 from hldm.config import Config, changed, load_config, to_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = [path for path in sorted((ROOT / "configs").glob("*.yaml")) if not path.stem.startswith("jepa-")]
 
 # A model of some thousand parameters on a text of some thousand bytes: a step takes milliseconds.
 SMALL = [

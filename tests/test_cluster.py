@@ -46,7 +46,7 @@ def test_a_plan_is_for_each_of_so_many_processes(capsys):
     table = capsys.readouterr().out
     assert table.startswith("large in 8 processes, each on a GPU of its own\n")
     assert table.splitlines()[2] == "  GPU memory           36 GiB each"
-    assert "without GPUs 42 GiB each" in table and "39 GiB in all" in table
+    assert "without GPUs 36.6 GiB each" in table and "39 GiB in all" in table
     guide = (ROOT / "docs/cluster.md").read_text()
     shown = guide.split("```")[3].strip().splitlines()
     assert [line for line in shown if line.strip() != "..." and line not in table.splitlines()] == []

@@ -19,7 +19,7 @@ from hldm.config import (
     PriorConfig,
 )
 from hldm.evaluation.parts import NEAREST, hidden_rows, measure, parts_in
-from hldm.model.autoencoder import Autoencoder
+from hldm.model.autoencoder import BYTE_FLOOR, Autoencoder
 from hldm.model.diffusion import end_term
 from hldm.model.hierarchy import level_starts
 from hldm.model.prior import Prior
@@ -183,7 +183,8 @@ def test_a_latent_that_says_all_is_worth_all_of_the_symbols():
     windows = lay_out(make_text())
     rows = table_of(make_toy(always, gamma_0=-8.0), windows, draws=2)
     symbols = len(windows.corpus.text) + windows.chunks
-    expected = symbols * math.log2(258) / windows.characters
+    sure = math.log2(1 - BYTE_FLOOR + BYTE_FLOOR / 258)
+    expected = symbols * (math.log2(258) + sure) / windows.characters
     assert rows["latent"]["bits"] == rows["latent"]["decoder"] == pytest.approx(expected, rel=1e-5)
     assert rows["latent-shuffled"]["bits"] == rows["bytes"]["bits"] == 0  # all latents say the same
 

@@ -14,9 +14,8 @@ from hldm.model.autoencoder import Autoencoder
 from hldm.model.denoiser import Denoiser
 from hldm.model.prior import Prior
 from hldm.studies import league, rate_curve
-from tests.conftest import ROOT
+from tests.conftest import CONFIGS, ROOT
 
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 SMALLER = [
     f"autoencoder.{part}={size}"
     for part, size in {"encoder.width": 16, "decoder.width": 16, "trunk_width": 16, "components": 4}.items()
