@@ -115,7 +115,13 @@ def diagnose(
         from hldm.evaluation.parts_table import parts_of_run, tables
 
         found = parts_of_run(
-            model, split=split or "test", text=text, twin=twin, without=others, draws=draws, seed=seed
+            model,
+            split=split or "test",
+            text=text,
+            twin=None if twin is None else find_model(twin),
+            without=others,
+            draws=draws,
+            seed=seed,
         )
         shown, draw = tables(found), plot_parts
     else:
@@ -135,7 +141,7 @@ def _runs_by_part(given: list[str]) -> dict[str, Path]:
             raise ValueError(f"--without takes PART=RUN, e.g. denoiser=runs/without, got {text!r:.80}")
         if name in found:
             raise ValueError(f"--without {name} is given twice: one run a part")
-        found[name] = Path(run)
+        found[name] = find_model(run)
     return found
 
 
