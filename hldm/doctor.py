@@ -66,7 +66,8 @@ def doctor(
 
 
 def _check_gpu(config: Path | None, say: Callable[[Finding], None]) -> dict[str, object]:
-    from hldm.studies.gpu import card_of, check, report
+    from hldm.studies.gpu import check, report
+    from hldm.studies.gpu_card import card_of
 
     results = []
     for result in check(card_of(config)):

@@ -153,7 +153,7 @@ def truncate(path: Path) -> None:
 @pytest.fixture(scope="session")
 def saved_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline of a tiny model with random weights. Read only: copy it to change it."""
-    from fuzz import tiny_pipeline
+    from tiny_model import tiny_pipeline
 
     folder = tmp_path_factory.mktemp("saved") / "pipeline"
     tiny_pipeline().save_pretrained(folder)

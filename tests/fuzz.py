@@ -1,6 +1,6 @@
 """Random and mutated bytes into everything of hldm that reads: what comes out is a result or one line.
 
-    python tests/fuzz.py 100000 0        count, seed
+    python -m tests.fuzz 100000 0        count, seed
 
 A fault is an error that `hldm.runs.exits.guarded` would show as a traceback, a message of several lines, more than
 SECONDS for one input, or more than BYTES of memory in all. Each is reported with the input that did it.
@@ -28,84 +28,23 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from hldm.config import (
-    AutoencoderConfig,
-    ChunkingConfig,
-    Config,
-    DataConfig,
-    DiffusionConfig,
-    GenerationConfig,
-    GriffinConfig,
-    HierarchyConfig,
-    PriorConfig,
-    load_config,
-    section_from_dict,
-    to_yaml,
-)
+from hldm.config import Config, DataConfig, load_config, section_from_dict, to_yaml
 from hldm.evaluation.metrics import rouge_scores
 from hldm.evaluation.tables import CELL_WIDTH, short, width
 from hldm.evaluation.words import split_words
-from hldm.generation.pipeline import HLDMPipeline, read_pipeline
+from hldm.generation.pipeline import read_pipeline
 from hldm.kernels import library as kernels
-from hldm.model.autoencoder import Autoencoder
-from hldm.model.prior import Prior
 from hldm.runs.checkpoints import load_checkpoint, save_checkpoint
-from hldm.runs.files import fingerprint
 from hldm.settings import parse_override
 from hldm.sources.corpora import load_corpora
 from hldm.sources.encodings import read_text
 from hldm.sources.files import matching_files
 from hldm.text.bytes import count_characters, printable, stream_decoder, to_bytes, to_ids
+from tests.mutations import Damaged, mutated, some_bytes
+from tests.tiny_model import tiny_pipeline
 
 SECONDS, BYTES = 10.0, 2**30
 ROOT = Path(__file__).parent.parent
-TROUBLE = [  # what parsers and terminals stumble over
-    *(b"", b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b"\r\n", b"\x1b]52;c;eA==\x07", b"\x9b2J", b"\xc2\x9b"),
-    *("\u202e", "\u200d", "\u0301" * 50, "👩‍👩‍👧", "\ufeff", "é"),
-    *(b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"\xc0\xaf", b"[" * 300, b"{" * 300, b'{"a":' * 300),
-    *(b"&a [*a, *a]", b"!!python/object/apply:os.system ['true']", b"<<: *x", b"- " * 99, b"? ", b"%YAML 9"),
-    *(b"NaN", b"-Infinity", b"1e999", b"9" * 400, b"-1", b"0", b"true", b"null", b"1e-3", b"\\ud800", b'"'),
-    *(
-        b"__import__('os')",
-        b"../../../etc/passwd",
-        b"${oc.env:HOME}",
-        b"\x80\x04\x95",
-        b"PK\x03\x04",
-        b"\x1f\x8b",
-    ),
-]
-TROUBLES = [piece.encode() if isinstance(piece, str) else piece for piece in TROUBLE]
-
-
-def some_bytes(rng: random.Random) -> bytes:
-    """Short random bytes, of any values or of troublesome pieces."""
-    if rng.random() < 0.5:
-        return rng.randbytes(int(rng.expovariate(1 / 40)))
-    return b"".join(rng.choice(TROUBLES) for _ in range(rng.randrange(8)))
-
-
-def mutated(data: bytes, rng: random.Random) -> bytes:
-    """The same with one to four stretches changed, dropped, doubled, swapped or replaced by trouble."""
-    out = bytearray(data)
-    for _ in range(rng.randint(1, 4)):
-        at = rng.randrange(len(out) + 1)
-        if rng.random() < 0.5:  # where the structure is
-            at = min(at, rng.randrange(600))
-        to = at + int(rng.expovariate(1 / 8))
-        match rng.randrange(6):
-            case 0 if at < len(out):
-                out[at] ^= 1 << rng.randrange(8)
-            case 1:
-                del out[at:to]
-            case 2:
-                out[at:at] = out[at:to]
-            case 3:
-                out[at:to] = some_bytes(rng)
-            case 4:
-                out[at:at] = rng.choice(TROUBLES)
-            case _:
-                del out[at:]
-    return bytes(out)
 
 
 class Targets:
@@ -289,34 +228,20 @@ class Targets:
         for text in output.texts:
             printable(text).encode()
 
-    def _damaged(self, file: Path, rng: random.Random) -> _Damaged:
+    def _damaged(self, file: Path, rng: random.Random) -> Damaged:
         good = file.read_bytes()
         data = mutated(good, rng) if rng.random() < 0.8 else some_bytes(rng)
         self.last = (str(file.relative_to(self.folder)), data)
-        return _Damaged(file, good, data)
+        return Damaged(file, good, data)
 
     def _refused(self, path: Path, data: bytes) -> None:
-        with _Damaged(path, path.read_bytes(), data):
+        with Damaged(path, path.read_bytes(), data):
             try:
                 read_pipeline(self.folder / "pipeline")
             except ValueError as error:
                 assert "cannot be loaded" in str(error), error
                 return
             raise AssertionError("weights that are not the model's were loaded")
-
-
-class _Damaged:
-    """Within this context a file holds other bytes. Gives whether they differ."""
-
-    def __init__(self, path: Path, good: bytes, data: bytes) -> None:
-        self.path, self.good, self.data = path, good, data
-
-    def __enter__(self) -> bool:
-        self.path.write_bytes(self.data)
-        return self.data != self.good
-
-    def __exit__(self, *exception: object) -> None:
-        self.path.write_bytes(self.good)
 
 
 # of a hundred inputs, how many go where: what is quick gets more
@@ -391,26 +316,6 @@ def fuzz(count: int, seed: int, say: Callable[[str], None] = lambda line: None) 
 
 def _peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def tiny_pipeline(components: int = 4, **changes: Any) -> HLDMPipeline:
-    """Random weights: some thousand of them. changes: of AutoencoderConfig; latent_dim=0 makes a twin"""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        griffin = GriffinConfig(width=8, blocks=("recurrent", "attention"), heads=2)
-        given = dict(reads_text=True, trunk_layers=0, components=components, latent_dim=2) | changes
-        settings = AutoencoderConfig(encoder=griffin, decoder=griffin, **given)
-        autoencoder = Autoencoder.from_settings(settings, ChunkingConfig(min_bytes=2, max_bytes=4))
-        if not settings.latent_dim:
-            return HLDMPipeline.assemble(autoencoder, None, GenerationConfig(steps=1))
-        prior = Prior.from_settings(
-            settings,
-            PriorConfig(reads_text=False, width=8, layers=1, heads=2, denoiser_width=8, denoiser_layers=1),
-            HierarchyConfig(levels=1, ratio=2, window=2),
-            DiffusionConfig(),
-        )
-    prior.register_to_config(autoencoder=fingerprint(autoencoder.state_dict()))
-    return HLDMPipeline.assemble(autoencoder, prior, GenerationConfig(steps=1))
 
 
 def _corpora() -> dict[str, bytes]:

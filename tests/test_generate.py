@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, truncate
-from fuzz import tiny_pipeline
 from safetensors.torch import load_file, save_file
+from tiny_model import tiny_pipeline
 
 from hldm import cli
 from hldm.commands import writing

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from operator import index
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -23,8 +22,10 @@ from hldm.chunking.strategies import attach_segmenter, read_segmenter
 from hldm.config import GenerationConfig, changed, section_from_dict, to_dict
 from hldm.generation.encode import Kind, encode_texts
 from hldm.generation.footprint import require_room_to_write
+from hldm.generation.model_index import check_index
 from hldm.generation.own_prior import read_prior, saved_class
 from hldm.generation.score import Score, Texts, score_texts
+from hldm.generation.seeds import row_seeds
 from hldm.generation.streams import stop_at, stop_bytes, stream_to
 from hldm.generation.writer import Continuation, write_on
 from hldm.model.autoencoder import Autoencoder
@@ -35,7 +36,6 @@ from hldm.runs.files import fingerprint
 from hldm.runs.hub import upload
 from hldm.runs.location import INDEX, find_model, pipeline_of
 from hldm.runs.saved_model import (
-    SAVED_BY_DIFFUSERS,
     SavedModel,
     check_save,
     default_float32,
@@ -46,7 +46,6 @@ from hldm.runs.saved_model import (
 from hldm.sources.notes import first_line
 from hldm.text.bytes import to_bytes
 
-MAX_SEED = 2**62  # torch takes 63 bits, and each of several texts adds one
 # (pipeline, step, denoiser calls so far, {"texts": bytes of each row so far, "news": what this step added})
 StepEnd = Callable[["HLDMPipeline", int, int, dict[str, list[bytes]]], object]
 
@@ -337,27 +336,6 @@ class HLDMPipeline(DiffusionPipeline):
         )
 
 
-def row_seeds(
-    seed: int, generator: torch.Generator | Sequence[torch.Generator] | None, rows: int
-) -> list[int]:
-    """The seed of every row: seed + row, seed drawn by a generator if there is one; each of several draws its row's.
-
-    Raises ValueError for a seed out of range, or another number of generators than rows.
-    """
-    if generator is None or isinstance(generator, torch.Generator):
-        first = index(seed) if generator is None else _drawn_seed(generator)
-        if not 0 <= first < MAX_SEED:
-            raise ValueError(f"seed must lie in 0..2^62-1, got {first}")
-        return [first + row for row in range(rows)]
-    if len(generator) != rows:
-        raise ValueError(f"a list of generators holds one for each text, got {len(generator)} for {rows}")
-    return [_drawn_seed(each) for each in generator]
-
-
-def _drawn_seed(generator: torch.Generator) -> int:
-    return int(torch.randint(2**31, (), generator=generator, device=generator.device))
-
-
 def _device_of(device_map: str | None) -> str | None:
     """The device that diffusers' device_map means here. Raises ValueError for one that is not there, or several."""
     if device_map not in (None, "cpu", "cuda", "auto"):
@@ -387,7 +365,7 @@ def read_pipeline(folder: str | Path, *, allow_code: bool = False) -> HLDMPipeli
     require_consent_of(folder, allow_code)
     try:
         found = read_json(folder / INDEX)
-        scheduler = _check_index(found, saved_class(folder / "prior"))
+        scheduler = check_index(found, saved_class(folder / "prior"))
         defaults = found.get("defaults")
         if not isinstance(defaults, dict):
             raise ValueError(f"model_index.json: defaults must be an object, got {defaults!r:.80}")
@@ -403,33 +381,3 @@ def read_pipeline(folder: str | Path, *, allow_code: bool = False) -> HLDMPipeli
         raise ValueError(
             f"{folder} cannot be loaded ({first_line(error)}): train the run again or restore it"
         ) from error
-
-
-# The module and class of each part as diffusers saves them; where the same classes once lived.
-PARTS: dict[str, tuple[list[str] | None, ...]] = {
-    "autoencoder": (["hldm.model.autoencoder", "Autoencoder"], ["hldm.autoencoder", "Autoencoder"]),
-    "prior": (["hldm.model.prior", "Prior"], ["hldm.prior", "Prior"]),
-    # none any more: text is its bytes. Earlier pipelines name one, which is not read.
-    "tokenizer": (None, ["hldm.generation.pipeline", "ByteTokenizer"], ["hldm.pipeline", "ByteTokenizer"]),
-}
-
-
-def _check_index(index: dict[str, Any], own_prior: list[str] | None) -> str | None:
-    """The class of the pipeline's scheduler, None for a twin. Raises ValueError for any other pipeline.
-
-    own_prior: module and class of the user's own prior that the folder names, if any
-    """
-    pair = index.get("scheduler")
-    scheduler = pair[1] if isinstance(pair, list) and len(pair) == 2 and isinstance(pair[1], str) else None
-    expected: dict[str, Any] = {**PARTS, "scheduler": (["diffusers", scheduler],)}
-    if own_prior is not None:
-        expected |= {"prior": (own_prior,)}
-    if scheduler is None:
-        expected |= {"prior": ([None, None],), "scheduler": ([None, None],)}
-    expected["_class_name"] = ("HLDMPipeline",)
-    for key, values in expected.items():
-        if index.get(key) not in values:
-            raise ValueError(f"model_index.json: {key} must be {values[0]}, got {index.get(key)!r:.80}")
-    if unknown := sorted(index.keys() - expected.keys() - SAVED_BY_DIFFUSERS - {"defaults"}):
-        raise ValueError(f"model_index.json: unknown key {unknown[0]!r:.80}")
-    return scheduler

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,26 +116,11 @@ def judge_run(
     vary: names of VARIATIONS: each value in turn instead of the run's own
     Raises ValueError or OSError.
     """
-    unknown = sorted(set(vary) - set(VARIATIONS))
-    if unknown:
-        raise ValueError(f"--vary takes {', '.join(VARIATIONS)}, got {unknown[0]!r}")
-    if prompts < 1 or max_characters < SPAN:
-        raise ValueError(
-            f"judging needs --prompts of at least 1 and --max-characters of at least {SPAN}, "
-            f"got {prompts} and {max_characters}"
-        )
+    _check_request(vary, prompts, max_characters)
     pipeline = read_pipeline(pipeline_of(folder))
     if vary and pipeline.prior is None:
         raise ValueError(f"{folder} is a twin: it has no sampler to vary")
-    for other in filter(None, (judge, twin)):
-        require_shared_text(folder, other)
-    judging = None if judge is None else read_pipeline(pipeline_of(judge))
-    if judging is not None and judging.prior is not None:
-        raise ValueError(f"--judge {judge} is no twin: of a model with latents there is only a bound")
-    if judge is not None and twin is not None and judge.resolve() == twin.resolve():
-        raise ValueError(
-            f"--judge {judge} would judge its own writing: take a twin trained with another seed"
-        )
+    judging = _judging_model(folder, judge, twin)
     texts = _texts_of_run(folder) if text is None else _texts_of_file(text, folder)
     chunker = prompt_chunker(pipeline.autoencoder)
     chosen = choose_prompts(texts.prompts, chunker, prompts, max_characters=max_characters)
@@ -143,21 +128,12 @@ def judge_run(
         raise ValueError(
             f"{texts.prompts.name} has no room for a prompt and a continuation: take a longer text"
         )
-    starts = [prompt.text for prompt in chosen]
     true = [prompt.continuation.encode() for prompt in chosen]
-    encode, no_mauve = load_encoder()
-    judges = _Judges(
-        NGram(texts.other.text.tobytes()),
-        judging,
-        None if texts.training is None else TrainingText(texts.training, SPAN),
-        starts,
-        encode,
-        None if encode is None else _vectors(encode, true),
-    )
+    judges, no_mauve = _judges_of(texts, judging, [prompt.text for prompt in chosen], true)
     places = choose_prompts(texts.prompts, chunker, PLACES * prompts, max_characters=GRAM)
 
     def write(model: HLDMPipeline, settings: GenerationConfig) -> dict[str, Any]:
-        written = write_batch(model, settings, starts, max_characters=max_characters, seed=seed)
+        written = write_batch(model, settings, judges.prompts, max_characters=max_characters, seed=seed)
         continuations = [row.text for row in written.rows]
         brier = measure_brier(model, settings, places, seed=seed)
         return {
@@ -181,15 +157,10 @@ def judge_run(
         other = read_pipeline(pipeline_of(twin))
         found["twin"] = write(other, other.settings)
     say(f"judging {folder}")
-    settings = pipeline.settings
-    found["model"] = write(pipeline, settings)
-    for name in vary:
-        for value in VARIATIONS[name]:
-            needs_mixture = (name, value) == ("steps", 0)
-            has_mixture = pipeline.prior is not None and pipeline.prior.mixture is not None
-            if value != getattr(settings, name) and (has_mixture or not needs_mixture):
-                say(f"{name} {value}")
-                found[f"{name} {value}"] = write(pipeline, changed(settings, **{name: value}))
+    found["model"] = write(pipeline, pipeline.settings)
+    for name, settings in _variations(pipeline, vary):
+        say(name)
+        found[name] = write(pipeline, settings)
     return {
         "run": folder.resolve().name,
         "text": "test" if text is None else str(text),
@@ -200,6 +171,43 @@ def judge_run(
         "no_mauve": no_mauve,
         "judged": found,
     }
+
+
+def _check_request(vary: Sequence[str], prompts: int, max_characters: int) -> None:
+    """Raise ValueError for settings that do not exist, or too little text to judge."""
+    unknown = sorted(set(vary) - set(VARIATIONS))
+    if unknown:
+        raise ValueError(f"--vary takes {', '.join(VARIATIONS)}, got {unknown[0]!r}")
+    if prompts < 1 or max_characters < SPAN:
+        raise ValueError(
+            f"judging needs --prompts of at least 1 and --max-characters of at least {SPAN}, "
+            f"got {prompts} and {max_characters}"
+        )
+
+
+def _judging_model(folder: Path, judge: Path | None, twin: Path | None) -> HLDMPipeline | None:
+    """The second judge of a run. Raises ValueError for one of other text, with latents, or of its own writing."""
+    for other in filter(None, (judge, twin)):
+        require_shared_text(folder, other)
+    judging = None if judge is None else read_pipeline(pipeline_of(judge))
+    if judging is not None and judging.prior is not None:
+        raise ValueError(f"--judge {judge} is no twin: of a model with latents there is only a bound")
+    if judge is not None and twin is not None and judge.resolve() == twin.resolve():
+        raise ValueError(
+            f"--judge {judge} would judge its own writing: take a twin trained with another seed"
+        )
+    return judging
+
+
+def _variations(pipeline: HLDMPipeline, vary: Sequence[str]) -> Iterator[tuple[str, GenerationConfig]]:
+    """The settings of a pipeline with one changed, each under a name such as "steps 8"."""
+    settings = pipeline.settings
+    has_mixture = pipeline.prior is not None and pipeline.prior.mixture is not None
+    for name in vary:
+        for value in VARIATIONS[name]:
+            needs_mixture = (name, value) == ("steps", 0)
+            if value != getattr(settings, name) and (has_mixture or not needs_mixture):
+                yield f"{name} {value}", changed(settings, **{name: value})
 
 
 class _Texts(NamedTuple):
@@ -267,6 +275,22 @@ class _Judges(NamedTuple):
             bound = evaluate_bound(model, None, windows, generator=torch.Generator())
             totals.append(bound.decoder.sum() / math.log(2))
         return float(totals[0] - totals[1])
+
+
+def _judges_of(
+    texts: _Texts, model: HLDMPipeline | None, prompts: Sequence[bytes], true: Sequence[bytes]
+) -> tuple[_Judges, str]:
+    """The judges of texts that continue the prompts, as true does; and why MAUVE is not among them, or ""."""
+    encode, no_mauve = load_encoder()
+    judges = _Judges(
+        NGram(texts.other.text.tobytes()),
+        model,
+        None if texts.training is None else TrainingText(texts.training, SPAN),
+        prompts,
+        encode,
+        None if encode is None else _vectors(encode, true),
+    )
+    return judges, no_mauve
 
 
 def _vectors(encode: Callable[[Sequence[str]], np.ndarray], texts: Sequence[bytes]) -> np.ndarray:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from fuzz import tiny_pipeline
+from tiny_model import tiny_pipeline
 
 from hldm.chunking.reading import prompt_chunker
 from hldm.text.windows import window_of

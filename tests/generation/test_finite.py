@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from fuzz import tiny_pipeline
+from tiny_model import tiny_pipeline
 
 from hldm.config import GenerationConfig, changed
 from hldm.generation.chunk import pick

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UniPCMultistepScheduler
-from fuzz import tiny_pipeline
+from tiny_model import tiny_pipeline
 
 from hldm.config import changed
 from hldm.generation.pipeline import HLDMPipeline

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from fuzz import tiny_pipeline
+from tiny_model import tiny_pipeline
 
 from hldm.chunking.reading import prompt_chunker
 from hldm.evaluation.bound import evaluate_bound, held_out_windows

@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-from fuzz import tiny_pipeline
+from tiny_model import tiny_pipeline
 
 from hldm.evaluation.prompts import Prompt
 from hldm.studies.brier import END, brier_lm, brier_terms, measure_brier, symbols

@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from hldm import doctor
 from hldm.config import ConfigError, changed, stage_training
 from hldm.kernels import scan
-from hldm.studies import gpu
+from hldm.studies import gpu, gpu_card, gpu_scan, gpu_training
 
 needs_no_card = pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU form")
 
@@ -32,12 +32,12 @@ def fresh_accelerate():
 @pytest.fixture
 def card(small_config, monkeypatch):
     """Thousands of parameters, and one step of training that counts."""
-    monkeypatch.setattr(gpu, "STEPS", 1)
-    monkeypatch.setattr(gpu, "WARM_UP_STEPS", 0)
+    monkeypatch.setattr(gpu_training, "STEPS", 1)
+    monkeypatch.setattr(gpu_training, "WARM_UP_STEPS", 0)
     config = small_config
     for stage in ("autoencoder", "prior"):
         config = stage_training(config, stage, mixed_precision="bf16")
-    return gpu.Card(torch.device("cpu"), config)
+    return gpu_card.Card(torch.device("cpu"), config)
 
 
 @needs_no_card
@@ -60,7 +60,7 @@ def test_every_section_but_the_ranks_runs_on_a_cpu(card, fresh_accelerate, monke
     json.dumps(found, allow_nan=False)
 
 
-@pytest.mark.parametrize("section", [gpu.scan, gpu.gradients])
+@pytest.mark.parametrize("section", [gpu_scan.scan, gpu_scan.gradients])
 def test_a_scan_that_errs_is_a_fault_and_the_next_section_runs(card, monkeypatch, section):
     right = scan.ChunkedScan.apply
 
@@ -68,8 +68,8 @@ def test_a_scan_that_errs_is_a_fault_and_the_next_section_runs(card, monkeypatch
         h, last = right(a * 0.999, b, h0)
         return h, last
 
-    monkeypatch.setattr(gpu, "_scan_of", lambda card: ("Triton", errs))
-    monkeypatch.setattr(gpu, "SECTIONS", (section, gpu.kernel_choice))
+    monkeypatch.setattr(gpu_scan, "_scan_of", lambda card: ("Triton", errs))
+    monkeypatch.setattr(gpu, "SECTIONS", (section, gpu_scan.kernel_choice))
     first, second = gpu.check(card)
     assert first.status == "FAULT" and "off by" in first.text and "\n" not in first.text
     assert second.status == "skipped"
@@ -77,7 +77,7 @@ def test_a_scan_that_errs_is_a_fault_and_the_next_section_runs(card, monkeypatch
 
 def test_a_nan_is_too_far_off():
     with pytest.raises(AssertionError, match="off by nan"):
-        gpu._error(torch.tensor([1.0, torch.nan]), torch.ones(2), torch.float32)
+        gpu_card.relative_error(torch.tensor([1.0, torch.nan]), torch.ones(2), torch.float32)
 
 
 def test_a_late_section_is_skipped(card, monkeypatch):
@@ -88,11 +88,11 @@ def test_a_late_section_is_skipped(card, monkeypatch):
 def test_lanes_are_as_many_as_the_sizes_say_fit(card, monkeypatch):
     from hldm.training.sizes import stage_sizes
 
-    assert gpu._fitting(card, "autoencoder").data.lanes == 4
+    assert gpu_training._fitting(card, "autoencoder").data.lanes == 4
     half = changed(card.config, data=changed(card.config.data, lanes=2))
-    enough = sum(stage_sizes(half, "autoencoder").device.values()) / gpu.FREE_SHARE
-    monkeypatch.setattr(gpu, "gpu_memory", lambda: int(enough) + 1)
-    assert gpu._fitting(card, "autoencoder").data.lanes == 2
+    enough = sum(stage_sizes(half, "autoencoder").device.values()) / gpu_training.FREE_SHARE
+    monkeypatch.setattr(gpu_training, "gpu_memory", lambda: int(enough) + 1)
+    assert gpu_training._fitting(card, "autoencoder").data.lanes == 2
 
 
 @needs_no_card
@@ -102,7 +102,7 @@ def test_a_config_is_for_the_gpu_alone_and_must_have_latents(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such config"):
         doctor.doctor(gpu=True, config=tmp_path / "none.yaml")
     with pytest.raises(ConfigError, match="is a twin"):
-        doctor.doctor(gpu=True, config=gpu.ROOT / "configs/tiny-twin.yaml")
+        doctor.doctor(gpu=True, config=gpu_card.ROOT / "configs/tiny-twin.yaml")
 
 
 @pytest.mark.slow
@@ -110,7 +110,7 @@ def test_a_config_is_for_the_gpu_alone_and_must_have_latents(tmp_path):
 def test_the_whole_is_one_command_two_ranks_included():
     ran = subprocess.run(
             [sys.executable, "-m", "hldm", "doctor", "--gpu", "--json"],
-            cwd=gpu.ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=280,
+            cwd=gpu_card.ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=280,
         )  # fmt: skip
     assert ran.returncode == 0, ran.stdout + ran.stderr
     told = json.loads(ran.stdout)

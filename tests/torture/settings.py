@@ -13,7 +13,7 @@ from hldm import cli
 from hldm.config import ConfigError, load_config, to_dict
 from hldm.settings import dotted
 from tests.conftest import ROOT, SMALL
-from tests.fuzz import tiny_pipeline
+from tests.tiny_model import tiny_pipeline
 from tests.torture import children, small
 from tests.torture.trial import Trial
 
