@@ -16,7 +16,7 @@ from pydantic import Field
 
 from hldm.retired import is_retired
 from hldm.settings import ConfigError as ConfigError  # imported from here by all rooms below
-from hldm.settings import S, Section, Setting, build_section, changed, dotted, is_own, read_settings
+from hldm.settings import Dumpable, S, Section, Setting, build_section, changed, dotted, is_own, read_settings
 
 Count = Annotated[int, Field(gt=0, lt=2**63)]
 Positive = Annotated[float, Field(gt=0, lt=2**63)]
@@ -385,7 +385,7 @@ def section_from_dict(cls: type[S], settings: Mapping[str, Any]) -> S:
     return _build(cls, {key: Setting(value) for key, value in dotted(settings).items()}, next(names, ""))
 
 
-def to_dict(section: Section) -> dict[str, Any]:
+def to_dict(section: Dumpable) -> dict[str, Any]:
     """Plain nested dict, lists for tuples: fit for JSON and YAML."""
     return section.model_dump(mode="json")
 

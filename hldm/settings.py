@@ -16,7 +16,7 @@ from functools import reduce, wraps
 from itertools import takewhile
 from operator import getitem
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -40,6 +40,12 @@ class Setting(NamedTuple):
 
     value: Any
     where: str = "settings"
+
+
+class Dumpable(Protocol):
+    """What can be written as plain values, as every Section can."""
+
+    def model_dump(self, *, mode: str) -> dict[str, Any]: ...
 
 
 class Section(BaseModel):

@@ -20,7 +20,7 @@ from hldm.runs.checkpoints import newest_checkpoint
 from hldm.runs.exits import Interrupted
 from hldm.runs.ranks import RankLost
 from hldm.training import stages
-from hldm.training.trainer import TrainingDiverged
+from hldm.training.anomalies import TrainingDiverged
 
 SCRIPTS = ("train_autoencoder.py", "train_diffusion.py", "generate.py")
 COMMANDS = typer.main.get_command(cli.app).commands

@@ -177,7 +177,7 @@ def test_an_export_that_fails_leaves_the_old_one_alone(error, tmp_path):
     ("where", "wrong"),
     [
         (None, "training.autoencoder.accumulation=3"),
-        ("hldm.runs.folder._write_environment", "seed=1"),
+        ("hldm.runs.folder.write_environment", "seed=1"),
         ("hldm.training.trainer.make_optimizers", "seed=1"),
     ],
 )

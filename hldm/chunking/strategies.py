@@ -25,7 +25,8 @@ from hldm.chunking.select import SelectSegmenter
 from hldm.config import ChunkingConfig, ConfigError, changed, to_dict
 from hldm.model.autoencoder import Autoencoder
 from hldm.runs.files import atomic_write, fingerprint
-from hldm.runs.folder import code_fingerprint, shipped
+from hldm.runs.folder import shipped
+from hldm.runs.provenance import code_fingerprint
 from hldm.settings import is_own
 from hldm.text.corpus import Corpus
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +33,6 @@ from hldm.plugins import allow
 from hldm.runs.files import fingerprint
 from hldm.runs.folder import check_settings, require_same_text
 from hldm.runs.identity import TEXT_SETTINGS
-from hldm.runs.progress import ALONE
 from hldm.text.corpus import Corpus, Split
 from hldm.text.windows import Batch, Window, Windows
 from hldm.training.stage import Stage, open_stage
@@ -61,7 +60,7 @@ def train_jepa(config: JepaConfig, *, resume: bool = False, root: Path = Path("r
     """The encoder, with what its option adds. Returns the run's folder."""
     allow([config.chunking.strategy])
     corpora = read_corpora(config)  # before the folder is opened: a mistake leaves none
-    with open_jepa_stage(config, "jepa", resume, root) as stage:
+    with open_stage(config, "jepa", resume, root) as stage:
         segmenter = stage.segmenter(corpora["train"])
         windows = laid_out(stage, config, corpora["train"], segmenter)
         objective = make_objective(config, windows).to(stage.accelerator.device)
@@ -93,7 +92,7 @@ def train_decoder(config: JepaConfig, *, resume: bool = False, root: Path = Path
     binding = fingerprint(jepa.state_dict())
     corpora = read_corpora(config)
     require_same_text(folder / "jepa", corpora["train"])
-    with open_jepa_stage(config, "decoder", resume, root) as stage:
+    with open_stage(config, "decoder", resume, root) as stage:
         segmenter = stage.segmenter(corpora["train"])
         windows = laid_out(stage, config, corpora["train"], segmenter)
         objective: DecoderObjective
@@ -188,11 +187,6 @@ def score_run(run: Path, sentences: int, split: Split = "test") -> list[dict[str
     pairs.lanes = min(sentences, pairs.count)
     decoder = ChunkDecoder.from_pretrained(run / "decoder" / "model").eval()
     return score_concepts(jepa, decoder, pairs.batch(0))
-
-
-def open_jepa_stage(config: JepaConfig, name: str, resume: bool, root: Path) -> Any:
-    """`open_stage`, which reads only sections that both trees of settings have."""
-    return open_stage(cast(Config, config), name, resume, root, ALONE)
 
 
 def laid_out(

@@ -8,40 +8,31 @@ Knows no model.
 from __future__ import annotations
 
 import fcntl
-import hashlib
-import importlib.metadata
 import json
 import math
 import os
-import platform
 import re
 import socket
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import yaml
 
 from hldm.config import Config, ConfigError, load_config, to_dict
 from hldm.retired import is_retired
 from hldm.runs.checkpoints import checkpoints_in
-from hldm.runs.files import atomic_write, naming, sha256_of
+from hldm.runs.files import atomic_write, naming
+from hldm.runs.provenance import write_environment
 from hldm.settings import dotted
 
 if TYPE_CHECKING:
     from hldm.text.corpus import Corpus, Split
 
 NAME = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,64}")
-LIBRARIES = ("torch", "numpy", "safetensors", "diffusers", "accelerate", "transformers", "datasets")
-BITWISE = ("cpu", "threads", "accelerators", "torch")  # a resumed run repeats bit for bit only if these agree
 OPENING = frozenset({"config.yaml", "environment.json", ".lock"})  # what a run that did nothing holds
 VALIDATION = b'"event": "validation"'  # in a line of metrics.jsonl
 SAMPLE_HEADER = re.compile(rb"^=== step (-?[0-9]+) ===$", re.MULTILINE)
@@ -184,7 +175,7 @@ def open_run(
         check_settings(folder, config, may_change)
         text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
         atomic_write(folder / "config.yaml", text)
-        _write_environment(folder, say)
+        write_environment(folder, say)
     except BaseException:
         if is_empty:
             run.discard_if_unused()
@@ -289,41 +280,6 @@ def check_run_name(name: str) -> None:
         raise ValueError(f"a run is named by 1 to 64 of [A-Za-z0-9._-], got {name!r}; choose another --name")
 
 
-@lru_cache(maxsize=1)
-def code_fingerprint() -> str:
-    """sha256 of this package's sources, in hex: a commit that changes none of them changes no result."""
-    package = Path(__file__).parent.parent
-    digest = hashlib.sha256()
-    for path in sorted(path for path in package.rglob("*") if path.suffix in (".py", ".cpp", ".h")):
-        digest.update(f"{path.relative_to(package)} {sha256_of(path)}\n".encode())
-    return digest.hexdigest()
-
-
-def describe_environment() -> dict[str, Any]:
-    """What a reader needs to repeat a run: code, libraries, machine, command."""
-    import torch
-
-    here = Path(__file__)
-    # Only if this very file is tracked: a site-packages folder inside someone's repository is not.
-    is_tracked = _git(here.parent, "ls-files", "--error-unmatch", here.name) is not None
-    status = _git(here.parent, "status", "--porcelain") if is_tracked else None
-    return {
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "argv": sys.argv,
-        "commit": _git(here.parent, "rev-parse", "HEAD") if is_tracked else None,
-        "dirty": None if status is None else status != "",
-        "code": code_fingerprint(),
-        "python": platform.python_version(),
-        **{name: _version(name) for name in LIBRARIES},
-        "platform": platform.platform(),
-        "cpu": _cpu_model(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "memory_bytes": psutil.virtual_memory().total,
-        "accelerators": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-    }
-
-
 def check_settings(
     folder: Path, config: dict[str, Any], may_change: tuple[str, ...] = (), only: tuple[str, ...] = ("",)
 ) -> None:
@@ -360,23 +316,6 @@ def _shown(settings: dict[str, Any], key: str) -> str:
     return "''" if value == "" else str(value)
 
 
-def _write_environment(folder: Path, say: Callable[[str], None]) -> None:
-    """Add this start to environment.json, a list with one entry a start."""
-    path = folder / "environment.json"
-    now = describe_environment()
-    starts: list[dict[str, Any]] = []
-    if path.exists():
-        try:
-            starts = json.loads(path.read_bytes())
-            before = {key: starts[-1].get(key) for key in BITWISE}
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path} is damaged; delete it to resume without it") from error
-        changes = [f"{key} {before[key]} -> {now[key]}" for key in BITWISE if before[key] != now[key]]
-        if changes:
-            say(f"{folder} resumes elsewhere ({', '.join(changes)}): right, but not equal bit for bit")
-    atomic_write(path, json.dumps([*starts, now], indent=1) + "\n")
-
-
 def _step_logged(line: bytes) -> int | None:
     """The step of a line of metrics.jsonl; None when the line is torn."""
     try:
@@ -389,27 +328,3 @@ def _step_logged(line: bytes) -> int | None:
 def finite_or_text(value: float | int | str | bool | None) -> float | int | str | bool | None:
     """A number as JSON can hold it: "nan", "inf" and "-inf" are text."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _git(folder: Path, *arguments: str) -> str | None:
-    """The output of a git command; None outside a repository, or without git."""
-    try:
-        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _version(library: str) -> str | None:
-    try:
-        return importlib.metadata.version(library)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _cpu_model() -> str:
-    try:
-        names = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        names = None
-    return names[1] if names else platform.processor() or platform.machine()

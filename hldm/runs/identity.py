@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from hldm import plugins
 from hldm.config import Config, ConfigError, load_config, to_dict
 from hldm.runs.files import sha256_of
-from hldm.runs.folder import check_settings, code_fingerprint, read_totals
+from hldm.runs.folder import check_settings, read_totals
+from hldm.runs.provenance import code_fingerprint
 from hldm.runs.reports import save_report
 from hldm.settings import dotted, is_own
 

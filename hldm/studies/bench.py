@@ -16,7 +16,7 @@ import torch
 from hldm.config import Config, ConfigError
 from hldm.evaluation.tables import Table
 from hldm.plugins import allow_named
-from hldm.runs.folder import describe_environment
+from hldm.runs.provenance import describe_environment
 from hldm.studies import bench_training, bench_writing
 
 

@@ -26,10 +26,11 @@ from hldm.runs.folder import Run
 from hldm.runs.machine import peak_memory
 from hldm.sources.corpora import load_corpus
 from hldm.text.windows import Windows
+from hldm.training.anomalies import TrainingDiverged
 from hldm.training.segmenters import train_segmenter
 from hldm.training.sizes import untrained
 from hldm.training.stage import make_accelerator
-from hldm.training.trainer import Trainer, TrainingDiverged
+from hldm.training.trainer import Trainer
 
 if TYPE_CHECKING:
     from torch.autograd.profiler_util import FunctionEvent

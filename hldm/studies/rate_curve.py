@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 
 from hldm.config import Config, ConfigError, changed, load_config, stage_training
 from hldm.evaluation.tables import Table
-from hldm.runs.folder import code_fingerprint
 from hldm.runs.identity import SHOWN, measured_once, origin_of, text_fingerprint
 from hldm.runs.pairs import load_pair
+from hldm.runs.provenance import code_fingerprint
 from hldm.runs.reports import save_report
 from hldm.sources.corpora import load_corpora
 from hldm.text.bytes import count_characters

@@ -28,6 +28,19 @@ def weight_decay(config: TrainingConfig, growth: float, progress: float) -> floa
     return config.weight_decay * (1 + (growth - 1) * done)
 
 
+def set_rates(
+    optimizers: list[torch.optim.Optimizer], config: TrainingConfig, growth: float, progress: float
+) -> float:
+    """Give optimizers the learning rate, which is returned, and the weight decay of this progress."""
+    rate = learning_rate(config, progress)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+            if group["weight_decay"]:  # not of biases, gains and embeddings
+                group["weight_decay"] = weight_decay(config, growth, progress)
+    return rate
+
+
 def make_optimizers(model: nn.Module, config: TrainingConfig) -> list[torch.optim.Optimizer]:
     """AdamW; or Muon (Jordan et al. 2024) for 2-D weights but embeddings, 32 wide or more, AdamW for the rest."""
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}

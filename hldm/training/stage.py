@@ -9,7 +9,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -19,7 +19,16 @@ from torch import nn
 from hldm.chunking.chunker import make_chunker
 from hldm.chunking.segmenter import Segmenter
 from hldm.chunking.strategies import cached_starts, read_segmenter
-from hldm.config import Config, ConfigError, LoggingConfig, TrainingConfig, to_dict
+from hldm.config import (
+    CheckpointConfig,
+    ChunkingConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    LoggingConfig,
+    TrainingConfig,
+    to_dict,
+)
 from hldm.model.speed import why_plain
 from hldm.model.vitals import complaints
 from hldm.runs.checkpoints import checkpoints_in
@@ -28,13 +37,14 @@ from hldm.runs.exits import Interrupted
 from hldm.runs.files import atomic_write, naming
 from hldm.runs.folder import Run, Totals, check_run_name, open_run, write_totals
 from hldm.runs.identity import MAY_CHANGE_ONCE_TRAINED, SHOWN
-from hldm.runs.progress import Part, say_line
+from hldm.runs.progress import ALONE, Part, say_line
 from hldm.runs.ranks import RankLost, is_rank_failure, make_roll_call, missing_ranks
 from hldm.runs.signals import Stopped
-from hldm.settings import dotted
+from hldm.settings import Dumpable, dotted
 from hldm.sources.shards import open_source
 from hldm.text.corpus import Corpus
 from hldm.text.windows import Windows
+from hldm.training.anomalies import Complaints
 from hldm.training.environment import (
     check_launch,
     check_trackers,
@@ -44,17 +54,29 @@ from hldm.training.environment import (
 )
 from hldm.training.segmenters import train_segmenter
 from hldm.training.stream import StreamedWindows, agreement
-from hldm.training.trainer import Complaints, Trainer
+from hldm.training.trainer import Trainer
 
 MAY_CHANGE = (*MAY_CHANGE_ONCE_TRAINED, "training.")  # on resume
 SEGMENTER_SHARE = 0.2  # of stage one's minutes, at most, for what cuts its text
+
+
+class RunSettings(Dumpable, Protocol):
+    """What a stage reads of its settings: sections that those of every family have."""
+
+    name: str
+    seed: int
+    data: DataConfig
+    chunking: ChunkingConfig
+    training: Any  # a TrainingConfig for each stage
+    checkpoint: CheckpointConfig
+    logging: LoggingConfig
 
 
 @dataclass(frozen=True)
 class Stage:
     """A stage that is open: its settings, its run folder, its processes."""
 
-    config: Config
+    config: RunSettings
     training: TrainingConfig
     run: Run
     accelerator: Accelerator
@@ -261,7 +283,7 @@ def plan(*configs: Config) -> list[Part]:
 
 @contextmanager
 def open_stage(
-    config: Config, name: str, resume: bool, root: Path, part: Part | None = None
+    config: RunSettings, name: str, resume: bool, root: Path, part: Part | None = None
 ) -> Iterator[Stage]:
     """Open runs/<config.name>/<name> for one stage, and seed it.
 
@@ -281,7 +303,8 @@ def open_stage(
     if accelerator.device.type == "cpu" and (reason := why_plain()):
         say(f"C++ kernels: {reason}; sums round otherwise than with them")
     roll_call = make_roll_call()
-    place, opened = part or plan(config)[stages_of(config).index(name)], clock_named(training.clock)()
+    own = plan(config)[stages_of(config).index(name)] if isinstance(config, Config) else ALONE
+    place, opened = part or own, clock_named(training.clock)()
     try:
         torch.manual_seed(config.seed)
         yield Stage(config, training, run, accelerator, say, resume, opened, place)
@@ -325,7 +348,7 @@ def export(model: Any, path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _plain_settings(config: Config) -> dict[str, int | float | str]:
+def _plain_settings(config: RunSettings) -> dict[str, int | float | str]:
     """Settings by dotted key, as numbers or text: all that TensorBoard's hparams take."""
     settings = dotted(to_dict(config))
     return {

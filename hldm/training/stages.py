@@ -30,9 +30,10 @@ from hldm.model.mixture import MixturePredictor
 from hldm.model.prior import Prior
 from hldm.plugins import allow_named
 from hldm.runs.files import fingerprint
-from hldm.runs.folder import check_settings, code_fingerprint, read_totals, require_same_text
+from hldm.runs.folder import check_settings, read_totals, require_same_text
 from hldm.runs.identity import MAY_CHANGE_ONCE_TRAINED, SHOWN, TEXT_SETTINGS, trained_by
 from hldm.runs.progress import Part
+from hldm.runs.provenance import code_fingerprint
 from hldm.runs.signals import is_first_rank
 from hldm.sources.corpora import load_corpora
 from hldm.text.bytes import END_OF_CHUNK

@@ -25,38 +25,28 @@ from hldm.model.state import map_carry, named_tensors
 from hldm.model.vitals import complaints
 from hldm.runs.checkpoints import (
     Checkpoint,
-    checkpoints_in,
     flatten_optimizer,
     newest_checkpoint,
     save_checkpoint,
     unflatten_optimizer,
 )
 from hldm.runs.clock import clock_named
-from hldm.runs.exits import Interrupted, RunEnded
-from hldm.runs.folder import Run, Totals, finite_or_text
-from hldm.runs.health import Spikes, gradients, nonfinite_names
+from hldm.runs.exits import Interrupted
+from hldm.runs.folder import Run, Totals
+from hldm.runs.health import nonfinite_names
 from hldm.runs.progress import ALONE, Part, Progress, Recent
 from hldm.runs.ranks import largest_of_ranks
-from hldm.runs.reports import save_report
 from hldm.runs.signals import Interrupt, Stopped
 from hldm.text.windows import Batch, Windows
+from hldm.training.anomalies import Anomalies, Complaints, TrainingDiverged
 from hldm.training.environment import wrapped
-from hldm.training.optimizers import learning_rate, make_average, make_optimizers, weight_decay
+from hldm.training.optimizers import make_average, make_optimizers, set_rates
 from hldm.training.patience import Patience
 from hldm.training.stream import StreamedWindows, gathered
 
 COUNTED = ("seconds", "characters", "prepared")  # of the totals, what a checkpoint carries
 CLIP_EPS = 1e-6  # what torch's clipping adds to the norm
-YOUNG = 0.1  # of the progress: before it a model may yet come alive
 MAX_SKIPPED_STEPS = 3  # non-finite steps in a row before a run gives up
-
-Complaints = Callable[[dict[str, float]], dict[str, str]]
-
-
-class TrainingDiverged(RunEnded):
-    """Loss, gradient or weights are not finite, for good; nothing bad was saved."""
-
-    exit_code = 3
 
 
 def step_seed(seed: int, step: int, stream: int) -> int:
@@ -107,15 +97,12 @@ class Trainer:
         self.optimizers = make_optimizers(objective, config)
         self.model = wrapped(accelerator, objective)
         self.carries = [objective.initial_carry(self.rows, accelerator.device) for _ in range(parts)]
-        self.complaints, self.decay_growth = complaints, decay_growth
+        self.decay_growth = decay_growth
         self.totals = Totals(seconds=spent, prepared=spent)
         self.recent = Recent()
         self.patience = Patience(config.patience)
         self.validated = -1  # step of the last validation
-        self.spikes = Spikes()
-        self.quiet_until = 0  # step before which no more spikes are said
-        self.quiet_signs: set[str] = set()  # of what is dead and has been said to be
-        self.failures: list[dict[str, Any]] = []  # what is known of the steps skipped in a row
+        self.anomalies = Anomalies(complaints, logging.every)
 
     # --- state on disk -------------------------------------------------------------------------
 
@@ -151,8 +138,7 @@ class Trainer:
                 "optimizers": groups,
                 "threads": torch.get_num_threads(),
                 "processes": self.accelerator.num_processes,
-                "gradient_norms": list(self.spikes.norms),
-                "dead": sorted(self.quiet_signs),
+                **self.anomalies.state,
                 "validated": self.validated,
                 "patience": self.patience.state,
                 **self.extras,
@@ -184,8 +170,7 @@ class Trainer:
             self.carries[part] = map_carry(torch.clone, self.carries[part])  # no two share memory
             for name, tensor in named_tensors(self.carries[part]):
                 tensor.copy_(saved.tensors["carry"][name][first : first + self.rows])
-        self.spikes.norms.extend(saved.state.get("gradient_norms", []))  # only what is said depends on these
-        self.quiet_signs.update(saved.state.get("dead", []))
+        self.anomalies.restore(saved.state)
         self.validated = saved.state.get("validated", -1)
         self.patience.restore(saved.state.get("patience", {"bits": None}), saved.tensors.get("best", {}))
         self.totals = Totals(saved.step, **{name: saved.state.get(name, 0) for name in COUNTED})
@@ -226,12 +211,7 @@ class Trainer:
     def step(self, progress: float) -> dict[str, float] | None:
         """One optimizer step over all rows: what to log; None when it was skipped as non-finite."""
         accelerator, parts, step = self.accelerator, self.config.accumulation, self.totals.steps
-        rate = learning_rate(self.config, progress)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-                if group["weight_decay"]:  # not of biases, gains and embeddings
-                    group["weight_decay"] = weight_decay(self.config, self.decay_growth, progress)
+        rate = set_rates(self.optimizers, self.config, self.decay_growth, progress)
         torch.manual_seed(step_seed(self.seed, step, 1 + accelerator.process_index))  # dropout
         sums: dict[str, Tensor] = {}
         for part in range(parts):
@@ -262,18 +242,10 @@ class Trainer:
                 optimizer.step()
             if self.average is not None:
                 self.average.update_parameters(self.objective)
-            self.failures = []
+            self.anomalies.skipped = []
         else:
-            self.failures.append(
-                {
-                    "step": step + 1,
-                    "rows": self.windows.places(step),
-                    "nats": {name: finite_or_text(value) for name, value in values.items()},
-                    "gradient_norm": finite_or_text(float(norm)),
-                    "learning_rate": rate,
-                    "gradients_not_finite": nonfinite_names(gradients(self.objective)),
-                }
-            )
+            rows = self.windows.places(step)
+            self.anomalies.note_skipped(step + 1, rows, values, float(norm), rate, self.objective)
             self.carries = [self.objective.initial_carry(self.rows, accelerator.device) for _ in range(parts)]
         for parameter in given:
             parameter.grad = None
@@ -335,17 +307,19 @@ class Trainer:
                 if metrics is None:
                     say(f"step {step}: loss or gradient is not finite; step skipped")
                     self.run.log(step, event="skipped: not finite")
-                    if len(self.failures) > MAX_SKIPPED_STEPS:
+                    if (skipped := len(self.anomalies.skipped)) > MAX_SKIPPED_STEPS:
                         raise self._diverged(
-                            f"{len(self.failures)} steps in a row were not finite (the last is {step})",
+                            f"{skipped} steps in a row were not finite (the last is {step})",
                             nonfinite_names(self.objective.state_dict().items()),
                         )
                 else:
-                    self._report_spike(step, metrics["gradient_norm"], say)
+                    self.anomalies.note_spike(step, metrics["gradient_norm"], self.run, say)
                     rate = self.totals.characters / max(seconds, 1e-9)
                     metrics |= {"characters_per_second": rate, "seconds": seconds}
                     if step % self.logging.every == 0 and self.accelerator.is_main_process:
-                        metrics |= self._signs(step, progress, say)
+                        signs: dict[str, float] = self.objective.signs()
+                        self.anomalies.note_deaths(step, signs, progress, self.run, say)
+                        metrics |= signs
                         self.run.log(step, characters=self.totals.characters, **metrics)
                         self.accelerator.log(metrics, step=step)
                     if self.logging.validate_every and step % self.logging.validate_every == 0:
@@ -353,7 +327,7 @@ class Trainer:
                     bar.advance(step, self.progress(), metrics, every=self.logging.every)
                     if step % self.logging.every == 0:
                         self.recent = Recent()
-                if step % self.checkpoint.every == 0 and not self.failures:
+                if step % self.checkpoint.every == 0 and not self.anomalies.skipped:
                     self.save(say)
                 if on_sample and self.logging.sample_every and step % self.logging.sample_every == 0:
                     self._sample(on_sample, interrupt)
@@ -363,7 +337,7 @@ class Trainer:
                     f"{self.run.folder}: no step was taken, for what came before took {self.totals.prepared:.0f} s of "
                     f"{self.config.minutes:g} minutes: give it more, or a segmenter less (chunking.segmenter.minutes)"
                 )
-            for line in self.complaints(self.objective.signs()).values():
+            for line in self.anomalies.complaints(self.objective.signs()).values():
                 say(f"at the end: {line}")
             self._validate(on_validate, bar)
             path = self.save(say)
@@ -410,44 +384,9 @@ class Trainer:
         self.validated = step
         self.patience.add(step, float(self.accelerator.reduce(bits)), model.state_dict())
 
-    def _signs(self, step: int, progress: float, say: Callable[[str], None]) -> dict[str, float]:
-        """Signs of life to log (`hldm.model.vitals`); a line when something has died, and another if it dies again."""
-        signs: dict[str, float] = self.objective.signs()
-        dead = self.complaints(signs) if progress >= YOUNG else {}
-        for sign, line in dead.items():
-            if sign not in self.quiet_signs:
-                self.run.log(step, event=f"dead: {sign}")
-                say(f"step {step}: {line}")
-        self.quiet_signs = set(dead)
-        return signs
-
-    def _report_spike(self, step: int, norm: float, say: Callable[[str], None]) -> None:
-        """Log a gradient norm far above those before; it was clipped like any other."""
-        threshold = self.spikes.add(norm)
-        if threshold is not None:
-            self.run.log(step, event="gradient spike", gradient_norm=norm, threshold=threshold)
-            if step >= self.quiet_until:  # one line every so often, however many there are
-                self.quiet_until = step + self.logging.every
-                say(f"step {step}: gradient norm {norm:.3g} is above the usual {threshold:.3g}; clipped")
-
     def _diverged(self, reason: str, weights: list[str]) -> TrainingDiverged:
-        """The error to raise, after writing post-mortem.json. weights: names of those that are not finite."""
-        saved = list(checkpoints_in(self.run.folder).values())
-        last = str(saved[-1]) if saved else None
-        path = self.run.folder / "post-mortem.json"
-        record = {
-            "reason": reason,
-            "step": self.totals.steps,
-            "seed": self.seed,
-            "weights_not_finite": weights,
-            "skipped_steps": self.failures,  # rows: [document of the training text, byte of it] or null
-            "last_checkpoint": last,
-        }
-        if self.accelerator.is_main_process:
-            save_report(path, record)
-        return TrainingDiverged(
-            f"{reason}: lower training's learning_rate; see {path}; the last checkpoint is {last or 'none'}"
-        )
+        """The error to raise. weights: names of those that are not finite."""
+        return self.anomalies.diverged(reason, weights, self.totals.steps, self.seed, self.run)
 
     def _stop_if_asked(self, interrupt: Interrupt, saved: Callable[[], str]) -> None:
         """Raise Interrupted on all ranks if a signal came to any. saved: the checkpoint to go on from."""

@@ -11,8 +11,8 @@ from hldm.chunking.strategies import cached_starts
 from hldm.commands import training
 from hldm.config import Config, ConfigError, changed, load_config, to_yaml
 from hldm.evaluation.tables import compare
-from hldm.runs.folder import code_fingerprint
 from hldm.runs.identity import check_pair, measured_once, origin_of, require_shared_text
+from hldm.runs.provenance import code_fingerprint
 from hldm.sources.corpora import load_corpora
 from hldm.studies.judge import judge_run
 from hldm.training.segmenters import train_segmenter
@@ -164,7 +164,7 @@ def test_a_segmenter_of_another_text_is_refused_and_its_cuts_are_known_by_settin
 
 def test_the_fingerprint_of_code_is_that_of_its_sources(monkeypatch, tmp_path):
     (tmp_path / "hldm/runs").mkdir(parents=True)
-    monkeypatch.setattr("hldm.runs.folder.__file__", str(tmp_path / "hldm/runs/folder.py"))
+    monkeypatch.setattr("hldm.runs.provenance.__file__", str(tmp_path / "hldm/runs/provenance.py"))
     found = []
     for text in ("x = 1", "x = 2", "x = 1"):
         (tmp_path / "hldm/model.py").write_text(text)

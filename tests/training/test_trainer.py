@@ -23,10 +23,11 @@ from hldm.runs.exits import Interrupted
 from hldm.runs.progress import describe
 from hldm.sources.corpora import load_corpora
 from hldm.text.windows import Batch, Windows
+from hldm.training.anomalies import TrainingDiverged
 from hldm.training.objectives import AutoencoderObjective
 from hldm.training.optimizers import learning_rate
 from hldm.training.stages import train_autoencoder, train_diffusion
-from hldm.training.trainer import Trainer, TrainingDiverged, step_seed
+from hldm.training.trainer import Trainer, step_seed
 
 
 def weights(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
