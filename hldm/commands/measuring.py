@@ -119,7 +119,7 @@ def diagnose(
             split=split or "test",
             text=text,
             twin=None if twin is None else find_model(twin),
-            without=others,
+            without={name: find_model(other) for name, other in others.items()},
             draws=draws,
             seed=seed,
         )
@@ -141,7 +141,7 @@ def _runs_by_part(given: list[str]) -> dict[str, Path]:
             raise ValueError(f"--without takes PART=RUN, e.g. denoiser=runs/without, got {text!r:.80}")
         if name in found:
             raise ValueError(f"--without {name} is given twice: one run a part")
-        found[name] = find_model(run)
+        found[name] = Path(run)
     return found
 
 
