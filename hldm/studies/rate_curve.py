@@ -90,7 +90,8 @@ def points(
         for value in values:
             config = load_config([path], [*overrides, f"{key}={value:g}"])
             if config != base:
-                found.append(Point(f"{dial}-{value:g}", dial, value, timed(config, minutes, clock)))
+                name = f"{dial}-{value:g}".replace("--", "-minus-")
+                found.append(Point(name, dial, value, timed(config, minutes, clock)))
     return found
 
 
