@@ -7,9 +7,11 @@ import io
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 
 from hldm.runs.signals import is_first_rank, leave_in_one_line
+from hldm.sources.notes import TextNote
 from hldm.text.bytes import printable
 
 # what torch says, lower case: its CPU allocator, its own exceptions, mmap, C++, and a thread that finds no stack
@@ -20,6 +22,9 @@ OUT_OF_MEMORY = (
     "bad_alloc",
     "can't start new thread",
 )
+
+
+_PYTHONS_FORMAT = warnings.formatwarning
 
 
 class RunEnded(RuntimeError):
@@ -46,7 +51,17 @@ def guarded(work: Callable[[], int]) -> int:
     return leave_in_one_line(lambda: _guarded(work))
 
 
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A note on the text as a sentence; any other warning as Python shows it."""
+    if issubclass(category, TextNote):
+        return f"note: {message}\n"
+    return _PYTHONS_FORMAT(message, category, filename, lineno, line)
+
+
 def _guarded(work: Callable[[], int]) -> int:
+    warnings.formatwarning = _format_warning
     if isinstance(sys.stdout, io.TextIOWrapper):  # LANG=C must not stop a report that names a file
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
