@@ -42,7 +42,7 @@ def write(trained_run, capsysbinary):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--run", "nowhere", "--prompt", "a"], "nowhere holds no trained model: run train_auto"),
+        (["--run", "nowhere", "--prompt", "a"], "nowhere is no folder here"),
         ([], "no prompt given: pass --prompt TEXT"),
         (["--prompt-file", "nowhere.txt"], "nowhere.txt: No such file"),
         (["--prompt-file", "."], "Is a directory"),

@@ -47,7 +47,7 @@ def test_a_file_costs_what_evaluate_says(trained_run, capsys):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--prompt", "x", "--run", "nowhere"], "holds no trained model"),
+        (["--prompt", "x", "--run", "nowhere"], "is no folder here"),
         ([], "no text given"),
         (["--prompt", ""], "texts[0] is empty"),
         (["--text", "blank.txt"], "nothing but white space"),

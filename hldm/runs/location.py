@@ -48,9 +48,11 @@ def find_model(
             local_files_only=local_files_only,
         )
     else:
+        what = "is no folder here"
+        if folder.is_dir():
+            what = "holds no trained model: run hldm train, or train_autoencoder.py and then train_diffusion.py"
         raise FileNotFoundError(
-            f"{name} holds no trained model: run train_autoencoder.py, then train_diffusion.py, with its config, or "
-            f"take one that comes with hldm ({', '.join(SHIPPED)}) or one of the hub (owner/name)"
+            f"{name} {what}, or take one that comes with hldm ({', '.join(SHIPPED)}) or one of the hub (owner/name)"
         )
     if revision is not None:
         raise ValueError(

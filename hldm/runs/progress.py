@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.live import Live
 
 
+QUIET = 20.0  # seconds without a line, at most, however few steps they hold
 REDRAWN = 0.1  # seconds between two pictures of the live display, at least
 MOST_POINTS = 256  # of a curve that are kept; beyond, neighbours are averaged
 BARS, ASCII_BARS = "▁▂▃▄▅▆▇█", "_.-=+*#@"
@@ -208,6 +209,7 @@ class Progress:
         self.began: tuple[float, float] | None = None  # (time, progress) of the first report
         self.validation: dict[str, float] | None = None
         self.curve = Curve()
+        self.said_at = time.monotonic()  # when the last line was printed
         self.distance = math.nan  # the last one that was measured, where there are no bits
         self.display: Live | None = None
         self.picture: Picture | None = None
@@ -250,7 +252,8 @@ class Progress:
         if math.isfinite(total):
             self.curve.add(total)
         if self.display is None:
-            if step % every == 0:
+            if step % every == 0 or now - self.said_at > QUIET:
+                self.said_at = now
                 rest = "" if left is None else f" {clock(left)} left"
                 told = describe(metrics, self.validation)
                 self.say(f"{self.run}/{self.stage}: step {step} {progress:4.0%} {told}{rest}")

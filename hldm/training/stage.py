@@ -238,7 +238,8 @@ class Stage:
         """Mark the stage as done: totals.json comes last."""
         if self.accelerator.is_main_process:
             write_totals(self.run.folder, replace(totals, corpus=corpus.fingerprint))
-            self.say(f"saved {self.run.folder.parent}")
+            seen = f"{totals.steps:,} steps, {totals.characters:,.0f} characters"
+            self.say(f"saved {self.run.folder.parent}: {seen} in {totals.seconds / 60:.1f} minutes")
 
 
 def make_accelerator(

@@ -380,7 +380,8 @@ class Trainer:
                 step, event="validation", **{f"validation_{name}": value for name, value in found.items()}
             )
             self.accelerator.log({"validation_bound": found["bound"]}, step=step)
-            bar.validated(found)
+            if step:  # what an untrained model costs is for the log
+                bar.validated(found)
         self.validated = step
         self.patience.add(step, float(self.accelerator.reduce(bits)), model.state_dict())
 

@@ -276,7 +276,7 @@ def spoil_environment(folder: Path) -> None:
         (spoil_weights, "cannot be loaded"),
         (spoil_config, "config.yaml"),
         (spoil_environment, "environment.json is damaged"),
-        (lambda folder: shutil.rmtree(folder), "holds no trained model"),
+        (lambda folder: shutil.rmtree(folder), "is no folder here"),
         (lambda folder: (shutil.rmtree(folder), folder.mkdir()), "holds no run"),
     ],
 )

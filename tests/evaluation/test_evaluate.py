@@ -166,7 +166,7 @@ def test_no_prompts_leave_their_entries_empty(runs):
     [
         (["--run", "{runs}/model", "--text", "{tmp}/empty"], "empty is empty"),
         (["--run", "{runs}/model", "--text", "{tmp}/missing"], "missing"),
-        (["--run", "{runs}/nowhere"], "no trained model"),
+        (["--run", "{runs}/nowhere"], "is no folder here"),
         (["--run", "{runs}/model", "--json", "{tmp}/no/such/folder.json"], "no folder"),
         (["--run", "{runs}/model", "--text", "{tmp}/blank", "--split", "test"], "not both"),
         (["--run", "{runs}/model", "--draws", "3"], "draws must be even"),

@@ -191,7 +191,7 @@ def test_scores_of_other_weights_or_none_at_all_are_refused(there, refused):
 
 def test_export_refuses(there, refused):
     assert "is there already" in refused(cli.main(["export", "--run", "slim", "--to", "slim"]))
-    assert "holds no trained model" in refused(cli.main(["export", "--run", "nowhere", "--to", "x"]))
+    assert "is no folder here" in refused(cli.main(["export", "--run", "nowhere", "--to", "x"]))
     assert "no finished run" in refused(cli.main(["export", "--run", "slim/pipeline", "--to", "x"]))
     assert "no folder" in refused(cli.main(["export", "--run", "slim", "--to", "no/x"]))
 

@@ -182,7 +182,7 @@ def test_the_command_measures_runs_of_both_kinds(
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--run", "nowhere"], "neither jepa/model nor pipeline"),
+        (["--run", "nowhere"], "is no folder here"),
         (["--transformer", "nowhere"], "holds no transformer"),
         (["--translation", "latin"], "a translation is one of"),
         (["--sts", "nowhere"], "holds no .tsv"),

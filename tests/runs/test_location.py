@@ -51,7 +51,9 @@ def test_a_folder_may_be_a_pipeline_a_run_or_one_that_comes_with_hldm(saved_pipe
 def test_what_is_nowhere_is_told_in_one_line_and_no_hub_is_asked(name, monkeypatch):
     monkeypatch.setattr(hub, "download", lambda name, **given: pytest.fail("asked the hub"))
     Path("here/empty").mkdir(parents=True)
-    with pytest.raises(FileNotFoundError, match="holds no trained model: run train_autoencoder.py") as error:
+    with pytest.raises(
+        FileNotFoundError, match="is no folder here|holds no trained model: run hldm train"
+    ) as error:
         find_model(name)
     assert "\n" not in str(error.value)
 

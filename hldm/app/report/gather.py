@@ -25,6 +25,7 @@ from hldm.generation.pipeline import HLDMPipeline, read_pipeline
 from hldm.runs.export import source_of
 from hldm.runs.folder import corpora_of_run, read_totals
 from hldm.runs.location import INDEX, find_model, pipeline_of
+from hldm.runs.reports import save_report
 from hldm.sources.corpora import corpus_of_file
 from hldm.sources.notes import first_line
 from hldm.text.corpus import Corpus
@@ -79,6 +80,10 @@ def read_run(
     if evaluation is None and corpus is not None:
         say(f"measuring {folder} on {corpus.name} (hldm evaluate does the same)")
         evaluation = evaluate_run(folder, text=text)
+        if (
+            text is None and (folder / "autoencoder" / "checkpoints").is_dir()
+        ):  # trained here: others can use it, too
+            save_report(folder / "evaluation.json", evaluation)
     name = folder.resolve().name
     return Run(folder, name, config, logs, pipeline, corpus, evaluation, notes)
 
