@@ -110,7 +110,7 @@ def test_the_command_writes_numbers_and_a_picture(trained_run, others, tmp_path,
         (["--parts", "--without", "denoiser={run}"], "the run itself"),
         (["--parts", "--twin", "{root}/again"], "has latents"),
         (["--parts", "--draws", "3"], "even"),
-        (["--parts", "--without", "denoiser={root}/nowhere"], "no trained model"),
+        (["--parts", "--without", "denoiser={root}/nowhere"], "is no folder here"),
     ],
 )
 def test_a_mistake_is_one_line(given, reason, trained_run, others, refused):
