@@ -1,8 +1,8 @@
-# hldm with everything to train, measure and write. Runs are kept in /work/runs: mount a folder at /work.
+# hldm with everything to train, measure and write. Runs are kept in /data/runs: mount a folder at /data.
 #   docker build -t hldm .                             CPU
 #   docker build -t hldm --build-arg TORCH=cu128 .     CUDA 12.8; the host needs NVIDIA's driver and container toolkit
-#   docker run --rm -v "$PWD:/work" hldm generate --prompt "In the beginning"
-#   docker run --rm -v "$PWD:/work" hldm demo --config /opt/hldm/configs/tiny.yaml
+#   docker run --rm -v "$PWD:/data" hldm generate --prompt "In the beginning"
+#   docker run --rm -v "$PWD:/data" hldm demo --config /opt/hldm/configs/tiny.yaml
 ARG BASE=debian:bookworm-slim
 FROM ${BASE}
 
@@ -26,8 +26,8 @@ COPY examples examples
 RUN PIP_NO_CACHE_DIR=1 make .venv/installed
 
 ENV PATH=/opt/hldm/.venv/bin:$PATH
-RUN useradd --create-home --uid 1000 hldm && install -d -o hldm /work
+RUN useradd --create-home --uid 1000 hldm && install -d -o hldm /data
 USER hldm
-WORKDIR /work
+WORKDIR /data
 ENTRYPOINT ["hldm"]
 CMD ["--help"]
