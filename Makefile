@@ -17,7 +17,7 @@ PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 .PHONY: setup demo test test-slow torture lint docs clean
 
 setup: .venv/installed-dev
-	@echo "hldm is ready in .venv ($$($(BIN)/python -V), torch $$($(TORCH_VERSION)))"
+	@echo "hldm is ready in .venv ($$($(BIN)/python -V), torch $$($(TORCH_VERSION))). Next: source .venv/bin/activate"
 
 demo: .venv/installed
 	@echo "using .venv ($$($(BIN)/python -V), torch $$($(TORCH_VERSION)))"

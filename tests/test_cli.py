@@ -208,7 +208,9 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_again(run_copy, co
 
 
 def test_stage_two_names_the_command_of_stage_one(config_file, refused):
-    assert "run train_autoencoder.py with the same" in refused(cli.train_diffusion(["--config", config_file]))
+    assert "run hldm train-autoencoder with the same" in refused(
+        cli.train_diffusion(["--config", config_file])
+    )
     assert not Path("runs").exists()
 
 

@@ -29,7 +29,8 @@ def test_it_prints_bits_and_errors_of_each_text(saved_pipeline, capsys):
     pairs = zip(records, scores, strict=True)
     assert records == [{"text": record["text"], **score.as_dict()} for record, score in pairs]
     assert cli.main([*arguments[:-1], "--samples", "4"]) == 0
-    head, _, row = capsys.readouterr().out.splitlines()
+    head, _, row, _, legend = capsys.readouterr().out.splitlines()
+    assert legend.startswith("bits: an upper bound")
     assert "importance" in head and row.startswith("| two.txt")
 
 

@@ -237,6 +237,6 @@ def make_chunker(config: ChunkingConfig, segmenter: Any = None) -> Chunker:
         return own_chunker(config)
     if segmenter is None:
         raise ConfigError(
-            f"chunking.strategy={config.strategy} needs a segmenter: pass a run that train_autoencoder.py made with it"
+            f"chunking.strategy={config.strategy} needs a segmenter: pass a run that was trained with it"
         )
     return segmenter.chunker(config.min_bytes, config.max_bytes)

@@ -25,6 +25,19 @@ STYLE = (
     "p{white-space:pre-wrap;overflow-wrap:anywhere}h2{font-size:1em;margin:1.5em 0 0}"
     f"p span{{background:{TINTS[0]}}}p span:nth-child(even){{background:{TINTS[1]}}}"
 )
+CUTS = {  # where a strategy begins a chunk, within min_bytes and max_bytes
+    "fixed": "every so many bytes",
+    "words": "at white space",
+    "space": "at what is no letter or digit",
+    "sentence": "after a sentence",
+    "paragraph": "after a blank line",
+    "entropy": "where a small byte model does not know what comes",
+    "state_change": "where that model's state moves far",
+    "gate": "where that model's gates let go",
+    "learned": "where a router, trained through a decoder's loss, turns",
+    "reinforce": "where a policy, paid for few bits and few chunks, puts it",
+    "select": "after the best-scored bytes of a stretch",
+}
 SAMPLE_BYTES = 16_384  # of text that sets a shipped segmenter's threshold: half a second of reading
 PAGE_MARK = b"<!doctype html><!-- hldm chunk -->"  # how such a page begins
 
@@ -69,7 +82,7 @@ def cut_text(
     for run in runs:
         path = run / "autoencoder" / "config.yaml"
         if not path.is_file():
-            raise FileNotFoundError(f"{run} holds no run: train_autoencoder.py makes one")
+            raise FileNotFoundError(f"{run} holds no run: hldm train makes one")
         settings = load_config(path).chunking
         segmenter = read_segmenter(run / "pipeline" / "segmenter", settings)
         asked[f"{settings.strategy} ({run.name})"] = settings, segmenter
@@ -97,7 +110,7 @@ def as_text(cuts: Mapping[str, Sequence[bytes]], colour: bool) -> str:
     for name, chunks in cuts.items():
         pieces = [printable(chunk.decode(errors="replace")) for chunk in chunks]
         body = "".join(map(tinted, pieces, range(len(pieces)))) if colour else "|".join(pieces)
-        parts.append(f"{printable(' '.join(name.split()))}, {_mean(chunks):.2f} bytes a chunk\n{body}\n")
+        parts.append(f"{_heading(name)}: {_mean(chunks):.2f} bytes a chunk\n{body}\n")
     return "\n".join(parts)
 
 
@@ -107,10 +120,16 @@ def as_page(cuts: Mapping[str, Sequence[bytes]]) -> str:
     for name, chunks in cuts.items():
         spans = "".join(f"<span>{html.escape(printable(c.decode(errors='replace')))}</span>" for c in chunks)
         parts.append(
-            f"<h2>{html.escape(printable(name))}: {len(chunks)} chunks of {_mean(chunks):.2f} bytes</h2><p>{spans}</p>"
+            f"<h2>{html.escape(_heading(name))}: {len(chunks)} chunks of {_mean(chunks):.2f} bytes</h2><p>{spans}</p>"
         )
     head = f'<meta charset="utf-8"><title>Where the text is cut</title><style>{STYLE}</style>'
     return f"{PAGE_MARK.decode()}<html lang='en'><head>{head}</head><body>{''.join(parts)}</body></html>\n"
+
+
+def _heading(name: str) -> str:
+    """A strategy, and where it begins a chunk."""
+    told = CUTS.get(name.split(" (")[0], "")
+    return printable(" ".join(name.split())) + (f", {told}" if told else "")
 
 
 def _mean(chunks: Sequence[bytes]) -> float:

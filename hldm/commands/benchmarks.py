@@ -44,10 +44,10 @@ def pairs(
     """
     if json is not None:
         check_report_path(json, "groups")
-    from hldm.studies.minimal_pairs import judge_pairs, table
+    from hldm.studies.minimal_pairs import LEGEND, judge_pairs, table
 
     found = judge_pairs(file, run, group=group, draws=draws, samples=samples, seed=seed)
-    show(table(found))
+    show(table(found), LEGEND)
     if json is not None:
         save_report(json, found)
         print(f"wrote {json}")

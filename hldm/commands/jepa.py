@@ -163,7 +163,8 @@ def similarity(
     usual = [name for name in ("asv", "ylt") if name in installed()]
     chosen = measuring.choose_verses(translation or usual, verses, seed)
     records = measuring.measure(sources, chosen, pairs, say=lambda line: print(line, flush=True))
-    show(measuring.table_of(records), f"{len(chosen.numbers):,} verses of held-out books")
+    shown = measuring.table_of(records)
+    show(shown, f"{len(chosen.numbers):,} verses of held-out books\n{measuring.LEGEND}")
     if json is not None:
         save_report(json, {"representations": records, "verses": len(chosen.numbers), "seed": seed})
         print(f"wrote {json}")

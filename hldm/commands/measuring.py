@@ -10,7 +10,7 @@ from typer import Option
 
 from hldm.commands import options
 from hldm.config import load_config
-from hldm.evaluation.tables import compare, show
+from hldm.evaluation.tables import compare, legend, measured_on, show
 from hldm.runs.export import EVALUATION
 from hldm.runs.folder import shipped_run
 from hldm.runs.location import find_model
@@ -75,7 +75,13 @@ def evaluate(
         max_characters=max_characters,
         seed=seed,
     )
-    show(compare({evaluation["run"]: evaluation}), *(evaluation["alive"] or {}).get("complaints", []))
+    columns = {evaluation["run"]: evaluation}
+    show(
+        *measured_on(columns),
+        compare(columns),
+        *(evaluation["alive"] or {}).get("complaints", []),
+        "What each row means: docs/reading.md",
+    )
     if (
         run is not None
         and text is None
@@ -221,7 +227,7 @@ def judge(
     """
     if json is not None:
         check_report_path(json, "judged")
-    from hldm.studies.judge import judge_run, table
+    from hldm.studies.judge import MEANINGS, judge_run, table
 
     found = judge_run(
         find_model(run),
@@ -233,7 +239,8 @@ def judge(
         max_characters=max_characters,
         seed=seed,
     )
-    show(table(found), *filter(None, [found["no_mauve"]]))
+    shown = table(found)
+    show(shown, legend(MEANINGS, shown.head), *filter(None, [found["no_mauve"]]))
     _save(json, lambda path: save_report(path, found))
 
 

@@ -19,7 +19,13 @@ def report(
     against: Annotated[
         Path | None, Option(metavar="RUN", help="another run beside it, e.g. its twin")
     ] = None,
-    html: Annotated[Path | None, Option(metavar="FILE", help="default: NAME-report.html")] = None,
+    html: Annotated[
+        Path | None,
+        Option(
+            metavar="FILE",
+            help="default: report.html in a run's own folder, else NAME-report.html",
+        ),
+    ] = None,
     text: Text = None,
     measure: Annotated[bool, Option("--measure", help="though there is an evaluation.json")] = False,
     seed: Seed = 0,
@@ -30,7 +36,8 @@ def report(
     Curves, figures, a passage in chunks, the latents on a plane, how one is denoised, samples, faults. The page needs
     no network.
     """
-    target = html or Path(f"{run.resolve().name}-report.html")
+    is_ours = (run / "autoencoder" / "checkpoints").is_dir()
+    target = html or (run / "report.html" if is_ours else Path(f"{run.resolve().name}-report.html"))
     check_page_path(target, MARK)
     from hldm.app.report.build import build_report
     from hldm.runs.files import atomic_write

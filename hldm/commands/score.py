@@ -73,7 +73,18 @@ def score(
     rows: list[dict[str, Any]] = [{**record, "text": short(record["text"])} for record in records]
     if len(records) > 1:
         rows.append(_total(records))
-    show(Table.of_records(rows, columns))
+    kind = (
+        "the likelihood, -log2 p"
+        if pipeline.prior is None
+        else "an upper bound on -log2 p, ± its standard error"
+    )
+    split = (
+        ""
+        if pipeline.prior is None
+        else "; decoder (the bytes, given the latents) + latent + end (at full noise)"
+    )
+    tighter = "; importance: a tighter bound" if samples and pipeline.prior is not None else ""
+    show(Table.of_records(rows, columns), f"bits: {kind}{split}{tighter}")
 
 
 def _total(records: list[dict[str, Any]]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ LICENCE = "of the weights, e.g. cc-by-4.0 (default: mit after the built-in text,
 def export(
     *,
     run: Run,
-    to: Annotated[Path, Option(help="a folder that is not there yet")],
+    to: Annotated[Path, Option(help="a folder that is not there yet; made, with those above it")],
     licence: Annotated[str, Option("--licence", "--license", metavar="SPDX", help=LICENCE)] = "",
     prompt: Annotated[str, Option(help="what the card's sample goes on from")] = "",
     measure: Annotated[bool, Option("--measure", help="evaluate a run that has no scores yet")] = False,

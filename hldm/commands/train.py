@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,14 +15,19 @@ from hldm.config import Config, ConfigError, changed, load_config, stage_trainin
 from hldm.plugins import named
 from hldm.runs.folder import last_sample, last_validation
 from hldm.runs.identity import inherited
+from hldm.runs.progress import in_minutes
 from hldm.runs.signals import is_first_rank
 from hldm.text.bytes import printable
 
 PRIOR_SHARE = 0.1  # of the minutes, where the config gives none: that of configs/small.yaml
-PROMPT_WORDS = 4  # of the sample, in the command that is proposed
+PROMPT_WORDS, PROMPT_LETTERS = 6, 60  # of the sample at most, in the command that is proposed
 
 Minutes = Annotated[
-    float | None, Option(callback=check_minutes, help="wall clock of both stages, shared as in the config")
+    float | None,
+    Option(
+        callback=check_minutes,
+        help="of the model's two stages together, shared as the config's own are; --twin takes as many again",
+    ),
 ]
 Steps = Annotated[int | None, Option(min=1, help="optimizer steps of each stage")]
 PriorSteps = Annotated[int | None, Option(min=1, help="of stage two, where it takes another number")]
@@ -32,7 +38,9 @@ def train(
     config: Configs,
     overrides: Overrides = None,
     name: Annotated[str | None, Option(help="run folder below runs/ (default: the config's name)")] = None,
-    twin: Annotated[bool, Option("--twin", help="also a plain autoregressive model, as long")] = False,
+    twin: Annotated[
+        bool, Option("--twin", help="also a plain autoregressive model, for as long: twice the time in all")
+    ] = False,
     minutes: Minutes = None,
     steps: Steps = None,
     prior_steps: PriorSteps = None,
@@ -67,11 +75,26 @@ def train(
         for stage in stages_of(run):
             require_room(run, stage)
     parts = plan(*runs)
+    if is_first_rank():
+        print(outline(runs), flush=True)
     for run in runs:
         own, parts = parts[: len(stages_of(run))], parts[len(stages_of(run)) :]
         train_run(run, resume=resume, parts=own, validation=validation_on)
     if is_first_rank():
         print("\n".join(summary([Path("runs") / run.name for run in runs], named(model))))
+
+
+def outline(runs: Sequence[Config]) -> str:
+    """What will be trained, and for how long."""
+    from hldm.training.stage import limit_of, plan, stages_of
+
+    told = []
+    for run in runs:
+        limits = (f"{stage} {limit_of(getattr(run.training, stage))}" for stage in stages_of(run))
+        told.append(f"runs/{run.name}: {', then '.join(limits)}")
+    minutes, later = runs[0].training.autoencoder.minutes, plan(*runs)[0].later_minutes
+    in_all = f"; {in_minutes(minutes + later)} in all" if minutes and later else ""
+    return f"to train: {'; '.join(told)}{in_all}"
 
 
 def with_limits(config: Config, minutes: float | None, steps: int | None, prior_steps: int | None) -> Config:
@@ -98,19 +121,44 @@ def _prior_share(config: Config) -> float:
 
 def summary(folders: Sequence[Path], own: Sequence[str] = ()) -> list[str]:
     """What there is now, and what to type next. own: classes of the user's own that the first of them names."""
-    flag = "--allow-code " if own else ""
-    sample = last_sample(folders[0])
-    prompt = shlex.quote(" ".join(printable(sample).split()[:PROMPT_WORDS]))
+    sample = printable(last_sample(folders[0]))
     lines = [f"{folder}: {found}" for folder in folders if (found := _validated(folder))]
     return [
         "",
-        printable(sample),
+        f"Held-out text, and after >>> what {folders[0]} writes:",
+        "",
+        sample,
         "",
         *lines,
         f"Everything is in {' and '.join(map(str, folders))}.",
-        f"Next: hldm generate --run {folders[0]} {flag}--prompt {prompt}",
-        *(f"      hldm evaluate --run {folder}" for folder in folders),
+        *next_commands(folders, own, _first_words(sample)),
     ]
+
+
+def next_commands(folders: Sequence[Path], own: Sequence[str] = (), prompt: str = "And so") -> list[str]:
+    """What to type once a run is trained, and its twin if there is one. own: classes of the user's own."""
+    flag = " --allow-code" if own else ""
+    against = f" --against {folders[1]}" if folders[1:] else ""
+    commands = [
+        f"hldm generate --run {folders[0]}{flag} --prompt {shlex.quote(prompt)}",
+        *(f"hldm evaluate --run {folder}{flag}" for folder in folders),
+        f"hldm report {folders[0]}{flag}{against}",
+    ]
+    return [f"{'Next:' if not number else '':6}{command}" for number, command in enumerate(commands)]
+
+
+def _first_words(text: str) -> str:
+    """How a text begins: a few words, up to the first mark of punctuation."""
+    begin = next((at for at, letter in enumerate(text) if letter.isalnum()), len(text))
+    end = next(
+        (
+            at
+            for at, letter in enumerate(text)
+            if at > begin and letter not in "'’-" and unicodedata.category(letter)[0] in "PSC"
+        ),
+        len(text),
+    )
+    return " ".join(text[begin:end].split()[:PROMPT_WORDS])[:PROMPT_LETTERS] or "And so"
 
 
 def _validated(run: Path) -> str:
@@ -118,5 +166,7 @@ def _validated(run: Path) -> str:
     found = last_validation(run)
     if not found:
         return ""
-    terms = ", ".join(f"{found[name]:.3f} {name}" for name in ("latent", "decoder", "end") if found[name])
-    return f"{found['bound']:.3f} bits/char in validation ({terms}), on the beginnings of a few documents"
+    names = {"latent": "latents", "decoder": "bytes", "end": "end of the diffusion"}
+    terms = [f"{found[name]:.3f} for {told}" for name, told in names.items() if found[name]]
+    split = f" ({', '.join(terms)})" if terms[1:] else ""
+    return f"{found['bound']:.3f} bits a character of held-out text{split}, on a slice of it: hldm evaluate reads all"

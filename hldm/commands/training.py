@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
-from typer import Option
+from typer import Context, Option
 
 from hldm.commands.options import Configs, Overrides, Paired, PairOverrides, check_minutes
+from hldm.commands.train import next_commands
 from hldm.config import Config, changed, load_config, stage_training, to_yaml
-from hldm.evaluation.tables import compare, show
+from hldm.evaluation.tables import compare, measured_on, show
 from hldm.plugins import allow_named, named
 from hldm.runs.identity import inherited
 from hldm.runs.pairs import load_pair
@@ -31,6 +33,7 @@ def _train(stage: str, name: str, summary: str) -> Callable[..., None]:
     """The command that trains a stage."""
 
     def train(
+        context: Context,
         *,
         config: Configs,
         overrides: Overrides = None,
@@ -63,10 +66,24 @@ def _train(stage: str, name: str, summary: str) -> Callable[..., None]:
         (stages.train_autoencoder if stage == "autoencoder" else stages.train_diffusion)(
             resolved, resume=resume, validation=validation_on
         )
+        if not is_first_rank():
+            return
+        if stage == "prior" or resolved.is_twin:
+            print("\n".join(next_commands([Path("runs") / resolved.name], named(resolved))))
+        else:
+            print(f"Next: {_stage_two(context.command_path, config, overrides or [], resolved.name)}")
 
     launch = f"accelerate launch --multi_gpu --num_processes 2 {name}.py ... (on CPU, too)"
     train.__name__, train.__doc__ = name, f"{summary}\n\nSeveral processes: {launch}"
     return train
+
+
+def _stage_two(stage_one: str, files: Sequence[Path], overrides: Sequence[str], name: str) -> str:
+    """The command that trains stage two. stage_one: how the one before it was called, a script or a command."""
+    command = stage_one.replace("autoencoder", "diffusion")
+    script = ["python"] if command.endswith(".py") else []
+    configs = [word for file in files for word in ("--config", str(file))]
+    return shlex.join([*script, *command.split(), *configs, "--name", name, *overrides])
 
 
 train_autoencoder = _train("autoencoder", "train_autoencoder", "Stage one: train the autoencoder, or a twin.")
@@ -134,11 +151,10 @@ def demo(
         columns[label] = evaluate_run(folder)
         save_report(folder / "evaluation.json", columns[label])
     _write_samples(model, folders["model"])
-    show(compare(columns), *short_tables(columns["model"].get("parts")))
+    show(*measured_on(columns), compare(columns), *short_tables(columns["model"].get("parts")))
     minutes = (time.monotonic() - began) / 60
     print(f"\n{minutes:.1f} minutes. Everything is in {folders['model']} and {folders['twin']}.")
-    flag = "--allow-code " if named(model) else ""
-    print(f'Next: python generate.py --run {folders["model"]} {flag}--prompt "And the king said"')
+    print("\n".join(next_commands([*folders.values()], named(model), "And the king said")))
 
 
 def _write_samples(config: Config, folder: Path) -> None:

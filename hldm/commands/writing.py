@@ -189,4 +189,6 @@ def chunk(
         atomic_write(html, view.as_page(cuts))
         print(f"wrote {html}")
     else:
+        if not (strategy or run or as_json):
+            print("Every strategy in turn; --strategy NAME shows one, --run RUN how that run cuts.\n")
         print(view.as_json(cuts) if as_json else view.as_text(cuts, shows_colour(sys.stdout)))

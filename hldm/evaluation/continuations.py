@@ -17,6 +17,7 @@ from hldm.evaluation.metrics import compute, diversity, random_passage, repeat_l
 from hldm.evaluation.prompts import Prompt
 from hldm.generation.pipeline import HLDMPipeline
 from hldm.generation.writer import Continuation, write_on
+from hldm.runs.doing import doing
 from hldm.text.bytes import count_characters
 
 
@@ -73,7 +74,8 @@ def continue_prompts(
         baselines["random_passage"] = [
             random_passage(training_text, max_characters, generator) for _ in prompts
         ]
-    found = write_batch(pipeline, pipeline.settings, starts, max_characters=max_characters, seed=seed)
+    with doing(f"writing {len(prompts)} continuations"):
+        found = write_batch(pipeline, pipeline.settings, starts, max_characters=max_characters, seed=seed)
     written = [row.text.decode("utf-8", errors="replace") for row in found.rows]
     return {
         "prompts": len(prompts),

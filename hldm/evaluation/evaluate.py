@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hldm.chunking.reading import held_out_windows, prompt_chunker, read_windows
+from hldm.config import load_config
 from hldm.evaluation.bound import evaluate_bound
 from hldm.evaluation.context_length import by_distance, compare_contexts, cut_documents
 from hldm.evaluation.continuations import continue_prompts
@@ -30,7 +31,8 @@ from hldm.generation.pipeline import HLDMPipeline, read_pipeline
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.prior import Prior
 from hldm.model.vitals import complaints, signs_of_latents, signs_of_schedule, signs_of_weights
-from hldm.runs.export import stages_of
+from hldm.runs.doing import doing
+from hldm.runs.export import public_name, source_of, stages_of
 from hldm.runs.files import fingerprint
 from hldm.runs.folder import corpora_of_run, read_totals, training_text_of
 from hldm.runs.location import pipeline_of
@@ -70,9 +72,11 @@ def evaluate_run(
         pipeline.to("cuda")
     autoencoder, prior = pipeline.autoencoder, pipeline.prior
     training_text: bytes | None
+    share = None  # of the run's text
     if given is None:
         corpora = corpora_of_run(folder)
         corpus, training_text = corpora[split], corpora["train"].text.tobytes()
+        share = len(corpus.text) / sum(len(part.text) for part in corpora.values())
         if is_blank(corpus.text.tobytes()):
             raise ValueError(f"{corpus.name} holds nothing but white space: there is nothing to measure")
     else:
@@ -82,16 +86,20 @@ def evaluate_run(
     noise = generator if text is None else PlacedGenerator(seed)
     windows = held_out_windows(autoencoder, corpus)
     samples = 0 if prior is None else samples  # the twin's likelihood needs no bound
-    bound = evaluate_bound(autoencoder, prior, windows, draws=draws, samples=samples, generator=noise)
+    name = folder.resolve().name
+    with doing(f"measuring the bits per character of {name} on {windows.characters:,} characters"):
+        bound = evaluate_bound(autoencoder, prior, windows, draws=draws, samples=samples, generator=noise)
 
     def cut(every: int) -> dict[str, Any] | None:
         pieces = held_out_windows(autoencoder, cut_documents(windows, every), windows.chunk_start)
-        short = evaluate_bound(autoencoder, prior, pieces, draws=draws, generator=generator)
+        with doing(f"measuring the same, documents cut every {every:,} bytes"):
+            short = evaluate_bound(autoencoder, prior, pieces, draws=draws, generator=generator)
         return compare_contexts(bound.by_chunk, short.by_chunk, windows, pieces, every)
 
     return {
-        "run": folder.resolve().name,
+        "run": name,
         "split": split if text is None else str(text),
+        "measured_on": _measured_on(folder, split, text, windows.characters, share),
         "text": corpus.fingerprint,
         "model": weights_of(pipeline),
         "commit": _commit(folder),
@@ -101,12 +109,7 @@ def evaluate_run(
         "characters": windows.characters,
         "bits_per_character": bound.bits_per_character(),
         "perplexity": _perplexity(float(bound.nats.sum()), windows),
-        "characters_per_chunk": None if prior is None else windows.characters / windows.chunks,
-        "reconstruction": (
-            None if prior is None else reconstruct(autoencoder, windows, prior.diffusion.gamma_0, generator)
-        ),
-        "alive": None if prior is None else signs_of_life(autoencoder, prior, windows),
-        "parts": None if prior is None else short_parts(autoencoder, prior, windows, seed),
+        **_of_latents(autoencoder, prior, windows, generator, seed),
         **continue_prompts(
             pipeline,
             choose_prompts(corpus, prompt_chunker(autoencoder), prompts, max_characters=max_characters),
@@ -118,6 +121,33 @@ def evaluate_run(
         "context": {str(every): cut(every) for every in contexts} or None,
         "cost": _cost(folder, pipeline),
     }
+
+
+def _measured_on(folder: Path, split: Split, text: Path | None, characters: int, share: float | None) -> str:
+    """Which text, and how much of it, in words. share: of the run's text, in bytes"""
+    if text is not None or share is None:
+        return f"{public_name(str(text))} ({characters:,} characters)"
+    source = source_of(load_config(folder / "autoencoder" / "config.yaml").data)
+    return (
+        f"the {split} split of {source}: {characters:,} characters, {share:.1%} of the text, never trained on"
+    )
+
+
+def _of_latents(
+    autoencoder: Autoencoder, prior: Prior | None, windows: Windows, generator: torch.Generator, seed: int
+) -> dict[str, Any]:
+    """What is measured of latents alone; each None for the twin, which has none."""
+    if prior is None:
+        return dict.fromkeys(("characters_per_chunk", "reconstruction", "alive", "parts"))
+    with doing("reconstructing chunks from their latents"):
+        reconstruction = reconstruct(autoencoder, windows, prior.diffusion.gamma_0, generator)
+    with doing("measuring what each part is worth"):
+        return {
+            "characters_per_chunk": windows.characters / windows.chunks,
+            "reconstruction": reconstruction,
+            "alive": signs_of_life(autoencoder, prior, windows),
+            "parts": short_parts(autoencoder, prior, windows, seed),
+        }
 
 
 @torch.no_grad()

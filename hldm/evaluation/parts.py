@@ -267,35 +267,35 @@ def parts_in(autoencoder: Autoencoder, prior: Prior) -> list[Part]:
     found = []
     if prior.mixture is not None:
         found += [
-            Part("denoiser", "denoiser: the mixture's own estimate instead", _without_network(prior)),
-            Part("diffusion", "diffusion: the mixture in closed form instead", _in_closed_form),
+            Part("denoiser", "the denoiser: a mixture of typical latents instead", _without_network(prior)),
+            Part("diffusion", "diffusion: the same mixture by its formula instead", _in_closed_form),
         ]
-    found.append(Part("context", "context of the denoiser, all of it", _without_context))
+    found.append(Part("context", "all that the denoiser sees of earlier chunks", _without_context))
     for level in range(1, prior.hierarchy.levels + 1):
         chunks = prior.hierarchy.ratio**level
         part = _without_entries(prior, f"level-{level}", partial(_is_of_level, level))
-        found.append(part._replace(hidden=f"  pyramid level {level}, means of {chunks:,} chunks"))
+        found.append(part._replace(hidden=f"  means of {chunks:,} chunks"))
     part = _without_entries(prior, "far", _is_far)
     found.append(part._replace(hidden=f"  all but the {NEAREST} nearest chunks"))
-    found.append(Part("entry-latents", "  latents of its entries", _without_latents_of_entries))
+    found.append(Part("entry-latents", "  the latents of earlier chunks", _without_latents_of_entries))
     if prior.settings.reads_text:
-        found.append(Part("entry-text", "  text features of its entries", _without_features_of_entries))
+        found.append(Part("entry-text", "  the text of earlier chunks", _without_features_of_entries))
     if prior.mixture is not None:
-        found.append(Part("text", "text features, from the mixture", _without_features_of_mixture))
+        found.append(Part("text", "the text before, to the mixture", _without_features_of_mixture))
     if prior.mixture is not None and prior.settings.reads_text:
-        found.append(Part("prior-text", "text features, from all of the prior", _without_features_in_prior))
+        found.append(Part("prior-text", "the text before, to all of the prior", _without_features_in_prior))
     found.append(
-        Part("everything", "everything before the chunk, from the prior", _without_anything_in_prior)
+        Part("everything", "text and latents before, to all of the prior", _without_anything_in_prior)
     )
     if autoencoder.settings.trunk_layers:
-        found.append(Part("trunk", "memory of the trunk beyond the last chunk", _without_memory_of_trunk))
+        found.append(Part("trunk", "the trunk's memory beyond the last chunk", _without_memory_of_trunk))
     found += [
-        Part("latent", "latent of the decoder", _without_latent),
+        Part("latent", "the chunk's latent, to the decoder", _without_latent),
         Part("latent-shuffled", "  the latent of another chunk instead", _latent_of_another),
         Part("latent-sampled", "  a latent drawn from the prior instead", _latent_of_prior),
     ]
     if autoencoder.settings.reads_text:
-        found.append(Part("bytes", "encoder's features at each byte, from the decoder", _without_bytes))
+        found.append(Part("bytes", "the text before each byte, to the decoder", _without_bytes))
     return found
 
 

@@ -23,6 +23,7 @@ from hldm.evaluation.worth import clusters_of, from_json, least, paired_worth
 from hldm.generation.pipeline import read_pipeline
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.prior import Prior
+from hldm.runs.doing import doing
 from hldm.runs.folder import corpora_of_run, read_totals
 from hldm.runs.identity import require_shared_text
 from hldm.runs.location import pipeline_of
@@ -30,6 +31,15 @@ from hldm.sources.corpora import corpus_of_file
 from hldm.text.corpus import Corpus, Split
 from hldm.text.windows import Windows
 
+LEGEND = (
+    "bits lost: what a character costs more where the model does not get the part, ± standard error; about 0: it is "
+    "not used. The mixture is what the prior knows without denoising, the trunk the recurrent net that remembers "
+    "earlier chunks. Row by row: docs/parts.md"
+)
+STEPS_LEGEND = (
+    "bits in latents: what a character's latents cost when drawn in so few steps, and how far that lies above "
+    "endlessly many; spread: of drawn latents by that of true ones, for each of a latent's numbers (1: alike)"
+)
 EQUAL_MINUTES = 0.05  # by how much the minutes of two runs that are compared may differ before it is said
 
 
@@ -73,16 +83,19 @@ def parts_of_run(
 
     # runs are compared by all of the text: they cut it into other chunks
     enough = ENOUGH_CHUNKS if short and not without else None
-    found, costs = _measured(autoencoder, prior, windows, draws, seed, short, enough)
+    with doing(f"hiding each part of {folder.resolve().name} in turn"):
+        found, costs = _measured(autoencoder, prior, windows, draws, seed, short, enough)
     rows = found["rows"]
     for name, other in without.items():
-        again = _retrained(costs, corpus, windows, other, draws, seed)
+        with doing(f"measuring {other.resolve().name}, trained without {name}"):
+            again = _retrained(costs, corpus, windows, other, draws, seed)
         worth = least(from_json(rows[name]["hidden"]), from_json(again))
         rows[name] |= {"retrained": again, "worth": worth.as_json()}
     found |= {"run": folder.resolve().name, "split": split if text is None else str(text)}
     found |= {"text": corpus.fingerprint, "minutes": _minutes(folder)}
     if not short:
-        found |= _of_latents(autoencoder, prior, windows, settings, seed)
+        with doing("measuring few denoising steps, and what a latent tells the decoder"):
+            found |= _of_latents(autoencoder, prior, windows, settings, seed)
         if twin is not None and other_twin is not None:
             plain = other_twin[0]
             sure = share_sure(plain, None, held_out_windows(plain, corpus), torch.Generator())
@@ -186,11 +199,11 @@ def tables(parts: Mapping[str, Any]) -> list[str | Table]:
     bits = parts["bits_per_character"]
     head = (
         f"parts of {parts.get('run', 'the model')} on {parts['characters']:,} characters: {bits['bound']:.4f} bits a "
-        f"character ({bits['latent']:.4f} in latents), and what it loses without a part"
+        f"character ({bits['latent']:.4f} in latents), and how many more with a part hidden"
     )
-    shown: list[str | Table] = [head, _worth_table(parts), *_remarks(parts)]
+    shown: list[str | Table] = [head, _worth_table(parts), LEGEND, *_remarks(parts)]
     if "steps" in parts:
-        shown += [_steps_table(parts), _latents_table(parts)]
+        shown += [_steps_table(parts), STEPS_LEGEND, _latents_table(parts)]
     if "run" in parts:
         shown.append(
             f"measured in {parts['seconds']:.0f} seconds, {parts['cpu_seconds']:.0f} of one CPU core's"
@@ -215,7 +228,7 @@ def _worth_table(parts: Mapping[str, Any]) -> Table:
     """A row a part; the columns of retrained models only where there are any."""
     rows = parts["rows"]
     has_others = any(row["retrained"] for row in rows.values())
-    head = ["hidden, bits per character", "name", "hidden"]
+    head = ["hidden", "name", "bits lost"]
     head += ["retrained", "worth"] if has_others else []
     cells = []
     for name, row in rows.items():
@@ -248,7 +261,7 @@ def _steps_table(parts: Mapping[str, Any]) -> Table:
         ratios = parts["deviation"].get(str(row["steps"]))
         shown = "-" if ratios is None else " ".join(f"{ratio:.2f}" for ratio in sorted(ratios))
         rows.append([name, f"{row['bits']:.4f}", over, shown])
-    head = ["ancestral steps S", "L_S", "above L_inf", "deviation of latents, of the true"]
+    head = ["denoising steps", "bits in latents", "above endlessly many", "spread of drawn latents"]
     return Table(head, rows)
 
 
@@ -261,8 +274,8 @@ def _latents_table(parts: Mapping[str, Any]) -> Table:
     return Table(
         ["what a latent tells the decoder", "share"],
         [
-            ["bytes it is sure of (p > 0.9), given z_0", cell(sure["model"], ".1%")],
-            ["  the twin, without latents", cell(sure["twin"], ".1%")],
+            ["bytes it is sure of (p > 0.9)", cell(sure["model"], ".1%")],
+            *([] if sure["twin"] is None else [["  the twin, without latents", cell(sure["twin"], ".1%")]]),
             ["two writings of one latent that agree", agreement_shown],
         ],
     )

@@ -128,19 +128,18 @@ def _scores(
 def _scores_section(scores: Mapping[str, Any] | None, name: str) -> str:
     if scores is None:
         return f"Not measured when this was shared: `hldm evaluate --run {name} --text FILE` measures."
-    table = compare({name: scores})
-    none = "how many" if not scores.get("samples") else ""  # importance-weighted draws
-    known = Table(table.head, [row for row in table.rows if row[1] != "-" and row[0].strip() != none])
     bits = scores["bits_per_character"]
     kind = "their likelihood" if scores.get("characters_per_chunk") is None else "an upper bound"
     return (
         f"{bits['bound']:.3f} ± {bits['standard_error']:.3f} bits a character ({kind}; the error is that of the noise "
-        f"drawn) on {_split(scores)}, by `hldm evaluate`.\n\n{known}"
+        f"drawn) on {_split(scores)}, by `hldm evaluate`.\n\n{compare({name: scores})}"
     )
 
 
 def _split(scores: Mapping[str, Any]) -> str:
     """What was measured on, in words."""
+    if scores.get("measured_on"):
+        return str(scores["measured_on"])
     split = scores["split"]
     named = f"the {split} text that was held out" if split in ("test", "validation") else f"the file {split}"
     return f"{named} ({scores['characters']:,} characters)" if "characters" in scores else named
@@ -154,9 +153,10 @@ def _sample(pipeline: HLDMPipeline, prompt: str) -> str:
     if pipeline.prior is None:
         used = {key: used[key] for key in ("decoder_temperature", "top_p")}
     settings = ", ".join(f"{key} {value}" for key, value in used.items())
-    start = f"Gone on from `{printable(prompt)}`" if prompt else "From nothing"
-    text = "\n".join(f"    {line}" for line in printable(prompt + found.texts[0]).splitlines())
-    return f"{start}, seed 0, the first and only try; {settings}.\n\n{text}"
+    start = "After the prompt, which ends at >>>" if prompt else "Without a prompt"
+    given = f"{prompt} >>>" if prompt else ""
+    text = "\n".join(f"    {line}" for line in printable(given + found.texts[0]).splitlines())
+    return f"{start}: seed 0, the first and only try, with the settings {settings}.\n\n{text}"
 
 
 def _data_section(data: Mapping[str, Any]) -> str:
@@ -172,8 +172,8 @@ def _data_section(data: Mapping[str, Any]) -> str:
         {"name": name, **found, "short": found["fingerprint"][:12]} for name, found in data["splits"].items()
     ]
     share = data["held_out"]
-    held_out = f"{share:.3g} of it for validation, as much for test" if isinstance(share, float) else share
-    told = f"Source: {printable(data['source'])}. Held out: {held_out}."
+    of_it = f"{100 * share:.3g} % for validation, as much for the test" if isinstance(share, float) else share
+    told = f"Source: {printable(data['source'])}. Kept from training: {of_it}."
     if missing := data.get("missing"):
         told += f" {missing[0].upper()}{missing[1:]}."
     return f"{told}\n\n{Table.of_records(rows, columns)}" if rows else told
@@ -195,7 +195,8 @@ def _making_section(run: Path) -> str:
         totals, last = read_totals(stage), _last_start(stage)
         machine = f"{last.get('cores')} cores of {last.get('cpu')}, torch on {last.get('threads')} of them"
         machines.append(", ".join([machine, *last.get("accelerators", [])]) if last else "not kept")
-        commit = f"{(last.get('commit') or 'not a clone')[:12]}{'+' * bool(last.get('dirty'))}"
+        edited = ", edited" if last.get("dirty") else ""
+        commit = f"{(last.get('commit') or 'not a clone')[:12]}{edited}"
         versions = f"{last.get('python')}, {last.get('torch')}" if last else None
         rows.append(
             {
@@ -210,8 +211,9 @@ def _making_section(run: Path) -> str:
         )
     where = "; ".join(dict.fromkeys(machines))
     return (
-        f"Settings: `{rows[0]['stage']}/config.yaml`, one file for all stages. Machine: {where}. A commit with + had "
-        f"changes that were not committed.\n\n{Table.of_records(rows, columns)}"
+        f"Settings: `{rows[0]['stage']}/config.yaml`, one file for all stages. Machine: {where}. Commit: of hldm's "
+        "repository, edited where it held changes that are in no commit; code: a fingerprint of hldm's own files."
+        f"\n\n{Table.of_records(rows, columns)}"
         if rows
         else "Not kept."
     )

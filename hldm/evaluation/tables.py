@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -40,6 +41,12 @@ class Table(NamedTuple):
         """A row a record. columns: head of each, with the key and the format of its values."""
         rows = [[cell(record.get(key), form) for key, form in columns.values()] for record in records]
         return cls(list(columns), rows)
+
+
+def legend(meanings: Mapping[str, str], heads: Iterable[str]) -> str:
+    """What columns mean, a line each, of those among the heads."""
+    shown = [head for head in heads if head in meanings]
+    return "\n".join(f"{head:<{max(map(len, shown))}}  {meanings[head]}" for head in shown)
 
 
 def show(*parts: str | Table) -> None:
@@ -87,13 +94,16 @@ def _print_richly(table: Table) -> None:
 
 
 def cell(value: Any, form: str, scale: float = 1) -> str:
-    """A formatted value: a name short and harmless, a huge number in scientific form."""
+    """A formatted value: a name short and harmless, a huge number as a power of ten."""
     if value is None:
         return "-"
     if isinstance(value, str):
         return short(value)
     value *= scale
-    return format(value, ".3e" if form.endswith("f") and "," not in form and abs(value) >= 1e7 else form)
+    if form.endswith("f") and "," not in form and 1e7 <= abs(value) < math.inf:
+        digits, power = format(value, ".1e").split("e")
+        return f"{digits} x 10^{int(power)}"
+    return format(value, form)
 
 
 def short(text: str) -> str:
@@ -131,14 +141,13 @@ def row(label: str, form: str, columns: Mapping[str, Any], *keys: str, scale: fl
 
 # label, dotted key, format
 _ROWS: tuple[tuple[str, str, str], ...] = (
-    ("measured on", "split", ""),
     ("characters", "characters", ",.0f"),
     ("bits per character (an upper bound)", "bits_per_character.bound", ".4f"),
     ("  standard error, Monte Carlo", "bits_per_character.standard_error", ".4f"),
     ("  standard error, another text", "bits_per_character.standard_error_text", ".4f"),
     ("  of it latents", "bits_per_character.latent", ".4f"),
     ("  of it bytes and ends", "bits_per_character.decoder", ".4f"),
-    ("  of it end of the diffusion", "bits_per_character.end", ".4f"),
+    ("  of it what full noise leaves", "bits_per_character.end", ".4f"),
     ("  by importance-weighted draws", "bits_per_character.importance", ".4f"),
     ("    how many", "samples", ".0f"),
     ("perplexity, character", "perplexity.character", ".3f"),
@@ -148,18 +157,18 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
     ("  from latents without noise", "reconstruction.clean.byte_accuracy", ".2%"),
     ("reconstruction, chunks right", "reconstruction.noisy.chunk_accuracy", ".2%"),
     ("  from latents without noise", "reconstruction.clean.chunk_accuracy", ".2%"),
-    ("latents, effective rank", "alive.rank", ".2f"),
-    ("  dimensions that do not vary", "alive.dead_dimensions", ".0f"),
-    ("mixture, prototypes in use", "alive.prototypes", ",.0f"),
-    ("  entropy of its weights, bits", "alive.weights_bits", ".2f"),
-    ("noise levels, largest share of a bin", "alive.largest_bin", ".2f"),
+    ("latents, independent directions (rank)", "alive.rank", ".2f"),
+    ("  numbers that do not vary", "alive.dead_dimensions", ".0f"),
+    ("prior, typical latents it tells apart", "alive.prototypes", ",.0f"),
+    ("  choice left among them, bits", "alive.weights_bits", ".2f"),
+    ("training noise, most at one level", "alive.largest_bin", ".0%"),
     *(
-        (label, f"parts.rows.{name}.hidden.bits", ".4f")
+        (f"bits lost without {label}", f"parts.rows.{name}.hidden.bits", ".4f")
         for label, name in (
-            ("bits lost with the denoiser hidden", "denoiser"),
-            ("  its context", "context"),
-            ("  the memory of the trunk", "trunk"),
-            ("  the latent of the decoder", "latent"),
+            ("the denoiser", "denoiser"),
+            ("the denoiser's context", "context"),
+            ("the trunk's memory", "trunk"),
+            ("the latent", "latent"),
         )
     ),
     *(
@@ -184,7 +193,7 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
             ("  of the true text", f"diversity.reference.{key}", form),
         )
     ),
-    ("written chunks, cut again the same", "rechunked", ".2%"),
+    ("written chunks, cut where text is cut", "rechunked", ".2%"),
     ("speed, characters per second", "speed.characters_per_second", ",.0f"),
     ("  denoising calls", "speed.denoising_calls", ",.0f"),
     ("cost, parameters", "cost.parameters", ",.0f"),
@@ -194,14 +203,24 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
 
 
 def compare(columns: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Evaluations side by side: a column each, named by its key. Raises ValueError where their texts differ."""
+    """Evaluations side by side: a column each, named by its key; no row of what none of them has.
+
+    Raises ValueError where their texts differ.
+    """
     from hldm.evaluation.context_length import rows
 
     texts = {found.get("text", "")[:12] or "unknown": name for name, found in columns.items()}
     if len(texts) > 1:
         named = ", ".join(f"{name} on {text}" for text, name in texts.items())
         raise ValueError(f"evaluations of different texts do not stand in one table: {named}")
-    found = (*_ROWS, *rows(columns.values()))
-    return Table(
-        ["", *map(short, columns)], [row(label, form, columns, *key.split(".")) for label, key, form in found]
-    )
+    known = (*_ROWS, *rows(columns.values()))
+    # no importance-weighted draws: nothing to say of them
+    asked = {name: {**found, "samples": found.get("samples") or None} for name, found in columns.items()}
+    found = [row(label, form, asked, *key.split(".")) for label, key, form in known]
+    return Table(["", *map(short, columns)], [line for line in found if set(line[1:]) != {"-"}])
+
+
+def measured_on(columns: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Of evaluations, the line that says which text they were measured on."""
+    texts = (found.get("measured_on") or found.get("split") for found in columns.values())
+    return [f"measured on {text}" for text in dict.fromkeys(texts) if text]

@@ -81,7 +81,7 @@ class HLDMPipeline(DiffusionPipeline):
         if prior is not None and prior.config["autoencoder"] != fingerprint(autoencoder.state_dict()):
             raise ValueError(
                 "this prior was trained on another autoencoder's latents: "
-                "train it again with train_diffusion.py, or load the autoencoder it belongs to"
+                "train it again with hldm train-diffusion, or load the autoencoder it belongs to"
             )
         self.register_modules(autoencoder=autoencoder, prior=prior, scheduler=scheduler)
         self.register_to_config(defaults=defaults or {})
@@ -360,7 +360,7 @@ def read_pipeline(folder: str | Path, *, allow_code: bool = False) -> HLDMPipeli
     folder = Path(folder)
     if not (folder / INDEX).is_file():
         raise FileNotFoundError(
-            f"{folder} holds no trained model: run train_autoencoder.py, then train_diffusion.py, with its config"
+            f"{folder} holds no trained model: run hldm train with its --config and --name"
         )
     require_consent_of(folder, allow_code)
     try:

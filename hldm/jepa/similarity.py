@@ -24,6 +24,7 @@ from hldm.jepa.tfidf import characters_3_to_5, cosines, lower_words, tfidf
 from hldm.jepa.train import read_encoder
 from hldm.jepa.translations import genre_of, is_held_out, verses_of
 from hldm.model.vitals import effective_rank
+from hldm.runs.doing import doing
 from hldm.runs.location import find_model
 
 FITTED, TESTED = (
@@ -167,14 +168,16 @@ def measure(
     records = []
     for name, terms in TERMS.items():
         say(f"measuring {name}")
-        records.append(_measure_terms(name, terms, verses, sts))
+        with doing(f"measuring {name}"):
+            records.append(_measure_terms(name, terms, verses, sts))
     for source in sources:
         say(f"measuring {source.name}")
         texts = [text for part in verses.texts.values() for text in part] + verses.sample_texts
         texts += verses.altered
         texts += [text for pairs in sts for text in (*pairs.first, *pairs.second)]
-        for kind, vectors in source.encode(texts).items():
-            records.append({"source": source.name, "kind": kind} | _measure_vectors(vectors, verses, sts))
+        with doing(f"measuring {source.name}"):
+            for kind, vectors in source.encode(texts).items():
+                records.append({"source": source.name, "kind": kind} | _measure_vectors(vectors, verses, sts))
     return records
 
 
@@ -294,6 +297,16 @@ def _next_verse(vectors: Tensor, numbers: Sequence[int], seed: int = 0) -> float
         probe(features[~fold], label[~fold], features[fold], label[fold]) for fold in (in_fold, ~in_fold)
     ]
     return sum(scores) / 2
+
+
+LEGEND = """\
+rank            independent directions in which vectors vary
+NAME raw ...    verses whose nearest vector in that translation is the same verse: vectors as they are, less their mean
+                (centred), with the same spread in every direction (whitened)
+MRR             mean of 1 / place of the right verse, in the last translation
+graded          whether vectors order texts by how near they are to a verse, 1 at best
+book, genre     accuracy of a linear probe; next: of one that tells the following verse from another
+STS             correlation with human grades of sentence pairs (--sts)"""
 
 
 def table_of(records: Sequence[dict[str, Any]]) -> Table:

@@ -42,6 +42,7 @@ def export_run(run: Path, target: Path, files: Mapping[str, str] | None = None) 
     fresh = target.with_name(f".{target.name}.new-{os.getpid()}")
     shutil.rmtree(fresh, ignore_errors=True)
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(run / "pipeline", fresh / "pipeline")
         for path in fresh.rglob("*.json"):
             _rewrite(path, lambda found: {k: v for k, v in found.items() if k != "_name_or_path"})
@@ -70,8 +71,9 @@ def check_export(run: Path, target: Path) -> None:
         raise FileNotFoundError(f"{run} holds no finished run: train its last stage first")
     if os.path.lexists(target):
         raise ValueError(f"{target} is there already: delete it or choose another name")
-    if not target.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{target}: no folder {target.absolute().parent} to write it to")
+    above = next(folder for folder in target.absolute().parents if os.path.lexists(folder))
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise ValueError(f"{target}: {above} is no folder that can be written to")
 
 
 def _rewrite(path: Path, change: Any) -> None:

@@ -50,9 +50,7 @@ def find_model(
     else:
         what = "is no folder here"
         if folder.is_dir():
-            what = (
-                "holds no trained model: run hldm train, or train_autoencoder.py and then train_diffusion.py"
-            )
+            what = "holds no trained model: run hldm train"
         raise FileNotFoundError(
             f"{name} {what}, or take one that comes with hldm ({', '.join(SHIPPED)}) or one of the hub (owner/name)"
         )

@@ -21,7 +21,7 @@ MOST_POINTS = 256  # of a curve that are kept; beyond, neighbours are averaged
 BARS, ASCII_BARS = "▁▂▃▄▅▆▇█", "_.-=+*#@"
 # signs of life of what trains (hldm.model.vitals): those that a line of progress shows, and the others
 SIGNS = {
-    "prototypes": "{:.0f} prototypes",
+    "prototypes": "prototypes {:.0f}",
     "distance": "distance {:.3f}",
     "rank": "rank {:.1f}",
     "least_deviation": "deviation {:.2f}",
@@ -33,6 +33,21 @@ OTHER_SIGNS = {"weights_bits", "dimensions", "dead_dimensions", "largest_bin", "
     f"{whose}_{sign}"
     for whose in ("predicted", "target")
     for sign in ("rank", "least_deviation", "mean_cosine")
+}
+# what the names on a line of progress mean: each is explained once, when it is shown first
+LEGEND = {
+    "bits": "bits/char: bits that a character of the training text costs, lower is better",
+    "decoder": "decoder: its share for the bytes, given the latents",
+    "latent": "latent: its share for the latents, given the text before",
+    "end": "end: its share for what full noise leaves of the latents",
+    "validation": "validation: bits/char on a slice of held-out text",
+    "prototypes": "prototypes: typical latents that the prior tells apart (1: it has died)",
+    "distance": "distance: from predicted to true vectors",
+    "rank": "rank: independent directions in which latents vary",
+    "least_deviation": "deviation: of the vectors' least varying number, as a share of their size",
+    "mean_cosine": "cosine: between the vectors of two chunks, on average (1: all are alike)",
+    "r2_beyond_length": "R2: of predictions, beyond what a chunk's length tells",
+    "shuffle_gap": "gap: cosine with the right target less that with another",
 }
 
 
@@ -67,8 +82,23 @@ def describe(metrics: dict[str, float], validation: dict[str, float] | None = No
     return " ".join(parts)
 
 
+def names_shown(metrics: dict[str, float], validation: dict[str, float] | None = None) -> set[str]:
+    """Those names of LEGEND that `describe` shows of the same."""
+    bits = bits_of(metrics)
+    named = set(bits) if len(bits) > 1 else set()
+    if validation is not None:
+        named |= {"validation", *({} if "decoder" in bits else validation)}
+    return named | (metrics.keys() & SIGNS.keys()) | ({"bits"} if bits else set())
+
+
 def _terms(bits: dict[str, float]) -> str:
     return "(" + " + ".join(f"{name} {value:.3f}" for name, value in bits.items()) + ")"
+
+
+def in_minutes(minutes: float) -> str:
+    """0.34 -> 20 seconds, 2.7 -> 2.7 minutes."""
+    seconds = round(60 * minutes)
+    return f"{seconds} second{'s' * (seconds != 1)}" if seconds < 60 else f"{minutes:.3g} minutes"
 
 
 def clock(seconds: float) -> str:
@@ -209,6 +239,7 @@ class Progress:
         self.began: tuple[float, float] | None = None  # (time, progress) of the first report
         self.validation: dict[str, float] | None = None
         self.curve = Curve()
+        self.explained: set[str] = set()  # names of LEGEND
         self.said_at = time.monotonic()  # when the last line was printed
         self.distance = math.nan  # the last one that was measured, where there are no bits
         self.display: Live | None = None
@@ -235,6 +266,13 @@ class Progress:
         """Report a validation: its bound and terms, bits a character."""
         self.validation = found
 
+    def _explain(self, names: set[str]) -> None:
+        """Say what names mean that have not been explained yet, in one line."""
+        new = [told for name, told in LEGEND.items() if name in names - self.explained]
+        self.explained |= names
+        if new:
+            self.say(f"legend: {'; '.join(new)}")
+
     def advance(self, step: int, progress: float, metrics: dict[str, float], every: int) -> None:
         """Report a step. progress: share of the training done; metrics: see `describe`."""
         now = time.monotonic()
@@ -254,10 +292,13 @@ class Progress:
         if self.display is None:
             if step % every == 0 or now - self.said_at > QUIET:
                 self.said_at = now
+                self._explain(names_shown(metrics, self.validation))
                 rest = "" if left is None else f" {clock(left)} left"
                 told = describe(metrics, self.validation)
                 self.say(f"{self.run}/{self.stage}: step {step} {progress:4.0%} {told}{rest}")
             return
+        has = {"validation"} if self.validation else set()
+        self._explain(has | ({"bits"} if bits else {"distance"}))
         later = self.part.later_minutes
         unit = "{:.3f} bits/char" if "decoder" in bits else "latents {:.3f} bits/char"
         self.picture = Picture(

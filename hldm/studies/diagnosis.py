@@ -21,7 +21,7 @@ from torch import Tensor
 from hldm.evaluation.bound import held_out_windows
 from hldm.evaluation.reconstruction import read_windows
 from hldm.evaluation.sampled import sampled_latents
-from hldm.evaluation.tables import Table
+from hldm.evaluation.tables import Table, cell
 from hldm.generation.pipeline import read_pipeline
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.contextualiser import Context
@@ -30,6 +30,7 @@ from hldm.model.likelihood import noisy_latents, read_chunks
 from hldm.model.prior import Prior, price_latents
 from hldm.model.state import Encoding
 from hldm.model.vitals import effective_rank
+from hldm.runs.doing import doing
 from hldm.runs.folder import corpora_of_run
 from hldm.runs.location import pipeline_of
 from hldm.sources.corpora import corpus_of_file
@@ -44,8 +45,15 @@ SAMPLER_STEPS = 16  # of the latents sampled to see what the decoder makes of th
 
 # tables of the summary: key and format by head
 BITS = {"bits": ("bits", ".4f"), "symbols right": ("accuracy", ".2%")}
-WITH_LATENTS = {"decoder with latents": ("name", ""), **BITS}
-AGAINST_NOISE = {"decoder against noise, log SNR": ("log_snr", ".2f"), **BITS}
+LATENTS = {  # what each of them is
+    "own": "the chunk's latent, noise as in training",
+    "clean": "the same without noise",
+    "zero": "zeros in its place",
+    "shuffled": "another chunk's latent",
+    "other document": "one of another document",
+    "sampled": "one that the prior draws",
+}
+AGAINST_NOISE = {"log SNR": ("log_snr", ".2f"), **BITS}
 LATENT_BITS = {"latent bits": ("bits", ".4f"), "mean square error": ("error", ".4f")}
 BY_LEVEL = {"log SNR": ("log_snr", ".2f"), **LATENT_BITS}
 SYMBOL_BITS = {"symbols": ("symbols", ",.0f"), "bits a symbol": ("bits", ".4f")}
@@ -69,11 +77,9 @@ def diagnose_run(
     windows = held_out_windows(autoencoder, corpus)
     if windows.chunks < 2:
         raise ValueError(f"{corpus.name} holds a single chunk: there is nothing to compare its latent with")
-    return {
-        "run": folder.resolve().name,
-        "split": split if text is None else str(text),
-        **diagnose(autoencoder, prior, windows, draws=draws, seed=seed),
-    }
+    with doing(f"diagnosing {folder.resolve().name} on {windows.characters:,} characters"):
+        found = diagnose(autoencoder, prior, windows, draws=draws, seed=seed)
+    return {"run": folder.resolve().name, "split": split if text is None else str(text), **found}
 
 
 @torch.no_grad()
@@ -268,18 +274,26 @@ def summary(diagnosis: Mapping[str, Any]) -> list[str | Table]:
     head = [
         f"{diagnosis['characters']:,} characters in {diagnosis['chunks']:,} chunks of "
         f"{diagnosis['characters_per_chunk']:.2f}",
-        f"bits per character: {bits['latent']:.4f} latent + {bits['decoder']:.4f} decoder",
-        f"latents: effective rank {latents['effective_rank']:.1f} of {len(latents['deviation'])}, at most "
-        f"{latents['capacity_bits'] / diagnosis['characters_per_chunk']:.3f} bits per character; by dimension "
+        f"bits per character: {bits['latent']:.4f} for latents + {bits['decoder']:.4f} for bytes, given the latents",
+        f"latents: {latents['effective_rank']:.1f} independent directions (effective rank) of "
+        f"{len(latents['deviation'])} numbers, with room for at most "
+        f"{latents['capacity_bits'] / diagnosis['characters_per_chunk']:.3f} bits per character; cost of each number "
         + " ".join(f"{x:.3f}" for x in sorted(diagnosis["latent_by_dimension"], reverse=True)),
     ]
-    readers = [{"name": name, **row} for name, row in diagnosis["decoder"]["with_latents"].items()]
+    readers = [
+        [LATENTS.get(name, name), *(cell(row[key], form) for key, form in BITS.values())]
+        for name, row in diagnosis["decoder"]["with_latents"].items()
+    ]
     near = [f"  {row['chunk']!r}: {', '.join(map(repr, row['nearest']))}" for row in diagnosis["neighbours"]]
     return [
         "\n".join(head),
-        Table.of_records(readers, WITH_LATENTS),
+        "What the decoder makes of right and wrong latents, in bits per character:",
+        Table(["the decoder reads", *BITS], readers),
+        "At which noise the denoiser pays for latents, in bits per character; log SNR: above 0 there is more signal:",
         Table.of_records(diagnosis["latent_by_level"], BY_LEVEL),
+        "How much noise on its latents the decoder bears:",
         Table.of_records(diagnosis["decoder"]["against_noise"], AGAINST_NOISE),
+        "What bytes cost by their place in the chunk, once the latent is known; its end counts as a byte:",
         Table.of_records(diagnosis["by_place"], BY_PLACE),
-        "\n".join(["nearest chunks in latent space", *near]),
+        "\n".join(["Chunks, and those whose latents are nearest:", *near]),
     ]

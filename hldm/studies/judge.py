@@ -26,6 +26,7 @@ from hldm.evaluation.metrics import TrainingText, diversity
 from hldm.evaluation.prompts import choose_prompts, prompt_chunker
 from hldm.evaluation.tables import Table
 from hldm.generation.pipeline import HLDMPipeline, read_pipeline
+from hldm.runs.doing import doing
 from hldm.runs.folder import corpora_of_run, training_text_of
 from hldm.runs.identity import require_shared_text
 from hldm.runs.location import pipeline_of
@@ -54,6 +55,22 @@ COLUMNS: Mapping[str, tuple[str, str]] = {
     "its ±": ("brier_error", ".2f"),
     "MAUVE": ("mauve", ".3f"),
     "chars/s": ("characters_per_second", ",.0f"),
+}
+
+
+MEANINGS = {
+    "n-gram bits": "bits a character under n-grams of held-out text: near the true text's is good, below it is dull",
+    "judge bits": "the same under the run that --judge names",
+    "entropy": "of the words used, in bits: how varied they are",
+    "distinct-1": "different words, as a share of all",
+    "distinct-2": "different pairs of words, as a share of all",
+    "repetition": "share of four words in a row that a text has had before",
+    "known words": "words that the training text has, too",
+    "copied": f"stretches of {SPAN} bytes that stand in the training text",
+    "BrierLM": "how well draws of 4 bytes hit the true ones, 0 to 100: higher is better",
+    "its ±": "its standard error",
+    "MAUVE": "how alike written and true text are as wholes, 0 to 1: higher is better",
+    "chars/s": "characters written a second, all texts together",
 }
 
 
@@ -132,6 +149,7 @@ def judge_run(
     judges, no_mauve = _judges_of(texts, judging, [prompt.text for prompt in chosen], true)
     places = choose_prompts(texts.prompts, chunker, PLACES * prompts, max_characters=GRAM)
 
+    @doing("writing, and judging what is written")
     def write(model: HLDMPipeline, settings: GenerationConfig) -> dict[str, Any]:
         written = write_batch(model, settings, judges.prompts, max_characters=max_characters, seed=seed)
         continuations = [row.text for row in written.rows]
@@ -277,6 +295,7 @@ class _Judges(NamedTuple):
         return float(totals[0] - totals[1])
 
 
+@doing("counting n-grams of held-out text, and reading the true continuations")
 def _judges_of(
     texts: _Texts, model: HLDMPipeline | None, prompts: Sequence[bytes], true: Sequence[bytes]
 ) -> tuple[_Judges, str]:
@@ -299,5 +318,11 @@ def _vectors(encode: Callable[[Sequence[str]], np.ndarray], texts: Sequence[byte
 
 
 def table(found: Mapping[str, Any]) -> Table:
-    """What was judged, a row each."""
-    return Table.of_records(({"name": name, **row} for name, row in found["judged"].items()), COLUMNS)
+    """What was judged, a row each; no column of what nobody judged."""
+    rows = [{"name": name, **row} for name, row in found["judged"].items()]
+    has = {
+        head: column
+        for head, column in COLUMNS.items()
+        if any(row.get(column[0]) is not None for row in rows)
+    }
+    return Table.of_records(rows, has)

@@ -16,6 +16,7 @@ import numpy as np
 
 from hldm.evaluation.tables import Table
 from hldm.generation.pipeline import HLDMPipeline
+from hldm.runs.doing import doing
 from hldm.sources.encodings import read_text
 
 MAX_FILE_BYTES = 2**26  # 64 MiB: BLiMP has 67,000 pairs in 15
@@ -33,6 +34,12 @@ COLUMNS: Mapping[str, tuple[str, str]] = {
     "to": ("high", ".1%"),
     "uncertain": ("uncertain", ".1%"),
 }
+
+
+LEGEND = (
+    "right: pairs whose good text is the likelier one, from ... to its 95 % interval; uncertain: pairs whose "
+    "difference is within two standard errors of the noise drawn"
+)
 
 
 class Pair(NamedTuple):
@@ -90,7 +97,8 @@ def judge_pairs(
     pairs = read_pairs(path, group)
     pipeline = HLDMPipeline.from_pretrained(run)
     texts = [text for pair in pairs for text in (pair.good, pair.bad)]
-    scores = pipeline.score(texts, draws=draws, samples=samples, seed=seed, ends_document=False)
+    with doing(f"scoring {len(pairs):,} pairs"):
+        scores = pipeline.score(texts, draws=draws, samples=samples, seed=seed, ends_document=False)
     ahead, is_sure = np.zeros(len(pairs)), np.zeros(len(pairs), dtype=bool)
     for index, (good, bad) in enumerate(zip(scores[::2], scores[1::2], strict=True)):
         bits, error = bad.minus(good)

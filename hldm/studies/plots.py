@@ -215,11 +215,11 @@ def plot_parts(parts: Mapping[str, Any], *paths: Path) -> None:
     steps.plot(_column(samplers, "steps"), _column(samplers, "over"), "o-", color=LATENT)
     steps.set_xscale("log", base=2)
     steps.set_yscale("log")
-    steps.set(title="ancestral sampler", xlabel="steps S", ylabel="L_S - L_inf, bits per character")
+    steps.set(title="few denoising steps", xlabel="steps", ylabel="bits per character above endlessly many")
 
     sure = parts["sure"]
     bars = {
-        "given z_0": sure["model"],
+        "sure of\na byte": sure["model"],
         "twin": sure["twin"],
         "two writings\nagree": parts["agreement"]["share"],
     }

@@ -290,6 +290,11 @@ def require_room(config: Config, stage: str, root: Path = Path("runs")) -> None:
 
 # ---- the table
 
+LABELS = dict.fromkeys(
+    ("mixture", "rate"), "mixture that prices latents"
+)  # of parts whose names say too little
+STAGES = {"autoencoder": "stage one", "prior": "stage two"}
+
 
 def survey(config: Config, root: Path = Path("runs")) -> dict[str, Any]:
     """What every stage of a config needs and what there is, as plain data. `report` makes a table of it."""
@@ -338,7 +343,7 @@ def report_plan(found: dict[str, Any]) -> str:
         f"{found['config']} in {processes} process{'es' if processes > 1 else ''}, each on a GPU of its own"
     ]
     for stage, sizes in found["stages"].items():
-        lines.append(f"training.{stage}")
+        lines.append(f"{STAGES[stage]} ({stage})")
         device, host, disk = (sum(sizes[part].values()) for part in ("device", "host", "disk"))
         shared = f", {human(processes * host)} where all share a machine"
         alone = (
@@ -358,12 +363,14 @@ def report(found: dict[str, Any]) -> str:
     """What `survey` found, as a table and a verdict."""
     lines = []
     for stage, sizes in found["stages"].items():
-        counts = ", ".join(f"{name} {count:,}" for name, count in sizes["parameters"].items())
-        lines.append(f"training.{stage}: {counts} parameters")
+        counts = (f"{LABELS.get(name, name)} {count:,}" for name, count in sizes["parameters"].items())
+        lines.append(f"{STAGES[stage]} ({stage}), parameters: {', '.join(counts)}")
         for need in sizes["needs"]:
             lines.append(
                 f"  {need['what']:<18}{human(need['total']):>9}  of {human(need['available'])} {need['where']}"
             )
             lines += [f"    {part:<16}{human(size):>9}" for part, size in need["parts"].items() if size]
     refusals = [need["refusal"] for s in found["stages"].values() for need in s["needs"] if not need["fits"]]
-    return "\n".join([*lines, *refusals, f"{found['config']} {'fits' if found['fits'] else 'does not fit'}"])
+    return "\n".join(
+        [*lines, *refusals, f"{found['config']} {'fits' if found['fits'] else 'does not fit'} here"]
+    )

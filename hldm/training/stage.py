@@ -37,7 +37,7 @@ from hldm.runs.exits import Interrupted
 from hldm.runs.files import atomic_write, naming
 from hldm.runs.folder import Run, Totals, check_run_name, open_run, write_totals
 from hldm.runs.identity import MAY_CHANGE_ONCE_TRAINED, SHOWN
-from hldm.runs.progress import ALONE, Part, say_line
+from hldm.runs.progress import ALONE, Part, in_minutes, say_line
 from hldm.runs.ranks import RankLost, is_rank_failure, make_roll_call, missing_ranks
 from hldm.runs.signals import Stopped
 from hldm.settings import Dumpable, dotted
@@ -53,6 +53,7 @@ from hldm.training.environment import (
     rounding_variables,
 )
 from hldm.training.segmenters import train_segmenter
+from hldm.training.sizes import LABELS
 from hldm.training.stream import StreamedWindows, agreement
 from hldm.training.trainer import Trainer
 
@@ -135,17 +136,18 @@ class Stage:
     def _say_what_is_trained(self, objective: nn.Module) -> None:
         """Where, for how long, and with what."""
         trained = [(name, part) for name, part in objective.named_children() if part.training]
-        sizes = " + ".join(f"{name} {sum(p.numel() for p in part.parameters()):,}" for name, part in trained)
-        minutes, steps = self.training.minutes, self.training.steps
-        limit = f"{minutes:.3g} minutes" if minutes else f"{steps:,} steps"
+        sizes = ", ".join(
+            f"{LABELS.get(name, name)} {sum(p.numel() for p in part.parameters()):,}"
+            for name, part in trained
+        )
         data, accelerator, threads = self.config.data, self.accelerator, torch.get_num_threads()
         several = accelerator.num_processes > 1
         processes = f"{accelerator.num_processes} processes" if several else "1 process"
         threads_of = f"{threads} thread{'s' if threads > 1 else ''}{' each' if several else ''}"
         precision = "" if self.training.mixed_precision == "no" else f", {self.training.mixed_precision}"
-        self.say(f"{self.part}: {self.run.folder}, {limit}")
+        self.say(f"{self.part}: {self.run.folder}, {limit_of(self.training)}")
         self.say(
-            f"  {sizes} parameters, {data.lanes} lanes x {data.window_bytes} bytes a step, {processes} on "
+            f"  parameters: {sizes}; a step reads {data.lanes} passages of {data.window_bytes} bytes; {processes} on "
             f"{accelerator.device.type}, {threads_of}{precision}"
         )
 
@@ -238,8 +240,8 @@ class Stage:
         """Mark the stage as done: totals.json comes last."""
         if self.accelerator.is_main_process:
             write_totals(self.run.folder, replace(totals, corpus=corpus.fingerprint))
-            seen = f"{totals.steps:,} steps, {totals.characters:,.0f} characters"
-            self.say(f"saved {self.run.folder.parent}: {seen} in {totals.seconds / 60:.1f} minutes")
+            seen = f"{totals.steps:,} step{'s' * (totals.steps != 1)}, {totals.characters:,.0f} characters"
+            self.say(f"saved {self.run.folder.parent}: {seen} in {in_minutes(totals.seconds / 60)}")
 
 
 def make_accelerator(
@@ -266,6 +268,11 @@ def make_accelerator(
             ],
         )
     return accelerator
+
+
+def limit_of(training: TrainingConfig) -> str:
+    """How long a stage trains, in words."""
+    return in_minutes(training.minutes) if training.minutes else f"{training.steps:,} steps"
 
 
 def stages_of(config: Config) -> tuple[str, ...]:

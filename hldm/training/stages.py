@@ -50,6 +50,7 @@ SHARED_SETTINGS = ("autoencoder.", "chunking.", "diffusion.gamma_0")
 Validation = Callable[
     [Autoencoder, Corpus, int, int], Callable[[Autoencoder, Prior | None], dict[str, float]]
 ]
+WRITTEN = ">>>"  # stands in a sample between what was given and what the model wrote
 SAMPLE_BYTES = 160  # of validation text: what samples reconstruct or go on from
 
 
@@ -204,7 +205,7 @@ def read_autoencoder(folder: Path, config: Config) -> Autoencoder:
     stage = folder / "autoencoder"
     if not (stage / "model").is_dir() or not (stage / "config.yaml").is_file():
         raise FileNotFoundError(
-            f"{folder} has no trained autoencoder: run train_autoencoder.py with the same --config and --name first"
+            f"{folder} has no trained autoencoder: run hldm train-autoencoder with the same --config and --name first"
         )
     check_settings(stage, to_dict(config), only=SHARED_SETTINGS)
     return Autoencoder.from_pretrained(stage / "model")
@@ -285,7 +286,7 @@ def _sample(objective: Any, text: bytes, config: Config) -> str:
     if prior is not None or config.is_twin:
         parts = autoencoder, prior, [text], config.generation
         *_, (rows, _, _) = write_on(*parts, max_characters=200, seed=config.seed)
-        return f"{shown} | {rows[0].text.decode(errors='replace')}"
+        return f"{shown} {WRITTEN}{rows[0].text.decode(errors='replace')}"
     device = next(autoencoder.parameters()).device
     window = window_of([text], [chunker_of(autoencoder).chunk_start(text)], [True], device)
     encoding, _ = autoencoder.encode(window, autoencoder.encoder_state(1, device))

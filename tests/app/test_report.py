@@ -243,10 +243,12 @@ def test_the_command_says_what_it_wrote_and_writes_over_its_own_pages_alone(
 ):
     monkeypatch.chdir(tmp_path)
     assert command.MARK == PAGE_MARK
-    Path("small-report.html").write_bytes(PAGE_MARK)  # an earlier one
+    page = evaluated_run / "report.html"
+    page.write_bytes(PAGE_MARK)  # an earlier one
     assert cli.main(["report", str(evaluated_run)]) == 0
-    assert capsys.readouterr().out.startswith("wrote small-report.html (")
-    assert Path("small-report.html").stat().st_size > 10_000
+    assert capsys.readouterr().out.startswith(f"wrote {page} (") and not list(Path().glob("*.html"))
+    assert page.stat().st_size > 10_000
+    page.unlink()
     Path("mine.html").write_text("<html>my own</html>")
     assert "mine.html is there" in refused(cli.main(["report", str(evaluated_run), "--html", "mine.html"]))
     assert Path("mine.html").read_text() == "<html>my own</html>"
@@ -285,7 +287,7 @@ def test_what_is_broken_is_one_line(spoil, named, evaluated_run, tmp_path, monke
     folder = Path(shutil.copytree(evaluated_run, "run"))
     spoil(folder)
     assert named in refused(cli.main(["report", "run"]))
-    assert not Path("run-report.html").exists()
+    assert not Path("run-report.html").exists() and not Path("run/report.html").exists()
 
 
 def test_figures_of_other_weights_are_measured_again(evaluated_run, tmp_path, monkeypatch):

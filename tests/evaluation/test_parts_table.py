@@ -95,7 +95,7 @@ def test_the_command_writes_numbers_and_a_picture(trained_run, others, tmp_path,
     given += ["--without", f"denoiser={others / 'again'}", "--json", targets[0], "--png", targets[1]]
     assert cli.main(given) == 0
     said = capsys.readouterr().out
-    assert "ancestral steps S" in said and "measured in" in said
+    assert "denoising steps" in said and "measured in" in said
     assert "rows" in json.loads(Path(targets[0]).read_text())
     assert Path(targets[1]).read_bytes().startswith(b"\x89PNG")
 

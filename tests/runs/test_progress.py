@@ -114,6 +114,7 @@ def test_the_time_left_is_never_negative_nor_more_than_all_is_done(jump, monkeyp
     with Progress(Path("runs/mine/autoencoder"), Part(1, 2, None), said.append, live=False) as shown:
         for step, share in enumerate((0.0, jump, jump + 0.01, jump + 1.0), start=1):
             shown.advance(step, share, ONE, every=1)
+    assert said.pop(0).startswith("legend: bits/char: ")  # once
     assert len(said) == 4 and all(line.startswith("mine/autoencoder: step ") for line in said)
     for line in said:
         assert int(re.search(r"(\d+)%", line)[1]) <= 100 and "-" not in line
@@ -183,10 +184,11 @@ def screen(written: str, columns: int = 80) -> list[str]:
 def test_a_terminal_shows_two_lines_that_change_and_what_is_said_above():
     written = on_terminal()
     shown = screen(written)
-    assert len(shown) == 3 and shown[0] == "step 50: something to be said"
-    assert re.fullmatch(r"mine stage 1 of 2, autoencoder ━+ 100% 0:00 left, 0:30 in all", shown[1])
-    assert shown[2].startswith("step 100  2.114 bits/char  validation 2.213  23,457 chars/s  █")
-    assert shown[2].endswith("▁") and written.count("\x1b[2K") > 4  # it was drawn several times
+    *said, first, second = shown
+    assert "step 50: something to be said" in said and said[0].startswith("legend: bits/char: ")
+    assert re.fullmatch(r"mine stage 1 of 2, autoencoder ━+ 100% 0:00 left, 0:30 in all", first)
+    assert second.startswith("step 100  2.114 bits/char  validation 2.213  23,457 chars/s  █")
+    assert second.endswith("▁") and written.count("\x1b[2K") > 4  # it was drawn several times
     assert "\x1b[36m" in written or "\x1b[1;36m" in written
 
 
@@ -196,8 +198,25 @@ def test_a_terminal_shows_two_lines_that_change_and_what_is_said_above():
 def test_a_terminal_without_colours_or_letters_gets_none(environment):
     written = on_terminal(60, **environment)
     shown = screen(written, 60)
-    assert len(shown) == 3 and shown[1].endswith("100% 0:00 left, 0:30 in all")
+    assert shown[-2].endswith("100% 0:00 left, 0:30 in all") and shown[0].startswith("legend: ")
     assert not re.search(r"\x1b\[[0-9;]*3[0-9]m", written) if "NO_COLOR" in environment else written.isascii()
+
+
+def test_every_name_on_a_line_is_explained_once_when_it_appears():
+    said: list[str] = []
+    with Progress(Path("runs/mine/autoencoder"), Part(1, 2, None), said.append, live=False) as shown:
+        shown.advance(1, 0.1, ONE, every=1)
+        shown.validated(VALIDATION)
+        shown.advance(2, 0.2, {**ONE, "rank": 2.0, "prototypes": 9.0}, every=1)
+        shown.advance(3, 0.3, {**ONE, "rank": 2.0, "prototypes": 9.0}, every=1)
+    first, second = (line for line in said if line.startswith("legend: "))
+    assert [told.split(":")[0] for told in first.removeprefix("legend: ").split("; ")] == [
+        *("bits/char", "decoder", "latent")
+    ]
+    assert [told.split(":")[0] for told in second.removeprefix("legend: ").split("; ")] == [
+        *("validation", "prototypes", "rank")
+    ]
+    assert said.index(second) == 2 and "prototypes 9 rank 2.0" in said[3]
 
 
 def test_a_dumb_terminal_gets_plain_lines():

@@ -42,7 +42,7 @@ def test_the_command_writes_numbers_and_a_picture(trained_run, tmp_path, capsys)
         ["diagnose", "--run", str(trained_run), "--draws", "2", "--json", targets[0], "--figure", targets[1]]
     )
     said = capsys.readouterr().out
-    assert code == 0 and "decoder with latents" in said
+    assert code == 0 and "the decoder reads" in said
     assert said.endswith(f"wrote {targets[0]}\nwrote {targets[1]}\n")
     assert json.loads((tmp_path / "d.json").read_text())["run"] == "small"
     assert (tmp_path / "d.svg").read_bytes().startswith(b"<?xml")

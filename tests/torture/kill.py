@@ -80,7 +80,7 @@ def live(trial: Trial, log: Path, *, is_process: bool) -> None:
         time.sleep(trial.draw.uniform(0, EARLY_SECONDS[is_process]))
         return
     deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and not (log.exists() and b" lanes x " in log.read_bytes()):
+    while time.monotonic() < deadline and not (log.exists() and b"; a step reads " in log.read_bytes()):
         time.sleep(0.002)
     time.sleep(trial.draw.uniform(0, TRAINING_SECONDS))
 

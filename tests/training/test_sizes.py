@@ -274,7 +274,7 @@ def test_the_command_prints_a_table_and_a_verdict(small_config, tmp_path, monkey
     Path("small.yaml").write_text(to_yaml(small_config))
     assert cli.main(["sizes", "--config", "small.yaml"]) == 0
     out = capsys.readouterr().out
-    assert "optimizer state" in out and out.endswith("small fits\n")
+    assert "optimizer state" in out and out.endswith("small fits here\n")
     assert cli.main(["sizes", "--config", "small.yaml", "data.lanes=1000000000", "--json"]) == 2
     found = json.loads(capsys.readouterr().out)
     assert not found["fits"] and "lower data.lanes" in found["stages"]["autoencoder"]["needs"][0]["refusal"]

@@ -14,6 +14,7 @@ from hldm.app.report.gather import Run, look, origin_of, parts_of, read_run
 from hldm.config import to_yaml
 from hldm.evaluation.parts_table import tables
 from hldm.evaluation.tables import Table, compare
+from hldm.runs.doing import doing
 from hldm.runs.export import without_places
 
 PAGE_MARK = b"<!doctype html><!-- hldm report -->"  # how such a page begins
@@ -55,8 +56,10 @@ def build_report(
     measured = {name: one.evaluation for name, one in zip(names, runs, strict=True) if one.evaluation}
     table = compare(measured) if measured else None
     origin = origin_of(run)
-    seen = look(run, other, seed=seed)
-    parts = parts_of(run, text)
+    with doing(f"reading a passage with {run.name}, and writing samples"):
+        seen = look(run, other, seed=seed)
+    with doing(f"measuring what each part of {run.name} is worth"):
+        parts = parts_of(run, text)
     data = {key: seen[key] for key in ("passage", "map", "paths")}
     return fill(
         "report/report.html",
