@@ -83,9 +83,25 @@ def require_consent(name: str, source: str) -> None:
 
 def load(name: str, setting: str) -> type:
     """The class that a setting names. Raises ConfigError, one line, where it may not run or is not there."""
+    found = _load(name, setting)
+    if not isinstance(found, type):
+        raise ConfigError(_lacks(name, setting, "class"))
+    return found
+
+
+def load_function(name: str, setting: str) -> Callable[..., Any]:
+    """The function that a setting names, `module:function`. Raises ConfigError as `load` does."""
+    found = _load(name, setting)
+    if not callable(found):
+        raise ConfigError(_lacks(name, setting, "function"))
+    return found
+
+
+def _load(name: str, setting: str) -> Any:
+    """Whatever stands under a name in the module that it is of; None for nothing."""
     where = f"{setting}={name}"
     require_consent(name, f"{where} is")
-    module_name, _, class_name = name.partition(":")
+    module_name, _, own_name = name.partition(":")
     here = os.getcwd()
     sys.path.append(here)  # at the end: no file that lies about can stand in for a library
     try:
@@ -98,11 +114,13 @@ def load(name: str, setting: str) -> type:
         raise ConfigError(f"{where}: importing {module_name} failed with {described(error)}") from error
     finally:
         sys.path.remove(here)
-    found = getattr(module, class_name, None)
-    if not isinstance(found, type):
-        file = getattr(module, "__file__", None) or "a built-in module"
-        raise ConfigError(f"{where}: {file} has no class {class_name}")
-    return found
+    return getattr(module, own_name, None)
+
+
+def _lacks(name: str, setting: str, kind: str) -> str:
+    module_name, _, own_name = name.partition(":")
+    file = getattr(sys.modules[module_name], "__file__", None) or "a built-in module"
+    return f"{setting}={name}: {file} has no {kind} {own_name}"
 
 
 def require_methods(cls: type, protocol: type, where: str) -> None:

@@ -6,26 +6,30 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from typer import Option
 
+from hldm import plugins
 from hldm.commands.options import AllowCode, MaxCharacters, RunOrShipped, Seed, check_minutes
 from hldm.config import ChunkingConfig, GenerationConfig, Strategy, changed
 from hldm.runs.folder import shipped_run
 from hldm.runs.location import find_model, pipeline_of
 from hldm.runs.signals import Stopped
+from hldm.settings import is_own
 from hldm.sources.corpora import typed_bytes
 from hldm.sources.encodings import read_text
 from hldm.text.bytes import MAX_PROMPT_BYTES, shows_colour
 
 if TYPE_CHECKING:
-    from hldm.generation.pipeline import HLDMPipeline
+    from hldm.generation.streams import Writing
 
 Scheduler = Literal["ancestral", "ddim", "dpm"]
 STRATEGY_HELP = "or your own, module:Class; may repeat (default: all of ours)"
+RANK_HELP = "the best by moments, bound, mbr, agreement or pairwise, or your own function, module:function"
 OWN_SEGMENTERS = "train a segmenter for each strategy that takes one (default: ask those that come with hldm)"
 
 
@@ -42,6 +46,11 @@ def generate(
     temperature: Annotated[float | None, Option(help="scale of the latents' noise")] = None,
     decoder_temperature: Annotated[float | None, Option(help="of the bytes; 0 takes the likeliest")] = None,
     top_p: Annotated[float | None, Option(help="nucleus of the bytes")] = None,
+    candidates: Annotated[int, Option(help="continuations to choose from at each place; 1: none")] = 1,
+    rank: Annotated[str, Option(help=RANK_HELP)] = "mbr",
+    keep: Annotated[int, Option(help="candidates that go on from each place")] = 1,
+    depth: Annotated[int, Option(help="chunks of a candidate")] = 16,
+    show_candidates: Annotated[bool, Option("--show-candidates", help="what stood at each place")] = False,
     stop: Annotated[
         list[str] | None, Option(help=r"end before the first of these, e.g. \n; may repeat")
     ] = None,
@@ -64,32 +73,56 @@ def generate(
     prompts += [read_text(name, MAX_PROMPT_BYTES).removesuffix(b"\n") for name in prompt_file or []]
     if not prompts:
         raise ValueError("no prompt given: pass --prompt TEXT, --prompt-file FILE or --prompt-file -")
+    from hldm.generation.candidates import Search, write_best
     from hldm.generation.footprint import require_room_to_write
     from hldm.generation.pipeline import read_pipeline
-    from hldm.generation.streams import stop_bytes
+    from hldm.generation.streams import stop_at, stop_bytes
 
+    search = Search(candidates=candidates, rank=_ranker(rank), keep=keep, depth=depth)
     pipeline = read_pipeline(folder)
-    require_room_to_write(pipeline.autoencoder, pipeline.prior, prompts, num_samples, max_characters)
+    parts = pipeline.autoencoder, pipeline.prior
+    search.rule(pipeline.prior)
+    require_room_to_write(*parts, prompts, num_samples * search.stubs, max_characters)
     wanted = [text for text in prompts for _ in range(num_samples)]
     settings = changed(pipeline.settings, **given)
     stops = stop_bytes([typed_bytes(text) for text in stop or []])
-    _write(pipeline, wanted, settings, max_characters, stops, seed, show_chunks, as_json, raw)
+    places: list[dict[str, Any]] | None = [] if show_candidates else None
+    writing = write_best(
+        *parts,
+        wanted,
+        settings,
+        search,
+        max_characters=max_characters,
+        seed=seed,
+        watch=None if places is None else places.append,
+    )
+    waits = show_chunks and bool(stops)  # bytes held back would come with the next chunk's
+    _write(stop_at(writing, stops), wanted, seed, waits, show_chunks, as_json, raw, places)
+
+
+def _ranker(rank: str) -> str | Callable[..., Any]:
+    """A rule's name as it is; the function that `module:function` names, its errors in one line."""
+    if not is_own(rank):
+        return rank
+    function = plugins.load_function(rank, "rank")
+    return partial(plugins.called, f"rank={rank}", function)
 
 
 def _write(
-    pipeline: HLDMPipeline,
+    writing: Iterator[Writing],
     prompts: list[bytes],
-    settings: GenerationConfig,
-    max_characters: int,
-    stops: list[bytes],
     seed: int,
+    waits: bool,
     show_chunks: bool,
     as_json: bool,
     raw: bool,
+    places: list[dict[str, Any]] | None,
 ) -> None:
-    """Write to standard output: streamed for one continuation, each whole for several."""
-    from hldm.generation.streams import stop_at
-    from hldm.generation.writer import Continuation, write_on
+    """Write to standard output: streamed for one continuation, each whole for several.
+
+    waits: until the text is finished;  places: where `writing` notes what it chose from; None: that is not shown
+    """
+    from hldm.generation.writer import Continuation
     from hldm.text.bytes import count_characters, printable, stream_decoder, tinted
 
     safe = sys.stdout.isatty() and not raw
@@ -108,7 +141,6 @@ def _write(
         sys.stdout.buffer.flush()
 
     streams = len(prompts) == 1 and not as_json
-    waits = show_chunks and bool(stops)  # bytes held back would come with the next chunk's
     if streams:
         send(prompts[0])
     began = time.monotonic()
@@ -116,9 +148,7 @@ def _write(
     calls = written = 0
     stopped: Stopped | None = None
     try:
-        parts = pipeline.autoencoder, pipeline.prior, prompts, settings
-        writing = write_on(*parts, max_characters=max_characters, seed=seed)
-        for rows, news, calls in stop_at(writing, stops):  # noqa: B007 - the last yield is the finished text
+        for rows, news, calls in writing:  # noqa: B007 - the last yield is the finished text
             if streams and news[0] and not waits:
                 send(news[0], is_last=False, chunk=written if show_chunks else None)
                 written += 1
@@ -129,6 +159,7 @@ def _write(
         send(part, is_last=False, chunk=number)
     if streams:
         send(b"\n")
+        _show_tree(send, places, 0)
     total = sum(count_characters(row.text) for row in rows)
     for index, row in enumerate([] if streams else rows):
         if as_json:
@@ -142,14 +173,25 @@ def _write(
                 "characters_per_second": round(total / max(seconds, 1e-9), 1),
                 "denoising_calls": calls,
             }
+            if places is not None:
+                record["candidates"] = [place for place in places if place["row"] == index]
             send(json.dumps(record, ensure_ascii=True).encode() + b"\n")
         else:
             send(f"[{index + 1}] ".encode() + row.prompt)
             for number, part in enumerate(row.chunks if show_chunks else [row.text]):
                 send(part, is_last=False, chunk=number if show_chunks else None)
             send(b"\n")
+            _show_tree(send, places, index)
     if stopped is not None:
         raise stopped
+
+
+def _show_tree(send: Callable[[bytes], None], places: list[dict[str, Any]] | None, row: int) -> None:
+    """What stood at each place of a row, where that is asked for and there was a choice."""
+    from hldm.generation.candidates import as_tree
+
+    if found := [place for place in places or [] if place["row"] == row]:
+        send(as_tree(found).encode() + b"\n")
 
 
 def chunk(

@@ -20,14 +20,16 @@ from torch import Tensor
 from hldm.chunking.segmenter import Segmenter
 from hldm.chunking.strategies import attach_segmenter, read_segmenter
 from hldm.config import GenerationConfig, changed, section_from_dict, to_dict
+from hldm.generation.candidates import Search, write_best
 from hldm.generation.encode import Kind, encode_texts
 from hldm.generation.footprint import require_room_to_write
 from hldm.generation.model_index import check_index
 from hldm.generation.own_prior import read_prior, saved_class
+from hldm.generation.ranking import Ranker
 from hldm.generation.score import Score, Texts, score_texts
 from hldm.generation.seeds import row_seeds
 from hldm.generation.streams import stop_at, stop_bytes, stream_to
-from hldm.generation.writer import Continuation, write_on
+from hldm.generation.writer import Continuation
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.diffusion import make_scheduler, scheduler_name
 from hldm.model.prior import Prior
@@ -240,6 +242,10 @@ class HLDMPipeline(DiffusionPipeline):
         num_return_sequences: int = 1,
         seed: int = 0,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        candidates: int = 1,
+        rank: str | Ranker = "mbr",
+        keep: int = 1,
+        depth: int = 16,
         stop: str | bytes | Sequence[str | bytes] | None = None,
         streamer: Any = None,
         callback_on_step_end: StepEnd | None = None,
@@ -250,6 +256,7 @@ class HLDMPipeline(DiffusionPipeline):
 
         Row i draws from seed + i, so a batch writes what its prompts write one by one; generator: draws
         the seed instead, as diffusers' users expect, and each of a list that of its row.
+        candidates, rank, keep, depth: write the best of several, see `hldm.generation.candidates.Search`
         stop: a text ends before the first of these strings
         streamer: called with (row, text) as text is made, whole UTF-8 characters only; or one of transformers'
         callback_on_step_end: called as (pipeline, step, calls, {"texts", "news"}) after every step, which is a chunk of
@@ -258,14 +265,14 @@ class HLDMPipeline(DiffusionPipeline):
         """
         if output_type not in ("text", "bytes"):
             raise ValueError(f"output_type must be text or bytes, got {output_type!r}")
-        parts = [self.autoencoder] if self.prior is None else [self.autoencoder, self.prior]
-        for parameter in (parameter for part in parts for parameter in part.parameters()):
+        models = [self.autoencoder] if self.prior is None else [self.autoencoder, self.prior]
+        for parameter in (parameter for part in models for parameter in part.parameters()):
             require_float32(parameter.dtype)
         prompts = [prompt] if isinstance(prompt, str | bytes) else list(prompt)
         texts_so_far = [to_bytes(p) if isinstance(p, str) else p for p in prompts]
-        require_room_to_write(
-            self.autoencoder, self.prior, texts_so_far, num_return_sequences, max_characters
-        )
+        search = Search(candidates=candidates, rank=rank, keep=keep, depth=depth)
+        many = num_return_sequences * search.stubs
+        require_room_to_write(self.autoencoder, self.prior, texts_so_far, many, max_characters)
         rows = [text for text in texts_so_far for _ in range(num_return_sequences)]
         given = dict(steps=num_inference_steps, guidance=guidance_scale, temperature=temperature)
         given |= dict(decoder_temperature=decoder_temperature, top_p=top_p)
@@ -277,9 +284,8 @@ class HLDMPipeline(DiffusionPipeline):
         self._interrupt = False
         try:
             with default_float32():
-                writing = write_on(
-                    self.autoencoder, self.prior, rows, settings, max_characters=max_characters, seed=seeds
-                )
+                parts = self.autoencoder, self.prior, rows, settings, search
+                writing = write_best(*parts, max_characters=max_characters, seed=seeds)
                 for step, (written, news, calls) in enumerate(stop_at(writing, stops)):
                     for row, new in enumerate(news):
                         handed_on[row] += len(new)

@@ -10,9 +10,10 @@ The twin writes byte by byte behind the same interface. `hldm.kernels.writer` ho
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from hldm.chunking.strategies import chunker_of
 from hldm.config import GenerationConfig
-from hldm.generation.chunk import Piece, write_bytes, write_chunks
+from hldm.generation.chunk import Piece, Written, write_bytes, write_chunks
 from hldm.generation.finite import require_finite
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.contextualiser import Context
@@ -28,7 +29,7 @@ from hldm.model.denoiser import Told
 from hldm.model.diffusion import sample, sampler_steps
 from hldm.model.prior import Prior
 from hldm.model.speed import has_faster_form
-from hldm.model.state import ContextState, DecoderState, select_rows
+from hldm.model.state import ContextState, DecoderState, pick_rows, select_rows
 from hldm.text.bytes import PROMPT_WINDOW, stream_decoder
 from hldm.text.windows import Window, window_of
 
@@ -124,7 +125,13 @@ class LatentWriter:
 
     def write(self) -> list[Piece]:
         """Sample and write one chunk a row."""
-        written = self.write_chunks(
+        written = self.draw()
+        self.take_in(written)
+        return written.pieces
+
+    def draw(self) -> Written:
+        """Sample and write one chunk a row, of which nothing is remembered before `take_in`."""
+        return self.write_chunks(
             self.autoencoder,
             require_finite(self.sample_latents(), "latents", self.settings),
             self.encoder,
@@ -133,14 +140,26 @@ class LatentWriter:
             self.settings,
             self.generators,
         )
-        pieces = written.pieces
-        closed = torch.tensor([piece.ends_document for piece in pieces], device=self.device)
+
+    def take_in(self, written: Written) -> None:
+        """Remember one chunk a row, drawn or read: the next one comes after it."""
+        closed = torch.tensor([piece.ends_document for piece in written.pieces], device=self.device)
         opens = torch.tensor(self.opens, device=self.device)[:, None]
         self.encoder, self.decoder = written.encoder, written.decoder
         if self.settings.steps:
             self.add_chunks(written.latents, opens, closed)
-        self.opens = [piece.ends_document for piece in pieces]
-        return pieces
+        self.opens = closed.tolist()
+
+    def pick(self, rows: Sequence[int], generators: Sequence[torch.Generator]) -> LatentWriter:
+        """A writer of some of these rows, in this order, each as often as named; this one stays as it is.
+
+        generators: one for each of them
+        """
+        index, other = torch.tensor(rows, device=self.device), copy(self)
+        parts = (self.encoder, self.decoder, self.memory, self.told, self.blind)
+        other.encoder, other.decoder, other.memory, other.told, other.blind = pick_rows(parts, index)
+        other.opens, other.generators = [self.opens[row] for row in rows], generators
+        return other
 
     def sample_latents(self) -> Tensor:
         """z_0 of the next chunk of every row (b z); without denoising a draw from the mixture."""
@@ -194,6 +213,13 @@ class LatentWriter:
         self.told = self.prior.tell(context)
 
 
+class Stretch(NamedTuple):
+    """What the twin wrote, and its state after it."""
+
+    pieces: list[Piece]
+    decoder: DecoderState
+
+
 class ByteWriter:
     """The twin: writes byte by byte, a chunk's worth of them at a time."""
 
@@ -218,11 +244,27 @@ class ByteWriter:
 
     def write(self) -> list[Piece]:
         """Write max_bytes symbols a row, or up to the end of the document."""
-        pieces, self.state = self.write_bytes(
-            self.autoencoder, self.state, self.opens, self.settings, self.generators
+        stretch = self.draw()
+        self.take_in(stretch)
+        return stretch.pieces
+
+    def draw(self) -> Stretch:
+        """Write as many symbols, of which nothing is remembered before `take_in`."""
+        return Stretch(
+            *self.write_bytes(self.autoencoder, self.state, self.opens, self.settings, self.generators)
         )
-        self.opens = [piece.ends_document for piece in pieces]
-        return pieces
+
+    def take_in(self, stretch: Stretch) -> None:
+        """Remember one stretch a row, drawn or read."""
+        self.state = stretch.decoder
+        self.opens = [piece.ends_document for piece in stretch.pieces]
+
+    def pick(self, rows: Sequence[int], generators: Sequence[torch.Generator]) -> ByteWriter:
+        """As `LatentWriter.pick`."""
+        other = copy(self)
+        other.state = pick_rows(self.state, torch.tensor(rows, device=self.state.symbol.device))
+        other.opens, other.generators = [self.opens[row] for row in rows], generators
+        return other
 
 
 @has_faster_form
@@ -306,6 +348,15 @@ def _prompt_windows(
         yield window_of(pieces, flags, opens, device, width=width, chunks=chunks)
 
 
+def nothing_written(prompts: Sequence[bytes], max_characters: int) -> list[Continuation]:
+    """A continuation of each prompt, all to be written. Raises ValueError where there is nothing to do."""
+    if not prompts:
+        raise ValueError("no prompt given: pass at least one, '' starts a document")
+    if max_characters < 1:
+        raise ValueError(f"max_characters must be at least 1, got {max_characters}")
+    return [Continuation(prompt, left=max_characters) for prompt in prompts]
+
+
 @torch.no_grad()
 def write_on(
     autoencoder: Autoencoder,
@@ -322,11 +373,7 @@ def write_on(
     A row stops after `max_characters`, cut there, or where the model ends the document (unless
     through_ends). The last yield holds the finished continuations.
     """
-    if not prompts:
-        raise ValueError("no prompt given: pass at least one, '' starts a document")
-    if max_characters < 1:
-        raise ValueError(f"max_characters must be at least 1, got {max_characters}")
-    rows = [Continuation(prompt, left=max_characters) for prompt in prompts]
+    rows = nothing_written(prompts, max_characters)
     writer = make_writer(autoencoder, prior, prompts, settings, row_generators(seed, len(prompts)))
     while any(row.left and not row.ended for row in rows):
         news = []

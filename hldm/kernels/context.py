@@ -51,7 +51,7 @@ class KeptContext:
         """memory: where `Contextualiser` left off, left as it is."""
         context: Any = prior.contextualiser  # Any: modules in lists have no type of their own
         denoiser: Any = prior.denoiser
-        rows, heads, d = len(memory.written), prior.settings.heads, prior.settings.width
+        rows, heads = len(memory.written), prior.settings.heads
         start = _start(context)
         kept = torch.cat([start.expand(rows, 1, -1, -1), memory.hidden], dim=1)  # (b places layers+1 d)
         pairs = [layer.key_value(layer.norm(kept[:, :, i])) for i, layer in enumerate(context.layers)]
@@ -75,20 +75,47 @@ class KeptContext:
         }
         width = prior.settings.denoiser_width
         empty = (torch.zeros(rows, 4 * width), torch.zeros(rows, 2 * width), torch.zeros(rows, heads, places))
-        told = [[part.clone() for part in empty] for _ in range(blocks)]
+        told = [part.clone() for _ in range(blocks) for part in empty]
+        self._hold(prior, [half for pair in parts for half in pair], told, tensors)
+
+    def pick(self, rows: Tensor) -> KeptContext:
+        """The past of some of these documents, in this order, each as often as named. rows: (k)."""
+        other = object.__new__(KeptContext)
+        pairs, told, tensors = self._held
+        picked = {name: x if name == "opening" else x[rows] for name, x in tensors.items()}
+        other._hold(self.prior, [x[rows] for x in pairs], [x[rows] for x in told], picked)
+        return other
+
+    def _hold(
+        self, prior: Prior, pairs: list[Tensor], told: list[Tensor], tensors: dict[str, Tensor]
+    ) -> None:
+        """What the kernel reads and writes over.
+
+        pairs: keys and values (b heads places e) of each layer, then of each block; told: three for each block
+        """
+        self.prior, self._held = prior, (pairs, told, tensors)
+        context: Any = prior.contextualiser
+        denoiser: Any = prior.denoiser
+        blocks, width = len(denoiser.blocks), prior.settings.denoiser_width
+        rows, heads, places, _ = pairs[0].shape
         self.told = Told(
             None if prior.mixture is None else tensors["log_weights"][:, None, None],
             tuple(
                 BlockContext(shared[:, None, None], gates[:, None, None], key, value, bias[:, :, None])
-                for (shared, gates, bias), (key, value) in zip(
-                    told, parts[len(context.layers) :], strict=True
+                for shared, gates, bias, key, value in zip(
+                    told[::3],
+                    told[1::3],
+                    told[2::3],
+                    pairs[2 * len(context.layers) :: 2],
+                    pairs[2 * len(context.layers) + 1 :: 2],
+                    strict=True,
                 )
             ),
         )
         self._call = struct("context.cpp", "Contexting")(
             rows=rows,
             z=prior.latent_dim,
-            d=d,
+            d=prior.settings.width,
             heads=heads,
             features=context.feature_dim,
             levels=prior.hierarchy.levels,
@@ -100,8 +127,8 @@ class KeptContext:
             denoiser_width=width,
             components=tensors["log_weights"].shape[1],
             logit_cap=0.0 if prior.mixture is None else prior.mixture.logit_cap,
-            pairs=[half for pair in parts for half in pair],
-            told=[part for block in told for part in block],
+            pairs=pairs,
+            told=told,
             **tensors,
             **_parameters(prior),
         )

@@ -126,6 +126,14 @@ class FusedLatentWriter(LatentWriter):
         uniform, noise = draw_numbers(self.plan, shape, self.generators, temperature, self.device)
         return self.planned.draw(self.told, noise, uniform if self.draws_x0 else None, temperature)
 
+    def pick(self, rows: Sequence[int], generators: Sequence[torch.Generator]) -> LatentWriter:
+        other = super().pick(rows, generators)
+        if self.kept is not None and isinstance(other, FusedLatentWriter):
+            other.kept = self.kept.pick(torch.tensor(rows))
+            if self.told is self.kept.told:
+                other.told = other.kept.told
+        return other
+
     def add_chunks(self, latents: Tensor, opens: Tensor, closed: Tensor) -> None:
         if self.kept is None:
             return super().add_chunks(latents, opens, closed)
