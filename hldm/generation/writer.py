@@ -28,7 +28,7 @@ from hldm.model.denoiser import Told
 from hldm.model.diffusion import sample, sampler_steps
 from hldm.model.prior import Prior
 from hldm.model.speed import has_faster_form
-from hldm.model.state import ContextState, DecoderState, select_rows
+from hldm.model.state import ContextState, DecoderState, pick_rows, select_rows
 from hldm.text.bytes import PROMPT_WINDOW, stream_decoder
 from hldm.text.windows import Window, window_of
 
@@ -124,9 +124,13 @@ class LatentWriter:
 
     def write(self) -> list[Piece]:
         """Sample and write one chunk a row."""
+        return self.write_latents(self.sample_latents())
+
+    def write_latents(self, latents: Tensor) -> list[Piece]:
+        """Write one chunk a row from its z_0 (b z), wherever that comes from."""
         written = self.write_chunks(
             self.autoencoder,
-            require_finite(self.sample_latents(), "latents", self.settings),
+            require_finite(latents, "latents", self.settings),
             self.encoder,
             self.decoder,
             self.opens,
@@ -141,6 +145,13 @@ class LatentWriter:
             self.add_chunks(written.latents, opens, closed)
         self.opens = [piece.ends_document for piece in pieces]
         return pieces
+
+    def pick(self, index: Tensor, generators: Sequence[torch.Generator]) -> None:
+        """Go on with these rows in place of all, a row as often as it is named: index (b'), a generator each."""
+        state = (self.encoder, self.decoder, self.memory, self.told, self.blind)
+        self.encoder, self.decoder, self.memory, self.told, self.blind = pick_rows(state, index)
+        self.opens = [self.opens[row] for row in index.tolist()]
+        self.generators = generators
 
     def sample_latents(self) -> Tensor:
         """z_0 of the next chunk of every row (b z); without denoising a draw from the mixture."""

@@ -18,6 +18,15 @@ from hldm.model.prior import Prior
 from hldm.model.state import ContextState
 
 MOST_CHUNKS = 2**40  # that a summary may stand for
+_BY_ROW = (
+    "level",
+    "end",
+    "written",
+    "partial",
+    "latest",
+    "feature",
+    "log_weights",
+)  # of `KeptContext`, beside lists
 
 
 def _parameters(prior: Any) -> dict[str, list[Tensor | None]]:
@@ -76,15 +85,6 @@ class KeptContext:
         width = prior.settings.denoiser_width
         empty = (torch.zeros(rows, 4 * width), torch.zeros(rows, 2 * width), torch.zeros(rows, heads, places))
         told = [[part.clone() for part in empty] for _ in range(blocks)]
-        self.told = Told(
-            None if prior.mixture is None else tensors["log_weights"][:, None, None],
-            tuple(
-                BlockContext(shared[:, None, None], gates[:, None, None], key, value, bias[:, :, None])
-                for (shared, gates, bias), (key, value) in zip(
-                    told, parts[len(context.layers) :], strict=True
-                )
-            ),
-        )
         self._call = struct("context.cpp", "Contexting")(
             rows=rows,
             z=prior.latent_dim,
@@ -105,6 +105,28 @@ class KeptContext:
             **tensors,
             **_parameters(prior),
         )
+        self.layers = len(context.layers)
+        self.told = self._as_told()
+
+    def _as_told(self) -> Told:
+        """What the kernel writes, as `Prior.tell` would give it: views, which change with every chunk."""
+        kept = self._call.kept
+        pairs, told, log_weights = kept["pairs"][2 * self.layers :], kept["told"], kept["log_weights"]
+        blocks = [
+            BlockContext(shared[:, None, None], gates[:, None, None], key, value, bias[:, :, None])
+            for shared, gates, bias, key, value in zip(
+                told[::3], told[1::3], told[2::3], pairs[::2], pairs[1::2], strict=True
+            )
+        ]
+        return Told(log_weights[:, None, None] if log_weights.shape[1] else None, tuple(blocks))
+
+    def pick(self, index: Tensor) -> None:
+        """Go on with these rows in place of all, a row as often as it is named. index: (b')"""
+        kept = self._call.kept
+        rows = {name: kept[name][index] for name in _BY_ROW}
+        lists = {name: [part[index] for part in kept[name]] for name in ("pairs", "told")}
+        self._call.fill(rows=len(index), **rows, **lists)
+        self.told = self._as_told()
 
     def add(self, latents: Tensor, after: Tensor, closed: Tensor) -> Told:
         """What the denoiser is told of the next chunk's past, in the memory of what it was told before.

@@ -126,6 +126,11 @@ class FusedLatentWriter(LatentWriter):
         uniform, noise = draw_numbers(self.plan, shape, self.generators, temperature, self.device)
         return self.planned.draw(self.told, noise, uniform if self.draws_x0 else None, temperature)
 
+    def pick(self, index: Tensor, generators: Sequence[torch.Generator]) -> None:
+        if self.kept is not None:
+            self.kept.pick(index)
+        super().pick(index, generators)
+
     def add_chunks(self, latents: Tensor, opens: Tensor, closed: Tensor) -> None:
         if self.kept is None:
             return super().add_chunks(latents, opens, closed)
