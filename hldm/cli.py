@@ -16,8 +16,9 @@ import typer
 
 import hldm
 from hldm import plugins
-from hldm.commands import benchmarks, measuring, score, sharing, training, writing
+from hldm.commands import benchmarks, editing, measuring, score, sharing, training, writing
 from hldm.commands import jepa as jepa_commands
+from hldm.commands import steering as steering_commands
 from hldm.commands.candidates import candidates
 from hldm.commands.playground import playground
 from hldm.commands.report import report
@@ -33,6 +34,9 @@ for command in (  # in the order of the help
     training.train_autoencoder,
     training.train_diffusion,
     writing.generate,
+    editing.fill,
+    editing.edit,
+    editing.interpolate,
     measuring.evaluate,
     score.score,
     benchmarks.pairs,
@@ -53,6 +57,7 @@ for command in (  # in the order of the help
     app.command()(command)
 app.command(context_settings=benchmarks.PASSED_ON)(benchmarks.lm_eval)
 app.add_typer(jepa_commands.app, name="jepa")
+app.add_typer(steering_commands.app, name="steer")
 
 
 def _print_version(is_asked: bool) -> None:

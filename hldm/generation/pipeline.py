@@ -21,6 +21,7 @@ from hldm.chunking.segmenter import Segmenter
 from hldm.chunking.strategies import attach_segmenter, read_segmenter
 from hldm.config import GenerationConfig, changed, section_from_dict, to_dict
 from hldm.generation.candidates import Search, write_best
+from hldm.generation.editing import Editing
 from hldm.generation.encode import Kind, encode_texts
 from hldm.generation.footprint import require_room_to_write
 from hldm.generation.model_index import check_index
@@ -62,7 +63,7 @@ class HLDMPipelineOutput(BaseOutput):
     calls: int  # denoiser evaluations, each for the whole batch
 
 
-class HLDMPipeline(DiffusionPipeline):
+class HLDMPipeline(Editing, DiffusionPipeline):
     """Prompt in, text out. `prior` and `scheduler` are None in the twin."""
 
     _optional_components = ["prior", "scheduler"]

@@ -123,17 +123,18 @@ class LatentWriter:
             _, griffin = self.autoencoder.decode(events, mean, self.decoder.griffin, told)
             self.decoder = DecoderState(griffin, events.last)
 
-    def write(self) -> list[Piece]:
-        """Sample and write one chunk a row."""
-        written = self.draw()
+    def write(self, latents: Tensor | None = None) -> list[Piece]:
+        """Sample and write one chunk a row; latents: their z_0 (b z), in place of drawn ones."""
+        written = self.draw(latents)
         self.take_in(written)
         return written.pieces
 
-    def draw(self) -> Written:
-        """Sample and write one chunk a row, of which nothing is remembered before `take_in`."""
+    def draw(self, latents: Tensor | None = None) -> Written:
+        """As `write`, but nothing is remembered before `take_in`."""
+        z_0 = self.sample_latents() if latents is None else latents
         return self.write_chunks(
             self.autoencoder,
-            require_finite(self.sample_latents(), "latents", self.settings),
+            require_finite(z_0, "latents", self.settings),
             self.encoder,
             self.decoder,
             self.opens,

@@ -223,6 +223,12 @@ def _bible_documents(split: Split) -> Generator[bytes, None, None]:
     return (b" ".join(verses) for verses in _bible_chapters(split))
 
 
+def bible_books(split: Split) -> list[int]:
+    """The book, by number, of each document of a split of the built-in text."""
+    chapters = sorted({number // 1000 for number in bible_verses()})
+    return [chapter // 1000 for chapter in chapters if split_of_book(chapter // 1000) == split]
+
+
 def bible_verse_starts(split: Split) -> list[np.ndarray]:
     """Of each document of a split of the built-in text, the places (n,) where its verses start."""
     lengths = ([len(verse) + 1 for verse in verses] for verses in _bible_chapters(split))
