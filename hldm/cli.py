@@ -18,6 +18,7 @@ import hldm
 from hldm import plugins
 from hldm.commands import benchmarks, measuring, score, sharing, training, writing
 from hldm.commands import jepa as jepa_commands
+from hldm.commands import memory as memory_commands
 from hldm.commands.playground import playground
 from hldm.commands.report import report
 from hldm.commands.train import train
@@ -40,6 +41,7 @@ for command in (  # in the order of the help
     measuring.chunkers,
     jepa_commands.similarity,
     measuring.judge,
+    memory_commands.codebook,
     report,
     playground,
     writing.chunk,
@@ -51,6 +53,7 @@ for command in (  # in the order of the help
     app.command()(command)
 app.command(context_settings=benchmarks.PASSED_ON)(benchmarks.lm_eval)
 app.add_typer(jepa_commands.app, name="jepa")
+app.add_typer(memory_commands.app, name="memory")
 
 
 def _print_version(is_asked: bool) -> None:

@@ -23,6 +23,7 @@ from hldm.text.bytes import MAX_PROMPT_BYTES, shows_colour
 
 if TYPE_CHECKING:
     from hldm.generation.pipeline import HLDMPipeline
+    from hldm.generation.writer import Through
 
 Scheduler = Literal["ancestral", "ddim", "dpm"]
 STRATEGY_HELP = "or your own, module:Class; may repeat (default: all of ours)"
@@ -45,6 +46,7 @@ def generate(
     stop: Annotated[
         list[str] | None, Option(help=r"end before the first of these, e.g. \n; may repeat")
     ] = None,
+    memory: Annotated[str | None, Option(metavar="DIR", help="of hldm memory build, or document")] = None,
     seed: Seed = 0,
     show_chunks: Annotated[bool, Option("--show-chunks", help="tint chunks, or mark them with |")] = False,
     as_json: Annotated[bool, Option("--json", help="one JSON object a continuation")] = False,
@@ -73,7 +75,13 @@ def generate(
     wanted = [text for text in prompts for _ in range(num_samples)]
     settings = changed(pipeline.settings, **given)
     stops = stop_bytes([typed_bytes(text) for text in stop or []])
-    _write(pipeline, wanted, settings, max_characters, stops, seed, show_chunks, as_json, raw)
+    through = None
+    if memory is not None:
+        from hldm.generation.remembering import check_remembers, open_memory
+
+        check_remembers(pipeline.prior)
+        through = open_memory(memory, pipeline.autoencoder).through
+    _write(pipeline, wanted, settings, max_characters, stops, seed, show_chunks, as_json, raw, through)
 
 
 def _write(
@@ -86,6 +94,7 @@ def _write(
     show_chunks: bool,
     as_json: bool,
     raw: bool,
+    through: Through | None,
 ) -> None:
     """Write to standard output: streamed for one continuation, each whole for several."""
     from hldm.generation.streams import stop_at
@@ -117,7 +126,7 @@ def _write(
     stopped: Stopped | None = None
     try:
         parts = pipeline.autoencoder, pipeline.prior, prompts, settings
-        writing = write_on(*parts, max_characters=max_characters, seed=seed)
+        writing = write_on(*parts, max_characters=max_characters, seed=seed, through=through)
         for rows, news, calls in stop_at(writing, stops):  # noqa: B007 - the last yield is the finished text
             if streams and news[0] and not waits:
                 send(news[0], is_last=False, chunk=written if show_chunks else None)

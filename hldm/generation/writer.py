@@ -9,10 +9,10 @@ The twin writes byte by byte behind the same interface. `hldm.kernels.writer` ho
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -39,6 +39,11 @@ class Writer(Protocol):
     calls: int  # denoiser evaluations so far
 
     def write(self) -> list[Piece]: ...
+
+
+Through: TypeAlias = Callable[
+    [Writer, Sequence[bytes]], Writer
+]  # what makes another writer of one, and its prompts
 
 
 def row_generators(seed: int | Sequence[int], rows: int) -> list[torch.Generator]:
@@ -95,6 +100,9 @@ class LatentWriter:
         rows = len(prompts)
         self.encoder = autoencoder.encoder_state(rows, self.device)
         self.decoder = autoencoder.decoder_state(rows, self.device)
+        self.latents = torch.zeros(
+            rows, 1, prior.latent_dim, device=self.device
+        )  # mu of the chunks last written
         self.memory = prior.initial_state(rows, self.device)  # the pyramid; stays so without denoising
         self.blind: Told | None = None  # what the denoiser is told of no text; None without guidance
         if settings.guidance != 1:
@@ -124,9 +132,13 @@ class LatentWriter:
 
     def write(self) -> list[Piece]:
         """Sample and write one chunk a row."""
+        return self.expand(self.sample_latents())
+
+    def expand(self, latents: Tensor) -> list[Piece]:
+        """Write z_0 (b z) out, one chunk a row, and read the chunks back."""
         written = self.write_chunks(
             self.autoencoder,
-            require_finite(self.sample_latents(), "latents", self.settings),
+            require_finite(latents, "latents", self.settings),
             self.encoder,
             self.decoder,
             self.opens,
@@ -136,7 +148,7 @@ class LatentWriter:
         pieces = written.pieces
         closed = torch.tensor([piece.ends_document for piece in pieces], device=self.device)
         opens = torch.tensor(self.opens, device=self.device)[:, None]
-        self.encoder, self.decoder = written.encoder, written.decoder
+        self.encoder, self.decoder, self.latents = written.encoder, written.decoder, written.latents
         if self.settings.steps:
             self.add_chunks(written.latents, opens, closed)
         self.opens = [piece.ends_document for piece in pieces]
@@ -316,11 +328,13 @@ def write_on(
     max_characters: int,
     seed: int | Sequence[int] = 0,
     through_ends: bool = False,
+    through: Through | None = None,
 ) -> Iterator[tuple[list[Continuation], list[bytes], int]]:
     """Continue each prompt; yields (continuations so far, what each row just wrote, denoiser calls).
 
     A row stops after `max_characters`, cut there, or where the model ends the document (unless
     through_ends). The last yield holds the finished continuations.
+    through: makes another writer of the model's, such as one that remembers (hldm.generation.remembering)
     """
     if not prompts:
         raise ValueError("no prompt given: pass at least one, '' starts a document")
@@ -328,6 +342,8 @@ def write_on(
         raise ValueError(f"max_characters must be at least 1, got {max_characters}")
     rows = [Continuation(prompt, left=max_characters) for prompt in prompts]
     writer = make_writer(autoencoder, prior, prompts, settings, row_generators(seed, len(prompts)))
+    if through is not None:
+        writer = through(writer, prompts)
     while any(row.left and not row.ended for row in rows):
         news = []
         for row, piece in zip(rows, writer.write(), strict=True):
