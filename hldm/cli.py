@@ -18,6 +18,7 @@ import hldm
 from hldm import plugins
 from hldm.commands import benchmarks, editing, measuring, score, sharing, training, writing
 from hldm.commands import jepa as jepa_commands
+from hldm.commands import memory as memory_commands
 from hldm.commands import steering as steering_commands
 from hldm.commands.candidates import candidates
 from hldm.commands.playground import playground
@@ -46,6 +47,7 @@ for command in (  # in the order of the help
     jepa_commands.similarity,
     measuring.judge,
     candidates,
+    memory_commands.codebook,
     report,
     playground,
     writing.chunk,
@@ -58,6 +60,7 @@ for command in (  # in the order of the help
 app.command(context_settings=benchmarks.PASSED_ON)(benchmarks.lm_eval)
 app.add_typer(jepa_commands.app, name="jepa")
 app.add_typer(steering_commands.app, name="steer")
+app.add_typer(memory_commands.app, name="memory")
 
 
 def _print_version(is_asked: bool) -> None:

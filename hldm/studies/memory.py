@@ -1,0 +1,309 @@
+"""A memory inside the prior: built of a run's training text, and measured in bits with and without it.
+
+    hldm memory build --run small --out MEMORY
+    hldm memory measure --run small --memory MEMORY
+
+The decoder's bits are the same with every memory. Latents cost KL(q(z_0 | x) || p(z_0 | h)) under the mixture, in
+closed form but for draws of z_0, which all columns share: differences are paired.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hldm.chunking.reading import held_out_windows, read_windows
+from hldm.evaluation.tables import Table
+from hldm.evaluation.words import split_words
+from hldm.evaluation.worth import clusters_of, paired_worth
+from hldm.generation.memory import Gate, Neighbours, fit_gate, query_of
+from hldm.generation.memory_store import Store, new_folder, write_gates, write_store
+from hldm.generation.pipeline import HLDMPipeline, read_pipeline
+from hldm.generation.remembering import (
+    Past,
+    check_remembers,
+    chunk_prints,
+    document_neighbours,
+    entries_of,
+    stored_neighbours,
+)
+from hldm.model.autoencoder import Autoencoder
+from hldm.model.diffusion import diffuse
+from hldm.model.likelihood import read_chunks
+from hldm.model.prior import Prior
+from hldm.runs.files import fingerprint
+from hldm.runs.folder import corpora_of_run, training_text_of
+from hldm.runs.location import pipeline_of
+from hldm.sources.corpora import corpus_of_file
+from hldm.text.corpus import Corpus, make_corpus
+from hldm.text.windows import Windows, draw_normal
+
+FIT_DRAWS = 2  # of z_0 a chunk: four give the same gate to two digits
+TWICE_BYTES = 24_000  # of documents that are read twice over: some 150 stretches in the second readings
+PHRASE = 4  # words that count as repeated
+ROOMY = 1000  # bytes of a document in which repeats are looked for
+
+
+class Costs(NamedTuple):
+    """What a corpus costs without a memory, and what is needed to know what it costs with one."""
+
+    windows: Windows
+    past: Past
+    z_0: Tensor  # (n m z) draws from each chunk's posterior
+    plain: Tensor  # (n m) log p of them under the model's own mixture
+    decoder: np.ndarray  # (n) nats of bytes and ends; 0 where they were not asked for
+    gamma_0: float
+
+    def latent_nats(self, log_p: Tensor) -> np.ndarray:
+        """KL(q(z_0 | x) || p(z_0 | h)) of each chunk from log p of its draws (n m). (n)"""
+        width = self.z_0.shape[-1]
+        log_variance = -math.log1p(math.exp(-self.gamma_0))  # log sigmoid(gamma_0)
+        entropy = 0.5 * width * (1 + math.log(2 * math.pi) + log_variance)
+        return (-entropy - log_p.double().mean(dim=1)).numpy()
+
+
+@torch.no_grad()
+def read_costs(
+    autoencoder: Autoencoder, prior: Prior, corpus: Corpus, *, draws: int, seed: int, decodes: bool = True
+) -> Costs:
+    """Read a corpus once. decodes: read its bytes from the draws, too, which takes longest."""
+    mixture, gamma_0 = prior.mixture, prior.diffusion.gamma_0
+    assert mixture is not None
+    windows, generator = held_out_windows(autoencoder, corpus), torch.Generator().manual_seed(seed)
+    n, z = windows.chunks, autoencoder.latent_dim
+    query, latents = torch.zeros(n, autoencoder.settings.known_width), torch.zeros(n, z)
+    z_0, plain, decoder = torch.zeros(n, draws, z), torch.zeros(n, draws), np.zeros(n)
+    device = next(autoencoder.parameters()).device
+    states = [autoencoder.decoder_state(windows.lanes, device) for _ in range(draws)]
+    for batch, encoding in read_windows(autoencoder, windows):
+        mask, mu = batch.is_chunk, encoding.latents
+        chunk = batch.chunk_index[mask].cpu()
+        query[chunk], latents[chunk] = query_of(encoding.before[mask]).cpu(), mu[mask].float().cpu()
+        level = mu.new_full(mu.shape[:-1], gamma_0)
+        log_weights = mixture.log_weights(encoding.before)
+        for draw in range(draws):
+            drawn = diffuse(mu, level, draw_normal(batch, mu.shape[1:], generator))
+            z_0[chunk, draw] = drawn[mask].cpu()
+            plain[chunk, draw] = mixture.joint(drawn, level, log_weights).logsumexp(dim=-1)[mask].cpu()
+            if decodes:
+                reading, states[draw] = read_chunks(autoencoder, batch, drawn, states[draw], encoding)
+                decoder[chunk.numpy()] += reading.nats[mask].double().cpu().numpy() / draws
+    past = Past(query, latents, *chunk_prints(windows))
+    return Costs(windows, past, z_0, plain, decoder, gamma_0)
+
+
+# ---- building
+
+
+def build_memory(
+    folder: Path, out: Path, *, text: Path | None = None, seed: int = 0, say: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """Store a run's training text, or a file, and fit its gates on the run's validation text.
+
+    Gates: of the text alone (`training`), of a document's own earlier chunks alone (`document`), of both.
+    Raises ValueError or OSError, one line; nothing is left of what was begun.
+    """
+    pipeline = read_pipeline(pipeline_of(folder))
+    autoencoder, prior = pipeline.autoencoder, check_remembers(pipeline.prior)
+    corpora = corpora_of_run(folder)
+    stored = corpora["train"] if text is None else corpus_of_file(text)
+    model = fingerprint(autoencoder.state_dict())
+    with new_folder(out) as new:
+        write_store(new, entries_of(autoencoder, stored), model, stored.name)
+        store = Store(new, model)
+        say(f"{len(store):,} entries of {stored.name}, {store.bytes / 1e6:,.0f} MB; fitting the gates")
+        costs = read_costs(
+            autoencoder, prior, corpora["validation"], draws=FIT_DRAWS, seed=seed, decodes=False
+        )
+        gates = fit_gates(store, costs)
+        write_gates(new, gates)
+    return {"entries": len(store), "gates": {name: gate.as_dict() for name, gate in gates.items()}}
+
+
+def fit_gates(store: Store | None, costs: Costs) -> dict[str, Gate]:
+    """Gates of every memory there is, fitted on what this text costs."""
+    found = find_neighbours(store, costs)
+    return {
+        name: fit_gate(_of(name, found), costs.plain, costs.z_0, costs.gamma_0) for name in modes_of(store)
+    }
+
+
+def modes_of(store: Store | None) -> Sequence[str]:
+    """The memories that there are with a store, or without."""
+    return ("document",) if store is None else ("training", "document", "both")
+
+
+def find_neighbours(store: Store | None, costs: Costs) -> dict[str, Neighbours]:
+    """What is retrieved before every chunk, by source."""
+    found = {"document": document_neighbours(costs.past)}
+    if store is not None:
+        found["training"] = stored_neighbours(store, costs.windows.corpus, costs.past)
+    return found
+
+
+def _of(mode: str, found: Mapping[str, Neighbours]) -> dict[str, Neighbours]:
+    return dict(found) if mode == "both" else {mode: found[mode]}
+
+
+# ---- measuring
+
+
+@torch.no_grad()
+def nats_with(costs: Costs, store: Store | None, gates: Mapping[str, Gate]) -> dict[str, np.ndarray]:
+    """Latent nats of every chunk, "plain" without a memory and with each that has a gate. (n)"""
+    found = find_neighbours(store, costs)
+    nats = {"plain": costs.latent_nats(costs.plain)}
+    for mode, gate in gates.items():
+        weighed = gate.weigh({name: found[name] for name in gate.sources})
+        nats[mode] = costs.latent_nats(weighed.log_density(costs.plain, costs.z_0, costs.gamma_0))
+    return nats
+
+
+def rows_of(
+    label: str, costs: Costs, nats: Mapping[str, np.ndarray], counted: np.ndarray | None = None
+) -> dict[str, Any] | None:
+    """Bits a character of the counted chunks, and what each memory saves of them; None where there are none."""
+    clusters = clusters_of(costs.windows, counted)
+    if not clusters.characters.sum():
+        return None
+    sums = {name: clusters.sums(costs.decoder + values) for name, values in nats.items()}
+    plain = paired_worth(sums["plain"], np.zeros_like(sums["plain"]), clusters.characters)
+    row: dict[str, Any] = {"text": label, "characters": int(clusters.characters.sum()), "plain": plain.bits}
+    for mode in nats:
+        if mode != "plain":
+            row[mode] = paired_worth(sums["plain"], sums[mode], clusters.characters).as_json()
+    return row
+
+
+def measure_memory(
+    folder: Path, memory: str, *, text: Path | None = None, rare: int = 5, draws: int = 4, seed: int = 0
+) -> dict[str, Any]:
+    """Bits with and without a memory on a run's test text or a file, on rare names, and on text that repeats itself.
+
+    memory: folder of a store, or `document`;  rare: words seen at most so often in training
+    Raises ValueError or OSError, one line.
+    """
+    if draws < 1 or rare < 0:
+        raise ValueError(f"draws must be at least 1 and rare at least 0, got {draws} and {rare}")
+    pipeline = read_pipeline(pipeline_of(folder))
+    autoencoder, prior = pipeline.autoencoder, check_remembers(pipeline.prior)
+    store, gates = store_and_gates(memory, pipeline)
+    training: bytes | None
+    if text is None:
+        corpora = corpora_of_run(folder)
+        corpus, training = corpora["test"], corpora["train"].text.tobytes()
+    else:
+        corpus, training = corpus_of_file(text), training_text_of(folder)
+    costs = read_costs(autoencoder, prior, corpus, draws=draws, seed=seed)
+    nats = nats_with(costs, store, gates)
+    rows = [rows_of("all of it", costs, nats)]
+    if training is not None:
+        flags = rare_chunks(costs.windows, training, rare)
+        rows += [rows_of(label, costs, nats, flag) for label, flag in flags.items()]
+    most = most_repeating(corpus)
+    if most is not None and len(corpus) > 1:
+        in_it = costs.past.document == most
+        rows.append(rows_of(f"document {most + 1}, which repeats itself most", costs, nats, in_it))
+    twice, seconds = read_twice(corpus)
+    again = read_costs(autoencoder, prior, twice, draws=draws, seed=seed)
+    starts = np.flatnonzero(again.windows.chunk_start) - twice.offsets[again.past.document]
+    in_second = starts >= seconds[again.past.document]
+    rows.append(
+        rows_of("documents read twice: the second time", again, nats_with(again, store, gates), in_second)
+    )
+    return {
+        "run": folder.resolve().name,
+        "memory": memory,
+        "text_of_measure": "test" if text is None else str(text),
+        "draws": draws,
+        "seed": seed,
+        "rows": [row for row in rows if row is not None],
+    }
+
+
+def store_and_gates(memory: str, pipeline: HLDMPipeline) -> tuple[Store | None, dict[str, Gate]]:
+    """An opened store with its gates; of `document` none, with the gate that comes with hldm."""
+    if memory == "document":
+        return None, {"document": Gate.of_document()}
+    store = Store(Path(memory), fingerprint(pipeline.autoencoder.state_dict()))
+    if missing := set(modes_of(store)) - set(store.gates):
+        raise ValueError(f"{memory} has no gate for {', '.join(sorted(missing))}: build it again")
+    return store, {mode: store.gates[mode] for mode in modes_of(store)}
+
+
+def rare_chunks(windows: Windows, training: bytes, rare: int) -> dict[str, np.ndarray]:
+    """Chunks (n) bool with a part of a word that training saw at most so often: all, names, names seen before here.
+
+    A name begins with a capital and is not in the training text without it.
+    """
+    corpus = windows.corpus
+    seen = Counter(match[0] for match in _WORD.finditer(training))
+    flags = np.zeros((3, len(corpus.text)), bool)
+    for index in range(len(corpus)):
+        before: set[bytes] = set()
+        for match in _WORD.finditer(corpus.document(index).tobytes()):
+            word, place = match[0], slice(*(corpus.offsets[index] + at for at in match.span()))
+            if seen[word] <= rare:
+                is_name = word[:1].isupper() and not seen[word.lower()]
+                flags[0, place] = True
+                flags[1, place], flags[2, place] = is_name, is_name and word in before
+            before.add(word)
+    starts = np.flatnonzero(windows.chunk_start)
+    labels = [f"{what} seen at most {rare} times in training" for what in ("words", "names")]
+    labels.append("  names of these, from their second time in a document on")
+    return {label: np.logical_or.reduceat(flag, starts) for label, flag in zip(labels, flags, strict=True)}
+
+
+_WORD = re.compile(rb"[A-Za-z\x80-\xff]+")
+
+
+def most_repeating(corpus: Corpus) -> int | None:
+    """The document of which most phrases have been in it before, of those with some room; None without any."""
+    shares = {
+        index: repeated_phrases(corpus.document(index).tobytes().decode("utf-8", "replace"))
+        for index in np.flatnonzero(np.diff(corpus.offsets) >= ROOMY).tolist()
+    }
+    return max(shares, key=lambda index: shares[index]) if shares else None
+
+
+def repeated_phrases(text: str) -> float:
+    """Share of the phrases of PHRASE words that are not the first of their kind."""
+    words = split_words(text)
+    phrases = list(zip(*(islice(words, at, None) for at in range(PHRASE)), strict=False))
+    return 1 - len(set(phrases)) / max(len(phrases), 1)
+
+
+def read_twice(corpus: Corpus) -> tuple[Corpus, np.ndarray]:
+    """The first documents, TWICE_BYTES of them or one, each twice over; where the second reading begins in each."""
+    documents: list[bytes] = []
+    for document in corpus:
+        if sum(map(len, documents)) >= TWICE_BYTES:
+            break
+        documents.append(document[:TWICE_BYTES].tobytes())
+    seconds = np.array([len(document) + 1 for document in documents])
+    return make_corpus(f"{corpus.name}, twice", (b" ".join([text, text]) for text in documents)), seconds
+
+
+def table(found: Mapping[str, Any]) -> Table:
+    """Bits a character without a memory, and what each memory saves of them."""
+    modes = [mode for mode in ("training", "document", "both") if mode in found["rows"][0]]
+    head = ["bits a character", "characters", "plain", *(f"saved by {mode}" for mode in modes)]
+    rows = [
+        [row["text"], f"{row['characters']:,}", f"{row['plain']:.4f}", *(_saved(row[mode]) for mode in modes)]
+        for row in found["rows"]
+    ]
+    return Table(head, rows)
+
+
+def _saved(worth: Mapping[str, float | None]) -> str:
+    error = worth["standard_error"]
+    return f"{worth['bits']:.4f}" + ("" if error is None else f" ± {error:.4f}")
