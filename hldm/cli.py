@@ -21,6 +21,7 @@ from hldm.commands import jepa as jepa_commands
 from hldm.commands.playground import playground
 from hldm.commands.report import report
 from hldm.commands.train import train
+from hldm.commands.uncompress import uncompress
 from hldm.config import ConfigError
 from hldm.doctor import doctor
 from hldm.runs.exits import guarded
@@ -39,6 +40,7 @@ for command in (  # in the order of the help
     measuring.rate_curve,
     measuring.chunkers,
     jepa_commands.similarity,
+    uncompress,
     measuring.judge,
     report,
     playground,
