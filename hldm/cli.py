@@ -24,6 +24,7 @@ from hldm.commands.candidates import candidates
 from hldm.commands.playground import playground
 from hldm.commands.report import report
 from hldm.commands.train import train
+from hldm.commands.uncompress import uncompress
 from hldm.config import ConfigError
 from hldm.doctor import doctor
 from hldm.runs.exits import guarded
@@ -45,6 +46,7 @@ for command in (  # in the order of the help
     measuring.rate_curve,
     measuring.chunkers,
     jepa_commands.similarity,
+    uncompress,
     measuring.judge,
     candidates,
     memory_commands.codebook,

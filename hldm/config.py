@@ -34,6 +34,8 @@ class DataConfig(Section):
     subset: str = ""  # configuration name of the dataset
     split: str = "train"  # which split of the dataset to read
     field: str = "text"  # column of .jsonl, .parquet and datasets that holds the text
+    question: str = ""  # column of what is asked before each text; then the loss counts the text, its answer
+    question_weight: float = Field(default=0.0, ge=0, le=1)  # what a nat of a question counts in the loss
     separator: str = ""  # splits a plain text file into documents; empty: a file is one document
     stream: bool = False  # read files or dataset while training, again and again, instead of all of it first
     readers: Count = 1  # of a stream, side by side, each its own share of it; a multiple of the processes
@@ -48,10 +50,13 @@ class DataConfig(Section):
             raise ValueError("path and data.dataset exclude each other: set one")
         if self.stream and not (self.path or self.dataset):
             raise ValueError("stream reads data.path or data.dataset: set one, or stream=false")
+        if self.question and (self.stream or not (self.path or self.dataset)):
+            raise ValueError("question is a column of data.path or data.dataset: set one, and stream=false")
+        if self.question and self.question == self.field:
+            raise ValueError(f"question and data.field must be two columns, got {self.field!r} for both")
         if self.stream and self.lanes % self.readers:
-            raise ValueError(
-                f"lanes must be divisible by data.readers, got {self.lanes} and {self.readers} readers"
-            )
+            got = f"{self.lanes} and {self.readers} readers"
+            raise ValueError(f"lanes must be divisible by data.readers, got {got}")
 
 
 class SegmenterConfig(Section):

@@ -32,6 +32,7 @@ class Bound(NamedTuple):
     variance: float  # nats^2 of the sum of all, from the draws of noise and noise levels alone
     characters: np.ndarray  # (documents,)
     by_chunk: np.ndarray  # (chunks,) nats of all three terms
+    answer: float | None = None  # nats of the answers a character of them; None where there are no questions
     importance: np.ndarray | None = None  # (documents,) the importance-weighted bound, if it was asked for
 
     @property
@@ -45,6 +46,7 @@ class Bound(NamedTuple):
         standard_error:      of this corpus' bits given the model: Monte Carlo noise, which more draws lower
         standard_error_text: how much another text of this size and kind would differ, from the spread over
                              documents (of a ratio, by linearisation); None for a single document
+        answer:              the bound of the answers alone, a character of them; None where there are no questions
         importance:          the tighter bound, with the mixture in place of the prior; None if not asked for
         """
         characters = self.characters.sum()
@@ -55,6 +57,7 @@ class Bound(NamedTuple):
             "standard_error": math.sqrt(self.variance) / unit,
             "standard_error_text": ratio_error(self.nats, self.characters * math.log(2)),
             **bits,
+            "answer": None if self.answer is None else self.answer / math.log(2),
             "importance": None if self.importance is None else float(self.importance.sum() / unit),
         }
 
@@ -88,5 +91,16 @@ def evaluate_bound(
         variance=variance,
         characters=np.array(characters),
         by_chunk=chunks.nats,
+        answer=_answer_nats(chunks.nats, windows),
         importance=None if chunks.importance is None else by_document(chunks.importance),
     )
+
+
+def _answer_nats(nats: np.ndarray, windows: Windows) -> float | None:
+    """Nats (chunks,) of the answers a character of them."""
+    if windows.is_answer is None:
+        return None
+    starts_character = windows.corpus.text & 0xC0 != 0x80
+    characters = np.add.reduceat(starts_character.astype(np.int64), np.flatnonzero(windows.chunk_start))
+    counted = int(characters[windows.is_answer].sum())
+    return float(nats[windows.is_answer].sum()) / counted if counted else None

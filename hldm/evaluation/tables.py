@@ -150,6 +150,7 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
     ("  of it what full noise leaves", "bits_per_character.end", ".4f"),
     ("  by importance-weighted draws", "bits_per_character.importance", ".4f"),
     ("    how many", "samples", ".0f"),
+    ("  of the answers alone", "bits_per_character.answer", ".4f"),
     ("perplexity, character", "perplexity.character", ".3f"),
     ("perplexity, word", "perplexity.word", ".1f"),
     ("characters per chunk", "characters_per_chunk", ".2f"),

@@ -33,7 +33,8 @@ def validation_on(
         generator = torch.Generator().manual_seed(seed)
         bound = evaluate_bound(autoencoder, prior, windows, draws=DRAWS, generator=generator)
         found = bound.bits_per_character()
-        return {name: found[name] or 0.0 for name in ("bound", "latent", "decoder", "end")}
+        kept = ("bound", "latent", "decoder", "end", *(["answer"] if found["answer"] is not None else []))
+        return {name: found[name] or 0.0 for name in kept}
 
     return measure
 
@@ -42,8 +43,9 @@ def slice_of(corpus: Corpus, size: int) -> Corpus:
     """The beginnings of documents spread over a corpus, of `size` bytes in all where they are long enough."""
     picked = np.linspace(0, len(corpus) - 1, min(len(corpus), PIECES)).astype(int)
     most = -(-size // len(picked))
-    pieces = [corpus.document(int(index)) for index in picked]
-    return make_corpus(f"{corpus.name}, a slice", [_whole_characters(piece, most) for piece in pieces])
+    sizes = [len(_whole_characters(corpus.document(int(index)), most)) for index in picked]
+    pieces = [corpus.beginning(int(index), size) for index, size in zip(picked, sizes, strict=True)]
+    return make_corpus(f"{corpus.name}, a slice", pieces)
 
 
 def _whole_characters(text: np.ndarray, most: int) -> bytes:

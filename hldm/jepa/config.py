@@ -186,6 +186,8 @@ class JepaConfig(Section):
     logging: LoggingConfig = LoggingConfig()
 
     def check(self) -> None:
+        if self.data.question:
+            raise ValueError("data.question must be empty: these objectives have no question and no answer")
         if self.views.hole_bytes > self.chunking.max_bytes:
             raise ValueError(
                 f"views.hole_bytes must not exceed chunking.max_bytes, got {self.views.hole_bytes} and "

@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 # Of the data section, what says which text is read and how it is split; the others lay it out.
 TEXT_SETTINGS = tuple(
     f"data.{key}"
-    for key in ("path", "dataset", "subset", "split", "field", "separator", "stream", "max_bytes", "held_out")
+    for key in (
+        *("path", "dataset", "subset", "split", "field", "question", "separator"),
+        *("stream", "max_bytes", "held_out"),
+    )
 )
 # Settings that may differ between a trained run and the config that asks for it.
 MAY_CHANGE_ONCE_TRAINED = ("name", "checkpoint.", "logging.", "generation.")

@@ -60,8 +60,9 @@ def bits_of(metrics: dict[str, float]) -> dict[str, float]:
 def describe(metrics: dict[str, float], validation: dict[str, float] | None = None) -> str:
     """Bits per character by name, their sum first when there are several, the speed, and signs of life.
 
-    validation: the last one's bound and terms, if there was one; stage two, which trains the latents' terms alone, has
-    its total from there. An encoder that is trained on latents alone writes no bytes and has no bits.
+    validation: the last one's bound and terms, and the bits of answers, if there was one; stage two, which trains the
+    latents' terms alone, has its total from there. An encoder that is trained on latents alone writes no bytes and has
+    no bits.
     """
     bits = bits_of(metrics)
     total = f"{sum(bits.values()):.3f}"
@@ -73,10 +74,12 @@ def describe(metrics: dict[str, float], validation: dict[str, float] | None = No
         if "decoder" in bits:
             parts.append(f"validation {validation['bound']:.3f}")
         else:
-            terms = {name: value for name, value in validation.items() if name != "bound"}
+            terms = {name: value for name, value in validation.items() if name not in ("bound", "answer")}
             parts = [
                 f"validation {validation['bound']:.3f} bits/char {_terms(terms)} latents in training {total}"
             ]
+        if "answer" in validation:
+            parts.append(f"answers {validation['answer']:.3f}")
     parts.append(f"{metrics['characters_per_second']:,.0f} chars/s")
     parts += [form.format(metrics[name]) for name, form in SIGNS.items() if name in metrics]
     return " ".join(parts)

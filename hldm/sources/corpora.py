@@ -34,7 +34,7 @@ from hldm.sources.hub import read_dataset
 from hldm.sources.notes import note, one_line
 from hldm.sources.rows import good_rows, read_jsonl, read_parquet
 from hldm.sources.stream import head_corpora
-from hldm.text.corpus import SPLITS, Corpus, Split, make_corpus
+from hldm.text.corpus import SPLITS, Corpus, Question, Split, make_corpus
 
 MAX_TEXT_BYTES = 10**9  # of a file that is measured, as data.max_bytes: more text would take days
 ENOUGH_STEPS = 10  # optimizer steps that training text must hold: less is learnt by heart at once
@@ -97,7 +97,9 @@ def _limited(documents: Generator[bytes, None, None], max_bytes: int, name: str 
         for document in map(unix_lines, documents):
             if len(document) > left and name:
                 note(f"{name}: holds more than data.max_bytes={max_bytes:,}; what comes after is not read")
-            yield document[: character_border(document, left)]
+            if isinstance(document, Question) and len(document) > left:
+                return  # without its end an answer is another one
+            yield document if len(document) <= left else document[: character_border(document, left)]
             left -= len(document)
             if left <= 0:
                 return
@@ -108,8 +110,13 @@ def _limited(documents: Generator[bytes, None, None], max_bytes: int, name: str 
 
 def _split_documents(documents: Corpus, held_out: float) -> dict[Split, Corpus]:
     parts: dict[Split, list[bytes]] = {split: [] for split in SPLITS}
-    for index, document in enumerate(documents):
-        parts[_split_of(index, held_out)].append(document.tobytes())
+    for index in range(len(documents)):
+        parts[_split_of(index, held_out)].append(documents.beginning(index))
+    if not all(parts.values()) and documents.question_bytes is not None:
+        raise ConfigError(
+            f"{documents.name}: {len(documents)} questions leave none for some split at data.held_out={held_out}; add "
+            "rows or raise data.held_out"
+        )
     if not all(parts.values()):
         parts = {split: [] for split in SPLITS}
         for document in documents:
@@ -244,7 +251,7 @@ def _read_path(config: DataConfig) -> Generator[bytes, None, None]:
     files = matching_files(config.path)
     separator = typed_bytes(config.separator)
     for path in files:
-        with closing(_read_file(path, config.max_bytes, config.field, separator)) as documents:
+        with closing(_read_file(path, config, separator)) as documents:
             for index, document in enumerate(documents):
                 cuts += index > 0 and format_of(path) == ".txt"
                 yield document
@@ -257,16 +264,18 @@ def _read_path(config: DataConfig) -> Generator[bytes, None, None]:
         )
 
 
-def _read_file(path: Path, max_bytes: int, field: str, separator: bytes) -> Generator[bytes, None, None]:
-    name = str(path)
+def _read_file(path: Path, config: DataConfig, separator: bytes) -> Generator[bytes, None, None]:
+    name, field, question, max_bytes = str(path), config.field, config.question, config.max_bytes
+    if question and format_of(path) == ".txt":
+        raise ConfigError(f"{name}: plain text has no column {question!r} (data.question): make it .jsonl")
     with path.open("rb") as packed, damage_named(name):
         if format_of(path) == ".parquet":
             whole = open_packed(packed, name)
-            yield from good_rows(read_parquet(whole, path, field), name)
+            yield from good_rows(read_parquet(whole, path, field, question=question), name)
             return
         file = open_text(packed, name)
         if format_of(path) == ".jsonl":
-            yield from good_rows(read_jsonl(file, path, field), name)
+            yield from good_rows(read_jsonl(file, path, field, question), name)
             return
         text = read_up_to(file, max_bytes + 1)  # no more of it could be used
         require_utf8(text, name, is_cut=len(text) > max_bytes)

@@ -84,7 +84,7 @@ def _rows_of(
     number = first
     with _one_voice(), _errors_named(place, lambda: number):
         for number, row in enumerate(start(), start=first + 1):
-            yield number, text_of(row, config.field, f"{place} row {number}")
+            yield number, text_of(row, config.field, f"{place} row {number}", config.question)
 
 
 @contextmanager

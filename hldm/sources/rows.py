@@ -7,7 +7,9 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from hldm.sources.encodings import unix_lines
 from hldm.sources.notes import first_line, note, some
+from hldm.text.corpus import Question
 
 MAX_ROW_BYTES = 16 * 2**20  # a longer line is no row of a .jsonl file; parsed it may take 40 times as much
 MAX_BAD_ROWS = 1e-3  # share of the rows that may be left out
@@ -44,7 +46,7 @@ def good_rows(rows: Iterator[bytes | ValueError], source: str) -> Generator[byte
     judge()
 
 
-def read_jsonl(file: BinaryIO, path: Path, field: str) -> Iterator[bytes | ValueError]:
+def read_jsonl(file: BinaryIO, path: Path, field: str, question: str = "") -> Iterator[bytes | ValueError]:
     number = 0
     while line := file.readline(MAX_ROW_BYTES):
         number += 1
@@ -53,20 +55,20 @@ def read_jsonl(file: BinaryIO, path: Path, field: str) -> Iterator[bytes | Value
             raise ValueError(f"{place}: a row of more than {MAX_ROW_BYTES} bytes; .jsonl holds one a line")
         if not line.strip():
             continue
-        yield row_of_json(line, field, place)
+        yield row_of_json(line, field, place, question)
 
 
-def row_of_json(line: bytes, field: str, place: str) -> bytes | ValueError:
+def row_of_json(line: bytes, field: str, place: str, question: str = "") -> bytes | ValueError:
     """The text of a row of JSON."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         return ValueError(f"{place}: not a row of JSON ({first_line(error)}); remove or mend it")
-    return text_of(row, field, place)
+    return text_of(row, field, place, question)
 
 
 def read_parquet(
-    file: BinaryIO, path: Path, field: str, groups: list[int] | None = None
+    file: BinaryIO, path: Path, field: str, groups: list[int] | None = None, question: str = ""
 ) -> Iterator[bytes | ValueError]:
     """Rows of these row groups, or of all."""
     import pyarrow
@@ -75,29 +77,46 @@ def read_parquet(
     try:
         table = parquet.ParquetFile(file)
         columns = table.schema_arrow.names
-        if field not in columns:
-            raise ValueError(f"{path}: no column {field!r}; set data.field to one of {some(columns)}")
+        wanted = {"field": field, "question": question} if question else {"field": field}
+        for setting, name in wanted.items():
+            if name not in columns:
+                raise ValueError(f"{path}: no column {name!r}; set data.{setting} to one of {some(columns)}")
         number = 0
-        for batch in table.iter_batches(batch_size=256, columns=[field], row_groups=groups):
-            for value in batch.column(0):
+        for batch in table.iter_batches(batch_size=256, columns=[*wanted.values()], row_groups=groups):
+            for values in zip(*(batch.column(name) for name in wanted.values()), strict=True):
                 number += 1
                 place = f"{path}:{number}"
                 try:
-                    row = {field: value.as_py()}
+                    row = {name: v.as_py() for name, v in zip(wanted.values(), values, strict=True)}
                 except UnicodeDecodeError:
                     yield ValueError(f"{place}: column {field!r} is not UTF-8; mend it")
                 else:
-                    yield text_of(row, field, place)
+                    yield text_of(row, field, place, question)
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path}: not a readable parquet file ({first_line(error)})") from None
 
 
-def text_of(row: Any, field: str, place: str) -> bytes | ValueError:
-    """UTF-8 of the text in a row; where there is none, a ValueError that names the place."""
+def text_of(row: Any, field: str, place: str, question: str = "") -> bytes | ValueError:
+    """UTF-8 of the text in a row, after that of its question if there is a column of them.
+
+    Where there is none, a ValueError that names the place.
+    """
     if not isinstance(row, dict):
         return ValueError(f"{place}: expected an object with a field {field!r}, got {type(row).__name__}")
+    answer = _text_in(row, field, place, "data.field")
+    if not question or isinstance(answer, ValueError):
+        return answer
+    if not answer.strip():
+        return ValueError(f"{place}: field {field!r} is empty: a question without an answer; remove the row")
+    asked = _text_in(row, question, place, "data.question")
+    if isinstance(asked, ValueError):
+        return asked
+    return Question.with_answer(unix_lines(asked), unix_lines(answer))
+
+
+def _text_in(row: dict[Any, Any], field: str, place: str, setting: str) -> bytes | ValueError:
     if field not in row:
-        return ValueError(f"{place}: no field {field!r}; set data.field to one of {some(row)}")
+        return ValueError(f"{place}: no field {field!r}; set {setting} to one of {some(row)}")
     if not isinstance(row[field], str):
         return ValueError(f"{place}: field {field!r} must be text, got {type(row[field]).__name__}")
     try:

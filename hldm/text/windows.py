@@ -162,6 +162,7 @@ class Batch(Window):
     first_row: int  # which rows of the global batch these are ...
     total_rows: int  # ... out of how many
     total_bytes: int  # in all rows of the window, not only these
+    weight: Tensor | None = None  # (b n) what a nat of each chunk counts in the loss; None: all the same
 
 
 def draw_normal(batch: Batch, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -242,10 +243,12 @@ class Windows(ByStep):
         shuffle: bool = True,
         chunk_start: np.ndarray | None = None,
         closes: np.ndarray | None = None,
+        question_weight: float = 1.0,
     ) -> None:
         """chunk_start: (t,) bool where the chunks of the corpus start, if that is known already
 
         closes: (documents,) bool which of them end with their last byte; None: all
+        question_weight: what a nat of a question counts, one of an answer counts 1
         """
         if not len(corpus):
             raise ValueError(f"{corpus.name} holds no text")
@@ -255,14 +258,17 @@ class Windows(ByStep):
                 f"{chunker.max_bytes}), got {window_bytes}"
             )
         self.corpus = corpus
-        self.shuffle = shuffle
-        self.seed = seed
+        self.shuffle, self.seed, self.question_weight = shuffle, seed, question_weight
         self.lanes = lanes if shuffle else min(lanes, len(corpus))
         self.window_bytes = window_bytes
         self.closes = np.ones(len(corpus), bool) if closes is None else closes
         documents = list(corpus)
         self.characters = sum(count_characters(document.tobytes()) for document in documents)
         self.chunk_start = chunker.chunk_starts(documents) if chunk_start is None else chunk_start
+        if corpus.question_bytes is not None:  # an answer starts a chunk, as what goes on from a prompt does
+            answer_at = corpus.offsets[:-1] + corpus.question_bytes
+            self.chunk_start = self.chunk_start.copy()
+            self.chunk_start[answer_at[answer_at < corpus.offsets[1:]]] = True
         # (chunks + 1,) first byte of each chunk, then the end of the text
         self._chunk_at = np.append(np.flatnonzero(self.chunk_start), len(corpus.text))
         self._stream = lru_cache(maxsize=2)(self._make_stream)
@@ -324,7 +330,26 @@ class Windows(ByStep):
             first_row=first_row,
             total_rows=self.lanes,
             total_bytes=int(length.sum()),
+            weight=None if (weight := self._weights(chunk_index)) is None else weight[kept],
         )
+
+    @cached_property
+    def is_answer(self) -> np.ndarray | None:
+        """(chunks,) bool: chunks that are no part of a question; None where there are no questions."""
+        corpus, at = self.corpus, self._chunk_at[:-1]
+        if corpus.question_bytes is None:
+            return None
+        answer_at = corpus.offsets[:-1] + corpus.question_bytes
+        return at >= answer_at[np.searchsorted(corpus.offsets, at, side="right") - 1]
+
+    def _weights(self, chunk_index: np.ndarray) -> Tensor | None:
+        """`Batch.weight` of all lanes: 1 in the mean over bytes, or 0 where nothing counts. chunk_index: (lanes n)."""
+        if self.is_answer is None or self.question_weight == 1:
+            return None
+        size = np.diff(self._chunk_at)[chunk_index] * (chunk_index >= 0)
+        weight = np.where(self.is_answer, 1.0, self.question_weight)[chunk_index] * (chunk_index >= 0)
+        mean = (weight * size).sum() / size.sum()
+        return torch.from_numpy(weight / mean if mean else weight).float()
 
     def places(self, step: int) -> list[tuple[int, int] | None]:
         """Where each row of a step's batch begins: (document, byte of it); None for a row without text."""

@@ -54,6 +54,11 @@ def rate_weight(settings: AutoencoderConfig, progress: float) -> float:
     return settings.rate_weight + done * (1 - settings.rate_weight)
 
 
+def cost_of(batch: Batch, nats: Tensor) -> Tensor:
+    """The nats of all chunks (b n), each as much as it counts in the loss (`Batch.weight`)."""
+    return nats.sum() if batch.weight is None else (nats * batch.weight).sum()
+
+
 class AutoencoderObjective(nn.Module):
     """Stage one: reconstruction from noisy latents plus what they cost (or the twin: plain bytes)."""
 
@@ -104,17 +109,19 @@ class AutoencoderObjective(nn.Module):
                 noise = draw_normal(batch, encoding.latents.shape[1:], generator)
                 weights = self.mixture.log_weights(encoding.before)
                 nats = self.mixture.rate(encoding.latents, noise, self.gamma_0, weights)
-                rates = {"latent": (nats * encoding.mask).sum()}
+                rates = {"latent": nats * encoding.mask}
                 self._seen += (weights.detach(),)
         assert carry.decoder is not None
         reading, decoder = read_chunks(autoencoder, batch, z_0, carry.decoder, encoding)
-        paid_for = {"decoder": reading.nats.sum(), **rates}
-        loss = paid_for["decoder"] + rate_weight(settings, progress) * sum(rates.values())
+        paid_for = {"decoder": reading.nats, **rates}  # (b n) each
+        loss = cost_of(batch, reading.nats)
+        for nats in rates.values():
+            loss = loss + rate_weight(settings, progress) * cost_of(batch, nats)
         if encoding is not None:
             loss = loss + (autoencoder.normaliser.hold(encoding.latents) * encoding.mask).sum()
         return Step(
             loss / batch.total_bytes,
-            {name: value.detach() for name, value in paid_for.items()},
+            {name: value.detach().sum() for name, value in paid_for.items()},
             batch.characters,
             map_carry(torch.detach, Carry(encoder, decoder)),
         )
@@ -162,10 +169,9 @@ class PriorObjective(nn.Module):
             encoding.latents, encoding.mask, encoding.doc_start, carry.context, encoding.after
         )
         paid = price_latents(self.prior, encoding, context, batch, generator, hide=True)
-        latent, end = paid.latent.sum(), paid.end.sum()
         return Step(
-            (latent + end) / batch.total_bytes,
-            {"latent": latent.detach(), "end": end.detach()},
+            (cost_of(batch, paid.latent) + cost_of(batch, paid.end)) / batch.total_bytes,
+            {"latent": paid.latent.detach().sum(), "end": paid.end.detach().sum()},
             batch.characters,
             map_carry(torch.detach, Carry(encoder, context=context_state)),
         )

@@ -214,6 +214,7 @@ class Stage:
             window_bytes=config.data.window_bytes,
             seed=config.seed,
             chunk_start=starts,
+            question_weight=config.data.question_weight,
         )
 
     def beat(self) -> None:

@@ -375,7 +375,7 @@ class Trainer:
             model.eval()
             found = on_validate(model)
             self.objective.train()
-            bits += found["bound"]
+            bits += found.get("answer", found["bound"])  # patience waits for what counts
             self.run.log(
                 step, event="validation", **{f"validation_{name}": value for name, value in found.items()}
             )
