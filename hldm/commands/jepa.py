@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer import Option
 
-from hldm.commands.options import AllowCode, Configs, Overrides, Report, Seed
+from hldm.commands.options import AllowCode, Configs, Minutes, Overrides, Report, Seed, StudyName, with_name
 from hldm.commands.training import Limit, Name, PrintConfig, Resume, Steps
 from hldm.config import changed, load_config, stage_training, to_yaml
 
@@ -56,6 +56,39 @@ def _train(stage: str, summary: str) -> Callable[..., None]:
 
 app.command("train")(_train("jepa", "Train an encoder: options, controls and switches are settings."))
 app.command("decoder")(_train("decoder", "Train a decoder afterwards, on the frozen encoder of a run."))
+
+
+@app.command("table")
+def table(
+    *,
+    config: Configs,
+    overrides: Overrides = None,
+    minutes: Minutes,
+    name: StudyName = None,
+    only: Annotated[list[str] | None, Option(metavar="ROW", help="a row; may repeat (default: all)")] = None,
+    seeds: Annotated[int, Option(min=1, max=1000, help="of each row, from the config's on")] = 1,
+    verses: Annotated[int, Option(min=10, help="training verses for whitening and neighbours")] = 2000,
+) -> None:
+    """Train and measure every option, control, view and switch alike; minutes are of CPU time.
+
+    What was stopped goes on, and what is there is not trained again.
+    """
+    from hldm.evaluation.tables import show
+    from hldm.jepa.table import run_table, table_of
+
+    given = with_name(overrides, name)
+    found = run_table(
+        config,
+        minutes,
+        only=only or [],
+        seeds=seeds,
+        verses=verses,
+        overrides=given,
+        say=lambda line: print(line, flush=True),
+    )
+    folder = Path("runs") / f"{found['name']}-table"
+    where = f"{found['verses']:,} verses of held-out books; table.json and table.md are in {folder}"
+    show(table_of(found), where)
 
 
 @app.command("stage-one")

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 RIDGE = 1e-6  # of the mean variance, added to every direction before it is whitened
+NEIGHBOURS = 5
 PENALTY = 1e-3  # of the squared weights of a probe, against the mean nats
 
 
@@ -95,6 +96,19 @@ def probe(train: Tensor, train_label: Tensor, test: Tensor, test_label: Tensor) 
         optimizer.step(loss)
     with torch.no_grad():
         return float(((x_test @ weight + bias).argmax(dim=1) == test_label).double().mean())
+
+
+def nearest_neighbours(train: Tensor, train_label: Tensor, test: Tensor, test_label: Tensor) -> float:
+    """Accuracy of the label that most of the NEIGHBOURS nearest vectors have, by cosine of unit vectors (k z).
+
+    Of labels that are as frequent the one wins whose neighbours are nearer, by the sum of their cosines.
+    """
+    cosine, nearest = (test @ train.T).topk(min(NEIGHBOURS, len(train)), dim=1)
+    label = train_label[nearest]
+    votes = torch.zeros(len(test), int(train_label.max()) + 1, dtype=torch.float64)
+    # a vote counts 1, and its cosine decides between equals
+    votes.scatter_add_(1, label, 1 + cosine.double() / (4 * NEIGHBOURS))
+    return float((votes.argmax(dim=1) == test_label).double().mean())
 
 
 def pair_features(u: Tensor, v: Tensor) -> Tensor:
