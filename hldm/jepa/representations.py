@@ -127,6 +127,17 @@ def transformer_source(path: Path, name: str = "") -> Source:
     return Source(name or path.name, encode)
 
 
+def transformer_sources(run: Path, start: Path) -> list[Source]:
+    """The rows of a run whose encoder is a transformer: what it started as, if that is still there, and became."""
+    found = [transformer_source(start)] if (start / "config.json").is_file() else []
+    parts = {"model": run.name, "target": f"{run.name} (target)"}
+    return found + [
+        transformer_source(run / "jepa" / part, name)
+        for part, name in parts.items()
+        if (run / "jepa" / part).is_dir()
+    ]
+
+
 def minilm_source() -> Source:
     """all-MiniLM-L6-v2, trained on a billion pairs of sentences. Raises ConfigError where it is missing."""
     spec = find_spec(MINILM)

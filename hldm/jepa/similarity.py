@@ -18,10 +18,17 @@ from torch import Tensor
 from hldm.config import ConfigError
 from hldm.evaluation.tables import Table
 from hldm.jepa.meaning import Frame, frames, nearest_neighbours, pair_features, probe, retrieve, spearman
-from hldm.jepa.representations import Source, jepa_source, stage_one_source, untrained_source
+from hldm.jepa.representations import (
+    Source,
+    jepa_source,
+    stage_one_source,
+    transformer_sources,
+    untrained_source,
+)
 from hldm.jepa.texts import typing_errors
 from hldm.jepa.tfidf import characters_3_to_5, cosines, lower_words, tfidf
-from hldm.jepa.train import read_encoder
+from hldm.jepa.train import settings_of
+from hldm.jepa.transformer import folder_of
 from hldm.jepa.translations import genre_of, is_held_out, verses_of
 from hldm.model.vitals import effective_rank
 from hldm.runs.doing import doing
@@ -144,7 +151,10 @@ def sources_of(runs: Sequence[Path]) -> list[Source]:
     untrained: set[str] = set()
     for run in runs:
         if (run / "jepa" / "model").is_dir():
-            config = read_encoder(run)[1]
+            config = settings_of(run)
+            if folder := folder_of(config):
+                found += transformer_sources(run, folder)
+                continue
             shape = repr((config.encoder, config.vector, config.chunking))
             if shape not in untrained and not config.chunking.needs_segmenter:
                 untrained.add(shape)
