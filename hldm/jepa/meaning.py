@@ -6,6 +6,8 @@ whitening the directions in which all vectors vary: no claim without all three (
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -109,6 +111,22 @@ def nearest_neighbours(train: Tensor, train_label: Tensor, test: Tensor, test_la
     # a vote counts 1, and its cosine decides between equals
     votes.scatter_add_(1, label, 1 + cosine.double() / (4 * NEIGHBOURS))
     return float((votes.argmax(dim=1) == test_label).double().mean())
+
+
+class McNemar(NamedTuple):
+    """Two ways of answering, on the same questions (McNemar 1947), by the exact binomial test."""
+
+    only_first: int  # right where the second is wrong
+    only_second: int
+    p: float  # two-sided: how likely a split as uneven is, were both as good
+
+
+def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> McNemar:
+    """Whether one of two is right more often. Raises ValueError for lists of different length."""
+    answers = list(zip(first, second, strict=True))
+    a, b = sum(x and not y for x, y in answers), sum(y and not x for x, y in answers)
+    tail = sum(math.comb(a + b, k) for k in range(min(a, b) + 1))
+    return McNemar(a, b, min(1.0, 2 * tail / 2 ** (a + b)))
 
 
 def pair_features(u: Tensor, v: Tensor) -> Tensor:

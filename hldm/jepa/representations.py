@@ -23,6 +23,7 @@ from hldm.jepa.train import read_encoder
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.griffin import Griffin
 from hldm.model.readouts import pool_by_chunk
+from hldm.runs.location import pipeline_of
 from hldm.text.bytes import START
 from hldm.text.windows import Window
 
@@ -63,7 +64,7 @@ def _of_encoder(encoder: JepaEncoder, chunker: Chunker, texts: Sequence[str]) ->
 
 def stage_one_source(run: Path) -> Source:
     """hldm itself: `latents`, `summaries` (means over a chunk's bytes), `features`, `trunk`; of a twin `features`."""
-    autoencoder = read_pipeline(run / "pipeline").autoencoder
+    autoencoder = read_pipeline(pipeline_of(run)).autoencoder
     read = _twin_vectors if autoencoder.latent_dim == 0 else _stage_one_vectors
     chunker = chunker_of(autoencoder)
 

@@ -29,7 +29,7 @@ from hldm.jepa.texts import typing_errors
 from hldm.jepa.tfidf import characters_3_to_5, cosines, lower_words, tfidf
 from hldm.jepa.train import settings_of
 from hldm.jepa.transformer import folder_of
-from hldm.jepa.translations import genre_of, is_held_out, verses_of
+from hldm.jepa.translations import genre_of, installed, is_held_out, verses_of
 from hldm.model.vitals import effective_rank
 from hldm.runs.doing import doing
 from hldm.runs.location import find_model
@@ -319,6 +319,22 @@ def _next_verse(vectors: Tensor, numbers: Sequence[int], seed: int = 0) -> float
     return sum(scores) / 2
 
 
+def meaning_of(run: Path, verses: int = 2000) -> dict[str, Any]:
+    """Of a run of stage one, or a twin, by kind of vectors: verses found, and books by neighbours; TF-IDF beside them.
+
+    Of the last translation that is installed: Young's Literal, or the American Standard. By whitened cosine.
+    """
+    chosen = choose_verses([name for name in ("asv", "ylt") if name in installed()][-1:], verses)
+    other = list(chosen.texts)[-1]
+    tfidf, *records = measure([stage_one_source(run)], chosen, terms=dict([next(iter(TERMS.items()))]))
+    found: dict[str, Any] = {"translation": other, "verses": len(chosen.numbers)}
+    found["tfidf"] = tfidf["retrieval"][other]["raw"]
+    for record in records:
+        nearest = record["probes"]["book_nearest"]
+        found[record["kind"]] = record["retrieval"][other]["whitened"] | {"book_nearest": nearest}
+    return found
+
+
 LEGEND = """\
 rank            independent directions in which vectors vary
 NAME raw ...    verses whose nearest vector in that translation is the same verse: vectors as they are, less their mean
@@ -326,6 +342,7 @@ NAME raw ...    verses whose nearest vector in that translation is the same vers
 MRR             mean of 1 / place of the right verse, in the last translation
 graded          whether vectors order texts by how near they are to a verse, 1 at best
 book, genre     accuracy of a linear probe; next: of one that tells the following verse from another
+5-NN            accuracy of the book that most of the five nearest verses of training books are of
 STS             correlation with human grades of sentence pairs (--sts)"""
 
 

@@ -201,7 +201,7 @@ def _measured(
         def work() -> dict[str, Any]:
             return names | {"kinds": _meaning([untrained_source(config, config.seed)], verses)}
     else:
-        run = _trained(config, folder, corpora, say)
+        run = trained_row(config, folder, corpora, say)
         origin = {**origin_of(run, measured_by["text"], "jepa/model/*", STAGES), **measured_by}
 
         def work() -> dict[str, Any]:
@@ -213,7 +213,7 @@ def _measured(
     return measured_once(target, origin, work, say)
 
 
-def _trained(
+def trained_row(
     config: JepaConfig, folder: Path, corpora: Mapping[str, Corpus], say: Callable[[str], None]
 ) -> Path:
     """A row's run, trained, gone on with where it was stopped, or there already.
@@ -263,16 +263,19 @@ def _earlier_rows(
     for path in sorted(folder.glob(f"*/{REPORT}")):
         if path.parent.name in names:
             continue
-        found = json.loads(path.read_bytes())
-        wrong = differences(found.get("origin", {}), measured_by)
-        if found["row"] not in (UNTRAINED, *ROWS):
+        try:
+            found = json.loads(path.read_bytes())
+            row, seed, origin = found["row"], found["seed"], dict(found["origin"])
+        except (ValueError, LookupError, TypeError, RecursionError):
+            left_out.append(f"{path} is left out, for it is damaged: ask for the row to measure it again")
+            continue
+        if row not in (UNTRAINED, *ROWS):
             left_out.append(f"{path.parent} is left out: this code has no such row")
             continue
-        config = entry_of(paths, overrides, found["row"], minutes, found["seed"]).config
-        if found["row"] == UNTRAINED:
-            wrong = wrong or (
-                "" if found["origin"]["model"] == _shape(config) else "an encoder of another shape"
-            )
+        wrong = differences(origin, measured_by)
+        config = entry_of(paths, overrides, row, minutes, seed).config
+        if row == UNTRAINED:
+            wrong = wrong or ("" if origin["model"] == _shape(config) else "an encoder of another shape")
         else:
             try:
                 check_settings(path.parent / "jepa", to_dict(config), MAY_CHANGE_ONCE_TRAINED)
@@ -313,6 +316,13 @@ def table_of(table: Mapping[str, Any]) -> Table:
 
 
 SIGNS = ("r2_beyond_length", "shuffle_gap")
+LEGEND = """\
+NAME @1, @5       verses whose nearest vector, or one of the five nearest, in that translation is the same verse,
+                  whitened; ±: standard error over seeds; MRR: mean of 1 / place; raw, centred: @1 by those cosines
+rank, untrained   independent directions in which vectors of verses vary, trained and not; !: below half of it, collapse
+R2 beyond length  of the predictor on held-out text, beyond what a chunk's length tells: 0 is worth nothing
+shuffle gap       cosine with the right target less that with another
+book 5-NN         accuracy of the book that most of the five nearest verses of training books are of"""
 
 
 def _line(

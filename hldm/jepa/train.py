@@ -26,6 +26,7 @@ from hldm.jepa.formal import probe_texts, same_language
 from hldm.jepa.objective import DecoderObjective, JepaObjective, letters_of
 from hldm.jepa.pairs import PairObjective, write_views
 from hldm.jepa.predictor import Predictor
+from hldm.jepa.room import require_room_of
 from hldm.jepa.sentences import SentenceObjective
 from hldm.jepa.text_pairs import NUL, PairBatch, TextPairs, pairs_of, read_corpora
 from hldm.jepa.transformer import HF, TextTransformer, folder_of, require_transformer
@@ -64,6 +65,7 @@ def train_jepa(config: JepaConfig, *, resume: bool = False, root: Path = Path("r
     if folder := folder_of(config):
         require_transformer(folder, config.vector)
     corpora = read_corpora(config)  # before the folder is opened: a mistake leaves none
+    require_room_of(config, "jepa", corpora, root)
     with open_stage(config, "jepa", resume, root) as stage:
         segmenter = stage.segmenter(corpora["train"])
         windows = laid_out(stage, config, corpora["train"], segmenter)
@@ -96,6 +98,7 @@ def train_decoder(config: JepaConfig, *, resume: bool = False, root: Path = Path
     binding = fingerprint(jepa.state_dict())
     corpora = read_corpora(config)
     require_same_text(folder / "jepa", corpora["train"])
+    require_room_of(_with_own_transformer(config, folder / "jepa"), "decoder", corpora, root)
     with open_stage(config, "decoder", resume, root) as stage:
         segmenter = stage.segmenter(corpora["train"])
         windows = laid_out(stage, config, corpora["train"], segmenter)
@@ -141,6 +144,7 @@ def match_run(run: Path, split: str = "test", most: int = 0) -> dict[str, Any]:
     """How often the second view that a run writes is the right one, in every byte; for expressions, in what it matches.
 
     most: pairs of the split; 0: all
+    right: of each pair, in order;  text: fingerprint of the pairs
     """
     stage = run / "jepa"
     if not (stage / "totals.json").is_file():
@@ -161,6 +165,7 @@ def match_run(run: Path, split: str = "test", most: int = 0) -> dict[str, Any]:
         written += write_views(twin, [text for text, _ in some], longest)
     exact = [line == code for line, (_, code) in zip(written, pairs, strict=True)]
     found: dict[str, Any] = {"split": split, "pairs": len(pairs), "exact": sum(exact) / len(pairs)}
+    found |= {"right": exact, "text": corpora[split].fingerprint}
     if config.pairs.source != "sums":
         probes = probe_texts()
         same = [
@@ -223,6 +228,13 @@ def watched(config: JepaConfig, corpora: Mapping[str, Corpus], segmenter: Any = 
     return Windows(corpus, chunker, lanes=WATCHED_LANES, window_bytes=size).batch(0)
 
 
+def _with_own_transformer(config: JepaConfig, stage: Path) -> JepaConfig:
+    """The config with the trained transformer, if it has one: the one that it started as may be gone."""
+    if not config.sentences.encoder:
+        return config
+    return changed(config, sentences=changed(config.sentences, encoder=f"{HF}{stage / 'model'}"))
+
+
 def read_objective(folder: Path, config: JepaConfig) -> JepaObjective:
     """The trained encoder of a run and its predictor, as its objective has them.
 
@@ -238,9 +250,8 @@ def read_objective(folder: Path, config: JepaConfig) -> JepaObjective:
         raise ConfigError(f"{folder} is a run of task=pairs, whose decoder is the language model itself")
     kind = JepaObjective if config.task == "chunks" else SentenceObjective
     read: Callable[[Path], Any] = JepaEncoder.from_pretrained
-    if config.sentences.encoder:  # that of the run, wherever the one is that it started as
-        config = changed(config, sentences=changed(config.sentences, encoder=f"{HF}{stage / 'model'}"))
-        read = TextTransformer.from_pretrained
+    if config.sentences.encoder:
+        config, read = _with_own_transformer(config, stage), TextTransformer.from_pretrained
     objective = kind(config, torch.ones(256, dtype=torch.long), 1.0)
     objective.encoder.load_state_dict(read(stage / "model").state_dict())
     if objective.predictor is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -40,13 +41,18 @@ class TextTransformer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: Path) -> TextTransformer:
-        """The transformer of a folder. Raises FileNotFoundError or ConfigError, one line, where there is none."""
-        from transformers import AutoModel
+        """The transformer of a folder. Raises FileNotFoundError or ConfigError, one line, where there is none.
+
+        On torch's meta device its shape alone.
+        """
+        from transformers import AutoConfig, AutoModel
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # of a file that is read in a second
         require_transformer(folder)
         tokenizer = _read_tokenizer(folder)
+        if torch.get_default_device().type == "meta":
+            return cls(AutoModel.from_config(AutoConfig.from_pretrained(folder)), tokenizer)
         try:
             model, info = AutoModel.from_pretrained(
                 folder, local_files_only=True, use_safetensors=True, output_loading_info=True

@@ -89,7 +89,11 @@ def test_rows_of_earlier_calls_stay_if_their_settings_and_code_are_these(overrid
     found, said = run(overrides, ["option-2"], seeds=2)
     rows = [(row["row"], row["seed"]) for row in found["rows"]]
     assert rows == [("untrained", 0), ("untrained", 1), ("option-2", 0), ("option-2", 1), ("masked", 0)]
+    torn = Path("runs/small-table/order-seed-0/row.json")
+    torn.parent.mkdir()
+    torn.write_text('{"row": "order"')
     found, said = run([*overrides, "views.span=3"], ["case"])
+    assert f"{torn} is left out, for it is damaged: ask for the row to measure it again" in said
     assert [row["row"] for row in found["rows"]] == ["untrained", "untrained", "case"]
     assert len([line for line in said if "left out" in line and "views.span" in line]) == 3
     with pytest.raises(ValueError, match=r"other settings \(views.span"):

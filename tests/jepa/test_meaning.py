@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from hldm.jepa.meaning import frames, nearest_neighbours, pair_features, probe, retrieve, spearman
+from hldm.jepa.meaning import frames, mcnemar, nearest_neighbours, pair_features, probe, retrieve, spearman
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -92,3 +92,15 @@ def test_neighbours_vote_and_the_nearer_wins_a_tie():
     assert (
         nearest_neighbours(train, many, test, torch.tensor([0, 0])) == 0
     )  # three outvote one that is nearer
+
+
+@pytest.mark.parametrize(
+    ("only_first", "only_second", "p"), [(0, 0, 1), (5, 5, 1), (0, 5, 2 / 32), (1, 5, 14 / 64), (400, 0, 0)]
+)
+def test_mcnemars_exact_test_of_known_splits(only_first, only_second, p):
+    first = [True] * only_first + [False] * only_second + [True, False] * 7
+    second = [False] * only_first + [True] * only_second + [True, False] * 7
+    assert mcnemar(first, second) == (only_first, only_second, pytest.approx(p, abs=1e-9))
+    assert mcnemar(second, first)[2] == mcnemar(first, second)[2]
+    with pytest.raises(ValueError):
+        mcnemar([True], [])
