@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer import Option
 
-from hldm.commands.options import AllowCode, Configs, Overrides, Report, Seed
+from hldm.commands.options import AllowCode, Configs, Minutes, Overrides, Report, Seed, StudyName, with_name
 from hldm.commands.training import Limit, Name, PrintConfig, Resume, Steps
 from hldm.config import changed, load_config, stage_training, to_yaml
 
@@ -58,6 +58,39 @@ app.command("train")(_train("jepa", "Train an encoder: options, controls and swi
 app.command("decoder")(_train("decoder", "Train a decoder afterwards, on the frozen encoder of a run."))
 
 
+@app.command("table")
+def table(
+    *,
+    config: Configs,
+    overrides: Overrides = None,
+    minutes: Minutes,
+    name: StudyName = None,
+    only: Annotated[list[str] | None, Option(metavar="ROW", help="a row; may repeat (default: all)")] = None,
+    seeds: Annotated[int, Option(min=1, max=1000, help="of each row, from the config's on")] = 1,
+    verses: Annotated[int, Option(min=10, help="training verses for whitening and neighbours")] = 2000,
+) -> None:
+    """Train and measure every option, control, view and switch alike; minutes are of CPU time.
+
+    What was stopped goes on, and what is there is not trained again.
+    """
+    from hldm.evaluation.tables import show
+    from hldm.jepa.table import LEGEND, run_table, table_of
+
+    given = with_name(overrides, name)
+    found = run_table(
+        config,
+        minutes,
+        only=only or [],
+        seeds=seeds,
+        verses=verses,
+        overrides=given,
+        say=lambda line: print(line, flush=True),
+    )
+    folder = Path("runs") / f"{found['name']}-table"
+    where = f"{found['verses']:,} verses of held-out books; table.json and table.md are in {folder}"
+    show(table_of(found), f"{LEGEND}\n{where}")
+
+
 @app.command("stage-one")
 def stage_one(
     *,
@@ -102,6 +135,39 @@ def concepts(
         save_report(json, {"concepts": records, "run": run.name})
 
 
+@app.command("grid")
+def grid(
+    *,
+    config: Configs,
+    overrides: Overrides = None,
+    minutes: Minutes,
+    name: StudyName = None,
+    weight: Annotated[
+        list[float] | None, Option(help="of the distance; may repeat (default: 0, 0.01, 0.1, 1)")
+    ] = None,
+    seeds: Annotated[int, Option(min=1, max=1000, help="of each weight, from the config's on")] = 1,
+    most: Annotated[int, Option(min=0, help="pairs of a split that are matched; 0: all")] = 0,
+) -> None:
+    """Weights of the distance on pairs, several seeds each, against weight 0; minutes are of CPU time.
+
+    What was stopped goes on, and what is there is not trained again.
+    """
+    from hldm.evaluation.tables import show
+    from hldm.jepa.grid import LEGEND, WEIGHTS, run_grid, table_of
+
+    found = run_grid(
+        config,
+        minutes,
+        weights=weight or WEIGHTS,
+        seeds=seeds,
+        most=most,
+        overrides=with_name(overrides, name),
+        say=lambda line: print(line, flush=True),
+    )
+    folder = Path("runs") / f"{found['name']}-grid"
+    show(table_of(found), f"{LEGEND}\ngrid.json and grid.md are in {folder}")
+
+
 @app.command("match")
 def match(
     *,
@@ -113,17 +179,24 @@ def match(
     json: Report = None,
     allow_code: AllowCode = False,
 ) -> None:
-    """How often the second view is written as it should be."""
+    """How often the second view is written as it should be.
+
+    Of several runs the first is what the others are compared with, pair by pair: McNemar's exact test.
+    """
     from hldm.evaluation.tables import Table, show
     from hldm.runs.reports import check_report_path, save_report
 
     if json is not None:
         check_report_path(json, "matches")
+    from hldm.jepa.grid import compare_matches
     from hldm.jepa.train import match_run
 
     records = [{"run": folder.name} | match_run(folder, split, most) for folder in run]
     columns = {name: (name, form) for name, form in (("run", "s"), ("pairs", "d"), ("exact", ".4f"))}
-    show(Table.of_records(records, columns | {"functional": ("functional", ".4f")}))
+    shown: list[str | Table] = [Table.of_records(records, columns | {"functional": ("functional", ".4f")})]
+    if len(records) > 1:
+        shown.append(compare_matches(records))
+    show(*shown)
     if json is not None:
         save_report(json, {"matches": records})
 

@@ -50,6 +50,9 @@ def evaluate(
     draws: Draws = 8,
     samples: Annotated[int, Option(help="also the bound by so many importance-weighted draws")] = 0,
     context: Annotated[list[int] | None, Context] = None,
+    meaning: Annotated[
+        bool, Option("--meaning", help="also verses found in another translation by its vectors: a minute")
+    ] = False,
     seed: options.Seed = 0,
     allow_code: options.AllowCode = False,
 ) -> None:
@@ -64,8 +67,9 @@ def evaluate(
     options.check_split(split, text)
     from hldm.evaluation.evaluate import evaluate_run
 
+    folder = shipped_run(twin) if run is None else find_model(run)
     evaluation = evaluate_run(
-        shipped_run(twin) if run is None else find_model(run),
+        folder,
         split=split or "test",
         text=text,
         draws=draws,
@@ -75,6 +79,10 @@ def evaluate(
         max_characters=max_characters,
         seed=seed,
     )
+    if meaning:
+        from hldm.jepa.similarity import meaning_of
+
+        evaluation["meaning"] = meaning_of(folder)
     columns = {evaluation["run"]: evaluation}
     show(
         *measured_on(columns),

@@ -203,6 +203,23 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
 )
 
 
+# of `hldm evaluate --meaning`
+_MEANING: tuple[tuple[str, str, str], ...] = (
+    ("verses found in another translation", "meaning.translation", ""),
+    *(
+        (f"  by {name}", f"meaning.{kind}.recall_1", ".1%")
+        for kind, name in (
+            ("tfidf", "TF-IDF of characters"),
+            ("latents", "latents, whitened"),
+            ("summaries", "means of chunks, whitened"),
+            ("features", "means of bytes, whitened"),
+            ("trunk", "the trunk, whitened"),
+        )
+    ),
+    ("book of a verse by 5 neighbours, means of bytes", "meaning.features.book_nearest", ".1%"),
+)
+
+
 def compare(columns: Mapping[str, Mapping[str, Any]]) -> Table:
     """Evaluations side by side: a column each, named by its key; no row of what none of them has.
 
@@ -214,7 +231,7 @@ def compare(columns: Mapping[str, Mapping[str, Any]]) -> Table:
     if len(texts) > 1:
         named = ", ".join(f"{name} on {text}" for text, name in texts.items())
         raise ValueError(f"evaluations of different texts do not stand in one table: {named}")
-    known = (*_ROWS, *rows(columns.values()))
+    known = (*_ROWS, *rows(columns.values()), *_MEANING)
     # no importance-weighted draws: nothing to say of them
     asked = {name: {**found, "samples": found.get("samples") or None} for name, found in columns.items()}
     found = [row(label, form, asked, *key.split(".")) for label, key, form in known]

@@ -67,7 +67,7 @@ def concepts_of(
     if jepa.predictor is None:
         return true, None
     window = make_view(batch.context, jepa.config.views, generator, jepa.letters).window
-    predicted = jepa.predict_sentence(window, jepa.encoder(window, jepa.fresh_state(window)).vectors)
+    predicted = jepa.predict_sentence(*jepa.read(window))
     return true, jepa.predictor.at_encoder_scale(predicted)
 
 

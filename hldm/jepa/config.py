@@ -130,8 +130,14 @@ class SentencesConfig(Section):
     context: int = Field(default=4, gt=0, le=64)  # k, sentences before the one that is predicted
     min_bytes: Count = 16  # a sentence ends only once it holds so many bytes
     max_bytes: int = Field(default=400, gt=0, le=65_536)  # a longer one is cut
+    # hf:FOLDER: a transformer of Hugging Face's library, with its tokenizer, in place of the encoder
+    encoder: str = ""
 
     def check(self) -> None:
+        if self.encoder and not self.encoder.removeprefix("hf:"):
+            raise ValueError("encoder names no folder: hf:FOLDER does")
+        if self.encoder and not self.encoder.startswith("hf:"):
+            raise ValueError(f"encoder must be empty or hf:FOLDER, got {self.encoder!r:.80}")
         if self.min_bytes > self.max_bytes:
             raise ValueError(
                 f"min_bytes must not exceed max_bytes, got {self.min_bytes} and {self.max_bytes}"
@@ -219,11 +225,31 @@ class JepaConfig(Section):
                 "training.jepa.accumulation must be 1 with objective.variance, covariance or sigreg: they are "
                 "statistics of the whole batch"
             )
+        if self.sentences.encoder:
+            self._check_transformer()
         for stage in ("jepa", "decoder"):
             if getattr(self.training, stage).gradient_checkpointing:
                 raise ValueError(
                     f"training.{stage}.gradient_checkpointing must be false: it is not built here"
                 )
+
+    def _check_transformer(self) -> None:
+        """A transformer makes one vector a token: there are no chunks to decode, and no symbol for a hidden byte."""
+        for key, value, allowed in (
+            ("task", self.task, ("sentences", "views")),
+            ("objective.option", self.objective.option, ("latents",)),
+            ("views.kind", self.views.kind, ("none", "random-chars", "case", *get_args(TextView))),
+        ):
+            if value not in allowed:
+                raise ValueError(
+                    f"{key} must be one of {', '.join(allowed)} with sentences.encoder={self.sentences.encoder}, got "
+                    f"{value}"
+                )
+        if self.chunking.needs_segmenter:
+            raise ValueError(
+                f"chunking.strategy={self.chunking.strategy} asks a model where chunks start, and with "
+                "sentences.encoder there are none: leave it out"
+            )
 
 
 def load_jepa_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> JepaConfig:

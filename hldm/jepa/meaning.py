@@ -6,6 +6,8 @@ whitening the directions in which all vectors vary: no claim without all three (
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 RIDGE = 1e-6  # of the mean variance, added to every direction before it is whitened
+NEIGHBOURS = 5
 PENALTY = 1e-3  # of the squared weights of a probe, against the mean nats
 
 
@@ -95,6 +98,35 @@ def probe(train: Tensor, train_label: Tensor, test: Tensor, test_label: Tensor) 
         optimizer.step(loss)
     with torch.no_grad():
         return float(((x_test @ weight + bias).argmax(dim=1) == test_label).double().mean())
+
+
+def nearest_neighbours(train: Tensor, train_label: Tensor, test: Tensor, test_label: Tensor) -> float:
+    """Accuracy of the label that most of the NEIGHBOURS nearest vectors have, by cosine of unit vectors (k z).
+
+    Of labels that are as frequent the one wins whose neighbours are nearer, by the sum of their cosines.
+    """
+    cosine, nearest = (test @ train.T).topk(min(NEIGHBOURS, len(train)), dim=1)
+    label = train_label[nearest]
+    votes = torch.zeros(len(test), int(train_label.max()) + 1, dtype=torch.float64)
+    # a vote counts 1, and its cosine decides between equals
+    votes.scatter_add_(1, label, 1 + cosine.double() / (4 * NEIGHBOURS))
+    return float((votes.argmax(dim=1) == test_label).double().mean())
+
+
+class McNemar(NamedTuple):
+    """Two ways of answering, on the same questions (McNemar 1947), by the exact binomial test."""
+
+    only_first: int  # right where the second is wrong
+    only_second: int
+    p: float  # two-sided: how likely a split as uneven is, were both as good
+
+
+def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> McNemar:
+    """Whether one of two is right more often. Raises ValueError for lists of different length."""
+    answers = list(zip(first, second, strict=True))
+    a, b = sum(x and not y for x, y in answers), sum(y and not x for x, y in answers)
+    tail = sum(math.comb(a + b, k) for k in range(min(a, b) + 1))
+    return McNemar(a, b, min(1.0, 2 * tail / 2 ** (a + b)))
 
 
 def pair_features(u: Tensor, v: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ class JepaObjective(nn.Module):
         self.settings: ObjectiveConfig = config.objective
         self.terms = self.settings.terms
         self.bytes_a_chunk = bytes_a_chunk
-        self.encoder = JepaEncoder.from_settings(config.encoder, config.chunking, config.vector)
+        self.encoder = self.make_encoder()
         self.predictor: Predictor | None = None
         if self.settings.has_predictor:
             self.predictor = Predictor.from_settings(config.predictor, config.vector)
@@ -85,6 +85,11 @@ class JepaObjective(nn.Module):
         self.register_buffer("untrained_rank", torch.zeros((), dtype=torch.float64))
         self.momentum = self.settings.momentum
         self.held_out: Any = None  # a batch
+
+    def make_encoder(self) -> Any:
+        """The encoder of the settings before any training."""
+        config = self.config
+        return JepaEncoder.from_settings(config.encoder, config.chunking, config.vector)
 
     @property
     def has_follower(self) -> bool:
@@ -300,8 +305,7 @@ class JepaObjective(nn.Module):
         if self.decoder is not None:
             parts["decoder"] = self.decoder
         if self.target is not None:
-            config = self.config
-            average = JepaEncoder.from_settings(config.encoder, config.chunking, config.vector)
+            average = self.make_encoder()
             average.load_state_dict(self.target.state_dict())
             parts["target"] = average
         return parts

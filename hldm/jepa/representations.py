@@ -23,6 +23,7 @@ from hldm.jepa.train import read_encoder
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.griffin import Griffin
 from hldm.model.readouts import pool_by_chunk
+from hldm.runs.location import pipeline_of
 from hldm.text.bytes import START
 from hldm.text.windows import Window
 
@@ -63,7 +64,7 @@ def _of_encoder(encoder: JepaEncoder, chunker: Chunker, texts: Sequence[str]) ->
 
 def stage_one_source(run: Path) -> Source:
     """hldm itself: `latents`, `summaries` (means over a chunk's bytes), `features`, `trunk`; of a twin `features`."""
-    autoencoder = read_pipeline(run / "pipeline").autoencoder
+    autoencoder = read_pipeline(pipeline_of(run)).autoencoder
     read = _twin_vectors if autoencoder.latent_dim == 0 else _stage_one_vectors
     chunker = chunker_of(autoencoder)
 
@@ -125,6 +126,17 @@ def transformer_source(path: Path, name: str = "") -> Source:
         return {"features": torch.cat(parts)[torch.tensor(order).argsort()]}
 
     return Source(name or path.name, encode)
+
+
+def transformer_sources(run: Path, start: Path) -> list[Source]:
+    """The rows of a run whose encoder is a transformer: what it started as, if that is still there, and became."""
+    found = [transformer_source(start)] if (start / "config.json").is_file() else []
+    parts = {"model": run.name, "target": f"{run.name} (target)"}
+    return found + [
+        transformer_source(run / "jepa" / part, name)
+        for part, name in parts.items()
+        if (run / "jepa" / part).is_dir()
+    ]
 
 
 def minilm_source() -> Source:

@@ -7,7 +7,7 @@ side, and TF-IDF and the untrained encoder in the same table: whitening alone is
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,12 +17,19 @@ from torch import Tensor
 
 from hldm.config import ConfigError
 from hldm.evaluation.tables import Table
-from hldm.jepa.meaning import Frame, frames, pair_features, probe, retrieve, spearman
-from hldm.jepa.representations import Source, jepa_source, stage_one_source, untrained_source
+from hldm.jepa.meaning import Frame, frames, nearest_neighbours, pair_features, probe, retrieve, spearman
+from hldm.jepa.representations import (
+    Source,
+    jepa_source,
+    stage_one_source,
+    transformer_sources,
+    untrained_source,
+)
 from hldm.jepa.texts import typing_errors
 from hldm.jepa.tfidf import characters_3_to_5, cosines, lower_words, tfidf
-from hldm.jepa.train import read_encoder
-from hldm.jepa.translations import genre_of, is_held_out, verses_of
+from hldm.jepa.train import settings_of
+from hldm.jepa.transformer import folder_of
+from hldm.jepa.translations import genre_of, installed, is_held_out, verses_of
 from hldm.model.vitals import effective_rank
 from hldm.runs.doing import doing
 from hldm.runs.location import find_model
@@ -36,7 +43,8 @@ GRADED, TYPOS = (
     0.1,
 )  # verses whose neighbours are graded by nearness; letters touched in their altered copy
 STS_PARTS = 3  # columns of a line: score from 0 to 5, and two sentences
-TERMS: dict[str, Callable[[str], list[str]]] = {
+Terms = Callable[[str], list[str]]
+TERMS: dict[str, Terms] = {
     "TF-IDF characters": characters_3_to_5,
     "TF-IDF words": lower_words,
 }
@@ -143,7 +151,10 @@ def sources_of(runs: Sequence[Path]) -> list[Source]:
     untrained: set[str] = set()
     for run in runs:
         if (run / "jepa" / "model").is_dir():
-            config = read_encoder(run)[1]
+            config = settings_of(run)
+            if folder := folder_of(config):
+                found += transformer_sources(run, folder)
+                continue
             shape = repr((config.encoder, config.vector, config.chunking))
             if shape not in untrained and not config.chunking.needs_segmenter:
                 untrained.add(shape)
@@ -161,15 +172,16 @@ def measure(
     verses: Verses,
     sts: Sequence[Pairs] = (),
     say: Callable[[str], None] = lambda line: None,
+    terms: Mapping[str, Terms] = TERMS,
 ) -> list[dict[str, Any]]:
-    """A record for TF-IDF of characters and words, then for each kind of vectors of each source."""
+    """A record for TF-IDF of each kind of terms, then for each kind of vectors of each source; nan becomes None."""
     if len(verses.sample) < 10:
         raise ConfigError(f"--verses must be at least 10, got {len(verses.sample)}")
     records = []
-    for name, terms in TERMS.items():
+    for name, split in terms.items():
         say(f"measuring {name}")
         with doing(f"measuring {name}"):
-            records.append(_measure_terms(name, terms, verses, sts))
+            records.append(_measure_terms(name, split, verses, sts))
     for source in sources:
         say(f"measuring {source.name}")
         texts = [text for part in verses.texts.values() for text in part] + verses.sample_texts
@@ -178,12 +190,17 @@ def measure(
         with doing(f"measuring {source.name}"):
             for kind, vectors in source.encode(texts).items():
                 records.append({"source": source.name, "kind": kind} | _measure_vectors(vectors, verses, sts))
-    return records
+    return [without_nan(record) for record in records]
 
 
-def _measure_terms(
-    name: str, terms: Callable[[str], list[str]], verses: Verses, sts: Sequence[Pairs]
-) -> dict[str, Any]:
+def without_nan(found: Any) -> Any:
+    """The same with None for nan, which JSON has not: collapsed vectors have no correlation with anything."""
+    if isinstance(found, dict):
+        return {key: without_nan(value) for key, value in found.items()}
+    return None if isinstance(found, float) and math.isnan(found) else found
+
+
+def _measure_terms(name: str, terms: Terms, verses: Verses, sts: Sequence[Pairs]) -> dict[str, Any]:
     built_in, *others = verses.texts
     found = {
         other: {
@@ -255,12 +272,12 @@ def _measure_vectors(vectors: Tensor, verses: Verses, sts: Sequence[Pairs]) -> d
             for name, other in zip(list(verses.texts)[1:], others, strict=True)
         },
         "graded": {name: graded(frame) for name, frame in seen_from.items()},
-        "probes": _probes(sample, built_in, verses),
+        "probes": _probes(sample, seen_from["whitened"], built_in, verses),
         "sts": correlations,
     }
 
 
-def _probes(sample: Tensor, held_out: Tensor, verses: Verses) -> dict[str, float]:
+def _probes(sample: Tensor, whitened: Frame, held_out: Tensor, verses: Verses) -> dict[str, float]:
     """Book and genre of training verses; whether a verse is the next one, on held-out books."""
     cut = round(FITTED * len(sample))
     labels = {
@@ -270,6 +287,9 @@ def _probes(sample: Tensor, held_out: Tensor, verses: Verses) -> dict[str, float
     found = {
         name: probe(sample[:cut], label[:cut], sample[cut:], label[cut:]) for name, label in labels.items()
     }
+    seen = whitened(sample)
+    book = labels["book"]
+    found["book_nearest"] = nearest_neighbours(seen[:cut], book[:cut], seen[cut:], book[cut:])
     return found | {"next_verse": _next_verse(held_out, verses.numbers)}
 
 
@@ -299,6 +319,22 @@ def _next_verse(vectors: Tensor, numbers: Sequence[int], seed: int = 0) -> float
     return sum(scores) / 2
 
 
+def meaning_of(run: Path, verses: int = 2000) -> dict[str, Any]:
+    """Of a run of stage one, or a twin, by kind of vectors: verses found, and books by neighbours; TF-IDF beside them.
+
+    Of the last translation that is installed: Young's Literal, or the American Standard. By whitened cosine.
+    """
+    chosen = choose_verses([name for name in ("asv", "ylt") if name in installed()][-1:], verses)
+    other = list(chosen.texts)[-1]
+    tfidf, *records = measure([stage_one_source(run)], chosen, terms=dict([next(iter(TERMS.items()))]))
+    found: dict[str, Any] = {"translation": other, "verses": len(chosen.numbers)}
+    found["tfidf"] = tfidf["retrieval"][other]["raw"]
+    for record in records:
+        nearest = record["probes"]["book_nearest"]
+        found[record["kind"]] = record["retrieval"][other]["whitened"] | {"book_nearest": nearest}
+    return found
+
+
 LEGEND = """\
 rank            independent directions in which vectors vary
 NAME raw ...    verses whose nearest vector in that translation is the same verse: vectors as they are, less their mean
@@ -306,6 +342,7 @@ NAME raw ...    verses whose nearest vector in that translation is the same vers
 MRR             mean of 1 / place of the right verse, in the last translation
 graded          whether vectors order texts by how near they are to a verse, 1 at best
 book, genre     accuracy of a linear probe; next: of one that tells the following verse from another
+5-NN            accuracy of the book that most of the five nearest verses of training books are of
 STS             correlation with human grades of sentence pairs (--sts)"""
 
 
@@ -314,13 +351,13 @@ def table_of(records: Sequence[dict[str, Any]]) -> Table:
     translations = list(records[0]["retrieval"]) if records else []
     heads = ["representation", "rank"]
     heads += [f"{name} {at}" for name in translations for at in ("raw", "centred", "whitened")]
-    heads += ["MRR", "graded", "book", "genre", "next", "STS raw", "STS whitened"]
+    heads += ["MRR", "graded", "book", "book 5-NN", "genre", "next", "STS raw", "STS whitened"]
 
     def cell(value: float | None, form: str = ".3f") -> str:
-        return "-" if value is None or math.isnan(value) else format(value, form)
+        return "-" if value is None else format(value, form)
 
     def correlation(record: dict[str, Any], at: str) -> float | None:
-        values = [by_frame[at] for by_frame in record["sts"].values() if at in by_frame]
+        values = [by_frame[at] for by_frame in record["sts"].values() if by_frame.get(at) is not None]
         return sum(values) / len(values) if values else None
 
     rows = []
@@ -333,7 +370,7 @@ def table_of(records: Sequence[dict[str, Any]]) -> Table:
         best = found[translations[-1]]
         row.append(cell(best.get("whitened", best["raw"])["mrr"]))
         row.append(cell(record["graded"].get("whitened", record["graded"]["raw"])))
-        row += [cell(probes.get(name)) for name in ("book", "genre", "next_verse")]
+        row += [cell(probes.get(name)) for name in ("book", "book_nearest", "genre", "next_verse")]
         row += [cell(correlation(record, at)) for at in ("raw", "whitened")]
         rows.append(row)
     return Table(heads, rows)

@@ -6,7 +6,7 @@ runs/<name>/decoder/  a decoder trained afterwards on the frozen encoder: checkp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hldm.chunking.chunker import make_chunker
 from hldm.chunking.strategies import read_segmenter
-from hldm.config import Config, ConfigError, to_dict
+from hldm.config import Config, ConfigError, changed, to_dict
 from hldm.jepa.collapse import complaints
 from hldm.jepa.concepts import ConceptObjective, concept_decoder, concepts_of, score_concepts
 from hldm.jepa.config import JepaConfig, load_jepa_config
@@ -26,8 +26,10 @@ from hldm.jepa.formal import probe_texts, same_language
 from hldm.jepa.objective import DecoderObjective, JepaObjective, letters_of
 from hldm.jepa.pairs import PairObjective, write_views
 from hldm.jepa.predictor import Predictor
+from hldm.jepa.room import require_room_of
 from hldm.jepa.sentences import SentenceObjective
 from hldm.jepa.text_pairs import NUL, PairBatch, TextPairs, pairs_of, read_corpora
+from hldm.jepa.transformer import HF, TextTransformer, folder_of, require_transformer
 from hldm.model.autoencoder import Autoencoder
 from hldm.plugins import allow
 from hldm.runs.files import fingerprint
@@ -50,6 +52,7 @@ SHARED_SETTINGS = (
     "chunking.",
     "encoder.",
     "predictor.",
+    "sentences.",
     "objective.",
     "views.",
     *TEXT_SETTINGS,
@@ -59,7 +62,10 @@ SHARED_SETTINGS = (
 def train_jepa(config: JepaConfig, *, resume: bool = False, root: Path = Path("runs")) -> Path:
     """The encoder, with what its option adds. Returns the run's folder."""
     allow([config.chunking.strategy])
+    if folder := folder_of(config):
+        require_transformer(folder, config.vector)
     corpora = read_corpora(config)  # before the folder is opened: a mistake leaves none
+    require_room_of(config, "jepa", corpora, root)
     with open_stage(config, "jepa", resume, root) as stage:
         segmenter = stage.segmenter(corpora["train"])
         windows = laid_out(stage, config, corpora["train"], segmenter)
@@ -92,6 +98,7 @@ def train_decoder(config: JepaConfig, *, resume: bool = False, root: Path = Path
     binding = fingerprint(jepa.state_dict())
     corpora = read_corpora(config)
     require_same_text(folder / "jepa", corpora["train"])
+    require_room_of(_with_own_transformer(config, folder / "jepa"), "decoder", corpora, root)
     with open_stage(config, "decoder", resume, root) as stage:
         segmenter = stage.segmenter(corpora["train"])
         windows = laid_out(stage, config, corpora["train"], segmenter)
@@ -137,6 +144,7 @@ def match_run(run: Path, split: str = "test", most: int = 0) -> dict[str, Any]:
     """How often the second view that a run writes is the right one, in every byte; for expressions, in what it matches.
 
     most: pairs of the split; 0: all
+    right: of each pair, in order;  text: fingerprint of the pairs
     """
     stage = run / "jepa"
     if not (stage / "totals.json").is_file():
@@ -157,6 +165,7 @@ def match_run(run: Path, split: str = "test", most: int = 0) -> dict[str, Any]:
         written += write_views(twin, [text for text, _ in some], longest)
     exact = [line == code for line, (_, code) in zip(written, pairs, strict=True)]
     found: dict[str, Any] = {"split": split, "pairs": len(pairs), "exact": sum(exact) / len(pairs)}
+    found |= {"right": exact, "text": corpora[split].fingerprint}
     if config.pairs.source != "sums":
         probes = probe_texts()
         same = [
@@ -169,7 +178,7 @@ def match_run(run: Path, split: str = "test", most: int = 0) -> dict[str, Any]:
 
 def score_run(run: Path, sentences: int, split: Split = "test") -> list[dict[str, Any]]:
     """What a run's decoder writes of held-out sentences, from true, predicted and shuffled concepts."""
-    config = read_encoder(run)[1]
+    config = settings_of(run)
     if config.task == "chunks":
         raise ConfigError(
             f"{run} predicts chunks: concepts are those of runs with task=sentences or task=views"
@@ -219,6 +228,13 @@ def watched(config: JepaConfig, corpora: Mapping[str, Corpus], segmenter: Any = 
     return Windows(corpus, chunker, lanes=WATCHED_LANES, window_bytes=size).batch(0)
 
 
+def _with_own_transformer(config: JepaConfig, stage: Path) -> JepaConfig:
+    """The config with the trained transformer, if it has one: the one that it started as may be gone."""
+    if not config.sentences.encoder:
+        return config
+    return changed(config, sentences=changed(config.sentences, encoder=f"{HF}{stage / 'model'}"))
+
+
 def read_objective(folder: Path, config: JepaConfig) -> JepaObjective:
     """The trained encoder of a run and its predictor, as its objective has them.
 
@@ -233,24 +249,36 @@ def read_objective(folder: Path, config: JepaConfig) -> JepaObjective:
     if config.task == "pairs":
         raise ConfigError(f"{folder} is a run of task=pairs, whose decoder is the language model itself")
     kind = JepaObjective if config.task == "chunks" else SentenceObjective
+    read: Callable[[Path], Any] = JepaEncoder.from_pretrained
+    if config.sentences.encoder:
+        config, read = _with_own_transformer(config, stage), TextTransformer.from_pretrained
     objective = kind(config, torch.ones(256, dtype=torch.long), 1.0)
-    objective.encoder.load_state_dict(JepaEncoder.from_pretrained(stage / "model").state_dict())
+    objective.encoder.load_state_dict(read(stage / "model").state_dict())
     if objective.predictor is not None:
         objective.predictor.load_state_dict(Predictor.from_pretrained(stage / "predictor").state_dict())
     if objective.target is not None:
-        objective.target.load_state_dict(JepaEncoder.from_pretrained(stage / "target").state_dict())
+        objective.target.load_state_dict(read(stage / "target").state_dict())
     return objective
+
+
+def settings_of(run: Path, which: str = "model") -> JepaConfig:
+    """What a run was trained with. Raises FileNotFoundError for a folder without its encoder."""
+    stage = run / "jepa"
+    if not (stage / which).is_dir() or not (stage / "config.yaml").is_file():
+        raise FileNotFoundError(f"{run} has no trained jepa/{which}: hldm jepa train makes a run")
+    return load_jepa_config([stage / "config.yaml"])
 
 
 def read_encoder(run: Path, which: str = "model") -> tuple[JepaEncoder, JepaConfig, Any]:
     """A run's encoder ("model") or its moving average ("target"), its settings, and what cuts its text.
 
-    Raises FileNotFoundError for a folder without it.
+    Raises FileNotFoundError for a folder without it, ConfigError for a transformer.
     """
-    stage = run / "jepa"
-    if not (stage / which).is_dir() or not (stage / "config.yaml").is_file():
-        raise FileNotFoundError(f"{run} has no trained jepa/{which}: hldm jepa train makes a run")
-    config = load_jepa_config([stage / "config.yaml"])
+    stage, config = run / "jepa", settings_of(run, which)
+    if config.sentences.encoder:
+        raise ConfigError(
+            f"{run} has a transformer for its encoder: hldm similarity --transformer {stage / which} measures it"
+        )
     segmenter = read_segmenter(run / "segmenter" / "model", config.chunking)
     encoder = JepaEncoder.from_pretrained(stage / which).eval()
     return encoder, config, make_chunker(config.chunking, segmenter)

@@ -20,7 +20,7 @@ from hldm.runs.reports import save_report
 from hldm.settings import dotted, is_own
 
 if TYPE_CHECKING:
-    from hldm.text.corpus import Corpus, Split
+    from hldm.text.corpus import Corpus
 
 # Of the data section, what says which text is read and how it is split; the others lay it out.
 TEXT_SETTINGS = tuple(
@@ -32,30 +32,39 @@ TEXT_SETTINGS = tuple(
 )
 # Settings that may differ between a trained run and the config that asks for it.
 MAY_CHANGE_ONCE_TRAINED = ("name", "checkpoint.", "logging.", "generation.")
+STAGES = ("autoencoder", "prior")
 SHOWN = 12  # hex digits of a fingerprint in a message
 
 
-def text_fingerprint(corpora: Mapping[Split, Corpus]) -> str:
+def text_fingerprint(corpora: Mapping[Any, Corpus]) -> str:
     """One fingerprint of all splits of a text."""
     return _digest(corpora[split].fingerprint for split in sorted(corpora))
 
 
-def origin_of(run: Path, text: str) -> dict[str, str]:
+def origin_of(
+    run: Path, text: str, models: str = "pipeline/**/*", stages: Sequence[str] = STAGES
+) -> dict[str, str]:
     """Fingerprints of what a measurement of a run is made of: code, text (`text_fingerprint`) and model.
 
+    models: pattern of the files that are the model;  stages: those that trained it
     trained: the code that the model was trained by; "": a run of before that was kept
     """
-    pipeline = run / "pipeline"
-    files = sorted(path for path in pipeline.rglob("*") if path.is_file())
-    parts = (f"{path.relative_to(pipeline)} {sha256_of(path)}" for path in files)
-    return {"code": code_fingerprint(), "text": text, "model": _digest(parts), "trained": trained_by(run)}
+    files = sorted(path for path in run.glob(models) if path.is_file())
+    first = run / models.partition("/")[0]
+    parts = (f"{path.relative_to(first)} {sha256_of(path)}" for path in files)
+    return {
+        "code": code_fingerprint(),
+        "text": text,
+        "model": _digest(parts),
+        "trained": trained_by(run, stages),
+    }
 
 
-def trained_by(run: Path) -> str:
+def trained_by(run: Path, stages: Sequence[str] = STAGES) -> str:
     """The code (`code_fingerprint`) that the stages of a run were last started with; "" where that was not kept."""
     found = [
         json.loads(path.read_bytes())[-1].get("code", "")
-        for stage in ("autoencoder", "prior")
+        for stage in stages
         if (path := run / stage / "environment.json").is_file()
     ]
     return " and ".join(dict.fromkeys(found))
@@ -88,6 +97,18 @@ def differences(before: Mapping[str, str], now: Mapping[str, str]) -> str:
         for name in now
         if before.get(name) != now[name]
     )
+
+
+def say_other_code(rows: Sequence[Mapping[str, Any]], say: Callable[[str], None]) -> None:
+    """Say which rows of a table were trained by other code than this."""
+    by_code: dict[str, list[str]] = {}
+    for row in rows:
+        by_code.setdefault(row["origin"]["trained"][:SHOWN] or "unknown", []).append(row["name"])
+    if set(by_code) - {code_fingerprint()[:SHOWN]}:
+        named = "; ".join(f"{code}: {', '.join(names)}" for code, names in by_code.items())
+        say(
+            f"not all were trained by this code, {code_fingerprint()[:SHOWN]} (remove a run to train it again): {named}"
+        )
 
 
 def check_pair(config: Config, path: Path, other: Config, other_path: Path) -> None:

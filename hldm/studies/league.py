@@ -17,13 +17,13 @@ from hldm.config import ChunkingConfig, Config, ConfigError, Strategy, changed, 
 from hldm.evaluation.tables import Table, cell
 from hldm.plugins import allow, allow_named
 from hldm.runs.files import atomic_write
-from hldm.runs.identity import MAY_CHANGE_ONCE_TRAINED, differences, text_fingerprint
+from hldm.runs.identity import MAY_CHANGE_ONCE_TRAINED, differences, say_other_code, text_fingerprint
 from hldm.runs.pairs import load_pair
 from hldm.runs.provenance import code_fingerprint
 from hldm.runs.reports import save_report
 from hldm.settings import dotted, is_own
 from hldm.sources.corpora import load_corpora
-from hldm.studies.rate_curve import BITS, measure_once, read_base, say_other_code, timed
+from hldm.studies.rate_curve import BITS, measure_once, read_base, timed
 
 # the last is fixed chunks again, their latents by autoencoder.pooling=strided
 STRATEGIES = (*get_args(Strategy), "strided")

@@ -18,9 +18,8 @@ from typing import Any, NamedTuple
 
 from hldm.config import Config, ConfigError, changed, load_config, stage_training
 from hldm.evaluation.tables import Table
-from hldm.runs.identity import SHOWN, measured_once, origin_of, text_fingerprint
+from hldm.runs.identity import measured_once, origin_of, say_other_code, text_fingerprint
 from hldm.runs.pairs import load_pair
-from hldm.runs.provenance import code_fingerprint
 from hldm.runs.reports import save_report
 from hldm.sources.corpora import load_corpora
 from hldm.text.bytes import count_characters
@@ -166,18 +165,6 @@ def measure_once(
 
     run = train_run(changed(config, name=name), root=target.parent.parent)
     return measured_once(target, origin_of(run, text), lambda: measure(run), say)
-
-
-def say_other_code(rows: Sequence[Mapping[str, Any]], say: Callable[[str], None]) -> None:
-    """Say which rows of a table were trained by other code than this."""
-    by_code: dict[str, list[str]] = {}
-    for row in rows:
-        by_code.setdefault(row["origin"]["trained"][:SHOWN] or "unknown", []).append(row["name"])
-    if set(by_code) - {code_fingerprint()[:SHOWN]}:
-        named = "; ".join(f"{code}: {', '.join(names)}" for code, names in by_code.items())
-        say(
-            f"not all were trained by this code, {code_fingerprint()[:SHOWN]} (remove a run to train it again): {named}"
-        )
 
 
 def _measured(point: Point, folder: Path, text: str, say: Callable[[str], None]) -> dict[str, Any]:

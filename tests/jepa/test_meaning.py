@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from hldm.jepa.meaning import frames, pair_features, probe, retrieve, spearman
+from hldm.jepa.meaning import frames, mcnemar, nearest_neighbours, pair_features, probe, retrieve, spearman
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -80,3 +80,27 @@ def test_features_of_a_pair_tell_equal_from_unequal():
     features = pair_features(u, torch.where(same[:, None], u, v))
     assert features.shape == (300, 16)
     assert probe(features[:200], same[:200].long(), features[200:], same[200:].long()) > 0.9
+
+
+def test_neighbours_vote_and_the_nearer_wins_a_tie():
+    train = torch.eye(4, dtype=torch.float64)
+    test = torch.tensor([[0.1, 0.9, 0.0, 0.2], [0.8, 0.3, 0.2, 0.1]], dtype=torch.float64)
+    label = torch.tensor([0, 1, 1, 0])
+    assert nearest_neighbours(train, label, test, torch.tensor([1, 0])) == 1  # all four vote, two a label
+    assert nearest_neighbours(train, label, test, torch.tensor([0, 0])) == 0.5
+    many = torch.tensor([0, 1, 1, 1])
+    assert (
+        nearest_neighbours(train, many, test, torch.tensor([0, 0])) == 0
+    )  # three outvote one that is nearer
+
+
+@pytest.mark.parametrize(
+    ("only_first", "only_second", "p"), [(0, 0, 1), (5, 5, 1), (0, 5, 2 / 32), (1, 5, 14 / 64), (400, 0, 0)]
+)
+def test_mcnemars_exact_test_of_known_splits(only_first, only_second, p):
+    first = [True] * only_first + [False] * only_second + [True, False] * 7
+    second = [False] * only_first + [True] * only_second + [True, False] * 7
+    assert mcnemar(first, second) == (only_first, only_second, pytest.approx(p, abs=1e-9))
+    assert mcnemar(second, first)[2] == mcnemar(first, second)[2]
+    with pytest.raises(ValueError):
+        mcnemar([True], [])

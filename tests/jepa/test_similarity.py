@@ -67,6 +67,25 @@ def test_a_source_that_knows_the_verses_finds_all_and_one_that_does_not_none():
     assert len(table.rows) == 4 and all(len(row) == len(table.head) for row in table.rows)
 
 
+def test_an_evaluation_says_what_vectors_mean_where_that_is_asked_for(
+    trained_run, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("hldm.jepa.similarity.choose_verses", lambda translations, verses: invented())
+    command = ["evaluate", "--run", str(trained_run), "--prompts", "0", "--draws", "2"]
+    assert cli.main([*command, "--json", str(tmp_path / "plain.json")]) == 0
+    assert "translation" not in capsys.readouterr().out
+    assert cli.main([*command, "--meaning", "--json", str(tmp_path / "found.json")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    found = json.loads((tmp_path / "found.json").read_text())["meaning"]
+    assert found["translation"] == "other" and found["verses"] == 32 and found["tfidf"]["recall_1"] == 1
+    for kind in ("latents", "summaries", "features", "trunk"):
+        assert 0 <= found[kind]["recall_1"] <= found[kind]["recall_5"] <= 1
+        assert 0 <= found[kind]["book_nearest"] <= 1
+    [line] = [line for line in lines if "by TF-IDF of characters" in line]
+    assert "100.0%" in line
+    assert any("by the trunk, whitened" in line for line in lines)
+
+
 def test_tfidf_by_hand():
     assert characters_3_to_5("Ab") == [" ab", "ab ", " ab "]
     assert lower_words("The king's men, go!") == ["the", "king's", "men", "go"]
