@@ -18,6 +18,7 @@ import hldm
 from hldm import plugins
 from hldm.commands import benchmarks, measuring, score, sharing, training, writing
 from hldm.commands import jepa as jepa_commands
+from hldm.commands.frontier import frontier
 from hldm.commands.playground import playground
 from hldm.commands.report import report
 from hldm.commands.train import train
@@ -38,6 +39,7 @@ for command in (  # in the order of the help
     measuring.diagnose,
     measuring.rate_curve,
     measuring.chunkers,
+    frontier,
     jepa_commands.similarity,
     measuring.judge,
     report,
