@@ -21,6 +21,7 @@ from hldm.commands import jepa as jepa_commands
 from hldm.commands import memory as memory_commands
 from hldm.commands import steering as steering_commands
 from hldm.commands.candidates import candidates
+from hldm.commands.frontier import frontier
 from hldm.commands.playground import playground
 from hldm.commands.report import report
 from hldm.commands.train import train
@@ -45,6 +46,7 @@ for command in (  # in the order of the help
     measuring.diagnose,
     measuring.rate_curve,
     measuring.chunkers,
+    frontier,
     jepa_commands.similarity,
     uncompress,
     measuring.judge,

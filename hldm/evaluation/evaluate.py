@@ -119,7 +119,7 @@ def evaluate_run(
         ),
         "by_distance": by_distance(bound.by_chunk, windows),
         "context": {str(every): cut(every) for every in contexts} or None,
-        "cost": _cost(folder, pipeline),
+        "cost": cost_of(folder, pipeline),
     }
 
 
@@ -185,7 +185,7 @@ def weights_of(pipeline: HLDMPipeline) -> str:
     )
 
 
-def _cost(folder: Path, pipeline: HLDMPipeline) -> dict[str, float | None]:
+def cost_of(folder: Path, pipeline: HLDMPipeline) -> dict[str, float | None]:
     """Parameters, and seconds and characters of training, summed over the stages; None of a pipeline alone."""
     totals = [read_totals(stage) for stage in stages_of(folder)]
     parts = [part for part in (pipeline.autoencoder, pipeline.prior) if part is not None]

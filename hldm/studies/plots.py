@@ -193,6 +193,29 @@ def plot_league(league: Mapping[str, Any], *paths: Path) -> None:
 
 
 @_styled
+def plot_frontier(study: Mapping[str, Any], *paths: Path) -> None:
+    """Bits against characters a second, a panel for each number of texts at once; twins joined by size."""
+    points = study["points"]
+    rows = [int(key.removeprefix("speed_")) for key in points[0] if key.startswith("speed_")]
+    figure, (panels,) = _panels(1, len(rows), (4.5 * len(rows), 4.2), sharey=True)
+    twins = [point for point in points if point["is_twin"]]
+    for ax, count in zip(panels, rows, strict=True):
+        speed = f"speed_{count}"
+        ax.plot(_column(twins, speed), _column(twins, "bound"), "-", color=TWIN, linewidth=1, zorder=1)
+        for point in points:
+            colour = TWIN if point["is_twin"] else LATENT
+            error = None if point["deviation"] is None else 2 * point["deviation"]
+            ax.errorbar(point[speed], point["bound"], yerr=error, fmt="o", color=colour, markersize=5)
+            _name(ax, point["name"], point[speed], point["bound"], colour)
+        ax.set_xscale("log")
+        ax.margins(x=0.2, y=0.1)
+        ax.set(title=f"{count} at once" if count > 1 else "one text", xlabel="characters a second")
+    panels[0].set_ylabel("bits per character of the test text")
+    figure.suptitle(f"{study['config']}, {study['minutes']:g} minutes each; bars: 2 deviations over seeds")
+    _save(figure, paths)
+
+
+@_styled
 def plot_parts(parts: Mapping[str, Any], *paths: Path) -> None:
     """Three panels of what `hldm.evaluation.parts_table.parts_of_run` measured."""
     figure, ((worths, steps, shares),) = _panels(1, 3, (17, 6), width_ratios=(2, 1.2, 1))
