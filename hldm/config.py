@@ -24,6 +24,7 @@ NotNegative = Annotated[float, Field(ge=0, lt=2**63)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Width = Annotated[int, Field(gt=0, le=65_536)]
 Depth = Annotated[int, Field(gt=0, le=512)]
+Documents = Literal["chapters", "books"]
 
 
 class DataConfig(Section):
@@ -35,6 +36,7 @@ class DataConfig(Section):
     split: str = "train"  # which split of the dataset to read
     field: str = "text"  # column of .jsonl, .parquet and datasets that holds the text
     separator: str = ""  # splits a plain text file into documents; empty: a file is one document
+    documents: Documents = "chapters"  # what a document of the built-in text is
     stream: bool = False  # read files or dataset while training, again and again, instead of all of it first
     readers: Count = 1  # of a stream, side by side, each its own share of it; a multiple of the processes
     shuffle_bytes: Count = 16_777_216  # of a stream's documents, that each reader shuffles at a time
