@@ -18,6 +18,7 @@ import hldm
 from hldm import plugins
 from hldm.commands import benchmarks, measuring, score, sharing, training, writing
 from hldm.commands import jepa as jepa_commands
+from hldm.commands.far import far
 from hldm.commands.playground import playground
 from hldm.commands.report import report
 from hldm.commands.train import train
@@ -40,6 +41,7 @@ for command in (  # in the order of the help
     measuring.chunkers,
     jepa_commands.similarity,
     measuring.judge,
+    far,
     report,
     playground,
     writing.chunk,
