@@ -22,6 +22,7 @@ from hldm.commands import memory as memory_commands
 from hldm.commands import steering as steering_commands
 from hldm.commands.candidates import candidates
 from hldm.commands.frontier import frontier
+from hldm.commands.far import far
 from hldm.commands.playground import playground
 from hldm.commands.report import report
 from hldm.commands.train import train
@@ -52,6 +53,7 @@ for command in (  # in the order of the help
     measuring.judge,
     candidates,
     memory_commands.codebook,
+    far,
     report,
     playground,
     writing.chunk,

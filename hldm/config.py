@@ -24,6 +24,7 @@ NotNegative = Annotated[float, Field(ge=0, lt=2**63)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Width = Annotated[int, Field(gt=0, le=65_536)]
 Depth = Annotated[int, Field(gt=0, le=512)]
+Documents = Literal["chapters", "books"]
 
 
 class DataConfig(Section):
@@ -37,6 +38,7 @@ class DataConfig(Section):
     question: str = ""  # column of what is asked before each text; then the loss counts the text, its answer
     question_weight: float = Field(default=0.0, ge=0, le=1)  # what a nat of a question counts in the loss
     separator: str = ""  # splits a plain text file into documents; empty: a file is one document
+    documents: Documents = "chapters"  # what a document of the built-in text is
     stream: bool = False  # read files or dataset while training, again and again, instead of all of it first
     readers: Count = 1  # of a stream, side by side, each its own share of it; a multiple of the processes
     shuffle_bytes: Count = 16_777_216  # of a stream's documents, that each reader shuffles at a time

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hldm.config import ConfigError, DataConfig
+from hldm.config import ConfigError, DataConfig, Documents
 from hldm.sources.encodings import (
     character_border,
     damage_named,
@@ -59,7 +59,9 @@ def load_corpora(config: DataConfig) -> dict[Split, Corpus]:
         return head_corpora(config)
     if not (config.path or config.dataset):
         return {
-            split: make_corpus(f"bible-bbe/{split}", _limited(_bible_documents(split), config.max_bytes))
+            split: make_corpus(
+                f"bible-bbe/{split}", _limited(_bible_texts(split, config.documents), config.max_bytes)
+            )
             for split in SPLITS
         }
     if config.path:
@@ -218,16 +220,17 @@ def split_of_book(book: int) -> Split:
     return next((name for name, books in _BOOKS.items() if book in books), "train")
 
 
-def _bible_chapters(split: Split) -> Generator[list[bytes], None, None]:
-    """The verses of each chapter in the books of a split."""
-    for chapter, verses in groupby(sorted(bible_verses().items()), key=lambda item: item[0] // 1000):
-        if split_of_book(chapter // 1000) == split:
+def _bible_documents(split: Split, documents: Documents) -> Generator[list[bytes], None, None]:
+    """The verses of each chapter, or book, of a split."""
+    numbers = 1000 if documents == "chapters" else 1_000_000  # of a document's verses: BBCCCVVV
+    for number, verses in groupby(sorted(bible_verses().items()), key=lambda item: item[0] // numbers):
+        if split_of_book(number * numbers // 1_000_000) == split:
             yield [verse.encode() for _, verse in verses]
 
 
-def _bible_documents(split: Split) -> Generator[bytes, None, None]:
-    """One document a chapter, its verses joined by a space."""
-    return (b" ".join(verses) for verses in _bible_chapters(split))
+def _bible_texts(split: Split, documents: Documents) -> Generator[bytes, None, None]:
+    """Each document, its verses joined by a space."""
+    return (b" ".join(verses) for verses in _bible_documents(split, documents))
 
 
 def bible_books(split: Split) -> list[int]:
@@ -237,8 +240,9 @@ def bible_books(split: Split) -> list[int]:
 
 
 def bible_verse_starts(split: Split) -> list[np.ndarray]:
+def bible_verse_starts(split: Split, documents: Documents = "chapters") -> list[np.ndarray]:
     """Of each document of a split of the built-in text, the places (n,) where its verses start."""
-    lengths = ([len(verse) + 1 for verse in verses] for verses in _bible_chapters(split))
+    lengths = ([len(verse) + 1 for verse in verses] for verses in _bible_documents(split, documents))
     return [np.cumsum([0, *length[:-1]]) for length in lengths]
 
 

@@ -241,7 +241,7 @@ def measure(run: Path) -> dict[str, Any]:
         return found
     documents = [corpus.document(index) for index in range(len(corpus))]
     is_built_in = not (config.data.path or config.data.dataset)
-    verses = bible_verse_starts("test") if is_built_in else None
+    verses = bible_verse_starts("test", config.data.documents) if is_built_in else None
     chunks = describe_chunks(documents, chunker_of(autoencoder).chunk_starts(documents), verses)
     generator = torch.Generator().manual_seed(0)
     return found | {

@@ -12,7 +12,7 @@ import pytest
 from pyarrow import parquet
 
 from hldm.config import DataConfig
-from hldm.sources.corpora import bible_verses, load_corpora, load_corpus
+from hldm.sources.corpora import bible_verse_starts, bible_verses, load_corpora, load_corpus
 from hldm.text.corpus import SPLITS, Corpus, make_corpus
 
 DOCUMENTS = [f"document {i}: é and \ufeffmore\n" for i in range(300)]
@@ -100,6 +100,16 @@ def test_the_bible_is_split_by_whole_books():
     assert documents_of(corpora["test"])[0].startswith("Now there came a time, in the days of the judges")
     assert documents_of(corpora["test"])[-1].startswith("Come now, you men of wealth, give yourselves to")
     assert not any("\\" in document or "  " in document for document in documents_of(corpora["train"]))
+
+
+def test_books_as_documents_hold_the_chapters_in_order():
+    chapters, books = (load_corpora(DataConfig(documents=documents)) for documents in ("chapters", "books"))
+    assert [len(books[split]) for split in SPLITS] == [58, 4, 4]
+    assert all(
+        " ".join(documents_of(chapters[split])) == " ".join(documents_of(books[split])) for split in SPLITS
+    )
+    for document, starts in zip(books["test"], bible_verse_starts("test", "books"), strict=True):
+        assert all(document[start - 1] == ord(" ") for start in starts[1:]) and starts[-1] < len(document)
 
 
 def test_the_fingerprint_tells_documents_apart():
