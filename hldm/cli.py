@@ -21,8 +21,8 @@ from hldm.commands import jepa as jepa_commands
 from hldm.commands import memory as memory_commands
 from hldm.commands import steering as steering_commands
 from hldm.commands.candidates import candidates
-from hldm.commands.frontier import frontier
 from hldm.commands.far import far
+from hldm.commands.frontier import frontier
 from hldm.commands.playground import playground
 from hldm.commands.report import report
 from hldm.commands.train import train

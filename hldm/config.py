@@ -251,11 +251,9 @@ class TrainingConfig(Section):
     ema_decay: Share = 0.99  # 0: no averaged weights
     mixed_precision: Literal["no", "bf16"] = "no"
     gradient_checkpointing: bool = False
-    # Validations in a row without a better one, after which training stops; the weights of the best are then what is
-    # kept. 0: it trains to the end, and its last weights are kept.
+    # Validations in a row without a better one, until training stops and keeps the best weights; 0: it runs to the end.
     patience: int = Field(default=0, ge=0, lt=2**63)
-    # How long ranks wait for one that hangs. What rank 0 does alone, saving and sampling, must take less: seconds
-    # for configs/*.yaml. accelerate's default is 30 minutes (10 on CUDA), which a cluster would be paid for.
+    # How long ranks wait for one that hangs, or saves and samples alone (seconds); accelerate's default: 30 minutes.
     timeout_s: Positive = 300.0
 
 

@@ -239,7 +239,6 @@ def bible_books(split: Split) -> list[int]:
     return [chapter // 1000 for chapter in chapters if split_of_book(chapter // 1000) == split]
 
 
-def bible_verse_starts(split: Split) -> list[np.ndarray]:
 def bible_verse_starts(split: Split, documents: Documents = "chapters") -> list[np.ndarray]:
     """Of each document of a split of the built-in text, the places (n,) where its verses start."""
     lengths = ([len(verse) + 1 for verse in verses] for verses in _bible_documents(split, documents))
