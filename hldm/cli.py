@@ -16,7 +16,7 @@ import typer
 
 import hldm
 from hldm import plugins
-from hldm.commands import benchmarks, measuring, score, sharing, training, writing
+from hldm.commands import benchmarks, drafting, measuring, score, sharing, training, writing
 from hldm.commands import jepa as jepa_commands
 from hldm.commands.playground import playground
 from hldm.commands.report import report
@@ -32,6 +32,7 @@ for command in (  # in the order of the help
     training.train_autoencoder,
     training.train_diffusion,
     writing.generate,
+    drafting.draft,
     measuring.evaluate,
     score.score,
     benchmarks.pairs,

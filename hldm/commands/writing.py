@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from typer import Option
 
+from hldm.commands.drafting import DRAFT
 from hldm.commands.options import AllowCode, MaxCharacters, RunOrShipped, Seed, check_minutes
 from hldm.config import ChunkingConfig, GenerationConfig, Strategy, changed
 from hldm.runs.folder import shipped_run
@@ -22,6 +23,7 @@ from hldm.sources.encodings import read_text
 from hldm.text.bytes import MAX_PROMPT_BYTES, shows_colour
 
 if TYPE_CHECKING:
+    from hldm.generation.draft import Draft
     from hldm.generation.pipeline import HLDMPipeline
 
 Scheduler = Literal["ancestral", "ddim", "dpm"]
@@ -48,13 +50,20 @@ def generate(
     seed: Seed = 0,
     show_chunks: Annotated[bool, Option("--show-chunks", help="tint chunks, or mark them with |")] = False,
     as_json: Annotated[bool, Option("--json", help="one JSON object a continuation")] = False,
+    draft: Annotated[
+        Path | None, Option(metavar="FOLDER", help="of hldm draft (default: RUN/draft, if any)")
+    ] = None,
+    no_draft: Annotated[bool, Option("--no-draft", help="write without one")] = False,
     raw: Annotated[bool, Option("--raw", help="send a terminal control characters as they are")] = False,
     allow_code: AllowCode = False,
 ) -> None:
     """Write on from prompts."""
     if sys.stdout is None:
         raise ValueError("standard output is closed: there is nowhere to write to")
-    folder = pipeline_of(shipped_run() if run is None else find_model(run))
+    if draft is not None and no_draft:
+        raise ValueError("--draft and --no-draft contradict each other: give one")
+    found = shipped_run() if run is None else find_model(run)
+    folder = pipeline_of(found)
     asked: dict[str, Any] = {"steps": steps, "scheduler": scheduler, "guidance": guidance}
     asked |= {"temperature": temperature, "decoder_temperature": decoder_temperature, "top_p": top_p}
     given = {name: value for name, value in asked.items() if value is not None}
@@ -64,16 +73,20 @@ def generate(
     prompts += [read_text(name, MAX_PROMPT_BYTES).removesuffix(b"\n") for name in prompt_file or []]
     if not prompts:
         raise ValueError("no prompt given: pass --prompt TEXT, --prompt-file FILE or --prompt-file -")
+    from hldm.generation.draft import read_draft
     from hldm.generation.footprint import require_room_to_write
     from hldm.generation.pipeline import read_pipeline
     from hldm.generation.streams import stop_bytes
 
     pipeline = read_pipeline(folder)
+    if draft is None and (found / DRAFT).is_dir():
+        draft = found / DRAFT
+    guesses = None if no_draft or draft is None else read_draft(draft, pipeline.autoencoder)
     require_room_to_write(pipeline.autoencoder, pipeline.prior, prompts, num_samples, max_characters)
     wanted = [text for text in prompts for _ in range(num_samples)]
     settings = changed(pipeline.settings, **given)
     stops = stop_bytes([typed_bytes(text) for text in stop or []])
-    _write(pipeline, wanted, settings, max_characters, stops, seed, show_chunks, as_json, raw)
+    _write(pipeline, wanted, settings, max_characters, stops, seed, show_chunks, as_json, raw, guesses)
 
 
 def _write(
@@ -86,6 +99,7 @@ def _write(
     show_chunks: bool,
     as_json: bool,
     raw: bool,
+    draft: Draft | None,
 ) -> None:
     """Write to standard output: streamed for one continuation, each whole for several."""
     from hldm.generation.streams import stop_at
@@ -117,7 +131,7 @@ def _write(
     stopped: Stopped | None = None
     try:
         parts = pipeline.autoencoder, pipeline.prior, prompts, settings
-        writing = write_on(*parts, max_characters=max_characters, seed=seed)
+        writing = write_on(*parts, max_characters=max_characters, seed=seed, draft=draft)
         for rows, news, calls in stop_at(writing, stops):  # noqa: B007 - the last yield is the finished text
             if streams and news[0] and not waits:
                 send(news[0], is_last=False, chunk=written if show_chunks else None)

@@ -15,12 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from hldm.config import GenerationConfig
+from hldm.generation.chunk import Piece
+from hldm.generation.draft import Draft
+from hldm.generation.finite import require_finite
 from hldm.generation.writer import ByteWriter, LatentWriter, Writer
 from hldm.kernels.context import MOST_CHUNKS, KeptContext
 from hldm.kernels.denoise import MOST_STEPS, PlannedSteps
 from hldm.kernels.library import library
 from hldm.kernels.structs import is_plain
-from hldm.kernels.write import write_bytes, write_chunks
+from hldm.kernels.write import ALONE, Writing, write_bytes, write_chunks
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.denoiser import Denoiser
 from hldm.model.diffusion import draw_numbers
@@ -37,6 +40,7 @@ def make_writer(
     prompts: Sequence[bytes],
     settings: GenerationConfig,
     generators: Sequence[torch.Generator],
+    draft: Draft | None = None,
 ) -> Writer:
     """`hldm.generation.writer.make_writer`; NotImplemented where there are no kernels for this device or model."""
     device = next(autoencoder.parameters()).device
@@ -47,8 +51,8 @@ def make_writer(
         _say(f"{reason}: text is written in plain torch and takes about 20 times as long")
         return NotImplemented
     if prior is None:
-        return FusedByteWriter(autoencoder, prompts, settings, generators)
-    return FusedLatentWriter(autoencoder, prior, prompts, settings, generators)
+        return FusedByteWriter(autoencoder, prompts, settings, generators, draft=draft)
+    return FusedLatentWriter(autoencoder, prior, prompts, settings, generators, draft=draft)
 
 
 def why_plain(autoencoder: Autoencoder, prior: Prior | None) -> str:
@@ -99,14 +103,27 @@ def _say(line: str) -> None:
     logger.warning(line)
 
 
+def _for_few(draft: Draft | None, rows: int) -> tuple[Draft | None, bool]:
+    """The draft, if so many rows are written by one, and whether they are written one by one."""
+    if draft is not None and rows > ALONE:
+        _say(f"more than {ALONE} rows share a step, which a draft does not make faster: it is left out")
+    return (draft if rows <= ALONE else None), rows <= ALONE
+
+
 class FusedLatentWriter(LatentWriter):
     """The latent model, its chunks written and read back by the kernels; make one only where not `why_plain`."""
 
     write_chunks = staticmethod(write_chunks)
 
-    def __init__(self, autoencoder: Autoencoder, prior: Prior, *arguments: Any):
-        """Arguments are those of `LatentWriter`."""
+    def __init__(self, autoencoder: Autoencoder, prior: Prior, *arguments: Any, draft: Draft | None = None):
+        """Arguments are those of `LatentWriter`;  draft: guesses symbols, where few rows are written."""
         super().__init__(autoencoder, prior, *arguments)
+        draft, is_few = _for_few(draft, len(self.generators))
+        self.writing = Writing(
+            autoencoder, self.encoder, self.decoder, self.settings, alone=is_few, draft=draft
+        )
+        assert self.writing.encoder is not None
+        self.encoder = self.writing.encoder
         self.plain: Mapping[Step, str] = plain_steps(prior, self.settings)
         for line in self.plain.values():
             _say(line)
@@ -116,6 +133,14 @@ class FusedLatentWriter(LatentWriter):
         self.kept: KeptContext | None = None  # in place of `memory`; None: plain, or no steps at all
         if self.plan is not None and "context" not in self.plain:
             self.kept = KeptContext(prior, self.memory)
+
+    def write(self) -> list[Piece]:
+        latents = require_finite(self.sample_latents(), "latents", self.settings)
+        pieces, latents = self.writing.chunks(latents, self.opens, self.generators)
+        opens, self.opens = self.opens, [piece.ends_document for piece in pieces]
+        if self.settings.steps:
+            self.add_chunks(latents, torch.tensor(opens)[:, None], torch.tensor(self.opens))
+        return pieces
 
     def sample_latents(self) -> Tensor:
         if self.plan is None or self.planned is None:
@@ -136,3 +161,16 @@ class FusedByteWriter(ByteWriter):
     """The twin, written by the kernels; make one only where not `why_plain`."""
 
     write_bytes = staticmethod(write_bytes)
+
+    def __init__(self, autoencoder: Autoencoder, *arguments: Any, draft: Draft | None = None):
+        """Arguments are those of `ByteWriter`;  draft: guesses symbols, where few rows are written."""
+        super().__init__(autoencoder, *arguments)
+        draft, is_few = _for_few(draft, len(self.generators))
+        self.writing = Writing(
+            autoencoder, None, self.state, self.settings, alone=is_few, draft=draft, texts=arguments[0]
+        )
+
+    def write(self) -> list[Piece]:
+        pieces = self.writing.stretches(self.opens, self.generators)
+        self.opens = [piece.ends_document for piece in pieces]
+        return pieces
