@@ -16,7 +16,7 @@ import typer
 
 import hldm
 from hldm import plugins
-from hldm.commands import benchmarks, editing, measuring, score, sharing, training, writing
+from hldm.commands import benchmarks, drafting, editing, measuring, score, sharing, training, writing
 from hldm.commands import jepa as jepa_commands
 from hldm.commands import memory as memory_commands
 from hldm.commands import steering as steering_commands
@@ -41,6 +41,7 @@ for command in (  # in the order of the help
     editing.fill,
     editing.edit,
     editing.interpolate,
+    drafting.draft,
     measuring.evaluate,
     score.score,
     benchmarks.pairs,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 from typer import Option
 
 from hldm import plugins
+from hldm.commands.drafting import DRAFT
 from hldm.commands.options import AllowCode, MaxCharacters, RunOrShipped, Seed, check_minutes
 from hldm.config import ChunkingConfig, GenerationConfig, Strategy, changed
 from hldm.runs.folder import shipped_run
@@ -58,13 +59,20 @@ def generate(
     seed: Seed = 0,
     show_chunks: Annotated[bool, Option("--show-chunks", help="tint chunks, or mark them with |")] = False,
     as_json: Annotated[bool, Option("--json", help="one JSON object a continuation")] = False,
+    draft: Annotated[
+        Path | None, Option(metavar="FOLDER", help="of hldm draft (default: RUN/draft, if any)")
+    ] = None,
+    no_draft: Annotated[bool, Option("--no-draft", help="write without one")] = False,
     raw: Annotated[bool, Option("--raw", help="send a terminal control characters as they are")] = False,
     allow_code: AllowCode = False,
 ) -> None:
     """Write on from prompts."""
     if sys.stdout is None:
         raise ValueError("standard output is closed: there is nowhere to write to")
-    folder = pipeline_of(shipped_run() if run is None else find_model(run))
+    if draft is not None and no_draft:
+        raise ValueError("--draft and --no-draft contradict each other: give one")
+    found = shipped_run() if run is None else find_model(run)
+    folder = pipeline_of(found)
     asked: dict[str, Any] = {"steps": steps, "scheduler": scheduler, "guidance": guidance}
     asked |= {"temperature": temperature, "decoder_temperature": decoder_temperature, "top_p": top_p}
     given = {name: value for name, value in asked.items() if value is not None}
@@ -75,6 +83,7 @@ def generate(
     if not prompts:
         raise ValueError("no prompt given: pass --prompt TEXT, --prompt-file FILE or --prompt-file -")
     from hldm.generation.candidates import Search, write_best
+    from hldm.generation.draft import read_draft
     from hldm.generation.footprint import require_room_to_write
     from hldm.generation.pipeline import read_pipeline
     from hldm.generation.remembering import check_remembers, open_memory
@@ -91,18 +100,21 @@ def generate(
     wanted = [text for text in prompts for _ in range(num_samples)]
     settings = changed(pipeline.settings, **given)
     stops = stop_bytes([typed_bytes(text) for text in stop or []])
+    limits: dict[str, Any] = {"max_characters": max_characters, "seed": seed}
     places: list[dict[str, Any]] | None = [] if show_candidates else None
-    if memory is None:
-        watch = None if places is None else places.append
-        writing = write_best(
-            *parts, wanted, settings, search, watch=watch, max_characters=max_characters, seed=seed
-        )
+    writing: Iterator[Writing]
+    if candidates == 1:
+        through = None
+        if memory is not None:
+            check_remembers(pipeline.prior)
+            through = open_memory(memory, pipeline.autoencoder).through
+        if draft is None and (found / DRAFT).is_dir():
+            draft = found / DRAFT
+        guesses = None if no_draft or draft is None else read_draft(draft, pipeline.autoencoder)
+        writing = write_on(*parts, wanted, settings, **limits, through=through, draft=guesses)
     else:
-        check_remembers(pipeline.prior)
-        through = open_memory(memory, pipeline.autoencoder).through
-        writing = write_on(
-            *parts, wanted, settings, through=through, max_characters=max_characters, seed=seed
-        )
+        watch = None if places is None else places.append
+        writing = write_best(*parts, wanted, settings, search, **limits, watch=watch)
     waits = show_chunks and bool(stops)  # bytes held back would come with the next chunk's
     _write(stop_at(writing, stops), wanted, seed, waits, show_chunks, as_json, raw, places)
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from hldm.chunking.strategies import chunker_of
 from hldm.config import GenerationConfig
 from hldm.generation.chunk import Piece, Written, write_bytes, write_chunks
+from hldm.generation.draft import Draft
 from hldm.generation.finite import require_finite
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.contextualiser import Context
@@ -280,8 +281,12 @@ def make_writer(
     prompts: Sequence[bytes],
     settings: GenerationConfig,
     generators: Sequence[torch.Generator],
+    draft: Draft | None = None,
 ) -> Writer:
-    """The writer that fits the model: with a prior over latents, or the twin's."""
+    """The writer that fits the model: with a prior over latents, or the twin's.
+
+    draft: guesses what the decoder writes, which changes how fast that is and not what; only faster forms ask it
+    """
     if autoencoder.latent_dim == 0:
         return ByteWriter(autoencoder, prompts, settings, generators)
     if prior is None:
@@ -374,15 +379,17 @@ def write_on(
     seed: int | Sequence[int] = 0,
     through_ends: bool = False,
     through: Through | None = None,
+    draft: Draft | None = None,
 ) -> Iterator[tuple[list[Continuation], list[bytes], int]]:
     """Continue each prompt; yields (continuations so far, what each row just wrote, denoiser calls).
 
     A row stops after `max_characters`, cut there, or where the model ends the document (unless
     through_ends). The last yield holds the finished continuations.
     through: makes another writer of the model's, such as one that remembers (hldm.generation.remembering)
+    draft: see `make_writer`
     """
     rows = nothing_written(prompts, max_characters)
-    writer = make_writer(autoencoder, prior, prompts, settings, row_generators(seed, len(prompts)))
+    writer = make_writer(autoencoder, prior, prompts, settings, row_generators(seed, len(prompts)), draft)
     if through is not None:
         writer = through(writer, prompts)
     while any(row.left and not row.ended for row in rows):

@@ -10,6 +10,7 @@ from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 
 from hldm.kernels.structs import is_plain, pointers_to, struct
 from hldm.model.griffin import Griffin, ResidualBlock
@@ -54,14 +55,21 @@ class Stack:
 _STACKS: WeakKeyDictionary[Griffin, Stack] = WeakKeyDictionary()
 
 
-def stack_call(model: Griffin, state: GriffinState) -> tuple[Any, GriffinState]:
-    """A stack as a kernel takes it, and a copy of its state, which the kernel writes over."""
+def stack_call(model: Griffin, state: GriffinState, packed: list[Tensor] | None = None) -> Any:
+    """A stack as a kernel takes it, which writes over its state.
+
+    packed: its weights (`hldm.kernels.panels.packed_stack`); None: where they are
+    """
     stack = _STACKS.get(model) or _STACKS.setdefault(model, Stack(model))
-    after = map_carry(lambda x: x.clone(memory_format=torch.contiguous_format), state)
-    call = struct("stack.h", "Stack")(
-        weights=stack.find(),  # anew at every call: an address that is no longer theirs must not be read
+    return struct("stack.h", "Stack")(
+        weights=stack.find() if packed is None else packed,
         rotation=model.rotation(),
-        state=[tensor for part in after for tensor in part],
+        state=[tensor for part in state for tensor in part],
         **stack.sizes,
     )
-    return call, after
+
+
+def copy_of(state: GriffinState) -> GriffinState:
+    """A state that may be written over."""
+    copied: GriffinState = map_carry(lambda x: x.clone(memory_format=torch.contiguous_format), state)
+    return copied

@@ -15,12 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from hldm.config import GenerationConfig
-from hldm.generation.writer import ByteWriter, LatentWriter, Writer
+from hldm.generation.chunk import Piece, Written
+from hldm.generation.draft import Draft
+from hldm.generation.finite import require_finite
+from hldm.generation.writer import ByteWriter, LatentWriter, Stretch, Writer
 from hldm.kernels.context import MOST_CHUNKS, KeptContext
 from hldm.kernels.denoise import MOST_STEPS, PlannedSteps
 from hldm.kernels.library import library
 from hldm.kernels.structs import is_plain
-from hldm.kernels.write import write_bytes, write_chunks
+from hldm.kernels.write import ALONE, Writing, write_bytes, write_chunks
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.denoiser import Denoiser
 from hldm.model.diffusion import draw_numbers
@@ -37,6 +40,7 @@ def make_writer(
     prompts: Sequence[bytes],
     settings: GenerationConfig,
     generators: Sequence[torch.Generator],
+    draft: Draft | None = None,
 ) -> Writer:
     """`hldm.generation.writer.make_writer`; NotImplemented where there are no kernels for this device or model."""
     device = next(autoencoder.parameters()).device
@@ -47,8 +51,8 @@ def make_writer(
         _say(f"{reason}: text is written in plain torch and takes about 20 times as long")
         return NotImplemented
     if prior is None:
-        return FusedByteWriter(autoencoder, prompts, settings, generators)
-    return FusedLatentWriter(autoencoder, prior, prompts, settings, generators)
+        return FusedByteWriter(autoencoder, prompts, settings, generators, draft=draft)
+    return FusedLatentWriter(autoencoder, prior, prompts, settings, generators, draft=draft)
 
 
 def why_plain(autoencoder: Autoencoder, prior: Prior | None) -> str:
@@ -99,14 +103,28 @@ def _say(line: str) -> None:
     logger.warning(line)
 
 
+def _for_few(draft: Draft | None, rows: int) -> tuple[Draft | None, bool]:
+    """The draft, if so many rows are written by one, and whether they are written one by one."""
+    if draft is not None and rows > ALONE:
+        _say(f"more than {ALONE} rows share a step, which a draft does not make faster: it is left out")
+    return (draft if rows <= ALONE else None), rows <= ALONE
+
+
 class FusedLatentWriter(LatentWriter):
     """The latent model, its chunks written and read back by the kernels; make one only where not `why_plain`."""
 
     write_chunks = staticmethod(write_chunks)
 
-    def __init__(self, autoencoder: Autoencoder, prior: Prior, *arguments: Any):
-        """Arguments are those of `LatentWriter`."""
+    def __init__(self, autoencoder: Autoencoder, prior: Prior, *arguments: Any, draft: Draft | None = None):
+        """Arguments are those of `LatentWriter`;  draft: guesses symbols, where few rows are written."""
         super().__init__(autoencoder, prior, *arguments)
+        draft, is_few = _for_few(draft, len(self.generators))
+        # None: states are values, that `draw` and `pick` leave as they are
+        self.writing: Writing | None = Writing(
+            autoencoder, self.encoder, self.decoder, self.settings, alone=is_few, draft=draft
+        )
+        assert self.writing.encoder is not None
+        self.encoder, self.decoder = self.writing.encoder, self.writing.decoder
         self.plain: Mapping[Step, str] = plain_steps(prior, self.settings)
         for line in self.plain.values():
             _say(line)
@@ -116,6 +134,22 @@ class FusedLatentWriter(LatentWriter):
         self.kept: KeptContext | None = None  # in place of `memory`; None: plain, or no steps at all
         if self.plan is not None and "context" not in self.plain:
             self.kept = KeptContext(prior, self.memory)
+
+    def write(self, latents: Tensor | None = None) -> list[Piece]:
+        if self.writing is None:
+            return super().write(latents)
+        z_0 = self.sample_latents() if latents is None else latents
+        z_0 = require_finite(z_0, "latents", self.settings)
+        pieces, read = self.writing.chunks(z_0, self.opens, self.generators)
+        self.decoder = self.writing.decoder
+        opens, self.opens = self.opens, [piece.ends_document for piece in pieces]
+        if self.settings.steps:
+            self.add_chunks(read, torch.tensor(opens)[:, None], torch.tensor(self.opens))
+        return pieces
+
+    def draw(self, latents: Tensor | None = None) -> Written:
+        self.writing = None  # it would write over the states
+        return super().draw(latents)
 
     def sample_latents(self) -> Tensor:
         if self.plan is None or self.planned is None:
@@ -128,7 +162,9 @@ class FusedLatentWriter(LatentWriter):
 
     def pick(self, rows: Sequence[int], generators: Sequence[torch.Generator]) -> LatentWriter:
         other = super().pick(rows, generators)
-        if self.kept is not None and isinstance(other, FusedLatentWriter):
+        assert isinstance(other, FusedLatentWriter)
+        other.writing = None
+        if self.kept is not None:
             other.kept = self.kept.pick(torch.tensor(rows))
             if self.told is self.kept.told:
                 other.told = other.kept.told
@@ -144,3 +180,30 @@ class FusedByteWriter(ByteWriter):
     """The twin, written by the kernels; make one only where not `why_plain`."""
 
     write_bytes = staticmethod(write_bytes)
+
+    def __init__(self, autoencoder: Autoencoder, *arguments: Any, draft: Draft | None = None):
+        """Arguments are those of `ByteWriter`;  draft: guesses symbols, where few rows are written."""
+        super().__init__(autoencoder, *arguments)
+        draft, is_few = _for_few(draft, len(self.generators))
+        self.writing: Writing | None = Writing(  # None: as in `FusedLatentWriter`
+            autoencoder, None, self.state, self.settings, alone=is_few, draft=draft, texts=arguments[0]
+        )
+        self.state = self.writing.decoder
+
+    def write(self) -> list[Piece]:
+        if self.writing is None:
+            return super().write()
+        pieces = self.writing.stretches(self.opens, self.generators)
+        self.state = self.writing.decoder
+        self.opens = [piece.ends_document for piece in pieces]
+        return pieces
+
+    def draw(self) -> Stretch:
+        self.writing = None
+        return super().draw()
+
+    def pick(self, rows: Sequence[int], generators: Sequence[torch.Generator]) -> ByteWriter:
+        other = super().pick(rows, generators)
+        assert isinstance(other, FusedByteWriter)
+        other.writing = None
+        return other
