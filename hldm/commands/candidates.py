@@ -49,7 +49,7 @@ def candidates(
         max_characters=max_characters,
         seed=seed,
     )
-    show(best_of.table(found))
+    show(best_of.table(found), best_of.LEGEND)
     if json is not None:
         save_report(json, found)
         print(f"wrote {json}")

@@ -54,7 +54,9 @@ def write(
 
     form: where `write_chunks` and `write_bytes` come from, the plain formulas or what does the same faster
     """
-    torch.manual_seed(rows + 100)  # at `rows`, two symbols of one draw are as likely to 1e-9: their order is rounding
+    torch.manual_seed(
+        rows + 100
+    )  # at `rows`, two symbols of one draw are as likely to 1e-9: their order is rounding
     opens = [row % 3 == 1 for row in range(rows)]
     generators = row_generators(5, rows)
     decoder = autoencoder.decoder_state(rows)

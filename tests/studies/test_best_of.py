@@ -20,12 +20,15 @@ def test_a_rule_is_compared_with_the_best_single_draws_at_the_true_entropy():
         row("single", 8.1, [2.4, 2.4], [0.1, 0.1]),
         row("mbr of 8", 8.0, [1.5, 1.9], [0.2, 0.5]),
     ]
-    _compare(rows, 8.0, "single")
+    for each, at in zip(rows, (0.2, 0.5, 0.7, 0.7), strict=True):
+        each["decoder_temperature"] = at
+    _compare(rows, 8.0, "single", 0.7)
     assert [each.get("is_reference", False) for each in rows] == [False, True, False, False]
     assert [each["is_near"] for each in rows] == [False, True, True, True]
-    assert rows[3]["bits_saved"] == pytest.approx(0.4) and rows[3]["rouge_gained"] == pytest.approx(0.2)
-    assert rows[3]["bits_saved_error"] == pytest.approx(0.1)  # of the differences 0.5 and 0.3
-    assert rows[3]["rouge_gained_error"] == pytest.approx(0.1)
+    assert rows[3]["best_bits"] == pytest.approx((0.4, 0.1))  # of the differences 0.5 and 0.3
+    assert rows[3]["best_rouge"] == pytest.approx((0.2, 0.1))
+    assert rows[3]["shipped_bits"] == pytest.approx((0.7, 0.2))
+    assert "shipped_bits" not in rows[2]
 
 
 def test_entropy_is_that_of_pooled_words_and_of_pairs_within_a_text():
