@@ -36,6 +36,7 @@ GUIDES = (
     "scoring",
     "sharing",
     "own_part",
+    "steering",
     "jepa",
     "cluster",
 )
