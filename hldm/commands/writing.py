@@ -77,11 +77,7 @@ def generate(
     asked |= {"temperature": temperature, "decoder_temperature": decoder_temperature, "top_p": top_p}
     given = {name: value for name, value in asked.items() if value is not None}
     changed(GenerationConfig(), **given)  # refuses what is out of range
-    # argv that is not UTF-8 arrives with surrogate escapes; fsencode gives the bytes back
-    prompts = [os.fsencode(text) for text in prompt or []]
-    prompts += [read_text(name, MAX_PROMPT_BYTES).removesuffix(b"\n") for name in prompt_file or []]
-    if not prompts:
-        raise ValueError("no prompt given: pass --prompt TEXT, --prompt-file FILE or --prompt-file -")
+    prompts = _prompts(prompt or [], prompt_file or [])
     from hldm.generation.candidates import Search, write_best
     from hldm.generation.draft import read_draft
     from hldm.generation.footprint import require_room_to_write
@@ -117,6 +113,16 @@ def generate(
         writing = write_best(*parts, wanted, settings, search, **limits, watch=watch)
     waits = show_chunks and bool(stops)  # bytes held back would come with the next chunk's
     _write(stop_at(writing, stops), wanted, seed, waits, show_chunks, as_json, raw, places)
+
+
+def _prompts(typed: list[str], files: list[str]) -> list[bytes]:
+    """Prompts as bytes. Raises ValueError where there is none."""
+    # argv that is not UTF-8 arrives with surrogate escapes; fsencode gives the bytes back
+    prompts = [os.fsencode(text) for text in typed]
+    prompts += [read_text(name, MAX_PROMPT_BYTES).removesuffix(b"\n") for name in files]
+    if not prompts:
+        raise ValueError("no prompt given: pass --prompt TEXT, --prompt-file FILE or --prompt-file -")
+    return prompts
 
 
 def _ranker(rank: str) -> str | Callable[..., Any]:

@@ -51,6 +51,8 @@ def find_model(
         what = "is no folder here"
         if folder.is_dir():
             what = "holds no trained model: run hldm train"
+            if (folder / "autoencoder").is_dir():
+                what = "has no trained prior: run train_diffusion.py with its --config and --name"
         raise FileNotFoundError(
             f"{name} {what}, or take one that comes with hldm ({', '.join(SHIPPED)}) or one of the hub (owner/name)"
         )
