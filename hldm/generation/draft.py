@@ -28,7 +28,7 @@ from hldm.text.corpus import Corpus
 from hldm.text.windows import Windows
 
 FILE = "draft.safetensors"
-STRINGS = 16_384  # of a dictionary, the most frequent: more took longer to score than they saved (measured)
+STRINGS = 16_384  # of a dictionary, the most frequent; not tuned
 ORDER = 7  # bytes of a context, at most
 LANES, WINDOW_BYTES = 16, 256  # of the text that is read
 PRIOR_COUNT = 4.0  # chunks that the common variance weighs in a string's own

@@ -23,9 +23,7 @@ from torch import Tensor
 
 from hldm.model.diffusion import alpha_sigma
 
-NEIGHBOURS = (
-    64  # of each source: 16 of a document's own save 0.001 bits a character less (validation books, small)
-)
+NEIGHBOURS = 64  # of each source; by hand, 16 of a document's own saved 0.001 bits a character less
 MOST_MATCHED = 8  # chunks: longer repeats are certain enough
 ABSENT = -1e9  # score of a neighbour that is not there; finite, so that gradients are
 

@@ -31,9 +31,7 @@ from hldm.runs.files import atomic_write, naming, sync
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-DIRECTIONS = (
-    64  # kept of a query: 82 % of its variance in the run that ships, and no bits less than all of it
-)
+DIRECTIONS = 64  # kept of a query, those of most variance; not tuned
 BLOCK = 65_536  # entries that an exact search compares at once
 LISTS, PROBES = 1024, 32  # of the index: see docs/steering.md for what that finds
 ARRAYS = {  # name: dtype, dimensions
