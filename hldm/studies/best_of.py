@@ -31,13 +31,15 @@ from hldm.generation.ranking import RULES
 from hldm.runs.folder import corpora_of_run
 from hldm.runs.identity import require_shared_text
 from hldm.runs.location import pipeline_of
+from hldm.studies.brier import brier_lm, brier_terms, symbols
 from hldm.studies.judge import NGram
 from hldm.text.bytes import count_characters
 
 ROWS = 1024  # written at once, candidates included
 NEAR = 0.03  # of the true text's entropy: what varies as much as it
+AGAIN = 2**40  # added to a seed for the second, independent text that BrierLM asks for
 TEMPERATURES = (0.7, 0.85, 1.0)  # of the decoder, for each rule
-SINGLE = (0.2, 0.35, 0.5, 0.7, 0.85, 1.0)  # for single draws, which are to have their best
+SINGLE = (0.35, 0.5, 0.7, 0.85, 1.0)  # for single draws, which are to have their best
 
 # head of the table: key, format
 COLUMNS: Mapping[str, tuple[str, str]] = {
@@ -48,6 +50,8 @@ COLUMNS: Mapping[str, tuple[str, str]] = {
     "entropy": ("entropy", ".2f"),
     "ROUGE-L": ("rouge", ".4f"),
     "its ±": ("rouge_error", ".4f"),
+    "BrierLM": ("brier", ".1f"),
+    "of it ±": ("brier_error", ".1f"),
     "bits saved": ("best_bits", ""),
     "ROUGE-L more": ("best_rouge", ""),
     "saved as shipped": ("shipped_bits", ""),
@@ -58,6 +62,7 @@ LEGEND = f"""\
 *                entropy within {NEAR:.0%} of the true text's
 bits saved       of a character, by a judge of n-grams, against the single draws marked reference: those of the fewest
                  bits at the true text's entropy; ROUGE-L more: likewise
+BrierLM          100 for a writer that knows the text; of the first four bytes of two texts a prompt (docs/scoring.md)
 as shipped       against single draws at the decoder temperature that the run writes with"""
 
 
@@ -144,9 +149,10 @@ def study_candidates(
                 say(f"{prefix}{name}, decoder temperature {temperature:g}")
                 settings = changed(model.settings, decoder_temperature=temperature)
                 texts, seconds = _write(model, settings, search, chosen, max_characters, seed)
+                again, _ = _write(model, settings, search, chosen, max_characters, seed + AGAIN)
                 speed = sum(map(count_characters, texts)) / seconds
                 written.append({"name": prefix + name, "decoder_temperature": temperature} | judge(texts))
-                written[-1]["characters_per_second"] = speed
+                written[-1] |= _brier(texts, again, chosen) | {"characters_per_second": speed}
         shipped = model.settings.decoder_temperature
         _compare(written, true["entropy"], f"{prefix}single", shipped)
         rows += written
@@ -154,6 +160,13 @@ def study_candidates(
         del row["each"]
     asked = {"candidates": candidates, "depth": depth, "max_characters": max_characters, "seed": seed}
     return {"run": folder.resolve().name, "prompts": len(chosen), **asked, "candidates_judged": rows}
+
+
+def _brier(first: Sequence[bytes], second: Sequence[bytes], prompts: Sequence[Prompt]) -> dict[str, float]:
+    """BrierLM of the first bytes of two texts a prompt (hldm.studies.brier)."""
+    truth = symbols([prompt.continuation.encode() for prompt in prompts])
+    found = brier_lm(brier_terms(symbols(first), symbols(second), truth))
+    return {"brier": found.value, "brier_error": found.standard_error}
 
 
 def _judge_of(
