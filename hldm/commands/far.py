@@ -9,6 +9,7 @@ from typer import Option
 from hldm.commands import options
 from hldm.config import Documents
 from hldm.evaluation.tables import show
+from hldm.runs.doing import doing
 from hldm.runs.location import find_model
 from hldm.runs.reports import check_report_path, save_report
 
@@ -41,7 +42,8 @@ def far(
         check_report_path(json, "worth")
     from hldm.studies.far_cache import far_context, table
 
-    found = far_context(find_model(run), documents=documents, levels=levels, window=window, blocks=blocks)
+    with doing("reading held-out text, and fitting a cache of earlier chunks"):
+        found = far_context(find_model(run), documents=documents, levels=levels, window=window, blocks=blocks)
     show(table(found))
     if json is not None:
         save_report(json, found)

@@ -10,6 +10,7 @@ from typer import Option
 
 from hldm.commands.options import RUN_NAME, AllowCode, MaxCharacters, Report, Seed, Text
 from hldm.evaluation.tables import show
+from hldm.runs.doing import doing
 from hldm.runs.location import find_model
 from hldm.runs.reports import check_report_path, save_report
 
@@ -36,7 +37,8 @@ def build(
     """Store a run's training text, and fit on its validation text how far to trust it."""
     from hldm.studies.memory import build_memory
 
-    found = build_memory(find_model(run), out, text=text, seed=seed)
+    with doing(f"reading text into {out}"):
+        found = build_memory(find_model(run), out, text=text, seed=seed)
     for name, gate in found["gates"].items():
         print(f"{name}: {gate}")
     print(f"wrote {out}")
@@ -64,14 +66,16 @@ def measure(
     from hldm.studies import memory as bits
 
     folder = find_model(run)
-    found = bits.measure_memory(folder, memory, text=text, rare=rare, draws=draws, seed=seed)
+    with doing(f"measuring bits with and without {memory}"):
+        found = bits.measure_memory(folder, memory, text=text, rare=rare, draws=draws, seed=seed)
     show(bits.table(found))
     if prompts:
         from hldm.studies import memory_samples as samples
 
-        written = samples.measure_samples(
-            folder, memory, text=text, prompts=prompts, max_characters=max_characters, seed=seed
-        )
+        with doing("writing with and without it"):
+            written = samples.measure_samples(
+                folder, memory, text=text, prompts=prompts, max_characters=max_characters, seed=seed
+            )
         show("", *samples.tables(written))
         found["samples"] = written
     if json is not None:
@@ -96,9 +100,10 @@ def codebook(
         check_report_path(json, "codebooks")
     from hldm.studies import codebook as study
 
-    found = study.measure_codebooks(
-        find_model(run), memory=memory, prompts=prompts, max_characters=max_characters, seed=seed
-    )
+    with doing("rounding latents, and writing with them"):
+        found = study.measure_codebooks(
+            find_model(run), memory=memory, prompts=prompts, max_characters=max_characters, seed=seed
+        )
     show(*study.tables(found))
     if json is not None:
         save_report(json, found)
