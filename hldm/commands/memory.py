@@ -39,9 +39,9 @@ def build(
 
     with doing(f"reading text into {out}"):
         found = build_memory(find_model(run), out, text=text, seed=seed)
-    for name, gate in found["gates"].items():
-        print(f"{name}: {gate}")
-    print(f"wrote {out}")
+    print(f"fitted on the validation text, how far to trust each memory: {', '.join(found['gates'])}")
+    print(f'wrote {out}\n\nNext:\n  hldm generate --run {run} --memory {out} --prompt "..."')
+    print(f"  hldm memory measure --run {run} --memory {out}")
 
 
 @app.command()
