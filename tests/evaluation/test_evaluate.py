@@ -26,7 +26,7 @@ FEW = ["--prompts", "3", "--max-characters", "20", "--draws", "2"]
 KEYS = {  # of every evaluation: the latent model's and the twin's
     "": "run split measured_on text model commit seed draws samples characters bits_per_character perplexity "
     "characters_per_chunk reconstruction alive parts prompts rouge diversity rechunked speed cost by_distance context",
-    "bits_per_character": "bound standard_error standard_error_text latent decoder end importance",
+    "bits_per_character": "bound standard_error standard_error_text latent decoder end answer importance",
     "perplexity": "character word",
     "rouge": "rouge1 rouge2 rougeL baselines",
     "rouge.baselines": "repeat_prompt random_passage",

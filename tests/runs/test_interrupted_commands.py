@@ -16,7 +16,7 @@ from conftest import ROOT
 
 from hldm import cli
 from hldm.config import to_yaml
-from hldm.generation.writer import LatentWriter
+from hldm.generation.writer import Continuation
 from hldm.model.autoencoder import Autoencoder
 from hldm.runs.checkpoints import newest_checkpoint
 from hldm.text.windows import Windows
@@ -134,7 +134,7 @@ def test_a_signal_while_writing_leaves_what_is_written(trained_run, monkeypatch,
         assert cli.generate(command) == 0
         whole.append(capsysbinary.readouterr().out)
         with monkeypatch.context() as patch:
-            signal_at(3, patch, LatentWriter, "write")
+            signal_at(3, patch, Continuation, "add")
             assert cli.generate(command) == 143
         out, error = capsysbinary.readouterr()
         assert error == b"hldm: stopped by SIGTERM\n"

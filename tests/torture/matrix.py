@@ -132,7 +132,7 @@ def finish(folder: Path, text: Path, case: Case, *overrides: str, resume: bool) 
     said = (folder / "0.log").read_text()
     if any(statuses):
         return [f"ended with {statuses}: {said[-500:]}"]
-    processes = re.findall(r", (\d+) process(?:es)? on ", said)[-1:]
+    processes = re.findall(r"; (\d+) process(?:es)? on ", said)[-1:]
     return [] if processes == [str(case.ranks)] else [f"ran as {processes} processes"]
 
 

@@ -65,7 +65,7 @@ def torture(trial: Trial) -> None:
         folder = trial.folder / f"generation-{number}"
         folder.mkdir()
         work = partial(cli.generate, prompt)
-        end = terminate_in(folder, "hldm.generation.writer.LatentWriter.write", 5, work, delay(trial, number))
+        end = terminate_in(folder, "hldm.generation.writer.Continuation.add", 5, work, delay(trial, number))
         slowest = max(slowest, end.seconds)
         wrong = end.wrong()
         if len(end.said.split("hldm: ")[0].encode()) <= len("And the") + 4:
