@@ -65,6 +65,9 @@ def test_a_function_of_ones_own_ranks_where_its_code_may_run(saved_pipeline, tmp
         (["--candidates", "2", "--keep", "3"], "keep must be at most candidates"),
         (["--candidates", "2", "--depth", "0"], "depth must lie in 1..1000"),
         (["--candidates", "2", "--rank", "best"], "rank must be moments, bound, mbr, agreement, pairwise"),
+        (["--candidates", "2", "--memory", "document"], "--memory writes one candidate at a place"),
+        (["--candidates", "2", "--draft", "a"], "--draft does not go with --candidates or --memory"),
+        (["--draft", "a", "--memory", "document"], "--draft does not go with --candidates or --memory"),
     ],
 )
 def test_what_cannot_be_is_refused(saved_pipeline, capfd, words, said):

@@ -69,8 +69,7 @@ def generate(
     """Write on from prompts."""
     if sys.stdout is None:
         raise ValueError("standard output is closed: there is nowhere to write to")
-    if draft is not None and no_draft:
-        raise ValueError("--draft and --no-draft contradict each other: give one")
+    _check_together(candidates, memory, draft, no_draft)
     found = shipped_run() if run is None else find_model(run)
     folder = pipeline_of(found)
     asked: dict[str, Any] = {"steps": steps, "scheduler": scheduler, "guidance": guidance}
@@ -86,8 +85,6 @@ def generate(
     from hldm.generation.streams import stop_at, stop_bytes
     from hldm.generation.writer import write_on
 
-    if memory is not None and candidates > 1:
-        raise ValueError(f"--memory writes one candidate at a place: leave out --candidates {candidates}")
     search = Search(candidates=candidates, rank=_ranker(rank), keep=keep, depth=depth)
     pipeline = read_pipeline(folder)
     parts = pipeline.autoencoder, pipeline.prior
@@ -113,6 +110,16 @@ def generate(
         writing = write_best(*parts, wanted, settings, search, **limits, watch=watch)
     waits = show_chunks and bool(stops)  # bytes held back would come with the next chunk's
     _write(stop_at(writing, stops), wanted, seed, waits, show_chunks, as_json, raw, places)
+
+
+def _check_together(candidates: int, memory: str | None, draft: Path | None, no_draft: bool) -> None:
+    """Raise ValueError for options that exclude each other: none is left out unsaid."""
+    if draft is not None and no_draft:
+        raise ValueError("--draft and --no-draft contradict each other: give one")
+    if memory is not None and candidates > 1:
+        raise ValueError(f"--memory writes one candidate at a place: leave out --candidates {candidates}")
+    if draft is not None and (memory is not None or candidates > 1):
+        raise ValueError("--draft does not go with --candidates or --memory: leave it out")
 
 
 def _prompts(typed: list[str], files: list[str]) -> list[bytes]:

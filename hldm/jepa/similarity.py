@@ -34,10 +34,7 @@ from hldm.model.vitals import effective_rank
 from hldm.runs.doing import doing
 from hldm.runs.location import find_model
 
-FITTED, TESTED = (
-    0.8,
-    0.2,
-)  # of the sample of training verses: probes are fitted on the one, tested on the other
+FITTED = 0.8  # of the sample of training verses: probes are fitted on it, and tested on the rest
 GRADED, TYPOS = (
     500,
     0.1,

@@ -85,7 +85,7 @@ ROWS: Mapping[str, tuple[str, ...]] = {
         "objective.distance=cosine",
     ),
 }
-UNTRAINED, TFIDF = "untrained", "TF-IDF"
+UNTRAINED = "untrained"
 STAGES = ("jepa",)
 REPORT = "row.json"
 
