@@ -81,7 +81,9 @@ class SegmenterConfig(Section):
 
 # Strategies that read the text alone, and those that ask a segmenter.
 TextStrategy = Literal["fixed", "words", "space", "sentence", "paragraph"]
-ModelStrategy = Literal["entropy", "state_change", "gate", "learned", "reinforce", "select"]
+ModelStrategy = Literal[
+    "entropy", "state_change", "gate", "learned", "reinforce", "select", "queries", "phrase"
+]
 Strategy = Literal[TextStrategy, ModelStrategy]
 
 
@@ -99,13 +101,11 @@ class ChunkingConfig(Section):
             expected = f"one of {', '.join(known)}, or your own module:Class"
             raise ValueError(f"strategy must be {expected}, got {self.strategy!r:.80}")
         if self.min_bytes > self.max_bytes:
-            raise ValueError(
-                f"min_bytes must not exceed max_bytes, got {self.min_bytes} and {self.max_bytes}"
-            )
+            got = f"{self.min_bytes} and {self.max_bytes}"
+            raise ValueError(f"min_bytes must not exceed max_bytes, got {got}")
         if self.needs_segmenter and not self.min_bytes < self.target_bytes < self.max_bytes:
-            raise ValueError(
-                f"target_bytes must lie between min_bytes and max_bytes, got {self.target_bytes:g}"
-            )
+            got = f"{self.target_bytes:g}"
+            raise ValueError(f"target_bytes must lie between min_bytes and max_bytes, got {got}")
 
     @property
     def has_constant_length(self) -> bool:

@@ -1,4 +1,7 @@
-"""`select`: score every byte's state, keep the best few of a window, end a chunk at each that is kept."""
+"""`select`: score every byte's state, keep the best few of a window, end a chunk at each that is kept.
+
+`queries`: the same, kept by learned attention queries instead of a score.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from torch import Generator, Tensor, nn
 from hldm.chunking.segmenter import Segmenter, SegmenterState
 
 FRESH_BYTES = 2  # last bytes that the reader sees beside what was kept
+QUERIES = 8  # of a stretch
 
 
 class SelectSegmenter(Segmenter):
@@ -32,8 +36,7 @@ class SelectSegmenter(Segmenter):
         self, text: Tensor, doc_start: Tensor, state: SegmenterState, progress: float, generator: Generator
     ) -> tuple[Tensor, SegmenterState]:
         features, state = self.read(text, doc_start, state)
-        scores = self.score(features.before)[..., 0]
-        start = self.best(scores)
+        start = self.keep(features.before)
         kept = features.before
         held = hold(kept * start[..., None], start.detach() > 0)
         recent = torch.zeros_like(kept)
@@ -43,6 +46,10 @@ class SelectSegmenter(Segmenter):
         read_nats = F.cross_entropy(logits.mT, text, reduction="none")
         return self.next_byte_nats(features, text).mean() + read_nats.mean(), state
 
+    def keep(self, before: Tensor) -> Tensor:
+        """1 where a state is kept, 0 elsewhere, with a gradient. (b t d) -> (b t)."""
+        return self.best(self.score(before)[..., 0])
+
     def best(self, scores: Tensor) -> Tensor:
         """1 at the k best of each window, 0 elsewhere, with the gradient of the scores' sigmoid. (b t)."""
         k = max(1, round(scores.shape[1] / self.chunking.target_bytes))
@@ -50,6 +57,43 @@ class SelectSegmenter(Segmenter):
         hard = torch.zeros_like(scores).scatter(1, best.indices, 1.0)  # of equal scores no more than k
         soft = (scores - best.values[:, -1:].detach()).sigmoid()
         return hard + soft - soft.detach()
+
+
+class Attention(nn.Module):
+    """How much each learned query attends to a state, before the softmax over states; and all of them together."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.key = nn.Linear(width, width)
+        self.queries = nn.Parameter(torch.randn(QUERIES, width) / width**0.5)
+
+    def each(self, before: Tensor) -> Tensor:
+        """(b t d) -> (b t q)."""
+        return self.key(before) @ self.queries.T
+
+    def forward(self, before: Tensor) -> Tensor:
+        """(b t d) -> (b t 1), as a causal stand-in: log of the sum over queries, whatever else there is to attend to."""
+        return self.each(before).logsumexp(dim=-1, keepdim=True)
+
+
+class QuerySegmenter(SelectSegmenter):
+    """QUERIES learned queries attend to a stretch of QUERIES x target_bytes; the state each attends to most is kept.
+
+    Hard forward, the attention's softmax backward. Two queries may keep the same state, which then counts once.
+    """
+
+    def build(self) -> None:
+        super().build()
+        self.score = Attention(self.settings.width)
+
+    def keep(self, before: Tensor) -> Tensor:
+        size = round(QUERIES * self.chunking.target_bytes)
+        t = before.shape[1]
+        logits = F.pad(self.score.each(before), (0, 0, 0, -t % size), value=-1e9)
+        soft = logits.unflatten(1, (-1, size)).softmax(dim=2)  # (b n s q)
+        hard = torch.zeros_like(soft).scatter(2, soft.argmax(dim=2, keepdim=True), 1.0)
+        kept = (hard + soft - soft.detach()).sum(dim=-1).flatten(1)[:, :t]
+        return kept / kept.detach().clamp(min=1)
 
 
 def hold(kept: Tensor, start: Tensor) -> Tensor:

@@ -18,10 +18,11 @@ from hldm.chunking.chunker import Chunker, make_chunker
 from hldm.chunking.entropy import EntropySegmenter
 from hldm.chunking.learned import LearnedSegmenter
 from hldm.chunking.own import check_mark, own_chunker
+from hldm.chunking.phrase import PhraseSegmenter
 from hldm.chunking.recurrence import GateSegmenter, StateSegmenter
 from hldm.chunking.reinforce import PolicySegmenter
 from hldm.chunking.segmenter import Segmenter
-from hldm.chunking.select import SelectSegmenter
+from hldm.chunking.select import QuerySegmenter, SelectSegmenter
 from hldm.config import ChunkingConfig, ConfigError, changed, to_dict
 from hldm.model.autoencoder import Autoencoder
 from hldm.runs.files import atomic_write, fingerprint
@@ -37,6 +38,8 @@ SEGMENTERS: dict[str, type[Segmenter]] = {
     "learned": LearnedSegmenter,
     "reinforce": PolicySegmenter,
     "select": SelectSegmenter,
+    "queries": QuerySegmenter,
+    "phrase": PhraseSegmenter,
 }
 
 

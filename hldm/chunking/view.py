@@ -37,6 +37,8 @@ CUTS = {  # where a strategy begins a chunk, within min_bytes and max_bytes
     "learned": "where a router, trained through a decoder's loss, turns",
     "reinforce": "where a policy, paid for few bits and few chunks, puts it",
     "select": "after the best-scored bytes of a stretch",
+    "queries": "after the bytes that learned queries attend to",
+    "phrase": "where a speaker would pause",
 }
 SAMPLE_BYTES = 16_384  # of text that sets a shipped segmenter's threshold: half a second of reading
 PAGE_MARK = b"<!doctype html><!-- hldm chunk -->"  # how such a page begins

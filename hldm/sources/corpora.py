@@ -250,15 +250,16 @@ def bible_verse_starts(split: Split, documents: Documents = "chapters") -> list[
 
 def _read_path(config: DataConfig) -> Generator[bytes, None, None]:
     """Documents of files, and how the separator fared in one line."""
-    cuts = 0
+    cuts, texts = 0, 0
     files = matching_files(config.path)
     separator = typed_bytes(config.separator)
     for path in files:
+        is_text = format_of(path) == ".txt"
+        texts += is_text
         with closing(_read_file(path, config, separator)) as documents:
             for index, document in enumerate(documents):
-                cuts += index > 0 and format_of(path) == ".txt"
+                cuts += is_text and index > 0
                 yield document
-    texts = sum(format_of(path) == ".txt" for path in files)
     if separator and texts and not cuts:
         note(
             f"data.separator={config.separator!a} occurs nowhere in {config.path}: {texts:,} plain text "

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hldm.chunking.select import FRESH_BYTES, SelectSegmenter, hold
+from hldm.chunking.select import FRESH_BYTES, QUERIES, QuerySegmenter, SelectSegmenter, hold
 from tests.chunking.test_segmenter import random_text, small_segmenter
 
 
@@ -108,3 +108,26 @@ def test_a_chunk_starts_at_the_score_of_the_state_before_it():
     signal = torch.cat([first, rest], dim=1)
     assert segmenter.rule == "level"
     torch.testing.assert_close(signal[:, 1:], segmenter.score(features.after[:, :-1]))
+
+
+def test_queries_keep_what_each_attends_to_most_and_count_it_once():
+    segmenter = small_segmenter("queries", target_bytes=5.0)
+    assert isinstance(segmenter, QuerySegmenter)
+    size = 5 * QUERIES
+    before = normal(2, size + 7, segmenter.settings.width)  # a whole stretch and the beginning of another
+    kept = segmenter.keep(before)
+    attention = segmenter.score.each(before)
+    for row in range(2):
+        first = attention[row, :size].argmax(dim=0)
+        second = size + attention[row, size:].argmax(dim=0)
+        expected = torch.zeros(size + 7, dtype=torch.float64)
+        expected[torch.cat([first, second])] = 1
+        torch.testing.assert_close(kept[row], expected)
+
+
+def test_every_query_is_taught():
+    segmenter = small_segmenter("queries", target_bytes=5.0)
+    assert isinstance(segmenter, QuerySegmenter)
+    kept = segmenter.keep(normal(2, 5 * QUERIES, segmenter.settings.width))
+    (kept * normal(*kept.shape, seed=1)).sum().backward()
+    assert (segmenter.score.queries.grad.abs().sum(dim=1) > 0).all()
