@@ -25,7 +25,7 @@ class SelectSegmenter(Segmenter):
 
     def build(self) -> None:
         width = self.settings.width
-        self.score = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 1))
+        self.score: nn.Module = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 1))
         self.fresh = nn.ModuleList(nn.Embedding(257, width) for _ in range(FRESH_BYTES))  # 256: none yet
         self.reader = nn.Sequential(nn.Linear(2 * width, 2 * width), nn.GELU(), nn.Linear(2 * width, 256))
 
@@ -72,7 +72,7 @@ class Attention(nn.Module):
         return self.key(before) @ self.queries.T
 
     def forward(self, before: Tensor) -> Tensor:
-        """(b t d) -> (b t 1), as a causal stand-in: log of the sum over queries, whatever else there is to attend to."""
+        """log of the sum over queries, which knows no later state. (b t d) -> (b t 1)."""
         return self.each(before).logsumexp(dim=-1, keepdim=True)
 
 
@@ -87,6 +87,7 @@ class QuerySegmenter(SelectSegmenter):
         self.score = Attention(self.settings.width)
 
     def keep(self, before: Tensor) -> Tensor:
+        assert isinstance(self.score, Attention)
         size = round(QUERIES * self.chunking.target_bytes)
         t = before.shape[1]
         logits = F.pad(self.score.each(before), (0, 0, 0, -t % size), value=-1e9)

@@ -1,4 +1,4 @@
-"""The command that measures what earlier chunks could still say of the next latent."""
+"""The command that measures what earlier chunks can still say of the next latent, and what a pyramid finds of it."""
 
 from __future__ import annotations
 
@@ -20,30 +20,27 @@ def far(
     documents: Annotated[
         Documents | None, Option(help="of the built-in text (default: those that the run was trained on)")
     ] = None,
-    levels: Annotated[
-        int, Option(min=0, max=12, help="of means above the single chunks; 0: single chunks alone")
-    ] = 3,
-    window: Annotated[int, Option(min=1, max=4096, help="entries of each level, at least")] = 24,
-    blocks: Annotated[
-        int,
-        Option(
-            min=0, help="with --levels 0: read so many blocks of 8 in full, chosen by their means; 0: all"
-        ),
-    ] = 0,
+    beam: Annotated[
+        list[int] | None, Option(min=1, max=1024, help="blocks of each level that are opened; may repeat")
+    ] = None,
+    draws: Annotated[int, Option(min=1, max=64, help="of each chunk's latent")] = 2,
+    seed: options.Seed = 0,
     json: options.Report = None,
     allow_code: options.AllowCode = False,
 ) -> None:
-    """What earlier chunks could still say of the next latent.
+    """What earlier chunks can still say of the next latent.
 
-    A cache over single chunks, and means of the pyramid or blocks that they select, beside the mixture of a frozen
-    model: fitted on the validation split, measured on the test split, whole and with parts of it hidden.
+    The document's own memory, its neighbours sought among the nearest chunks, through the pyramid, and among all;
+    fitted on the validation split, measured on the test split.
     """
     if json is not None:
-        check_report_path(json, "worth")
-    from hldm.studies.far_cache import far_context, table
+        check_report_path(json, "rows")
+    from hldm.generation.pyramid import BEAM
+    from hldm.studies.far import far_context, table
 
-    with doing("reading held-out text, and fitting a cache of earlier chunks"):
-        found = far_context(find_model(run), documents=documents, levels=levels, window=window, blocks=blocks)
+    beams = sorted(set(beam or [BEAM]))
+    with doing("reading held-out text, and seeking what is like it earlier on"):
+        found = far_context(find_model(run), documents=documents, beams=beams, draws=draws, seed=seed)
     show(table(found))
     if json is not None:
         save_report(json, found)

@@ -99,8 +99,8 @@ def generate(
     if candidates == 1:
         through = None
         if memory is not None:
-            check_remembers(pipeline.prior)
-            through = open_memory(memory, pipeline.autoencoder).through
+            prior = check_remembers(pipeline.prior)
+            through = open_memory(memory, pipeline.autoencoder, prior.hierarchy).through
         if draft is None and (found / DRAFT).is_dir():
             draft = found / DRAFT
         guesses = None if no_draft or draft is None else read_draft(draft, pipeline.autoencoder)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hldm.chunking.reading import held_out_windows, read_windows
+from hldm.config import HierarchyConfig
 from hldm.generation.chunk import Piece
 from hldm.generation.memory import (
     MOST_MATCHED,
@@ -26,6 +27,7 @@ from hldm.generation.memory import (
     query_of,
 )
 from hldm.generation.memory_store import Entries, Store, fingerprint_of, principal_directions
+from hldm.generation.pyramid import NONE, Growing, Index, pooled, search
 from hldm.generation.writer import LatentWriter, Writer
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.prior import Prior
@@ -138,19 +140,37 @@ def stored_neighbours(store: Store, corpus: Corpus, past: Past) -> Neighbours:
     return Neighbours(*map(torch.cat, zip(*parts, strict=True)))
 
 
-def document_neighbours(past: Past, count: int = NEIGHBOURS) -> Neighbours:
-    """Of every chunk among those before it in its own document."""
+def document_neighbours(past: Past, count: int = NEIGHBOURS, index: Index | None = None) -> Neighbours:
+    """Of every chunk among those before it in its own document, or those of them that an index finds."""
     n = len(past.prints)
     distance, entry = torch.full((n, count), torch.inf), torch.zeros(n, count, dtype=torch.long)
     for rows, first in _stretches(past.document):
-        keys = past.query[first : rows.stop]
-        square = torch.cdist(past.query[rows], keys).square()
-        is_later = torch.arange(first, rows.stop) >= torch.arange(rows.start, rows.stop)[:, None]
-        near, at = square.masked_fill(is_later, torch.inf).topk(min(count, len(keys)), largest=False)
+        keys, query = past.query[first : rows.stop], past.query[rows]
+        written = torch.arange(rows.start - first, rows.stop - first)
+        if index is None:
+            chunk = torch.arange(len(keys)).expand(len(query), -1)
+            square = torch.cdist(query, keys).square().masked_fill(chunk >= written[:, None], torch.inf)
+        else:
+            chunk = search(pooled(keys, index), query, written, index).chunk
+            square = (keys[chunk.clamp(min=0)] - query[:, None]).square().sum(dim=-1)
+            square = square.masked_fill(chunk == NONE, torch.inf)
+        near, at = square.topk(min(count, chunk.shape[1]), largest=False)
         distance[rows, : near.shape[1]] = near
-        entry[rows, : near.shape[1]] = at + first
+        entry[rows, : near.shape[1]] = chunk.gather(1, at).clamp(min=0) + first
     matched = count_matched(past.history(), entry.numpy(), past.print_before)
     return Neighbours.of(past.latents[entry], distance, matched)
+
+
+def compared_with(past: Past, index: Index | None) -> float:
+    """With how many keys and means a chunk is compared, on average."""
+    total = 0
+    for rows, first in _stretches(past.document):
+        written = torch.arange(rows.start - first, rows.stop - first)
+        if index is not None:
+            levels = pooled(past.query[first : rows.stop], index)
+            written = search(levels, past.query[rows], written, index).compared
+        total += int(written.sum())
+    return total / len(past.prints)
 
 
 def _stretches(document: np.ndarray) -> Iterator[tuple[slice, int]]:
@@ -165,10 +185,11 @@ def _stretches(document: np.ndarray) -> Iterator[tuple[slice, int]]:
 
 
 class EarlierChunks:
-    """The chunks of one document so far: query before each, latent, fingerprint. Searched one by one."""
+    """The chunks of one document so far: query before each, latent, fingerprint. All are compared, or an index's."""
 
-    def __init__(self, width: int, latent_dim: int):
+    def __init__(self, width: int, latent_dim: int, index: Index | None = None):
         self._room = 64
+        self._pyramid = None if index is None else Growing(width, index)
         self.query, self.latents = torch.zeros(self._room, width), torch.zeros(self._room, latent_dim)
         self.prints: list[int] = []
 
@@ -182,6 +203,8 @@ class EarlierChunks:
             self._room *= 2
         self.query[at], self.latents[at] = query, latent
         self.prints.append(print_)
+        if self._pyramid is not None:
+            self._pyramid.add(query)
 
     def history(self) -> np.ndarray:
         """See `count_matched`. (1 MOST_MATCHED)"""
@@ -193,9 +216,13 @@ class EarlierChunks:
         size = len(self.prints)
         distance, entry = torch.full((1, count), torch.inf), torch.zeros(1, count, dtype=torch.long)
         if size:
-            square = torch.cdist(query, self.query[:size]).square()
-            near, at = square.topk(min(count, size), largest=False)
-            distance[:, : near.shape[1]], entry[:, : near.shape[1]] = near, at
+            chunk = torch.arange(size)
+            if self._pyramid is not None:
+                found = self._pyramid.search(query).chunk[0]
+                chunk = found[found != NONE]
+            square = torch.cdist(query, self.query[chunk]).square()
+            near, at = square.topk(min(count, len(chunk)), largest=False)
+            distance[:, : near.shape[1]], entry[:, : near.shape[1]] = near, chunk[at]
         prints = np.array(self.prints or [0], np.uint64)
 
         def before(chunk: np.ndarray, back: int) -> np.ndarray:
@@ -211,6 +238,7 @@ class Memory(NamedTuple):
 
     store: Store | None
     gate: Gate
+    seek: Index | None = None  # by which a document's own chunks are sought; None: all are compared
 
     def through(self, writer: Writer, prompts: Sequence[bytes]) -> RememberingWriter:
         """This writer, its latents drawn from the extended mixture."""
@@ -226,13 +254,17 @@ def check_remembers(prior: Prior | None) -> Prior:
     return prior
 
 
-def open_memory(name: str, autoencoder: Autoencoder) -> Memory:
+def open_memory(name: str, autoencoder: Autoencoder, hierarchy: HierarchyConfig) -> Memory:
     """A store by its folder, with the document's own memory beside it; or that alone: `document`.
+
+    `pyramid` is the document's own as well, sought through the means of its blocks: in a long one, faster.
 
     Raises FileNotFoundError or ValueError, one line.
     """
     if name == "document":
         return Memory(None, Gate.of_document())
+    if name == "pyramid":
+        return Memory(None, Gate.of_document(), Index.of(hierarchy))
     store = Store(Path(name), fingerprint(autoencoder.state_dict()))
     if "both" not in store.gates:
         raise ValueError(f"{name} has no gate yet: its build was not finished, build it again")
@@ -256,7 +288,7 @@ class RememberingWriter:
         self.calls = 0
         self.written = self.recalled = 0  # chunks
         width, z = writer.autoencoder.settings.known_width, writer.prior.latent_dim
-        self.documents = [EarlierChunks(width, z) for _ in prompts]
+        self.documents = [EarlierChunks(width, z, memory.seek) for _ in prompts]
         if any(prompts):
             corpus = make_corpus("prompts", prompts)
             windows = held_out_windows(writer.autoencoder, corpus, closes=np.zeros(len(corpus), bool))
@@ -296,5 +328,5 @@ class RememberingWriter:
         for row, (piece, latent) in enumerate(zip(pieces, latents, strict=True)):
             self.documents[row].add(query[row], latent, fingerprint_of(piece.text))
             if piece.ends_document:
-                self.documents[row] = EarlierChunks(query.shape[1], len(latent))
+                self.documents[row] = EarlierChunks(query.shape[1], len(latent), self.memory.seek)
         return pieces

@@ -27,7 +27,7 @@ def ids(text: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_marks_are_read_as_blanks_and_everything_else_as_it_is():
-    text, _ = ids("He said, \"No!\" (it's so).\n")
+    text, _ = ids('He said, "No!" (it\'s so).\n')
     heard = bytes(phrase().heard(text)[0].tolist())
     assert heard.replace(bytes([BLANK]), b"_") == b"He said_ _No__ _it's so___"
 

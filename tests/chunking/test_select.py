@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hldm.chunking.select import FRESH_BYTES, QUERIES, QuerySegmenter, SelectSegmenter, hold
+from hldm.chunking.select import FRESH_BYTES, QUERIES, Attention, QuerySegmenter, SelectSegmenter, hold
 from tests.chunking.test_segmenter import random_text, small_segmenter
 
 
@@ -112,7 +112,7 @@ def test_a_chunk_starts_at_the_score_of_the_state_before_it():
 
 def test_queries_keep_what_each_attends_to_most_and_count_it_once():
     segmenter = small_segmenter("queries", target_bytes=5.0)
-    assert isinstance(segmenter, QuerySegmenter)
+    assert isinstance(segmenter, QuerySegmenter) and isinstance(segmenter.score, Attention)
     size = 5 * QUERIES
     before = normal(2, size + 7, segmenter.settings.width)  # a whole stretch and the beginning of another
     kept = segmenter.keep(before)
@@ -127,7 +127,7 @@ def test_queries_keep_what_each_attends_to_most_and_count_it_once():
 
 def test_every_query_is_taught():
     segmenter = small_segmenter("queries", target_bytes=5.0)
-    assert isinstance(segmenter, QuerySegmenter)
+    assert isinstance(segmenter, QuerySegmenter) and isinstance(segmenter.score, Attention)
     kept = segmenter.keep(normal(2, 5 * QUERIES, segmenter.settings.width))
     (kept * normal(*kept.shape, seed=1)).sum().backward()
     assert (segmenter.score.queries.grad.abs().sum(dim=1) > 0).all()

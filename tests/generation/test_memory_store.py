@@ -170,12 +170,12 @@ def test_a_spoiled_store_is_refused_in_one_line(store, pipeline, what):
     spoil, told = SPOILED[what]
     spoil(store.folder)
     with pytest.raises((ValueError, FileNotFoundError), match=told) as error:
-        open_memory(str(store.folder), pipeline.autoencoder)
+        open_memory(str(store.folder), pipeline.autoencoder, pipeline.prior.hierarchy)
     assert "\n" not in str(error.value)
 
 
 def test_a_whole_store_is_opened(store, pipeline):
-    memory = open_memory(str(store.folder), pipeline.autoencoder)
+    memory = open_memory(str(store.folder), pipeline.autoencoder, pipeline.prior.hierarchy)
     assert memory.store is not None and memory.gate == Gate.of_document()
     assert torch.isfinite(
         memory.store.neighbours(torch.zeros(1, 8), np.zeros((1, 8), np.uint64)).latents
