@@ -160,6 +160,15 @@ def test_an_unknown_key_in_a_file_is_named_with_its_line(tmp_path):
         ("chunking: {min_bytes: 90}", "x.yaml:1:23: chunking.min_bytes must not exceed max_bytes"),
         ("seed: -1", "x.yaml:1:7: seed must be at least 0, got -1"),
         (
+            "autoencoder: {encoder: {width: 1000000000}}",
+            "x.yaml:1:32: autoencoder.encoder.width must be at most 65536, got 1000000000",
+        ),
+        (
+            "autoencoder: {decoder: {mlp_ratio: 1e12}}",
+            "x.yaml:1:36: autoencoder.decoder.mlp_ratio must be at most 64, got 1000000000000",
+        ),
+        ("prior: {layers: 1000000}", "x.yaml:1:17: prior.layers must be at most 512, got 1000000"),
+        (
             "autoencoder: {pooling: strided}",
             "x.yaml:1:24: autoencoder.pooling=strided needs chunks of a constant length: set chunking.strategy=fixed",
         ),
@@ -332,7 +341,7 @@ def test_a_saved_section_with_retired_settings_loads():
     [
         (
             "chunking: {strategy: word}",
-            "chunking.strategy must be one of fixed, words, .*select, or your own module:Class, got 'word'",
+            "chunking.strategy must be one of fixed, words, .*phrase, or your own module:Class, got 'word'",
         ),
         (
             "autoencoder: {encoder: {blocks: [mlp]}}",

@@ -223,6 +223,7 @@ sys.exit(cli.train_autoencoder(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc of Linux")
 def test_memory_that_runs_out_in_a_step_ends_in_one_line_and_keeps_the_checkpoint(corpus_path, tmp_path):
     settings = ["--config", str(ROOT / "configs/tiny.yaml"), f"data.path={corpus_path}", "checkpoint.every=1"]

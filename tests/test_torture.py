@@ -28,14 +28,14 @@ def figures(tmp_path: Path, faults: str, scale: float) -> dict:
     ("faults", "scale"),
     [
         ("strace,enospc", 0.1),
-        ("truncations,flips", 0.05),
-        ("kill", 0.02),
-        ("matrix", 0.03),
-        ("signals", 0.1),
         ("fuzz", 0.01),
         ("files,libraries", 0.05),
-        ("settings", 0.03),
-        ("environment", 0.01),
+        pytest.param("truncations,flips", 0.05, marks=pytest.mark.slow),
+        pytest.param("kill", 0.02, marks=pytest.mark.slow),
+        pytest.param("matrix", 0.03, marks=pytest.mark.slow),
+        pytest.param("signals", 0.1, marks=pytest.mark.slow),
+        pytest.param("settings", 0.03, marks=pytest.mark.slow),
+        pytest.param("environment", 0.01, marks=pytest.mark.slow),
     ],
 )
 def test_a_few_of_each_fault_break_no_promise(tmp_path, faults, scale):

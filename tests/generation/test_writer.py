@@ -191,6 +191,7 @@ def test_windows_of_prompts_have_one_shape_and_as_many_bytes_whatever_the_number
             assert max(int(window.chunk_start[row].sum()) for window in windows) <= windows[0].chunks
 
 
+@pytest.mark.slow
 def test_memory_of_the_context_does_not_grow_with_the_text():
     autoencoder, prior = make_model()
     sizes = set()

@@ -17,6 +17,7 @@ PAIRS = ["task=pairs", "objective.option=latents", "objective.distance=cosine", 
 ARGUMENTS = [str(ROOT / "configs/jepa-tiny.yaml"), *SMALL, *PAIRS, "pairs.count=300", "name=sums"]
 
 
+@pytest.mark.slow
 def test_the_command_goes_on_where_it_was_and_compares_with_weight_zero(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     command = ["grid", "--config", *ARGUMENTS, "--minutes", "0.005", "--most", "5"]

@@ -84,6 +84,7 @@ def test_a_row_killed_in_the_middle_goes_on_and_a_finished_one_is_left_alone(ove
     assert (folder / "table.md").read_text() == f"{table_of(found)}\n"
 
 
+@pytest.mark.slow
 def test_rows_of_earlier_calls_stay_if_their_settings_and_code_are_these(overrides, monkeypatch):
     run(overrides, ["masked"])
     found, said = run(overrides, ["option-2"], seeds=2)

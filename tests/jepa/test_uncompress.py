@@ -47,6 +47,7 @@ def test_no_document_with_so_many_chunks_is_one_line(trained_run):
         stretches_of(autoencoder, make_corpus("texts", [b"a few words"]), 1000)
 
 
+@pytest.mark.slow
 def test_a_decoder_learns_what_its_vectors_say(monkeypatch):
     """Two texts and a number that says which: true vectors cost less than swapped ones."""
     texts = [b"the first of them", b"and another one"] * 20

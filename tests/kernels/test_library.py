@@ -24,6 +24,7 @@ def fresh(monkeypatch, tmp_path, plain_torch):
     kernels.kernels.cache_clear()
 
 
+@pytest.mark.slow
 def test_two_processes_build_one_library_and_a_third_finds_it(tmp_path):
     asking = [subprocess.Popen([sys.executable, "-c", ASK], stdout=subprocess.PIPE) for _ in range(2)]
     told = [process.communicate()[0].decode() for process in asking]

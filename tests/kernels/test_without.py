@@ -91,6 +91,7 @@ def test_a_layer_needs_no_kernels(without_package):
     assert hldm.linear_scan is linear_scan
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # three processes, each of which trains, measures and writes
 def test_everything_works_without_the_package_and_writes_the_same(without_package, small_overrides, tmp_path):
     plain = work(without_package, tmp_path / "plain", small_overrides)

@@ -56,6 +56,7 @@ def finite_numbers(found):
             yield value
 
 
+@pytest.mark.slow
 def test_both_stages_and_the_twin_are_measured_in_training_and_writing(configs, capsys):
     target = configs / "bench.json"
     assert (

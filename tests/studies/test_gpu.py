@@ -40,6 +40,7 @@ def card(small_config, monkeypatch):
     return gpu_card.Card(torch.device("cpu"), config)
 
 
+@pytest.mark.slow
 @needs_no_card
 def test_every_section_but_the_ranks_runs_on_a_cpu(card, fresh_accelerate, monkeypatch):
     monkeypatch.setattr(gpu, "SECTIONS", gpu.SECTIONS[:-1])

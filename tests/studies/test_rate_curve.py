@@ -74,6 +74,7 @@ def measured(monkeypatch) -> list[str]:
     return runs
 
 
+@pytest.mark.slow
 def test_a_stopped_curve_goes_on_and_measures_nothing_twice(measured, tmp_path):
     options = dict(only=["max_bytes"], root=tmp_path, say=lambda line: None)
     with pytest.raises(KeyboardInterrupt):

@@ -156,6 +156,7 @@ def test_a_training_without_kernels_says_so(usual, tmp_path):
     assert code == 0 and "C++ kernels: off (HLDM_KERNELS=0); sums round otherwise" in said
 
 
+@pytest.mark.slow
 def test_python_that_strips_docstrings_and_libraries_that_cannot_be_imported_are_told_in_one_line(tmp_path):
     for name, value in (("PYTHONOPTIMIZE", "2"), ("ACCELERATE_LOG_LEVEL", "junk")):
         code, said = train(tmp_path, SMALL, **{name: value})
@@ -177,6 +178,7 @@ def test_a_refusal_is_one_line_and_leaves_no_folder(usual, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_what_has_no_effect_changes_no_weight(usual, tmp_path):
     overrides, expected = usual
     assert expected[0] == 0

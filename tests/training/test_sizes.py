@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -29,6 +28,7 @@ from hldm.training.objectives import AutoencoderObjective, PriorObjective
 from hldm.training.optimizers import make_optimizers
 from hldm.training.stages import train_autoencoder
 from hldm.training.trainer import Trainer
+from tests.limits import run_limited, seconds_to_start
 
 needs_linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs /proc of Linux")
 
@@ -195,55 +195,31 @@ def test_the_peak_of_a_step_is_estimated_within_a_factor_of_one_and_a_half(name,
 # ---- refusals
 
 
-def run_limited(*command: str, address_space: int = 4_096_000_000, cwd: Path) -> tuple[int, str, float]:
-    """Exit code, standard error, and seconds of CPU of a command under ulimit -v."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (address_space, address_space)),
-    )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return done.returncode, done.stderr, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-
-@pytest.fixture(scope="module")
-def start() -> float:
-    """Seconds of CPU that this machine takes to import torch, diffusers and the trainer, before anything is asked."""
-    code, error, seconds = run_limited("-c", "import hldm.cli, hldm.training.stages", cwd=ROOT)
-    assert code == 0, error
-    return seconds
-
-
 @pytest.mark.parametrize(
     ("override", "says"),
     [
         ("data.lanes=1000000000", "TiB of memory, "),
         ("autoencoder.trunk_layers=512", "training.autoencoder needs about"),
         ("data.window_bytes=1000000000000", "lower data.lanes, data.window_bytes or the widths"),
-        ("autoencoder.encoder.width=1000000000", "must be at most 65536, got 1000000000"),
         ("autoencoder.encoder.width=65536", "lower the widths"),
-        ("autoencoder.decoder.mlp_ratio=1e12", "must be at most 64, got 1000000000000"),
-        ("prior.layers=1000000", "prior.layers must be at most 512, got 1000000"),
         ("checkpoint.keep=1000000000000", "lower checkpoint.keep"),
     ],
 )
-def test_what_cannot_fit_is_refused_within_ten_seconds_of_its_start(override, says, start, tmp_path):
+def test_what_cannot_fit_is_refused_within_ten_seconds_of_its_start(override, says, tmp_path):
     script = "train_diffusion.py" if override.startswith("prior.") else "train_autoencoder.py"
     code, error, seconds = run_limited(str(ROOT / script), "--config", str(TINY), override, cwd=tmp_path)
-    assert (code, error.count("\n")) == (2, 1) and says in error and seconds < start + 10
+    assert (code, error.count("\n")) == (2, 1) and says in error and seconds < seconds_to_start() + 10
     assert not list(tmp_path.iterdir())
 
 
-def test_the_demo_is_refused_before_its_first_stage(start, tmp_path):
+def test_the_demo_is_refused_before_its_first_stage(tmp_path):
     (tmp_path / "big.yaml").write_text(f"base: {TINY}\nprior: {{width: 65536, layers: 100}}\n")
     (tmp_path / "big-twin.yaml").write_text(f"base: {ROOT / 'configs/tiny-twin.yaml'}\n")
     code, error, seconds = run_limited("-m", "hldm", "demo", "--config", "big.yaml", cwd=tmp_path)
     assert (
-        (code, error.count("\n")) == (2, 1) and "training.prior needs about" in error and seconds < start + 10
+        (code, error.count("\n")) == (2, 1)
+        and "training.prior needs about" in error
+        and seconds < seconds_to_start() + 10
     )
     assert not (tmp_path / "runs").exists()
 
