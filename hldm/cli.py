@@ -30,6 +30,7 @@ from hldm.commands.uncompress import uncompress
 from hldm.config import ConfigError
 from hldm.doctor import doctor
 from hldm.runs.exits import guarded
+from hldm.sources.notes import each_once
 
 app = typer.Typer(name="hldm", rich_markup_mode=None)
 for command in (  # in the order of the help
@@ -118,7 +119,11 @@ def _run(commands: typer.Typer, name: str, argv: Sequence[str] | None) -> int:
     def work() -> int:
         try:
             made = parser.make_context
-            with plugins.scope(), made(name, arguments, help_option_names=["-h", "--help"]) as context:
+            with (
+                plugins.scope(),
+                each_once(),
+                made(name, arguments, help_option_names=["-h", "--help"]) as context,
+            ):
                 return parser.invoke(context) or 0
         except typer.Exit as end:  # after --help or --version
             return end.exit_code

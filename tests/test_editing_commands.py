@@ -91,6 +91,19 @@ def test_interpolate_prints_a_line_a_weight(pipe, capsys):
     assert [step["text"] for step in found] == [step.text.decode("utf-8", "replace") for step in given]
 
 
+def test_a_fitted_guide_says_what_it_is_right_of_and_the_command_to_try(pipe, monkeypatch, capsys):
+    fitted = Guide("speech", ("none", "speech"), "model", {}, {"after": 0.9, "next": 0.8})
+    monkeypatch.setattr("hldm.studies.steering.read_ground", lambda folder, characters: None)
+    monkeypatch.setattr("hldm.studies.steering.fit", lambda ground, attribute, seed: fitted)
+    monkeypatch.setattr(Guide, "save", lambda self, path: None)
+    out = said(capsys, "steer", "fit", "--run", pipe.folder, "--attribute", "speech", "--to", "a b.steer")
+    assert (
+        "50.0% by guessing): 90.0% of passages, once they are read (method particles), 80.0% of chunks" in out
+    )
+    written = f"Next: hldm steer write --run {pipe.folder} --guide 'a b.steer' --to speech"
+    assert out.splitlines()[-1] == written
+
+
 def test_steer_writes_toward_a_value_and_at_strength_0_what_generate_writes(pipe, guide, capsys):
     arguments = ["--run", pipe.folder, "--prompt", "And he", "--max-characters", "30", "--seed", "2"]
     plain = said(capsys, "generate", *arguments, "--json")

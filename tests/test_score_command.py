@@ -10,6 +10,7 @@ import pytest
 from hldm import cli
 from hldm.evaluation.evaluate import evaluate_run
 from hldm.generation.pipeline import HLDMPipeline
+from hldm.runs.progress import END_TERM
 
 
 @pytest.fixture(autouse=True)
@@ -29,8 +30,11 @@ def test_it_prints_bits_and_errors_of_each_text(saved_pipeline, capsys):
     pairs = zip(records, scores, strict=True)
     assert records == [{"text": record["text"], **score.as_dict()} for record, score in pairs]
     assert cli.main([*arguments[:-1], "--samples", "4"]) == 0
-    head, _, row, _, legend = capsys.readouterr().out.splitlines()
-    assert legend.startswith("bits: an upper bound")
+    head, _, row, _, *legend = capsys.readouterr().out.splitlines()
+    columns = [name.strip() for name in head.split("|")[4:-1]]
+    assert columns == ["±", "bits/char", "decoder", "latent", "end", "importance", "its ±"]
+    assert [line.split("  ")[0] for line in legend] == ["bits", *columns]  # each column is explained
+    assert "an upper bound on -log2 p" in legend[0] and legend[5].endswith(END_TERM)
     assert "importance" in head and row.startswith("| two.txt")
 
 

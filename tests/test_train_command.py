@@ -20,6 +20,7 @@ from hldm.config import changed, load_config, stage_training, to_dict
 from hldm.runs.exits import Interrupted
 from hldm.runs.folder import read_totals
 from hldm.sources.corpora import load_corpora
+from hldm.sources.notes import TextNote
 from hldm.training import stages
 from hldm.training.stage import plan
 from hldm.training.twin import made, numbers, twin_of
@@ -54,9 +55,18 @@ def settings_of(stage: str) -> dict:
 # ---- one command
 
 
-def test_a_text_becomes_a_model_and_its_twin_and_the_next_command_writes(lean_file, own_text, capsys):
+def test_a_text_becomes_a_model_and_its_twin_and_the_next_command_writes(
+    lean_file, own_text, capsys, recwarn
+):
+    with Path("own.txt").open("a") as file:  # the same in all splits
+        file.write("\n\n".join(["", *["Let us go up to the town and make war on it."] * 20]))
     assert cli.main(["train", "--config", lean_file, "--name", "mine", "--twin", *own_text]) == 0
     out = capsys.readouterr().out
+    (note,) = (str(warning.message) for warning in recwarn if warning.category is TextNote)
+    assert note.startswith("own.txt: the same documents in several splits")  # though each stage reads it
+    assert out.index("text: own.txt, ") < out.index("stage 1 of 3") and out.count("text: own.txt, ") == 1
+    for command in ("score --run runs/mine --prompt ", "export --run runs/mine --to mine-to-share\n"):
+        assert f"\n      hldm {command}" in out
     for number, stage in enumerate(("mine/autoencoder", "mine/prior", "mine-twin/autoencoder"), start=1):
         assert f"stage {number} of 3: runs/{stage}, " in out
         assert settings_of(stage)["data"]["path"] == "own.txt"
@@ -163,6 +173,7 @@ def test_a_twin_takes_text_and_time_of_the_command_line_and_its_shape_from_its_f
     assert twin.training.autoencoder.minutes == pytest.approx(1.0)
     shipped = load_config(ROOT / "configs/tiny-twin.yaml")
     assert (twin.autoencoder, twin.chunking) == (shipped.autoencoder, shipped.chunking)
+    assert twin_of(model, Path("tiny"), given) == twin  # by the name of what comes with hldm, anywhere
 
 
 # ---- stage two and the text of stage one

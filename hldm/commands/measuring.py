@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any, Literal
 
 from typer import Option
 
 from hldm.commands import options
 from hldm.config import load_config
-from hldm.evaluation.tables import compare, legend, measured_on, show
+from hldm.evaluation.tables import READING, compare, legend, measured_on, show
+from hldm.runs.doing import loading
 from hldm.runs.export import EVALUATION
 from hldm.runs.folder import shipped_run
 from hldm.runs.location import find_model
@@ -65,7 +67,8 @@ def evaluate(
     if twin and run is not None:
         raise ValueError("--twin is the shipped run's twin: give it or --run, not both")
     options.check_split(split, text)
-    from hldm.evaluation.evaluate import evaluate_run
+    with loading():
+        from hldm.evaluation.evaluate import evaluate_run
 
     folder = shipped_run(twin) if run is None else find_model(run)
     evaluation = evaluate_run(
@@ -88,17 +91,25 @@ def evaluate(
         *measured_on(columns),
         compare(columns),
         *(evaluation["alive"] or {}).get("complaints", []),
-        "What each row means: docs/reading.md",
+        READING,
     )
-    if (
+    if text is not None and evaluation["alive"]:
+        named, flag = run or "small", " --allow-code" if allow_code else ""
+        print(
+            f"What each part is worth on it: hldm diagnose --parts --run {named}{flag} --text {quote(str(text))}"
+        )
+    is_kept = (
         run is not None
         and text is None
         and split in (None, "test")
         and (run / "autoencoder" / "checkpoints").is_dir()
-    ):
-        save_report(run / EVALUATION, evaluation)  # for the report and the card
-        print(f"kept in {run / EVALUATION}")
+    )
+    if is_kept:
+        save_report(folder / EVALUATION, evaluation)  # for the report and the card
+        print(f"kept in {folder / EVALUATION}")
     _save(json, lambda path: save_report(path, evaluation))
+    if not is_kept and json is None:
+        print("only printed: --json FILE keeps these figures, and more")
 
 
 def diagnose(

@@ -8,6 +8,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from hldm.commands.options import AllowCode, Seed, Text
+from hldm.runs.doing import loading
 from hldm.runs.reports import check_page_path
 
 MARK = b"<!doctype html><!-- hldm report -->"  # hldm.app.report.build.PAGE_MARK, without importing torch
@@ -39,8 +40,9 @@ def report(
     is_ours = (run / "autoencoder" / "checkpoints").is_dir()
     target = html or (run / "report.html" if is_ours else Path(f"{run.resolve().name}-report.html"))
     check_page_path(target, MARK)
-    from hldm.app.report.build import build_report
-    from hldm.runs.files import atomic_write
+    with loading():
+        from hldm.app.report.build import build_report
+        from hldm.runs.files import atomic_write
 
     page = build_report(run, against=against, text=text, measure=measure, seed=seed)
     atomic_write(target, page)

@@ -9,7 +9,9 @@ from typing import Annotated, Any
 from typer import Option
 
 from hldm.commands.options import RUN_NAME, AllowCode, Seed
-from hldm.evaluation.tables import Table, short, show
+from hldm.evaluation.tables import Table, legend, short, show
+from hldm.runs.doing import loading
+from hldm.runs.progress import END_TERM
 from hldm.sources.encodings import read_text
 from hldm.text.bytes import MAX_PROMPT_BYTES
 
@@ -24,6 +26,20 @@ COLUMNS = {  # head of the table: key, format
     "end": ("end", ".2f"),
 }
 TIGHTER = {"importance": ("importance", ",.2f"), "its ±": ("importance_error", ".2f")}
+BOUND = "what the text costs: an upper bound on -log2 p, the sum of decoder, latent and end; lower is better"
+OF_TWIN = {
+    "bits": "what the text costs: its likelihood, -log2 p; lower is better",
+    "bits/char": "bits by characters",
+}
+MEANINGS = {
+    "±": "the standard error of bits, from the noise that was drawn",
+    "bits/char": "bits by characters",
+    "decoder": "of bits, those of the bytes, given the latents",
+    "latent": "of bits, those of the latents, given the text before",
+    "end": f"of bits, {END_TERM}",
+    "importance": "a tighter bound than bits, by importance-weighted draws",
+    "its ±": "its standard error",
+}
 
 
 def score(
@@ -58,7 +74,8 @@ def score(
         raise ValueError("no text given: pass --text FILE, --text - or --prompt TEXT")
     if lines and not text:
         raise ValueError("--lines is about --text: each --prompt is scored by itself anyway")
-    from hldm.generation.pipeline import HLDMPipeline
+    with loading():
+        from hldm.generation.pipeline import HLDMPipeline
 
     pipeline = HLDMPipeline.from_pretrained(run)
     scores = pipeline.score(
@@ -73,18 +90,8 @@ def score(
     rows: list[dict[str, Any]] = [{**record, "text": short(record["text"])} for record in records]
     if len(records) > 1:
         rows.append(_total(records))
-    kind = (
-        "the likelihood, -log2 p"
-        if pipeline.prior is None
-        else "an upper bound on -log2 p, ± its standard error"
-    )
-    split = (
-        ""
-        if pipeline.prior is None
-        else "; decoder (the bytes, given the latents) + latent + end (at full noise)"
-    )
-    tighter = "; importance: a tighter bound" if samples and pipeline.prior is not None else ""
-    show(Table.of_records(rows, columns), f"bits: {kind}{split}{tighter}")
+    meanings = {**MEANINGS, "bits": BOUND} if pipeline.prior is not None else OF_TWIN
+    show(Table.of_records(rows, columns), legend(meanings, columns))
 
 
 def _total(records: list[dict[str, Any]]) -> dict[str, Any]:

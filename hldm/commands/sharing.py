@@ -8,6 +8,7 @@ from typing import Annotated
 from typer import Option
 
 from hldm.commands.options import AllowCode, Run
+from hldm.runs.doing import loading
 from hldm.runs.location import find_model
 
 LICENCE = "of the weights, e.g. cc-by-4.0 (default: mit after the built-in text, else said to be unknown)"
@@ -26,7 +27,8 @@ def export(
 
     Weights, settings, scores and a model card: what it is, what it can and how it was made.
     """
-    from hldm.evaluation.sharing import share_run
+    with loading():
+        from hldm.evaluation.sharing import share_run
 
     share_run(find_model(run), to, licence=licence.lower(), prompt=prompt, measure=measure)
     print(f'Load it anywhere: HLDMPipeline.from_pretrained("{to}"), hldm generate --run {to}')

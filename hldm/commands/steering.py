@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,6 +21,11 @@ from hldm.runs.reports import check_report_path, save_report
 from hldm.text.bytes import printable
 
 app = typer.Typer(help="Text steered by a classifier of latents.", rich_markup_mode=None)
+# of a guide's two classifiers, what each is asked
+ASKED = {
+    "after": "passages, once they are read (method particles)",
+    "next": "chunks, before they are written (method mixture)",
+}
 Attribute = Annotated[str, Option(help="genre, speech, feeling or sentences")]
 GuideFile = Annotated[Path, Option("--guide", metavar="FILE", help="made by hldm steer fit")]
 Method = Annotated[
@@ -55,8 +61,14 @@ def fit(
         ground = steering.read_ground(shipped_run() if run is None else find_model(run), characters)
         guide = steering.fit(ground, attribute, seed=seed)
     guide.save(to)
-    accuracy = ", ".join(f"{name} {value:.1%}" for name, value in guide.accuracy.items())
-    print(f"wrote {to}: {attribute} is one of {', '.join(guide.values)}; right of held-out text: {accuracy}")
+    accuracy = ", ".join(f"{value:.1%} of {ASKED[name]}" for name, value in guide.accuracy.items())
+    print(f"wrote {to}: {attribute} is one of {', '.join(guide.values)}")
+    if accuracy:
+        guessed = f"the mean over values, {1 / len(guide.values):.1%} by guessing"
+        print(f"right on held-out text ({guessed}): {accuracy}")
+    named, flag = "small" if run is None else run, " --allow-code" if allow_code else ""
+    begin = f"hldm steer write --run {named}{flag} --guide {shlex.quote(str(to))}"
+    print(f"Next: {begin} --to {shlex.quote(guide.values[-1])}")
 
 
 @app.command()
@@ -140,10 +152,10 @@ def measure(
             seeds=seeds,
         )
     shown = steering.table(found)
-    guides = ", ".join(f"{name} {share:.1%}" for name, share in found["guide_accuracy"].items())
+    guides = ", ".join(f"{share:.1%} of {ASKED[name]}" for name, share in found["guide_accuracy"].items())
     show(
         f"{found['attribute']}: the judge is right of {found['judge_accuracy']:.1%} of held-out passages, "
-        f"{found['judge_mean_accuracy']:.1%} in the mean over values; the guide: {guides}",
+        f"{found['judge_mean_accuracy']:.1%} in the mean over values; the guide is right of {guides}",
         shown,
         legend(steering.MEANINGS, shown.head),
     )

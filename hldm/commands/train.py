@@ -13,11 +13,12 @@ from typer import Option
 from hldm.commands.options import Configs, Overrides, check_minutes
 from hldm.config import Config, ConfigError, changed, load_config, stage_training, to_yaml
 from hldm.plugins import named
+from hldm.runs.doing import loading
 from hldm.runs.folder import last_sample, last_validation
 from hldm.runs.identity import inherited
 from hldm.runs.progress import in_minutes
 from hldm.runs.signals import is_first_rank
-from hldm.text.bytes import printable
+from hldm.text.bytes import END_MARK, printable
 
 PRIOR_SHARE = 0.1  # of the minutes, where the config gives none: that of configs/small.yaml
 PROMPT_WORDS, PROMPT_LETTERS = 6, 60  # of the sample at most, in the command that is proposed
@@ -65,10 +66,11 @@ def train(
     if taken and is_first_rank():
         print(f"as in runs/{name}/autoencoder: {', '.join(taken)}", flush=True)
 
-    from hldm.evaluation.validation import validation_on
-    from hldm.training.sizes import require_room
-    from hldm.training.stages import plan, stages_of, train_run
-    from hldm.training.twin import twin_of
+    with loading():
+        from hldm.evaluation.validation import validation_on
+        from hldm.training.sizes import require_room
+        from hldm.training.stages import plan, stages_of, train_run
+        from hldm.training.twin import twin_of
 
     runs = [model, *([twin_of(model, config[-1], [*taken, *given])] if twin else [])]
     for run in runs:  # before the first of them takes an hour
@@ -122,10 +124,11 @@ def _prior_share(config: Config) -> float:
 def summary(folders: Sequence[Path], own: Sequence[str] = ()) -> list[str]:
     """What there is now, and what to type next. own: classes of the user's own that the first of them names."""
     sample = printable(last_sample(folders[0]))
+    ends = f" ({END_MARK}: a document ends)" if END_MARK in sample else ""
     lines = [f"{folder}: {found}" for folder in folders if (found := _validated(folder))]
     return [
         "",
-        f"Held-out text, and after >>> what {folders[0]} writes:",
+        f"Held-out text, and after >>> what {folders[0]} writes{ends}:",
         "",
         sample,
         "",
@@ -143,6 +146,8 @@ def next_commands(folders: Sequence[Path], own: Sequence[str] = (), prompt: str 
         f"hldm generate --run {folders[0]}{flag} --prompt {shlex.quote(prompt)}",
         *(f"hldm evaluate --run {folder}{flag}" for folder in folders),
         f"hldm report {folders[0]}{flag}{against}",
+        f"hldm score --run {folders[0]}{flag} --prompt {shlex.quote(prompt)}",
+        f"hldm export --run {folders[0]}{flag} --to {folders[0].name}-to-share",
     ]
     return [f"{'Next:' if not number else '':6}{command}" for number, command in enumerate(commands)]
 
@@ -166,7 +171,7 @@ def _validated(run: Path) -> str:
     found = last_validation(run)
     if not found:
         return ""
-    names = {"latent": "latents", "decoder": "bytes", "end": "end of the diffusion"}
+    names = {"latent": "latents", "decoder": "bytes", "end": "the end term"}
     terms = [f"{found[name]:.3f} for {told}" for name, told in names.items() if found[name]]
     split = f" ({', '.join(terms)})" if terms[1:] else ""
     return f"{found['bound']:.3f} bits a character of held-out text{split}, on a slice of it: hldm evaluate reads all"

@@ -14,8 +14,9 @@ from typer import Context, Option
 from hldm.commands.options import Configs, Overrides, Paired, PairOverrides, check_minutes
 from hldm.commands.train import next_commands
 from hldm.config import Config, changed, load_config, stage_training, to_yaml
-from hldm.evaluation.tables import compare, measured_on, show
+from hldm.evaluation.tables import READING, compare, measured_on, show
 from hldm.plugins import allow_named, named
+from hldm.runs.doing import loading
 from hldm.runs.identity import inherited
 from hldm.runs.pairs import load_pair
 from hldm.runs.signals import is_first_rank
@@ -131,9 +132,10 @@ def demo(
     model, twin = changed(model, name=name), changed(twin, name=f"{name}-twin")
     folders = {"model": Path("runs") / name, "twin": Path("runs") / twin.name}
 
-    from hldm.evaluation.validation import validation_on
-    from hldm.training.sizes import require_room
-    from hldm.training.stages import plan, train_run
+    with loading():
+        from hldm.evaluation.validation import validation_on
+        from hldm.training.sizes import require_room
+        from hldm.training.stages import plan, train_run
 
     for planned, stage in ((model, "autoencoder"), (model, "prior"), (twin, "autoencoder")):
         require_room(planned, stage)  # before the first of them takes an hour
@@ -151,7 +153,7 @@ def demo(
         columns[label] = evaluate_run(folder)
         save_report(folder / "evaluation.json", columns[label])
     _write_samples(model, folders["model"])
-    show(*measured_on(columns), compare(columns), *short_tables(columns["model"].get("parts")))
+    show(*measured_on(columns), compare(columns), READING, *short_tables(columns["model"].get("parts")))
     minutes = (time.monotonic() - began) / 60
     print(f"\n{minutes:.1f} minutes. Everything is in {folders['model']} and {folders['twin']}.")
     print("\n".join(next_commands([*folders.values()], named(model), "And the king said")))

@@ -17,6 +17,7 @@ from hldm import plugins
 from hldm.commands.drafting import DRAFT
 from hldm.commands.options import AllowCode, MaxCharacters, RunOrShipped, Seed, check_minutes
 from hldm.config import ChunkingConfig, GenerationConfig, Strategy, changed
+from hldm.runs.doing import loading
 from hldm.runs.folder import shipped_run
 from hldm.runs.location import find_model, pipeline_of
 from hldm.runs.signals import Stopped
@@ -77,13 +78,14 @@ def generate(
     given = {name: value for name, value in asked.items() if value is not None}
     changed(GenerationConfig(), **given)  # refuses what is out of range
     prompts = _prompts(prompt or [], prompt_file or [])
-    from hldm.generation.candidates import Search, write_best
-    from hldm.generation.draft import read_draft
-    from hldm.generation.footprint import require_room_to_write
-    from hldm.generation.pipeline import read_pipeline
-    from hldm.generation.remembering import check_remembers, open_memory
-    from hldm.generation.streams import stop_at, stop_bytes
-    from hldm.generation.writer import write_on
+    with loading():
+        from hldm.generation.candidates import Search, write_best
+        from hldm.generation.draft import read_draft
+        from hldm.generation.footprint import require_room_to_write
+        from hldm.generation.pipeline import read_pipeline
+        from hldm.generation.remembering import check_remembers, open_memory
+        from hldm.generation.streams import stop_at, stop_bytes
+        from hldm.generation.writer import write_on
 
     search = Search(candidates=candidates, rank=_ranker(rank), keep=keep, depth=depth)
     pipeline = read_pipeline(folder)

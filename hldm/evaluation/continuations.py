@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from hldm.evaluation.metrics import compute, diversity, random_passage, repeat_l
 from hldm.evaluation.prompts import Prompt
 from hldm.generation.pipeline import HLDMPipeline
 from hldm.generation.writer import Continuation, write_on
-from hldm.runs.doing import doing
+from hldm.runs.doing import doing, reached
 from hldm.text.bytes import count_characters
 
 
@@ -41,7 +40,10 @@ def write_batch(
     began = time.perf_counter()
     parts = pipeline.autoencoder, pipeline.prior, prompts, settings
     writing = write_on(*parts, max_characters=max_characters, seed=seed, through_ends=True)
-    rows, _, calls = deque(writing, maxlen=1).pop()
+    rows: list[Continuation] = []
+    calls = 0
+    for rows, _, calls in writing:  # noqa: B007 - the last yield is the finished text
+        reached(sum(max_characters - row.left for row in rows), max_characters * len(rows))
     seconds = time.perf_counter() - began
     return Written(rows, sum(count_characters(row.text) for row in rows) / seconds, calls)
 

@@ -57,7 +57,8 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Measure a run folder's pipeline on a split of its data, or on the file `text`, and what it cost to train.
 
-    None stands where there is nothing to measure: the twin has no latents, some texts have no prompts.
+    None stands where there is nothing to measure: the twin has no latents, some texts have no prompts. What each part
+    is worth is measured on a split alone: on another text `hldm.evaluation.parts_table.parts_of_run` does it.
     draws, samples: see `hldm.evaluation.bound.evaluate_bound`
     contexts: bytes that documents are cut every so many of, see `hldm.evaluation.context_length`
     Raises ValueError or OSError, one line.
@@ -109,7 +110,7 @@ def evaluate_run(
         "characters": windows.characters,
         "bits_per_character": bound.bits_per_character(),
         "perplexity": _perplexity(float(bound.nats.sum()), windows),
-        **_of_latents(autoencoder, prior, windows, generator, seed),
+        **_of_latents(autoencoder, prior, windows, generator, None if text is not None else seed),
         **continue_prompts(
             pipeline,
             choose_prompts(corpus, prompt_chunker(autoencoder), prompts, max_characters=max_characters),
@@ -134,20 +135,30 @@ def _measured_on(folder: Path, split: Split, text: Path | None, characters: int,
 
 
 def _of_latents(
-    autoencoder: Autoencoder, prior: Prior | None, windows: Windows, generator: torch.Generator, seed: int
+    autoencoder: Autoencoder,
+    prior: Prior | None,
+    windows: Windows,
+    generator: torch.Generator,
+    parts_seed: int | None,
 ) -> dict[str, Any]:
-    """What is measured of latents alone; each None for the twin, which has none."""
+    """What is measured of latents alone; each None for the twin, which has none.
+
+    parts_seed: of the parts table; None leaves that out
+    """
     if prior is None:
         return dict.fromkeys(("characters_per_chunk", "reconstruction", "alive", "parts"))
     with doing("reconstructing chunks from their latents"):
         reconstruction = reconstruct(autoencoder, windows, prior.diffusion.gamma_0, generator)
-    with doing("measuring what each part is worth"):
-        return {
-            "characters_per_chunk": windows.characters / windows.chunks,
-            "reconstruction": reconstruction,
-            "alive": signs_of_life(autoencoder, prior, windows),
-            "parts": short_parts(autoencoder, prior, windows, seed),
-        }
+    parts = None
+    if parts_seed is not None:
+        with doing("measuring what each part is worth"):
+            parts = short_parts(autoencoder, prior, windows, parts_seed)
+    return {
+        "characters_per_chunk": windows.characters / windows.chunks,
+        "reconstruction": reconstruction,
+        "alive": signs_of_life(autoencoder, prior, windows),
+        "parts": parts,
+    }
 
 
 @torch.no_grad()

@@ -32,6 +32,7 @@ from hldm.model.ops import take_rows
 from hldm.model.prior import Prior
 from hldm.model.readouts import pool_by_chunk
 from hldm.model.state import ContextState, DecoderState, Encoding
+from hldm.runs.doing import reached
 from hldm.text.windows import Batch, Windows, draw_normal, draw_uniform
 
 NEAREST = 4  # chunks that are left when all farther ones are hidden
@@ -354,6 +355,7 @@ def measure(
                 found = default if own_cost is None else own_cost
                 assert found is not None
                 nats[name][term, chunk] = found[batch.is_chunk].double().cpu().numpy()
+        reached(is_measured.sum(), min(enough or windows.chunks, windows.chunks))
         if enough is not None and is_measured.sum() >= enough:
             break
     return Costs(nats.pop(""), nats, clusters_of(windows, is_measured))

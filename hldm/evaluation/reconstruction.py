@@ -12,6 +12,7 @@ from hldm.chunking.reading import read_windows as read_windows
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.diffusion import alpha_sigma
 from hldm.model.likelihood import noisy_latents, read_chunks, sum_by_chunk
+from hldm.runs.doing import reached
 from hldm.text.bytes import END_OF_CHUNK, END_OF_DOCUMENT, count_characters
 from hldm.text.windows import Windows
 
@@ -42,6 +43,7 @@ def reconstruct(
             wrong = sum_by_chunk((mask & ~correct).long(), reading.events, batch.chunks)  # (b n)
             right = (wrong == 0) & batch.is_chunk
             counts[k] += [int(flags.sum()) for flags in (correct, mask, right, batch.is_chunk)]
+        reached(counts[1, 3], min(ENOUGH_CHUNKS, windows.chunks))
         if counts[1, 3] >= ENOUGH_CHUNKS:
             break
     noisy, clean = ({"byte_accuracy": float(a / b), "chunk_accuracy": float(c / d)} for a, b, c, d in counts)

@@ -139,6 +139,11 @@ def row(label: str, form: str, columns: Mapping[str, Any], *keys: str, scale: fl
 
 # ---- evaluations
 
+# below a table of evaluations
+READING = (
+    "bits per character: lower is better; of it latents: the prior's share, to say what comes next, of it bytes and "
+    "ends: the decoder's, to write it out (a twin has no latents). Every row: docs/reading.md"
+)
 # label, dotted key, format
 _ROWS: tuple[tuple[str, str, str], ...] = (
     ("characters", "characters", ",.0f"),
@@ -147,22 +152,20 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
     ("  standard error, another text", "bits_per_character.standard_error_text", ".4f"),
     ("  of it latents", "bits_per_character.latent", ".4f"),
     ("  of it bytes and ends", "bits_per_character.decoder", ".4f"),
-    ("  of it what full noise leaves", "bits_per_character.end", ".4f"),
+    ("  of it the end term", "bits_per_character.end", ".4f"),
     ("  by importance-weighted draws", "bits_per_character.importance", ".4f"),
     ("    how many", "samples", ".0f"),
     ("  of the answers alone", "bits_per_character.answer", ".4f"),
     ("perplexity, character", "perplexity.character", ".3f"),
-    ("perplexity, word", "perplexity.word", ".1f"),
     ("characters per chunk", "characters_per_chunk", ".2f"),
     ("reconstruction, bytes right", "reconstruction.noisy.byte_accuracy", ".2%"),
     ("  from latents without noise", "reconstruction.clean.byte_accuracy", ".2%"),
     ("reconstruction, chunks right", "reconstruction.noisy.chunk_accuracy", ".2%"),
     ("  from latents without noise", "reconstruction.clean.chunk_accuracy", ".2%"),
     ("latents, independent directions (rank)", "alive.rank", ".2f"),
-    ("  numbers that do not vary", "alive.dead_dimensions", ".0f"),
+    ("  dimensions that never vary", "alive.dead_dimensions", ".0f"),
     ("prior, typical latents it tells apart", "alive.prototypes", ",.0f"),
-    ("  choice left among them, bits", "alive.weights_bits", ".2f"),
-    ("training noise, most at one level", "alive.largest_bin", ".0%"),
+    ("  uncertainty which of them is next, bits", "alive.weights_bits", ".2f"),
     *(
         (f"bits lost without {label}", f"parts.rows.{name}.hidden.bits", ".4f")
         for label, name in (
@@ -196,7 +199,6 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
     ),
     ("written chunks, cut where text is cut", "rechunked", ".2%"),
     ("speed, characters per second", "speed.characters_per_second", ",.0f"),
-    ("  denoising calls", "speed.denoising_calls", ",.0f"),
     ("cost, parameters", "cost.parameters", ",.0f"),
     ("  seconds of training", "cost.train_seconds", ",.0f"),
     ("  characters of training", "cost.train_characters", ",.0f"),

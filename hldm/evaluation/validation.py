@@ -14,9 +14,11 @@ import torch
 from hldm.evaluation.bound import evaluate_bound, held_out_windows
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.prior import Prior
+from hldm.sources.encodings import line_border
 from hldm.text.corpus import Corpus, make_corpus
 
 PIECES = 8  # read side by side
+LEAST_BYTES = 512  # of a document that is cut: a window's worth
 DRAWS = 4  # noise levels a chunk: a standard error of 0.002 bits on 8 KiB, configs/tiny.yaml
 
 
@@ -40,12 +42,28 @@ def validation_on(
 
 
 def slice_of(corpus: Corpus, size: int) -> Corpus:
-    """The beginnings of documents spread over a corpus, of `size` bytes in all where they are long enough."""
+    """The beginnings of documents spread over a corpus, of `size` bytes in all where they are long enough.
+
+    Fewer documents than PIECES are cut first: read from end to end, a single one takes twice as long.
+    """
+    if len(corpus) < PIECES and corpus.question_bytes is None:
+        corpus = _cut(corpus, -(-PIECES // len(corpus)))
     picked = np.linspace(0, len(corpus) - 1, min(len(corpus), PIECES)).astype(int)
     most = -(-size // len(picked))
     sizes = [len(_whole_characters(corpus.document(int(index)), most)) for index in picked]
     pieces = [corpus.beginning(int(index), size) for index, size in zip(picked, sizes, strict=True)]
     return make_corpus(f"{corpus.name}, a slice", pieces)
+
+
+def _cut(corpus: Corpus, parts: int) -> Corpus:
+    """Each document in so many parts of about one length, at the starts of lines or words; fewer where it is short."""
+    pieces: list[bytes] = []
+    for document in map(np.ndarray.tobytes, corpus):
+        number = max(min(parts, len(document) // LEAST_BYTES), 1)
+        inside = (line_border(document, part * len(document) // number) for part in range(1, number))
+        borders = [0, *sorted(inside), len(document)]
+        pieces += [document[a:b] for a, b in zip(borders, borders[1:], strict=False)]
+    return make_corpus(corpus.name, pieces)
 
 
 def _whole_characters(text: np.ndarray, most: int) -> bytes:

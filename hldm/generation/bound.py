@@ -23,6 +23,7 @@ from hldm.model.likelihood import noisy_latents, read_chunks
 from hldm.model.mixture import MixturePredictor
 from hldm.model.prior import Prior, price_latents
 from hldm.model.state import ContextState, DecoderState, EncoderState, Encoding
+from hldm.runs.doing import reached
 from hldm.text.windows import Batch, Windows, draw_normal
 
 PASSES = 2  # independent estimates of the latent model's terms: the least that shows how far they differ
@@ -89,6 +90,7 @@ def bound_chunks(
             tight[:, chunk] = weighted[:, is_chunk].numpy()
         if autoencoder.settings.carry_state:
             group[chunk] = step * rows + is_chunk.nonzero()[:, 0].numpy()
+        reached(step + 1, windows.windows_per_epoch)
     if not np.isfinite(nats).all():
         raise ValueError("the model gives this text a cost that is not finite: train it again")
     decoder, latent, end = nats

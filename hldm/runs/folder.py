@@ -257,7 +257,7 @@ def training_text_of(folder: Path) -> bytes | None:
         return corpora_of_run(folder)["train"].text.tobytes()
     except (OSError, ValueError) as error:
         reason = first_line(error).partition("; or pass --text")[0]
-        note(f"nothing is compared with the training text, which is not at hand ({reason})")
+        note(f"the training text is not here ({reason}), so no figure compares with it")
         return None
 
 

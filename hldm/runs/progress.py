@@ -34,13 +34,18 @@ OTHER_SIGNS = {"weights_bits", "dimensions", "dead_dimensions", "largest_bin", "
     for whose in ("predicted", "target")
     for sign in ("rank", "least_deviation", "mean_cosine")
 }
+UNTRAINED = " (before it has learnt anything)"  # of the first step
+END_TERM = "the end term, what noise at its strongest leaves of the latents"
 # what the names on a line of progress mean: each is explained once, when it is shown first
 LEGEND = {
-    "bits": "bits/char: bits that a character of the training text costs, lower is better",
+    "bits": "bits/char: bits that a character of the training text costs, mean of the last steps, lower is better",
+    "alone": "bits/char in latents alone: those that a character of the training text costs for its latents, all that "
+    "this stage trains, lower is better",
+    "validation": "validation: bits/char on a slice of held-out text",
     "decoder": "decoder: its share for the bytes, given the latents",
     "latent": "latent: its share for the latents, given the text before",
-    "end": "end: its share for what full noise leaves of the latents",
-    "validation": "validation: bits/char on a slice of held-out text",
+    "end": f"end: {END_TERM}",
+    "training": "latents in training: their share on the training text, all that this stage trains",
     "prototypes": "prototypes: typical latents that the prior tells apart (1: it has died)",
     "distance": "distance: from predicted to true vectors",
     "rank": "rank: independent directions in which latents vary",
@@ -88,10 +93,12 @@ def describe(metrics: dict[str, float], validation: dict[str, float] | None = No
 def names_shown(metrics: dict[str, float], validation: dict[str, float] | None = None) -> set[str]:
     """Those names of LEGEND that `describe` shows of the same."""
     bits = bits_of(metrics)
-    named = set(bits) if len(bits) > 1 else set()
+    named = (set(bits) if len(bits) > 1 else set()) | (metrics.keys() & SIGNS.keys())
     if validation is not None:
-        named |= {"validation", *({} if "decoder" in bits else validation)}
-    return named | (metrics.keys() & SIGNS.keys()) | ({"bits"} if bits else set())
+        named |= {"validation"}
+    if "latent" in bits and "decoder" not in bits:
+        return named | ({"alone"} if validation is None else {"training", *validation})
+    return named | ({"bits"} if bits else set())
 
 
 def _terms(bits: dict[str, float]) -> str:
@@ -101,7 +108,9 @@ def _terms(bits: dict[str, float]) -> str:
 def in_minutes(minutes: float) -> str:
     """0.34 -> 20 seconds, 2.7 -> 2.7 minutes."""
     seconds = round(60 * minutes)
-    return f"{seconds} second{'s' * (seconds != 1)}" if seconds < 60 else f"{minutes:.3g} minutes"
+    if seconds < 60:
+        return f"{seconds} second{'s' * (seconds != 1)}"
+    return "1 minute" if f"{minutes:.3g}" == "1" else f"{minutes:.3g} minutes"
 
 
 def clock(seconds: float) -> str:
@@ -244,6 +253,7 @@ class Progress:
         self.curve = Curve()
         self.explained: set[str] = set()  # names of LEGEND
         self.said_at = time.monotonic()  # when the last line was printed
+        self.is_fresh = False  # the last validation has not been printed yet
         self.distance = math.nan  # the last one that was measured, where there are no bits
         self.display: Live | None = None
         self.picture: Picture | None = None
@@ -265,9 +275,13 @@ class Progress:
             self._draw()
             self.display.stop()
 
-    def validated(self, found: dict[str, float]) -> None:
-        """Report a validation: its bound and terms, bits a character."""
-        self.validation = found
+    def validated(self, found: dict[str, float], step: int) -> None:
+        """Report a validation after a step: its bound and terms, bits a character.
+
+        What an untrained model costs is not shown; stage two begins where stage one ended.
+        """
+        if step or self.stage == "prior":
+            self.validation, self.is_fresh = found, True
 
     def _explain(self, names: set[str]) -> None:
         """Say what names mean that have not been explained yet, in one line."""
@@ -281,7 +295,7 @@ class Progress:
         now = time.monotonic()
         progress = min(max(progress, 0.0), 1.0)
         if self.began is None:
-            self.began = (now, progress)
+            self.began, self.said_at = (now, progress), now  # the first step is slow, and says nothing yet
         done = progress - self.began[1]
         left = (now - self.began[0]) / done * (1 - progress) if done > 0 else None
         if progress == 1:
@@ -290,20 +304,22 @@ class Progress:
         # an encoder that writes no bytes has a distance instead, measured now and then
         total = sum(bits.values()) if bits else metrics.get("distance", self.distance)
         self.distance = metrics.get("distance", self.distance)
+        untrained = UNTRAINED if step == 1 and "decoder" in bits else ""
         if math.isfinite(total):
             self.curve.add(total)
         if self.display is None:
-            if step % every == 0 or now - self.said_at > QUIET:
-                self.said_at = now
+            if step % every == 0 or now - self.said_at > QUIET or self.is_fresh:
+                self.said_at, self.is_fresh = now, False
                 self._explain(names_shown(metrics, self.validation))
                 rest = "" if left is None else f" {clock(left)} left"
-                told = describe(metrics, self.validation)
+                told = describe(metrics, self.validation) + untrained
                 self.say(f"{self.run}/{self.stage}: step {step} {progress:4.0%} {told}{rest}")
             return
         has = {"validation"} if self.validation else set()
-        self._explain(has | ({"bits"} if bits else {"distance"}))
+        is_whole = "decoder" in bits
+        self._explain(has | ({"bits" if is_whole else "alone"} if bits else {"distance"}))
         later = self.part.later_minutes
-        unit = "{:.3f} bits/char" if "decoder" in bits else "latents {:.3f} bits/char"
+        unit = "{:.3f} bits/char" if is_whole else "{:.3f} bits/char in latents alone"
         self.picture = Picture(
             run=self.run,
             stage=f"{self.part}, {self.stage}",
@@ -311,7 +327,7 @@ class Progress:
             left=left,
             in_all=None if left is None or later is None else left + 60 * later,
             step=step,
-            bits=(unit if bits else "distance {:.3f}").format(total),
+            bits=(unit if bits else "distance {:.3f}").format(total) + untrained,
             validation=None if self.validation is None else self.validation["bound"],
             speed=metrics["characters_per_second"],
             curve=self.curve,

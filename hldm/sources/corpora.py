@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
 from itertools import groupby
 from pathlib import Path
@@ -138,6 +138,12 @@ def _split_documents(documents: Corpus, held_out: float) -> dict[Split, Corpus]:
                 f"data.held_out={held_out}; add text or raise data.held_out"
             )
     return corpora
+
+
+def is_split_by_document(corpora: Mapping[Split, Corpus], held_out: float) -> bool:
+    """Whether documents of a file or dataset were held out whole: as many of each split as their indices say."""
+    splits = [_split_of(index, held_out) for index in range(sum(map(len, corpora.values())))]
+    return all(splits.count(split) == len(corpora[split]) for split in SPLITS)
 
 
 def _split_of(index: int, held_out: float) -> Split:

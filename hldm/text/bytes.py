@@ -18,6 +18,7 @@ END_OF_CHUNK = 256  # emitted by the decoder after the last byte of a chunk
 END_OF_DOCUMENT = 257  # emitted in its place after the last chunk of a document
 OUTPUTS = 258  # what the decoder may emit: 256 bytes and the two ends
 START = 258  # the decoder's first input in every chunk
+END_MARK = "∎"  # stands in what is shown where a document ends
 VOCABULARY = 260  # one symbol is spare: saved models have a row for it
 PROMPT_WINDOW = 1024  # bytes of prompts read at once, all together: bounds memory, however many and long
 MAX_PROMPT_BYTES = 2**20  # 300 pages; more takes minutes to read, and a device such as /dev/zero never ends

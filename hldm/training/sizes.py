@@ -291,7 +291,7 @@ def require_room(config: Config, stage: str, root: Path = Path("runs")) -> None:
 # ---- the table
 
 LABELS = dict.fromkeys(
-    ("mixture", "rate"), "mixture that prices latents"
+    ("mixture", "rate"), "mixture that predicts latents"
 )  # of parts whose names say too little
 STAGES = {"autoencoder": "stage one", "prior": "stage two"}
 

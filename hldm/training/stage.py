@@ -56,6 +56,7 @@ from hldm.training.segmenters import train_segmenter
 from hldm.training.sizes import LABELS
 from hldm.training.stream import StreamedWindows, agreement
 from hldm.training.trainer import Trainer
+from hldm.training.validations import Measure
 
 MAY_CHANGE = (*MAY_CHANGE_ONCE_TRAINED, "training.")  # on resume
 SEGMENTER_SHARE = 0.2  # of stage one's minutes, at most, for what cuts its text
@@ -91,7 +92,7 @@ class Stage:
         objective: nn.Module,
         windows: Any,
         on_sample: Callable[[nn.Module], str],
-        on_validate: Callable[[nn.Module], dict[str, float]] | None = None,
+        on_validate: Measure | None = None,
         bound_to: dict[str, str] | None = None,
         complaints: Complaints = complaints,
         decay_growth: float = 1.0,
@@ -123,7 +124,7 @@ class Stage:
         )
         if self.resume:
             trainer.restore(self.say)
-            self.run.rewind(trainer.totals.steps or -1, trainer.validated)
+            self.run.rewind(trainer.totals.steps or -1, trainer.validations.step)
             self.say(f"resuming {self.run.folder} at step {trainer.totals.steps}")
         self._say_what_is_trained(objective)
         if config.logging.trackers:

@@ -8,7 +8,7 @@ runs/<name>/pipeline/     both, as a diffusers pipeline
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,10 +18,10 @@ import torch
 from torch import nn
 
 from hldm.chunking.chunker import Chunker, make_chunker
+from hldm.chunking.segmenter import Segmenter
 from hldm.chunking.strategies import attach_segmenter, chunker_of, read_segmenter
 from hldm.config import Config, ConfigError, PriorConfig, changed, to_dict
 from hldm.generation.own_prior import code_of, prior_class
-from hldm.generation.pipeline import HLDMPipeline
 from hldm.generation.writer import write_on
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.diffusion import alpha_sigma
@@ -29,6 +29,7 @@ from hldm.model.likelihood import read_chunks
 from hldm.model.mixture import MixturePredictor
 from hldm.model.prior import Prior
 from hldm.plugins import allow_named
+from hldm.runs.export import source_of
 from hldm.runs.files import fingerprint
 from hldm.runs.folder import check_settings, read_totals, require_same_text
 from hldm.runs.identity import MAY_CHANGE_ONCE_TRAINED, SHOWN, TEXT_SETTINGS, trained_by
@@ -36,13 +37,15 @@ from hldm.runs.progress import Part
 from hldm.runs.provenance import code_fingerprint
 from hldm.runs.signals import is_first_rank
 from hldm.sources.corpora import load_corpora
-from hldm.text.bytes import END_OF_CHUNK
-from hldm.text.corpus import Corpus
+from hldm.sources.notes import is_new
+from hldm.sources.splits import describe_splits
+from hldm.text.bytes import END_MARK, END_OF_CHUNK
+from hldm.text.corpus import Corpus, Split
 from hldm.text.windows import window_of
 from hldm.training.environment import check_trackers
 from hldm.training.objectives import AutoencoderObjective, PriorObjective
 from hldm.training.sizes import require_room
-from hldm.training.stage import open_stage, plan, stages_of
+from hldm.training.stage import Stage, open_stage, plan, stages_of
 
 # What both stages must agree on of the settings. They must read the same text, too, wherever it lies.
 SHARED_SETTINGS = ("autoencoder.", "chunking.", "diffusion.gamma_0")
@@ -75,6 +78,7 @@ def train_autoencoder(
     check_trackers(config.logging)
     corpora = load_corpora(config.data)  # before the folder is opened: a mistake leaves none
     with open_stage(config, "autoencoder", resume, root, part) as stage:
+        _say_text(stage, config, corpora)
         segmenter = stage.segmenter(corpora["train"])
         windows = stage.windows(corpora["train"], segmenter)
         chunker = make_chunker(config.chunking, segmenter)
@@ -85,7 +89,7 @@ def train_autoencoder(
         if stage.training.gradient_checkpointing:
             autoencoder.enable_gradient_checkpointing()
         objective = AutoencoderObjective(autoencoder, config.autoencoder, config.diffusion.gamma_0)
-        on_sample = partial(_sample, text=sample_text, config=config)
+        on_sample = partial(_sample, documents=sample_text, config=config)
         mark = autoencoder.config["segmenter"]
         bound_to = {"segmenter": mark} if mark else {}
         on_validate = _validate_autoencoder(config, autoencoder, corpora["validation"], validation)
@@ -94,8 +98,7 @@ def train_autoencoder(
         if objective.mixture is not None:
             stage.export(objective.mixture, stage.run.folder / "rate")
         if config.is_twin:
-            pipeline = HLDMPipeline.assemble(autoencoder, None, config.generation)
-            stage.export(pipeline.with_segmenter(segmenter), folder / "pipeline")
+            _export_pipeline(stage, autoencoder, None, segmenter)
         stage.finish(totals, corpora["train"])
     return folder
 
@@ -126,18 +129,29 @@ def train_diffusion(
     _require_text_of(folder / "autoencoder", config, corpora["train"])
     sample_text = opening(chunker_of(autoencoder), corpora["validation"])
     with open_stage(config, "prior", resume, root, part) as stage:
+        _say_text(stage, config, corpora)
         windows = stage.windows(corpora["train"], segmenter)
         prior = _first_prior(folder, config)
         objective = PriorObjective(prior, autoencoder)
-        on_sample = partial(_sample, text=sample_text, config=config)
+        on_sample = partial(_sample, documents=sample_text, config=config)
         on_validate = _validate_prior(config, autoencoder, corpora["validation"], validation)
         totals = stage.fit(objective, windows, on_sample, on_validate, {"autoencoder": binding})
         prior.register_to_config(autoencoder=binding, code=code_of(config.prior))
         stage.export(prior, stage.run.folder / "model")
-        pipeline = HLDMPipeline.assemble(autoencoder, prior, config.generation).with_segmenter(segmenter)
-        stage.export(pipeline, folder / "pipeline")
+        _export_pipeline(stage, autoencoder, prior, segmenter)
         stage.finish(replace(totals, autoencoder=binding), corpora["train"])
     return folder
+
+
+def _export_pipeline(
+    stage: Stage, autoencoder: Autoencoder, prior: Prior | None, segmenter: Segmenter | None
+) -> None:
+    """Save the models of a run as one folder that writes."""
+    from hldm.generation.pipeline import HLDMPipeline  # here: two seconds of imports, before a step is taken
+
+    assert isinstance(stage.config, Config)
+    pipeline = HLDMPipeline.assemble(autoencoder, prior, stage.config.generation)
+    stage.export(pipeline.with_segmenter(segmenter), stage.run.folder.parent / "pipeline")
 
 
 def train_run(
@@ -211,11 +225,20 @@ def read_autoencoder(folder: Path, config: Config) -> Autoencoder:
     return Autoencoder.from_pretrained(stage / "model")
 
 
-def opening(chunker: Chunker, corpus: Corpus) -> bytes:
-    """The first words of a corpus, cut at a chunk border: what samples start from."""
+def _say_text(stage: Stage, config: Config, corpora: Mapping[Split, Corpus]) -> None:
+    """Say which text is read and how it is split, once for all stages."""
+    line = describe_splits(source_of(config.data), config.data, corpora)
+    if is_new(line):
+        stage.say(line)
+
+
+def opening(chunker: Chunker, corpus: Corpus) -> list[bytes]:
+    """The first words of a corpus, cut at a chunk border: what samples start from, by document."""
     text = corpus.text[: 4 * SAMPLE_BYTES].tobytes()
     starts = chunker.chunk_start(text).nonzero()[0]
-    return text[: int(starts[starts <= SAMPLE_BYTES].max()) or SAMPLE_BYTES]
+    end = int(starts[starts <= SAMPLE_BYTES].max()) or SAMPLE_BYTES
+    borders = [0, *corpus.offsets[(corpus.offsets > 0) & (corpus.offsets < end)].tolist(), end]
+    return [text[a:b] for a, b in zip(borders, borders[1:], strict=False)]
 
 
 def _first_prior(folder: Path, config: Config) -> Prior:
@@ -276,17 +299,18 @@ def _validate_prior(
 
 
 @torch.no_grad()
-def _sample(objective: Any, text: bytes, config: Config) -> str:
-    """What a stage in training makes of validation text.
+def _sample(objective: Any, documents: list[bytes], config: Config) -> str:
+    """What a stage in training makes of validation text, END_MARK where a document ends.
 
     Stage one says what its decoder finds likeliest, from latents without noise; the others write on.
     """
     autoencoder, prior = objective.autoencoder, getattr(objective, "prior", None)
-    shown = text.decode(errors="replace")
+    text = b"".join(documents)
+    shown = f"{END_MARK}\n".join(document.decode(errors="replace") for document in documents)
     if prior is not None or config.is_twin:
         parts = autoencoder, prior, [text], config.generation
         *_, (rows, _, _) = write_on(*parts, max_characters=200, seed=config.seed)
-        return f"{shown} {WRITTEN}{rows[0].text.decode(errors='replace')}"
+        return f"{shown} {WRITTEN}{rows[0].text.decode(errors='replace')}{END_MARK * rows[0].ended}"
     device = next(autoencoder.parameters()).device
     window = window_of([text], [chunker_of(autoencoder).chunk_start(text)], [True], device)
     encoding, _ = autoencoder.encode(window, autoencoder.encoder_state(1, device))

@@ -31,6 +31,7 @@ from hldm.runs.checkpoints import (
     unflatten_optimizer,
 )
 from hldm.runs.clock import clock_named
+from hldm.runs.cores import Cores
 from hldm.runs.exits import Interrupted
 from hldm.runs.folder import Run, Totals
 from hldm.runs.health import nonfinite_names
@@ -43,6 +44,7 @@ from hldm.training.environment import wrapped
 from hldm.training.optimizers import make_average, make_optimizers, set_rates
 from hldm.training.patience import Patience
 from hldm.training.stream import StreamedWindows, gathered
+from hldm.training.validations import Measure, Validations
 
 COUNTED = ("seconds", "characters", "prepared")  # of the totals, what a checkpoint carries
 CLIP_EPS = 1e-6  # what torch's clipping adds to the norm
@@ -101,8 +103,9 @@ class Trainer:
         self.totals = Totals(seconds=spent, prepared=spent)
         self.recent = Recent()
         self.patience = Patience(config.patience)
-        self.validated = -1  # step of the last validation
+        self.validations = Validations(run, config, logging, accelerator, self.patience)
         self.anomalies = Anomalies(complaints, logging.every)
+        self.cores = Cores(torch.get_num_threads() if accelerator.device.type == "cpu" else 1)
 
     # --- state on disk -------------------------------------------------------------------------
 
@@ -139,7 +142,7 @@ class Trainer:
                 "threads": torch.get_num_threads(),
                 "processes": self.accelerator.num_processes,
                 **self.anomalies.state,
-                "validated": self.validated,
+                "validated": self.validations.step,
                 "patience": self.patience.state,
                 **self.extras,
             }
@@ -171,7 +174,7 @@ class Trainer:
             for name, tensor in named_tensors(self.carries[part]):
                 tensor.copy_(saved.tensors["carry"][name][first : first + self.rows])
         self.anomalies.restore(saved.state)
-        self.validated = saved.state.get("validated", -1)
+        self.validations.step = saved.state.get("validated", -1)
         self.patience.restore(saved.state.get("patience", {"bits": None}), saved.tensors.get("best", {}))
         self.totals = Totals(saved.step, **{name: saved.state.get(name, 0) for name in COUNTED})
         return True
@@ -280,28 +283,29 @@ class Trainer:
         self,
         say: Callable[[str], None],
         on_sample: Callable[[nn.Module], str] | None = None,
-        on_validate: Callable[[nn.Module], dict[str, float]] | None = None,
+        on_validate: Measure | None = None,
     ) -> Totals:
         """Train to the end; returns the totals, with averaged weights, or the best, left in the objective.
 
         on_sample: called every `logging.sample_every` steps, and at the end, on the averaged model
-        on_validate: the same every `logging.validate_every` steps, and at the start: its bits a character, the
-        `bound` and its terms
+        on_validate: the same, when hldm.training.validations says: its bits a character, the `bound` and its terms
         Raises Interrupted after saving when a signal came, TrainingDiverged on non-finite numbers.
         """
         clock = clock_named(self.config.clock)
-        began = clock()
-        before = self.totals.seconds
+        began = clock() - self.totals.seconds
         self.model.train()
         with (
             Interrupt() as interrupt,
             Progress(self.run.folder, self.part, say, live=self.accelerator.is_main_process) as bar,
         ):
             if self.totals.steps == 0:
-                self._validate(on_validate, bar)
+                self._validate(on_validate, bar, 0.0)
+            elif on_validate:
+                self.validations.resume(self.progress())
+            metrics: dict[str, float] | None = None
             while (progress := self.progress()) < 1 and not self.patience.is_spent:
                 metrics = self.step(progress)
-                seconds = before + clock() - began
+                seconds = clock() - began
                 self.totals = replace(self.totals, seconds=seconds)
                 step = self.totals.steps
                 if metrics is None:
@@ -322,11 +326,13 @@ class Trainer:
                         metrics |= signs
                         self.run.log(step, characters=self.totals.characters, **metrics)
                         self.accelerator.log(metrics, step=step)
-                    if self.logging.validate_every and step % self.logging.validate_every == 0:
-                        self._validate(on_validate, bar)
+                    progress = self.progress()
+                    if self.validations.is_due(step, progress):
+                        self._validate(on_validate, bar, progress)
                     bar.advance(step, self.progress(), metrics, every=self.logging.every)
                     if step % self.logging.every == 0:
                         self.recent = Recent()
+                self.cores.look(say)
                 if step % self.checkpoint.every == 0 and not self.anomalies.skipped:
                     self.save(say)
                 if on_sample and self.logging.sample_every and step % self.logging.sample_every == 0:
@@ -339,7 +345,9 @@ class Trainer:
                 )
             for line in self.anomalies.complaints(self.objective.signs()).values():
                 say(f"at the end: {line}")
-            self._validate(on_validate, bar)
+            self._validate(on_validate, bar, 1.0)
+            if metrics:  # what the last validation found, and nothing again
+                bar.advance(self.totals.steps, 1.0, metrics, every=self.totals.steps + 1)
             path = self.save(say)
             for line in self.patience.lines(self.totals.steps):
                 say(line)
@@ -364,26 +372,10 @@ class Trainer:
             self.objective.train()
         self.accelerator.wait_for_everyone()
 
-    def _validate(self, on_validate: Callable[[nn.Module], dict[str, float]] | None, bar: Progress) -> None:
-        """Measure the averaged model on held-out text, once after a step. It is waited for, signal or not."""
-        step = self.totals.steps
-        if on_validate is None or not self.logging.validate_every or self.validated == step:
-            return
-        model = self.objective if self.average is None else self.average.module
-        bits = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
-        if self.accelerator.is_main_process:
-            model.eval()
-            found = on_validate(model)
-            self.objective.train()
-            bits += found.get("answer", found["bound"])  # patience waits for what counts
-            self.run.log(
-                step, event="validation", **{f"validation_{name}": value for name, value in found.items()}
-            )
-            self.accelerator.log({"validation_bound": found["bound"]}, step=step)
-            if step:  # what an untrained model costs is for the log
-                bar.validated(found)
-        self.validated = step
-        self.patience.add(step, float(self.accelerator.reduce(bits)), model.state_dict())
+    def _validate(self, measure: Measure | None, bar: Progress, progress: float) -> None:
+        """Measure the averaged model on held-out text."""
+        average = None if self.average is None else self.average.module
+        self.validations.make(measure, self.objective, average, bar, self.totals, progress)
 
     def _diverged(self, reason: str, weights: list[str]) -> TrainingDiverged:
         """The error to raise. weights: names of those that are not finite."""

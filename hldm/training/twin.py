@@ -11,7 +11,15 @@ from pathlib import Path
 
 import torch
 
-from hldm.config import ChunkingConfig, Config, GriffinConfig, changed, load_config, stage_training
+from hldm.config import (
+    ChunkingConfig,
+    Config,
+    GriffinConfig,
+    changed,
+    find_config,
+    load_config,
+    stage_training,
+)
 from hldm.runs.identity import check_pair
 from hldm.training.sizes import count, untrained
 
@@ -28,6 +36,7 @@ def twin_of(config: Config, path: Path, overrides: Sequence[str] = ()) -> Config
     overrides: the config's; those of its model's shape are not the twin's
     Raises ConfigError where the twin's file names another text.
     """
+    path = find_config(path)  # tiny: that of hldm
     beside = path.with_name(f"{path.stem}-twin{path.suffix}")
     if beside.is_file():
         twin = load_config(beside, [o for o in overrides if not o.startswith(OF_THE_MODEL)])

@@ -16,7 +16,7 @@ from hldm import cli
 from hldm.app.page import finite
 from hldm.app.report.build import PAGE_MARK, build_report
 from hldm.app.report.denoising import denoising_path
-from hldm.app.report.gather import read_evaluation, read_run
+from hldm.app.report.gather import read_evaluation, read_run, with_ends
 from hldm.app.report.passage import Chunks, describe_passage, latent_map, nearest, principal_axes, read_text
 from hldm.commands import report as command
 from hldm.evaluation.bound import evaluate_bound, held_out_windows
@@ -24,7 +24,7 @@ from hldm.evaluation.evaluate import evaluate_run
 from hldm.generation.pipeline import read_pipeline
 from hldm.generation.writer import LatentWriter
 from hldm.model.diffusion import alpha_sigma
-from hldm.text.bytes import count_characters
+from hldm.text.bytes import END_MARK, count_characters
 from hldm.text.corpus import make_corpus
 
 HOSTILE = b"</script><script>alert(1)</script> <img src=x onerror=alert(2)> '\" {{ 7 * 7 }} \xe2\x80\xae "
@@ -99,6 +99,21 @@ def test_what_the_evaluation_says_is_what_the_page_says(page, evaluated_run, cor
         assert stage in page
     private = ("argv", str(evaluated_run.parent), str(corpus_path.parent))
     assert not any(word in page for word in private) and corpus_path.name in page
+
+
+def test_ends_of_documents_are_seen_and_explained(page, evaluated_run):
+    (passage,) = re.findall(r'<div class="text" id="chunks".*?</div>', page, re.S)
+    opens = [chunk["opens"] for chunk in data_of(page)["passage"]]
+    assert sum(opens[1:]) == passage.count(f'<span class="ends" aria-hidden="true">{END_MARK}</span>') > 0
+    assert f"{END_MARK}</span> a document ends, another begins" in page
+    texts, opens = [b"ab", "c\u00e9".encode(), b"d"], np.array([True, False, True])
+    assert with_ends(texts, opens) == f"abc\u00e9{END_MARK}\nd"
+
+
+def test_the_other_runs_bits_are_compared_in_words(evaluated_run, tmp_path):
+    other = Path(shutil.copytree(evaluated_run, tmp_path / "twin"))
+    page = build_report(evaluated_run, against=other)
+    assert "bits of twin; small takes 1.00 times as many" in page and "×" not in page.split("<nav")[0]
 
 
 def test_no_text_becomes_markup_or_script(evaluated_run, tmp_path, monkeypatch):

@@ -95,9 +95,14 @@ def test_it_writes_and_is_measured_like_the_run(there, trained_run, capsys):
             assert cli.evaluate([*arguments, "--max-characters", "10"]) == 0
         out = capsys.readouterr().out
         rows = [re.sub(" +", " ", line) for line in out.splitlines()[4:] if "speed" not in line]
-        tables.append([line for line in rows if "random passage" not in line])
+        assert rows[-1].startswith("only printed: --json FILE")
+        assert (
+            rows[-2] == f"What each part is worth on it: hldm diagnose --parts --run {run} --text other.txt"
+        )
+        assert not any("bits lost" in line for line in rows)
+        tables.append([line for line in rows[:-2] if "random passage" not in line])
         is_here = run != "slim"
-        missing = "the training text, which is not at hand (data.path=text.txt: no such file or folder)"
+        missing = "the training text is not here (data.path=text.txt: no such file or folder)"
         assert (missing in " ".join(str(warning.message) for warning in said)) != is_here
         assert any("random passage" in line for line in rows) == is_here  # no row of what cannot be measured
     assert tables[0] == tables[1]

@@ -132,7 +132,7 @@ metrics = {"decoder": 1.5, "latent": 0.604, "characters_per_second": 23456.7, "s
 with Progress(Path("runs/mine/autoencoder"), Part(1, 2, 0.5), say_line, live=True) as shown:
     for step in range(1, 101):
         if step == 50:
-            shown.validated({"bound": 2.213, "latent": 1.0, "decoder": 1.21, "end": 0.003})
+            shown.validated({"bound": 2.213, "latent": 1.0, "decoder": 1.21, "end": 0.003}, 2)
             say_line("step 50: something to be said")
         shown.advance(step, step / 100, {**metrics, "decoder": 1.5 + 1 / step}, every=50)
         time.sleep(0.003)
@@ -206,7 +206,7 @@ def test_every_name_on_a_line_is_explained_once_when_it_appears():
     said: list[str] = []
     with Progress(Path("runs/mine/autoencoder"), Part(1, 2, None), said.append, live=False) as shown:
         shown.advance(1, 0.1, ONE, every=1)
-        shown.validated(VALIDATION)
+        shown.validated(VALIDATION, 2)
         shown.advance(2, 0.2, {**ONE, "rank": 2.0, "prototypes": 9.0}, every=1)
         shown.advance(3, 0.3, {**ONE, "rank": 2.0, "prototypes": 9.0}, every=1)
     first, second = (line for line in said if line.startswith("legend: "))
@@ -217,6 +217,41 @@ def test_every_name_on_a_line_is_explained_once_when_it_appears():
         *("validation", "prototypes", "rank")
     ]
     assert said.index(second) == 2 and "prototypes 9 rank 2.0" in said[3]
+
+
+def test_the_names_of_stage_two_are_explained_as_those_of_stage_one():
+    said: list[str] = []
+    alone = {"latent": 0.7, "end": 0.001, "characters_per_second": 9.0}
+    with Progress(Path("runs/mine/prior"), Part(2, 2, None), said.append, live=False) as shown:
+        shown.advance(1, 0.1, alone, every=1)
+        shown.validated(VALIDATION, 0)  # that of stage one's end
+        shown.advance(2, 0.2, alone, every=1)
+        shown.advance(3, 0.3, alone, every=1)
+    first, second = (line for line in said if line.startswith("legend: "))
+    names = [
+        [told.split(":")[0] for told in line.removeprefix("legend: ").split("; ")] for line in (first, second)
+    ]
+    assert names == [
+        ["bits/char in latents alone", "latent", "end"],
+        ["validation", "decoder", "latents in training"],
+    ]
+    for name in ("validation ", "latent ", "decoder ", "end ", "latents in training "):
+        assert name in said[-1]
+    assert "before it has learnt" not in "".join(said)  # it begins with stage one's mixture
+
+
+def test_the_first_step_is_said_to_be_untrained_and_a_validation_is_a_line():
+    said: list[str] = []
+    with Progress(Path("runs/mine/autoencoder"), Part(1, 2, None), said.append, live=False) as shown:
+        shown.validated(VALIDATION, 0)
+        shown.advance(1, 0.1, ONE, every=1)
+        shown.advance(2, 0.2, ONE, every=50)
+        shown.validated(VALIDATION, 3)
+        shown.advance(3, 0.3, ONE, every=50)
+        shown.advance(4, 0.4, ONE, every=50)
+    lines = [line for line in said if "/autoencoder: step " in line]
+    assert len(lines) == 2 and "(before it has learnt anything)" in lines[0] and "validation" not in lines[0]
+    assert f"validation {VALIDATION['bound']:.3f}" in lines[1] and "before" not in lines[1]
 
 
 def test_a_dumb_terminal_gets_plain_lines():

@@ -27,10 +27,12 @@ from hldm.sources.corpora import load_corpora
 from hldm.studies import bench_training
 from hldm.text.corpus import make_corpus
 from hldm.training import stages
+from hldm.training import validations as validations_of_training
 from hldm.training.patience import Patience
 from hldm.training.sizes import stage_sizes
 from hldm.training.stages import train_autoencoder, train_diffusion, train_run
 from hldm.training.trainer import Trainer
+from hldm.training.validations import COST, FARTHEST, NEAREST, spacing
 
 SIZE = 512
 
@@ -55,7 +57,8 @@ def model_of(folder: Path) -> dict[str, torch.Tensor]:
 def test_the_figures_are_those_of_evaluate_and_stage_two_starts_where_stage_one_ended(config, tmp_path):
     run = train_run(config, root=tmp_path, validation=validation_on)
     first, second = (validations(run / stage) for stage in ("autoencoder", "prior"))
-    assert [line["step"] for line in first] == [line["step"] for line in second] == [0, 5, 10, 12]
+    for lines in (first, second):  # every 5 steps, and after a third of the run where its time is not known
+        assert {0, 4, 5, 10, 12} <= {line["step"] for line in lines}
     # stage one's mixture, as a prior of the least size, and stage two's own, which says nothing yet
     assert second[0]["validation_bound"] == pytest.approx(first[-1]["validation_bound"], abs=1e-6)
     pipeline = read_pipeline(run / "pipeline")
@@ -194,6 +197,47 @@ def test_patience_without_validations_is_refused(config, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_short_run_is_measured_on_the_way_and_says_so(config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(validations_of_training, "clock_named", lambda name: lambda: 0.0)  # it takes no time
+    rare = changed(config, logging=changed(config.logging, validate_every=250, every=250))
+
+    def at_once(*_) -> Callable[..., dict[str, float]]:
+        return lambda *models: {"bound": 3.0, "latent": 1.0, "decoder": 2.0, "end": 0.0}
+
+    folder = train_autoencoder(rare, root=tmp_path, validation=at_once) / "autoencoder"
+    steps = [line["step"] for line in validations(folder)]
+    assert steps == [0, 4, 6, 8, 10, 12]  # after a third, for no step has been timed yet, then every eighth
+    out = capsys.readouterr().out
+    assert out.count(" validation ") == len(steps) - 1  # a line each, but for the untrained model's
+    never = changed(rare, name="never", logging=changed(rare.logging, validate_every=0, every=1))
+    folder = train_autoencoder(never, root=tmp_path, validation=validation_on) / "autoencoder"
+    assert not validations(folder)
+
+
+def test_what_is_measured_on_the_way_costs_two_percent_and_is_there_twice_in_the_shortest_run():
+    assert spacing(1.0, 300.0) == pytest.approx(1 / 6)  # five of a second each, of 300
+    assert spacing(0.1, 300.0) == NEAREST and spacing(10.0, 300.0) == FARTHEST
+    assert spacing(60.0, 300.0) == spacing(1.0, -3.0) == math.inf  # dearer than the run is worth
+    assert spacing(1.0, None) == FARTHEST
+    for cost, in_all in ((0.5, 60.0), (2.0, 600.0), (0.01, 10.0)):
+        times = math.ceil(1 / spacing(cost, in_all)) - 1  # before the end
+        assert times >= 2 and (times * cost <= COST * in_all or times == 2)
+
+
+def test_patience_counts_what_comes_every_so_many_steps_alone(config, tmp_path):
+    """In between, they come by the clock: a run that is resumed would stop elsewhere."""
+
+    def worse_and_worse(*_) -> Callable[..., dict[str, float]]:
+        found = iter(range(1, 99))
+        return lambda *models: {"bound": float(next(found)), "latent": 0.0, "decoder": 0.0, "end": 0.0}
+
+    patient = stage_training(config, "autoencoder", steps=40, patience=1)
+    rare = changed(patient, logging=changed(config.logging, validate_every=20))
+    folder = train_autoencoder(rare, root=tmp_path, validation=worse_and_worse) / "autoencoder"
+    steps = [line["step"] for line in validations(folder)]
+    assert read_totals(folder).steps == 20 and set(steps) >= {0, 14, 20} and steps[-1] == 20
+
+
 def test_the_best_weights_count_as_memory_and_disk(config):
     plain, patient = (
         stage_sizes(stage_training(config, "prior", patience=patience), "prior") for patience in (0, 1)
@@ -223,6 +267,12 @@ def test_a_slice_is_of_documents_everywhere_and_of_whole_characters():
     assert len(found) == PIECES and len(found.text) == PIECES * 99  # 33 characters of 3 bytes
     starts = [found.document(index).tobytes().decode()[0] for index in range(PIECES)]
     assert starts[0] == chr(0x4E00) and starts[-1] == chr(0x4E00 + 49) and len(set(starts)) == PIECES
+    lines = b"".join(b"line %03d of one long document\n" % number for number in range(300))
+    found = slice_of(make_corpus("x", [lines]), 800)
+    pieces = [found.document(index).tobytes() for index in range(len(found))]
+    assert len(pieces) == PIECES and all(piece.startswith(b"line ") and len(piece) == 100 for piece in pieces)
+    assert pieces[0].startswith(b"line 000") and pieces[-1] > b"line 250"
+    assert len(slice_of(make_corpus("x", [lines[:1500]]), 800)) == 2
     short = make_corpus("x", [b"ab", b"c"])
     assert np.array_equal(slice_of(short, 800).text, short.text)
     assert len(slice_of(make_corpus("x", [b"\x80" * 99]), 10).text) in range(7, 11)  # no UTF-8 at all

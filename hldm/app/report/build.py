@@ -16,6 +16,7 @@ from hldm.evaluation.parts_table import tables
 from hldm.evaluation.tables import Table, compare
 from hldm.runs.doing import doing
 from hldm.runs.export import without_places
+from hldm.text.bytes import END_MARK
 
 PAGE_MARK = b"<!doctype html><!-- hldm report -->"  # how such a page begins
 AXES = {
@@ -23,7 +24,7 @@ AXES = {
     "characters": ("characters read", 1.0),
     "step": ("steps", 1.0),
 }
-BITS = {"latent": "latents", "decoder": "decoder", "end": "end", "validation_bound": "held out"}
+BITS = {"latent": "latents", "decoder": "decoder", "end": "end term", "validation_bound": "held out"}
 COLOURS = {"latent": "latent", "decoder": "decoder", "validation_bound": "other"}
 # other panels: key, title, format of the last value, whether the axis is logarithmic
 PANELS = (
@@ -65,6 +66,7 @@ def build_report(
         "report/report.html",
         mark=Markup(PAGE_MARK.decode()),  # noqa: S704 - our own
         names=names,
+        end_mark=END_MARK,
         run=run,
         is_twin=run.pipeline is not None and run.pipeline.prior is None,
         headline=_headline(run, other),
@@ -89,7 +91,8 @@ def _headline(run: Run, other: Run | None) -> list[dict[str, str]]:
     found = [_figure(f"{bits['bound']:.3f}", first, f"± {error:.3f}" if error else "")]
     if other is not None and other.evaluation is not None:
         theirs = other.evaluation["bits_per_character"]["bound"]
-        found.append(_figure(f"{theirs:.3f}", f"of {other.name}", f"× {bits['bound'] / theirs:.2f}"))
+        ratio = f"{run.name} takes {bits['bound'] / theirs:.2f} times as many"
+        found.append(_figure(f"{theirs:.3f}", f"bits of {other.name}; {ratio}"))
     if bits.get("latent"):
         found.append(_figure(f"{bits['latent'] / bits['bound']:.0%}", "of the bits are in the latents"))
     if (length := run.evaluation.get("characters_per_chunk")) is not None:

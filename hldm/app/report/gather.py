@@ -11,6 +11,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from hldm.app.report.denoising import denoising_paths
@@ -28,6 +29,7 @@ from hldm.runs.location import INDEX, find_model, pipeline_of
 from hldm.runs.reports import save_report
 from hldm.sources.corpora import corpus_of_file
 from hldm.sources.notes import first_line
+from hldm.text.bytes import END_MARK
 from hldm.text.corpus import Corpus
 
 PROMPT_CHUNKS = 24  # of the passage, that samples go on from
@@ -143,11 +145,20 @@ def look(run: Run, other: Run | None = None, *, seed: int = 0) -> dict[str, Any]
         "map": None if prior is None else latent_map(chunks),
         "paths": [],
         "samples": samples_by_temperature(run.pipeline, b"".join(prompt), seed=seed),
-        "prompt": b"".join(prompt).decode("utf-8", "replace"),
+        "prompt": with_ends(prompt, chunks.opens),
     }
     if prior is not None:
         found["paths"] = denoising_paths(autoencoder, prior, within, run.pipeline.settings)
     return found
+
+
+def with_ends(texts: list[bytes], opens: np.ndarray) -> str:
+    """Chunks joined, END_MARK and a line's end where a document ends. opens: (n,) bool, the first of a document"""
+    parts = []
+    for index, text in enumerate(texts):
+        parts += [f"{END_MARK}\n".encode()] if index and opens[index] else []
+        parts.append(text)
+    return b"".join(parts).decode("utf-8", "replace")
 
 
 def _bits_of_other(
