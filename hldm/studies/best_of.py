@@ -31,13 +31,13 @@ from hldm.generation.ranking import RULES
 from hldm.runs.folder import corpora_of_run
 from hldm.runs.identity import require_shared_text
 from hldm.runs.location import pipeline_of
-from hldm.studies.brier import brier_lm, brier_terms, symbols
+from hldm.studies.brier import GRAM, brier_lm, brier_terms, symbols
 from hldm.studies.judge import NGram
 from hldm.text.bytes import count_characters
 
 ROWS = 1024  # written at once, candidates included
 NEAR = 0.03  # of the true text's entropy: what varies as much as it
-AGAIN = 2**40  # added to a seed for the second, independent text that BrierLM asks for
+AGAIN = 2**24  # between seeds of independent texts: torch takes 32 bits of one, and each prompt adds one
 TEMPERATURES = (0.7, 0.85, 1.0)  # of the decoder, for each rule
 SINGLE = (0.35, 0.5, 0.7, 0.85, 1.0)  # for single draws, which are to have their best
 
@@ -66,7 +66,9 @@ BrierLM          100 for a writer that knows the text; of the first four bytes o
 as shipped       against single draws at the decoder temperature that the run writes with"""
 
 
-class _Judge(NamedTuple):
+class Judge(NamedTuple):
+    """n-grams of held-out books, and ROUGE-L against the true continuations."""
+
     ngram: NGram
     prompts: Sequence[Prompt]
 
@@ -133,7 +135,7 @@ def study_candidates(
     if twin is not None:
         require_shared_text(folder, twin)
     pipeline = read_pipeline(pipeline_of(folder))
-    chosen, judge = _judge_of(folder, pipeline, prompts, max_characters)
+    chosen, judge = judge_of(folder, pipeline, prompts, max_characters)
     true = judge([prompt.continuation.encode() for prompt in chosen]) | {"name": "true text", "rouge": None}
     rows = [true | {"rouge_error": None}]
     models = {"": (pipeline, depth)}
@@ -149,7 +151,9 @@ def study_candidates(
                 say(f"{prefix}{name}, decoder temperature {temperature:g}")
                 settings = changed(model.settings, decoder_temperature=temperature)
                 texts, seconds = _write(model, settings, search, chosen, max_characters, seed)
-                again, _ = _write(model, settings, search, chosen, max_characters, seed + AGAIN)
+                # of single draws no more than BrierLM reads; what a rule chooses depends on whole stubs
+                length = GRAM if search.candidates == 1 else max_characters
+                again, _ = _write(model, settings, search, chosen, length, seed + AGAIN)
                 speed = sum(map(count_characters, texts)) / seconds
                 written.append({"name": prefix + name, "decoder_temperature": temperature} | judge(texts))
                 written[-1] |= _brier(texts, again, chosen) | {"characters_per_second": speed}
@@ -169,15 +173,16 @@ def _brier(first: Sequence[bytes], second: Sequence[bytes], prompts: Sequence[Pr
     return {"brier": found.value, "brier_error": found.standard_error}
 
 
-def _judge_of(
+def judge_of(
     folder: Path, pipeline: HLDMPipeline, prompts: int, max_characters: int
-) -> tuple[list[Prompt], _Judge]:
+) -> tuple[list[Prompt], Judge]:
+    """Places of the test text, and what judges one text written at each. Raises ValueError where there is no room."""
     corpora = corpora_of_run(folder)
     chunker = prompt_chunker(pipeline.autoencoder)
     chosen = choose_prompts(corpora["test"], chunker, prompts, max_characters=max_characters)
     if not chosen:
         raise ValueError(f"{corpora['test'].name} has no room for a prompt and a continuation")
-    return chosen, _Judge(NGram(corpora["validation"].text.tobytes()), chosen)
+    return chosen, Judge(NGram(corpora["validation"].text.tobytes()), chosen)
 
 
 def _stretches(depth: int, model: HLDMPipeline, twin: HLDMPipeline) -> int:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
-from hldm.studies.best_of import _compare, entropy, study_candidates, table
+from hldm.generation.writer import row_generators
+from hldm.studies.best_of import AGAIN, _compare, entropy, study_candidates, table
 
 
 def row(name, entropy, bits, rouge):
@@ -49,6 +51,14 @@ def test_every_rule_stands_beside_single_draws_and_true_text(trained_run):
     again = study_candidates(trained_run, **asked, rules=["mbr"], say=lambda line: None)
     [mbr] = [each for each in again["candidates_judged"] if each["name"] == "mbr of 2"]
     assert mbr["ngram_bits"] == next(each["ngram_bits"] for each in rows if each["name"] == "mbr of 2")
+
+
+def test_the_second_text_of_a_prompt_is_another_one():
+    """BrierLM asks for independent texts: seeds that torch takes for the same would make it -1 or 1 a place."""
+    first, second = (row_generators(seed, 64) for seed in (3, 3 + AGAIN))
+    assert all(
+        torch.rand(1, generator=a) != torch.rand(1, generator=b) for a, b in zip(first, second, strict=True)
+    )
 
 
 def test_an_unknown_rule_is_refused_before_anything_is_written(trained_run):
