@@ -28,7 +28,7 @@ def lm_eval(context: Context) -> None:
 def pairs(
     *,
     file: Annotated[Path, Option(metavar="FILE", help="JSONL of good and bad, may be packed by gzip")],
-    run: Annotated[str, Option(metavar="RUN", help=options.RUN_NAME)] = "small",
+    run: options.RunName = "small",
     group: Annotated[str, Option(metavar="KEY", help="rows are told apart by it")] = "term",
     draws: Annotated[int, Option(help="noise levels a chunk, even")] = 32,
     samples: Annotated[

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from typer import Option
 
-from hldm.commands.options import RUN_NAME, AllowCode, Clock, Minutes, Report, Seed
+from hldm.commands.options import AllowCode, Clock, Minutes, Report, RunName, Seed
 from hldm.config import load_config
 from hldm.runs.location import SHIPPED, find_model, pipeline_of
 from hldm.runs.reports import check_report_path, save_report
@@ -17,7 +17,7 @@ DRAFT = "draft"  # the folder of a run that holds its own
 
 def draft(
     *,
-    run: Annotated[str, Option(metavar="RUN", help=RUN_NAME)],
+    run: RunName,
     to: Annotated[Path | None, Option(metavar="FOLDER", help="default: RUN/draft")] = None,
     minutes: Minutes = 2.0,
     clock: Clock = "wall",

@@ -24,12 +24,7 @@ if TYPE_CHECKING:
     from hldm.generation.pipeline import HLDMPipeline
 
 Candidates = Annotated[int, Option(help="drawn, and ranked by what the text after them then costs")]
-Temperature = Annotated[float | None, Option(help="scale of the latents' noise")]
-DecoderTemperature = Annotated[float | None, Option(help="of the bytes; 0 takes the likeliest")]
-AsJson = Annotated[bool, Option("--json", help="one JSON object instead")]
-Measured = Annotated[
-    Path | None, Option("--measured", metavar="FILE", help="with --measure: all numbers, as JSON")
-]
+ShowCandidates = Annotated[bool, Option("--show-candidates", help="all of them, the best first")]
 PathName = Literal["linear", "spherical"]
 CHUNKS = 3  # to fill in where no length is given: some 18 characters
 
@@ -60,15 +55,15 @@ def fill(
     characters: Annotated[int | None, Option(help="to fill in")] = None,
     chunks: Annotated[int | None, Option(help=f"to fill in, instead (default: {CHUNKS})")] = None,
     candidates: Candidates = 16,
-    temperature: Temperature = None,
-    decoder_temperature: DecoderTemperature = None,
+    temperature: options.Temperature = None,
+    decoder_temperature: options.DecoderTemperature = None,
     seed: options.Seed = 0,
-    show_candidates: Annotated[bool, Option("--show-candidates", help="all of them, the best first")] = False,
-    as_json: AsJson = False,
+    show_candidates: ShowCandidates = False,
+    as_json: options.AsJson = False,
     measure: Annotated[
         int | None, Option(metavar="PLACES", help="instead: bits to find the true text of held-out places")
     ] = None,
-    measured: Measured = None,
+    measured: options.Measured = None,
     allow_code: options.AllowCode = False,
 ) -> None:
     """Text between two texts.
@@ -127,11 +122,11 @@ def edit(
         bool, Option("--hold-latents", help="keep the latents of these chunks, write their bytes anew")
     ] = False,
     candidates: Candidates = 16,
-    temperature: Temperature = None,
-    decoder_temperature: DecoderTemperature = None,
+    temperature: options.Temperature = None,
+    decoder_temperature: options.DecoderTemperature = None,
     seed: options.Seed = 0,
-    show_candidates: Annotated[bool, Option("--show-candidates", help="all of them, the best first")] = False,
-    as_json: AsJson = False,
+    show_candidates: ShowCandidates = False,
+    as_json: options.AsJson = False,
     allow_code: options.AllowCode = False,
 ) -> None:
     """Some chunks of a text written anew, the others kept.
@@ -170,12 +165,12 @@ def interpolate(
     second: Annotated[str, Option("--to", help="the text at weight 1")] = "",
     steps: Annotated[int, Option(help="weights from 0 to 1, both included")] = 7,
     path: Annotated[PathName, Option(help="between two latents: the line, or the arc")] = "linear",
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
     measure: Annotated[
         int | None,
         Option(metavar="PAIRS", help="instead: how near held-out sentences' paths are to either end"),
     ] = None,
-    measured: Measured = None,
+    measured: options.Measured = None,
     allow_code: options.AllowCode = False,
 ) -> None:
     """From one text to another by way of their latents."""

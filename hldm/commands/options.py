@@ -50,6 +50,7 @@ def with_name(overrides: list[str] | None, name: str | None) -> list[str]:
 
 RUN_NAME = "folder of a run, small, small-twin or owner/name of a hub"
 Run = Annotated[Path, Option(help="folder of the run, e.g. runs/demo")]
+RunName = Annotated[str, Option(metavar="RUN", help=RUN_NAME)]
 RunOrShipped = Annotated[Path | None, Option(help=f"{RUN_NAME} (default: small)")]
 Text = Annotated[Path | None, Option(metavar="FILE", help="use this file instead, as one document")]
 Split = Literal["validation", "test"]
@@ -69,4 +70,10 @@ Minutes = Annotated[float, Option(callback=check_minutes, help="of training, eac
 Clock = Annotated[Literal["wall", "cpu"], Option(help="what minutes count: cpu on a machine that is busy")]
 MaxCharacters = Annotated[int, Option("--max-characters", "--max-chars", min=1, help="of each continuation")]
 Seed = Annotated[int, Option(callback=_check_seed, help="same seed, same noise")]
+Temperature = Annotated[float | None, Option(help="scale of the latents' noise")]
+DecoderTemperature = Annotated[float | None, Option(help="of the bytes; 0 takes the likeliest")]
+AsJson = Annotated[bool, Option("--json", help="one JSON object instead")]
+Measured = Annotated[
+    Path | None, Option("--measured", metavar="FILE", help="with --measure: all numbers, as JSON")
+]
 Report = Annotated[Path | None, Option("--json", metavar="FILE", help="write all numbers there, too")]

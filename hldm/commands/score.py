@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from typer import Option
 
-from hldm.commands.options import RUN_NAME, AllowCode, Seed
+from hldm.commands.options import AllowCode, RunName, Seed
 from hldm.evaluation.tables import Table, legend, short, show
 from hldm.runs.doing import loading
 from hldm.runs.progress import END_TERM
@@ -44,7 +44,7 @@ MEANINGS = {
 
 def score(
     *,
-    run: Annotated[str, Option(metavar="RUN", help=RUN_NAME)] = "small",
+    run: RunName = "small",
     text: Annotated[list[str] | None, Option(metavar="FILE", help="may repeat; - is standard input")] = None,
     lines: Annotated[bool, Option("--lines", help="score each line of the files by itself")] = False,
     prompt: Annotated[list[str] | None, Option(metavar="TEXT", help="score this text; may repeat")] = None,

@@ -12,7 +12,7 @@ import typer
 from typer import Option
 
 from hldm.commands import options
-from hldm.commands.editing import AsJson, DecoderTemperature, Measured, Temperature, load
+from hldm.commands.editing import load
 from hldm.evaluation.tables import legend, show
 from hldm.runs.doing import doing
 from hldm.runs.folder import shipped_run
@@ -82,10 +82,10 @@ def write(
     method: Method = "mixture",
     particles: Particles = 16,
     max_characters: options.MaxCharacters = 400,
-    temperature: Temperature = None,
-    decoder_temperature: DecoderTemperature = None,
+    temperature: options.Temperature = None,
+    decoder_temperature: options.DecoderTemperature = None,
     seed: options.Seed = 0,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
     allow_code: options.AllowCode = False,
 ) -> None:
     """Write on from prompts, toward a value of an attribute."""
@@ -125,7 +125,7 @@ def measure(
     particles: Particles = 16,
     prompts: Annotated[int, Option(min=1, help="of the test text")] = 24,
     seeds: Annotated[int, Option(min=2, help="that everything is written with")] = 3,
-    measured: Measured = None,
+    measured: options.Measured = None,
     allow_code: options.AllowCode = False,
 ) -> None:
     """What steering does to text, by a judge that sees letters alone.

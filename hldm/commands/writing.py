@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 from typer import Option
 
 from hldm import plugins
+from hldm.commands import options
 from hldm.commands.drafting import DRAFT
-from hldm.commands.options import AllowCode, MaxCharacters, RunOrShipped, Seed, check_minutes
 from hldm.config import ChunkingConfig, GenerationConfig, Strategy, changed
 from hldm.runs.doing import loading
 from hldm.runs.folder import shipped_run
@@ -37,16 +37,16 @@ OWN_SEGMENTERS = "train a segmenter for each strategy that takes one (default: a
 
 def generate(
     *,
-    run: RunOrShipped = None,
+    run: options.RunOrShipped = None,
     prompt: Annotated[list[str] | None, Option(help="may repeat; '' starts a document")] = None,
     prompt_file: Annotated[list[str] | None, Option(help="may repeat; - is standard input")] = None,
-    max_characters: MaxCharacters = 400,
+    max_characters: options.MaxCharacters = 400,
     num_samples: Annotated[int, Option(min=1, help="continuations of each prompt")] = 1,
     steps: Annotated[int | None, Option(help="denoising steps of each latent")] = None,
     scheduler: Annotated[Scheduler | None, Option(help="sampler")] = None,
     guidance: Annotated[float | None, Option(help="weight of the context; 1 is none")] = None,
-    temperature: Annotated[float | None, Option(help="scale of the latents' noise")] = None,
-    decoder_temperature: Annotated[float | None, Option(help="of the bytes; 0 takes the likeliest")] = None,
+    temperature: options.Temperature = None,
+    decoder_temperature: options.DecoderTemperature = None,
     top_p: Annotated[float | None, Option(help="nucleus of the bytes")] = None,
     candidates: Annotated[int, Option(help="continuations to choose from at each place; 1: none")] = 1,
     rank: Annotated[str, Option(help=RANK_HELP)] = "mbr",
@@ -57,7 +57,7 @@ def generate(
         list[str] | None, Option(help=r"end before the first of these, e.g. \n; may repeat")
     ] = None,
     memory: Annotated[str | None, Option(metavar="DIR", help="of hldm memory build, or document")] = None,
-    seed: Seed = 0,
+    seed: options.Seed = 0,
     show_chunks: Annotated[bool, Option("--show-chunks", help="tint chunks, or mark them with |")] = False,
     as_json: Annotated[bool, Option("--json", help="one JSON object a continuation")] = False,
     draft: Annotated[
@@ -65,7 +65,7 @@ def generate(
     ] = None,
     no_draft: Annotated[bool, Option("--no-draft", help="write without one")] = False,
     raw: Annotated[bool, Option("--raw", help="send a terminal control characters as they are")] = False,
-    allow_code: AllowCode = False,
+    allow_code: options.AllowCode = False,
 ) -> None:
     """Write on from prompts."""
     if sys.stdout is None:
@@ -236,10 +236,10 @@ def chunk(
     min_bytes: Annotated[int, Option(help="of a chunk")] = 4,
     max_bytes: Annotated[int | None, Option(help="default: 12, of a sentence or paragraph 1024")] = None,
     target_bytes: Annotated[float, Option(help="mean, of strategies with a model")] = 6.0,
-    minutes: Annotated[float | None, Option(callback=check_minutes, help=OWN_SEGMENTERS)] = None,
+    minutes: Annotated[float | None, Option(callback=options.check_minutes, help=OWN_SEGMENTERS)] = None,
     as_json: Annotated[bool, Option("--json", help="bytes of each chunk, as JSON")] = False,
     html: Annotated[Path | None, Option(metavar="FILE", help="write a page there instead")] = None,
-    allow_code: AllowCode = False,
+    allow_code: options.AllowCode = False,
 ) -> None:
     """Where a text is cut, by one strategy or all."""
     chunking = ChunkingConfig(
