@@ -21,10 +21,12 @@ from hldm.commands import jepa as jepa_commands
 from hldm.commands import memory as memory_commands
 from hldm.commands import steering as steering_commands
 from hldm.commands.candidates import candidates
+from hldm.commands.decoding import decoding
 from hldm.commands.far import far
 from hldm.commands.frontier import frontier
 from hldm.commands.playground import playground
 from hldm.commands.report import report
+from hldm.commands.summaries import summaries
 from hldm.commands.train import train
 from hldm.commands.uncompress import uncompress
 from hldm.config import ConfigError
@@ -52,8 +54,10 @@ for command in (  # in the order of the help
     frontier,
     jepa_commands.similarity,
     uncompress,
+    summaries,
     measuring.judge,
     candidates,
+    decoding,
     memory_commands.codebook,
     far,
     report,

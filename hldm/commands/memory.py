@@ -8,14 +8,13 @@ from typing import Annotated
 import typer
 from typer import Option
 
-from hldm.commands.options import RUN_NAME, AllowCode, MaxCharacters, Report, Seed, Text
+from hldm.commands.options import AllowCode, MaxCharacters, Report, RunName, Seed, Text
 from hldm.evaluation.tables import show
 from hldm.runs.doing import doing
 from hldm.runs.location import find_model
 from hldm.runs.reports import check_report_path, save_report
 
 app = typer.Typer(help="Remember what followed contexts like this one.", rich_markup_mode=None)
-RunName = Annotated[str, Option(metavar="RUN", help=RUN_NAME)]
 
 
 @app.callback()
@@ -51,6 +50,9 @@ def measure(
     memory: Annotated[
         str, Option(metavar="DIR", help="of hldm memory build; document: its own text")
     ] = "document",
+    twin: Annotated[
+        Path | None, Option(metavar="RUN", help="measured with a cache of the document beside it")
+    ] = None,
     text: Text = None,
     rare: Annotated[int, Option(min=0, help="a word is rare that training saw at most so often")] = 5,
     draws: Annotated[int, Option(min=1, help="of each chunk's latent")] = 4,
@@ -67,7 +69,15 @@ def measure(
 
     folder = find_model(run)
     with doing(f"measuring bits with and without {memory}"):
-        found = bits.measure_memory(folder, memory, text=text, rare=rare, draws=draws, seed=seed)
+        found = bits.measure_memory(
+            folder,
+            memory,
+            twin=None if twin is None else find_model(twin),
+            text=text,
+            rare=rare,
+            draws=draws,
+            seed=seed,
+        )
     show(bits.table(found))
     if prompts:
         from hldm.studies import memory_samples as samples

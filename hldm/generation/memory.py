@@ -182,12 +182,22 @@ def _squares(z_0: Tensor, latents: Tensor, alpha: float) -> Tensor:
     return torch.cdist(z_0, alpha * latents, compute_mode="donot_use_mm_for_euclid_dist").square()
 
 
-def fit_gate(
-    found: Mapping[str, Neighbours], plain: Tensor, z_0: Tensor, gamma_0: float, rounds: int = 30
-) -> Gate:
-    """The gate of these sources under which held-out latents are likeliest, by L-BFGS.
+def fit_gate(found: Mapping[str, Neighbours], plain: Tensor, z_0: Tensor, gamma_0: float) -> Gate:
+    """The gate of these sources under which held-out latents are likeliest.
 
     plain: (b m) log p of z_0 (b m z), m draws from the posterior of each chunk. Raises ValueError for no neighbours.
+    """
+    alpha, _ = alpha_sigma(torch.tensor(gamma_0))
+    squares = torch.cat([_squares(z_0, near.latents, float(alpha)) for near in found.values()], dim=-1)
+    return fit_numbers(found, lambda weighed: weighed.log_density_at(plain, squares, z_0.shape[-1], gamma_0))
+
+
+def fit_numbers(
+    found: Mapping[str, Neighbours], log_density: Callable[[Weighed], Tensor], rounds: int = 30
+) -> Gate:
+    """The gate of these sources under which `log_density` of held-out text is highest in the mean, by L-BFGS.
+
+    Raises ValueError for no neighbours.
     """
     if not any(bool(near.distance.isfinite().any()) for near in found.values()):
         raise ValueError("a gate is fitted on text that has neighbours: this has none")
@@ -196,14 +206,11 @@ def fit_gate(
     free = [log_evidence, *(number for numbers in sources.values() for number in numbers.values())]
     for number in free:
         number.requires_grad_(True)
-    alpha, _ = alpha_sigma(torch.tensor(gamma_0))
-    squares = torch.cat([_squares(z_0, near.latents, float(alpha)) for near in found.values()], dim=-1)
     optimizer = torch.optim.LBFGS(free, max_iter=rounds, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        weighed = _weigh(found, sources, log_evidence)
-        nats = -weighed.log_density_at(plain, squares, z_0.shape[-1], gamma_0).mean()
+        nats = -log_density(_weigh(found, sources, log_evidence)).mean()
         # keeps numbers finite that the text says nothing of, such as the sharpness of a source that is never used
         nats = nats + 1e-5 * sum(number.square() for number in free)
         nats.backward()
@@ -227,12 +234,12 @@ def count_matched(
 ) -> Tensor:
     """How many chunks in a row just before are the same text as just before each entry. (b j).
 
-    history: (b MOST_MATCHED) fingerprints of the chunks before, the last one first; 0 where the document begins
+    history: (b most) fingerprints of the chunks before, the last one first; 0 where the document begins
     before: (entries, i) -> fingerprint of the chunk i places before each, 0 where its document begins
     """
     matched = np.zeros(entry.shape, np.int64)
     goes_on = np.ones(entry.shape, bool)
-    for back in range(1, MOST_MATCHED + 1):
+    for back in range(1, history.shape[1] + 1):
         own = history[:, back - 1, None]
         goes_on &= (own != 0) & (before(entry, back) == own)
         matched += goes_on

@@ -60,10 +60,10 @@ class Past(NamedTuple):
         """The fingerprint of the chunk so many places before each; 0 where the document begins."""
         return np.where(chunk - back >= self.first[chunk], self.prints[(chunk - back).clip(min=0)], 0)
 
-    def history(self) -> np.ndarray:
-        """Of each chunk, see `count_matched`. (n MOST_MATCHED)"""
+    def history(self, most: int = MOST_MATCHED) -> np.ndarray:
+        """Of each chunk, see `count_matched`. (n most)"""
         chunk = np.arange(len(self.prints))
-        return np.stack([self.print_before(chunk, back) for back in range(1, MOST_MATCHED + 1)], axis=1)
+        return np.stack([self.print_before(chunk, back) for back in range(1, most + 1)], axis=1)
 
 
 def chunk_prints(windows: Windows) -> tuple[np.ndarray, np.ndarray]:
@@ -140,8 +140,13 @@ def stored_neighbours(store: Store, corpus: Corpus, past: Past) -> Neighbours:
     return Neighbours(*map(torch.cat, zip(*parts, strict=True)))
 
 
-def document_neighbours(past: Past, count: int = NEIGHBOURS, index: Index | None = None) -> Neighbours:
-    """Of every chunk among those before it in its own document, or those of them that an index finds."""
+def document_neighbours(
+    past: Past, count: int = NEIGHBOURS, index: Index | None = None, most: int = MOST_MATCHED
+) -> Neighbours:
+    """Of every chunk among those before it in its own document, or those of them that an index finds.
+
+    most: chunks just before that are compared
+    """
     n = len(past.prints)
     distance, entry = torch.full((n, count), torch.inf), torch.zeros(n, count, dtype=torch.long)
     for rows, first in _stretches(past.document):
@@ -157,7 +162,7 @@ def document_neighbours(past: Past, count: int = NEIGHBOURS, index: Index | None
         near, at = square.topk(min(count, chunk.shape[1]), largest=False)
         distance[rows, : near.shape[1]] = near
         entry[rows, : near.shape[1]] = chunk.gather(1, at).clamp(min=0) + first
-    matched = count_matched(past.history(), entry.numpy(), past.print_before)
+    matched = count_matched(past.history(most), entry.numpy(), past.print_before)
     return Neighbours.of(past.latents[entry], distance, matched)
 
 

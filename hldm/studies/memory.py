@@ -13,6 +13,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,8 +43,10 @@ from hldm.model.likelihood import read_chunks
 from hldm.model.prior import Prior
 from hldm.runs.files import fingerprint
 from hldm.runs.folder import corpora_of_run, training_text_of
+from hldm.runs.identity import require_shared_text
 from hldm.runs.location import pipeline_of
 from hldm.sources.corpora import corpus_of_file
+from hldm.studies.byte_cache import fit_cache, nats_of_twin
 from hldm.text.corpus import Corpus, make_corpus
 from hldm.text.windows import Windows, draw_normal
 
@@ -169,27 +172,47 @@ def nats_with(costs: Costs, store: Store | None, gates: Mapping[str, Gate]) -> d
 
 
 def rows_of(
-    label: str, costs: Costs, nats: Mapping[str, np.ndarray], counted: np.ndarray | None = None
+    label: str,
+    costs: Costs,
+    nats: Mapping[str, np.ndarray],
+    counted: np.ndarray | None = None,
+    of_twin: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, Any] | None:
-    """Bits a character of the counted chunks, and what each memory saves of them; None where there are none."""
+    """Bits a character of the counted chunks, and what each memory saves of them; None where there are none.
+
+    of_twin: of the same chunks (see `hldm.studies.byte_cache`)
+    """
     clusters = clusters_of(costs.windows, counted)
     if not clusters.characters.sum():
         return None
-    sums = {name: clusters.sums(costs.decoder + values) for name, values in nats.items()}
-    plain = paired_worth(sums["plain"], np.zeros_like(sums["plain"]), clusters.characters)
-    row: dict[str, Any] = {"text": label, "characters": int(clusters.characters.sum()), "plain": plain.bits}
-    for mode in nats:
-        if mode != "plain":
-            row[mode] = paired_worth(sums["plain"], sums[mode], clusters.characters).as_json()
-    return row
+
+    def worths(nats: Mapping[str, np.ndarray], plain: str) -> dict[str, Any]:
+        sums = {name: clusters.sums(values) for name, values in nats.items()}
+        whole = sums.pop("plain")
+        bits = paired_worth(whole, np.zeros_like(whole), clusters.characters).bits
+        return {plain: bits} | {
+            mode: paired_worth(whole, values, clusters.characters).as_json() for mode, values in sums.items()
+        }
+
+    row: dict[str, Any] = {"text": label, "characters": int(clusters.characters.sum())}
+    row |= worths({name: costs.decoder + values for name, values in nats.items()}, "plain")
+    return row if of_twin is None else row | worths(of_twin, "twin")
 
 
 def measure_memory(
-    folder: Path, memory: str, *, text: Path | None = None, rare: int = 5, draws: int = 4, seed: int = 0
+    folder: Path,
+    memory: str,
+    *,
+    twin: Path | None = None,
+    text: Path | None = None,
+    rare: int = 5,
+    draws: int = 4,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Bits with and without a memory on a run's test text or a file, on rare names, and on text that repeats itself.
 
     memory: folder of a store, or `document`;  rare: words seen at most so often in training
+    twin: a run of a twin, measured with a cache of the document beside it
     Raises ValueError or OSError, one line.
     """
     if draws < 1 or rare < 0:
@@ -197,32 +220,36 @@ def measure_memory(
     pipeline = read_pipeline(pipeline_of(folder))
     autoencoder, prior = pipeline.autoencoder, check_remembers(pipeline.prior)
     store, gates = store_and_gates(memory, pipeline)
+    cache = None if twin is None else _cache_of(folder, twin)
     training: bytes | None
     if text is None:
         corpora = corpora_of_run(folder)
         corpus, training = corpora["test"], corpora["train"].text.tobytes()
     else:
         corpus, training = corpus_of_file(text), training_text_of(folder)
-    costs = read_costs(autoencoder, prior, corpus, draws=draws, seed=seed)
-    nats = nats_with(costs, store, gates)
-    rows = [rows_of("all of it", costs, nats)]
+
+    def measured(read: Corpus) -> tuple[Costs, Callable[..., dict[str, Any] | None]]:
+        costs = read_costs(autoencoder, prior, read, draws=draws, seed=seed)
+        nats, of_twin = nats_with(costs, store, gates), None if cache is None else cache(costs.windows)
+        return costs, lambda label, counted=None: rows_of(label, costs, nats, counted, of_twin)
+
+    costs, row = measured(corpus)
+    rows = [row("all of it")]
     if training is not None:
-        flags = rare_chunks(costs.windows, training, rare)
-        rows += [rows_of(label, costs, nats, flag) for label, flag in flags.items()]
+        rows += [row(label, flag) for label, flag in rare_chunks(costs.windows, training, rare).items()]
     most = most_repeating(corpus)
     if most is not None and len(corpus) > 1:
-        in_it = costs.past.document == most
-        rows.append(rows_of(f"document {most + 1}, which repeats itself most", costs, nats, in_it))
+        label = f"document {most + 1}, which repeats itself most"
+        rows.append(row(label, costs.past.document == most))
     twice, seconds = read_twice(corpus)
-    again = read_costs(autoencoder, prior, twice, draws=draws, seed=seed)
+    again, row = measured(twice)
     starts = np.flatnonzero(again.windows.chunk_start) - twice.offsets[again.past.document]
     in_second = starts >= seconds[again.past.document]
-    rows.append(
-        rows_of("documents read twice: the second time", again, nats_with(again, store, gates), in_second)
-    )
+    rows.append(row("documents read twice: the second time", in_second))
     return {
         "run": folder.resolve().name,
         "memory": memory,
+        "twin": None if twin is None else twin.resolve().name,
         "text_of_measure": "test" if text is None else str(text),
         "draws": draws,
         "seed": seed,
@@ -238,6 +265,16 @@ def store_and_gates(memory: str, pipeline: HLDMPipeline) -> tuple[Store | None, 
     if missing := set(modes_of(store)) - set(store.gates):
         raise ValueError(f"{memory} has no gate for {', '.join(sorted(missing))}: build it again")
     return store, {mode: store.gates[mode] for mode in modes_of(store)}
+
+
+def _cache_of(folder: Path, twin: Path) -> Callable[[Windows], dict[str, np.ndarray]]:
+    """What a twin makes of windows, with a cache fitted on the run's validation text. Raises ValueError, one line."""
+    require_shared_text(folder, twin)
+    autoencoder = read_pipeline(pipeline_of(twin)).autoencoder
+    if autoencoder.latent_dim:
+        raise ValueError(f"{twin} is no twin: pass a run without latents, which reads byte by byte")
+    gate = fit_cache(autoencoder, corpora_of_run(folder)["validation"])
+    return partial(nats_of_twin, autoencoder, gate)
 
 
 def rare_chunks(windows: Windows, training: bytes, rare: int) -> dict[str, np.ndarray]:
@@ -295,15 +332,19 @@ def read_twice(corpus: Corpus) -> tuple[Corpus, np.ndarray]:
 
 def table(found: Mapping[str, Any]) -> Table:
     """Bits a character without a memory, and what each memory saves of them."""
-    modes = [mode for mode in ("training", "document", "both") if mode in found["rows"][0]]
-    head = ["bits a character", "characters", "plain", *(f"saved by {mode}" for mode in modes)]
+    names = {"plain": "plain", **{mode: f"saved by {mode}" for mode in ("training", "document", "both")}}
+    names |= {"twin": "twin, plain", "cache": "saved by its cache"}
+    columns = [name for name in names if name in found["rows"][0]]
     rows = [
-        [row["text"], f"{row['characters']:,}", f"{row['plain']:.4f}", *(_saved(row[mode]) for mode in modes)]
+        [row["text"], f"{row['characters']:,}", *(_shown(row[name]) for name in columns)]
         for row in found["rows"]
     ]
-    return Table(head, rows)
+    return Table(["bits a character", "characters", *(names[name] for name in columns)], rows)
 
 
-def _saved(worth: Mapping[str, float | None]) -> str:
+def _shown(worth: float | Mapping[str, float | None]) -> str:
+    """Bits, or what is saved of them with its error."""
+    if isinstance(worth, float):
+        return f"{worth:.4f}"
     error = worth["standard_error"]
     return f"{worth['bits']:.4f}" + ("" if error is None else f" ± {error:.4f}")
