@@ -21,10 +21,7 @@ from hldm.training.patience import Patience
 
 DEAR = 0.05  # of a run's time: a validation that takes more is made at the start and the end alone
 COST = 0.02  # of a run's time, at most, for what is measured in between
-NEAREST, FARTHEST = (
-    1 / 8,
-    1 / 3,
-)  # shares of a run between two validations: more is not needed, and less not enough
+NEAREST, FARTHEST = 1 / 8, 1 / 3  # shares of a run between two validations
 
 
 def spacing(seconds: float, in_all: float | None) -> float:
@@ -40,9 +37,8 @@ def spacing(seconds: float, in_all: float | None) -> float:
     return min(max(seconds / (COST * in_all), NEAREST), FARTHEST)
 
 
-Measure = Callable[
-    [nn.Module], dict[str, float]
-]  # bits a character of an objective: the `bound` and its terms
+# bits a character of an objective: the `bound` and its terms
+Measure = Callable[[nn.Module], dict[str, float]]
 
 
 class Validations:
@@ -57,12 +53,8 @@ class Validations:
         patience: Patience,
     ):
         """patience: regards those that are made every so many steps, which a resumed run makes after the same ones."""
-        self.run, self.every, self.accelerator, self.patience = (
-            run,
-            logging.validate_every,
-            accelerator,
-            patience,
-        )
+        self.run, self.accelerator, self.patience = run, accelerator, patience
+        self.every = logging.validate_every
         self.minutes, self.clock = config.minutes, clock_named(config.clock)
         self.step = -1  # of the last one
         self.due = math.inf  # progress at which the next in between is made
