@@ -48,7 +48,10 @@ def measure(
     *,
     run: RunName = "small",
     memory: Annotated[
-        str, Option(metavar="DIR", help="of hldm memory build; document: its own text")
+        str,
+        Option(
+            metavar="DIR", help="of hldm memory build; document: its own text; pyramid: that through an index"
+        ),
     ] = "document",
     twin: Annotated[
         Path | None, Option(metavar="RUN", help="measured with a cache of the document beside it")

@@ -56,7 +56,9 @@ def generate(
     stop: Annotated[
         list[str] | None, Option(help=r"end before the first of these, e.g. \n; may repeat")
     ] = None,
-    memory: Annotated[str | None, Option(metavar="DIR", help="of hldm memory build, or document")] = None,
+    memory: Annotated[
+        str | None, Option(metavar="DIR", help="of hldm memory build, document, or pyramid")
+    ] = None,
     seed: options.Seed = 0,
     show_chunks: Annotated[bool, Option("--show-chunks", help="tint chunks, or mark them with |")] = False,
     as_json: Annotated[bool, Option("--json", help="one JSON object a continuation")] = False,

@@ -1,65 +1,96 @@
-"""A cache for the twin: what followed places like this one earlier in the document (Grave et al., arXiv 1612.04426).
+"""A cache of bytes: what followed places like this one earlier in the document (Grave et al., arXiv 1612.04426).
 
     p'(x_t) = (1 - l) p(x_t) + l sum_j pi_j 1{x_j = x_t}
 
-x_j are the bytes that followed the nearest of the twin's earlier states in the document; l and pi_j are functions of
+x_j are the bytes that followed the nearest of the decoder's earlier states in the document; l and pi_j are functions of
 distance and of how many bytes just before are the same. The gate is that of `hldm.generation.memory`, fitted on the
-validation text: what a memory of latents is to be compared with.
+validation text. For the twin it is what a memory of latents is to be compared with; for the decoder of a latent model,
+which knows z_0 as well, what that memory leaves to be remembered.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hldm.chunking.reading import held_out_windows
+from hldm.chunking.reading import held_out_windows, read_windows
 from hldm.generation.memory import ABSENT, Gate, Neighbours, Weighed, fit_numbers, query_of
 from hldm.generation.remembering import Past, document_neighbours
 from hldm.model.autoencoder import Autoencoder
-from hldm.model.likelihood import read_chunks
+from hldm.model.likelihood import Reading, noisy_latents, read_chunks
 from hldm.text.corpus import Corpus
-from hldm.text.windows import Windows
+from hldm.text.windows import Batch, Windows
 
 MOST_BYTES = 32  # just before, that are compared
 
 
 class Events(NamedTuple):
-    """What the twin makes of a corpus: its bytes in a row, and the end of each document."""
+    """What a decoder makes of a corpus: its bytes and ends in a row."""
 
-    past: Past  # query: the twin's state before each; latents (e 1): the symbol; prints: the same, above 0
-    log_p: Tensor  # (e) of each symbol under the twin
-    byte: np.ndarray  # (e) where it stands in the corpus; an end at its document's last byte
+    past: Past  # query: the decoder's state before each; latents (e 1): the symbol; prints: the same, above 0
+    log_p: Tensor  # (e) of each symbol under the decoder
+    byte: (
+        np.ndarray
+    )  # (e) where it stands in the corpus, an end at its document's last byte; with latents its chunk's
 
 
 @torch.no_grad()
-def read_events(twin: Autoencoder, corpus: Corpus) -> Events:
-    """Read a corpus, keeping the decoder's last layer before every symbol."""
-    windows = held_out_windows(twin, corpus)
-    device = next(twin.parameters()).device
-    state, seen = twin.decoder_state(windows.lanes, device), []
+def read_events(decoder: Autoencoder, corpus: Corpus, gamma_0: float | None = None, seed: int = 0) -> Events:
+    """Read a corpus, keeping the decoder's last layer before every symbol.
+
+    gamma_0: the noise of the latents that it is given, drawn once by the seed; None: it is a twin
+    """
+    windows = held_out_windows(decoder, corpus)
+    seen: list[Tensor] = []
     lanes: list[list[tuple[Tensor, ...]]] = [[] for _ in range(windows.lanes)]
-    hook = twin.outputs.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    hook = decoder.outputs.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     try:
-        for step in range(windows.windows_per_epoch):
-            reading, state = read_chunks(twin, windows.batch(step).to(device), None, state)
-            query, mask = query_of(seen.pop()), reading.events.mask
+        for batch, reading in _readings(decoder, windows, gamma_0, seed):
+            query, events = query_of(seen[-1]), reading.events
+            chunk = torch.zeros_like(events.target)
+            if gamma_0 is not None:
+                chunk = batch.chunk_index.gather(1, events.chunk)
+            seen.clear()
             for row, lane in enumerate(lanes):
-                parts = (query, -reading.symbol_nats, reading.events.target)
-                lane.append(tuple(part[row, mask[row]].cpu() for part in parts))
+                parts = (query, -reading.symbol_nats, events.target, chunk)
+                lane.append(tuple(part[row, events.mask[row]].cpu() for part in parts))
     finally:
         hook.remove()
     # a lane is some documents of the corpus in order, and so are the lanes
-    query, log_p, symbol = (
+    query, log_p, symbol, chunk = (
         torch.cat(parts) for parts in zip(*(part for lane in lanes for part in lane), strict=True)
     )
-    document = np.repeat(np.arange(len(corpus)), np.diff(corpus.offsets) + 1)
-    byte = np.arange(len(document)) - document
-    byte[np.flatnonzero(np.diff(document, append=len(corpus)))] -= 1  # ends
+    if gamma_0 is None:
+        document = np.repeat(np.arange(len(corpus)), np.diff(corpus.offsets) + 1)
+        byte = np.arange(len(document)) - document
+        byte[np.flatnonzero(np.diff(document, append=len(corpus)))] -= 1  # ends
+    else:
+        byte = np.flatnonzero(windows.chunk_start)[chunk.numpy()]
+        document = np.searchsorted(corpus.offsets, byte, side="right") - 1
     prints = symbol.numpy().astype(np.uint64) + np.uint64(1)
     return Events(Past(query, symbol[:, None].float(), prints, document), log_p, byte)
+
+
+def _readings(
+    decoder: Autoencoder, windows: Windows, gamma_0: float | None, seed: int
+) -> Iterator[tuple[Batch, Reading]]:
+    device = next(decoder.parameters()).device
+    state = decoder.decoder_state(windows.lanes, device)
+    if gamma_0 is None:
+        for step in range(windows.windows_per_epoch):
+            batch = windows.batch(step).to(device)
+            reading, state = read_chunks(decoder, batch, None, state)
+            yield batch, reading
+        return
+    generator = torch.Generator().manual_seed(seed)
+    for batch, encoding in read_windows(decoder, windows):
+        z_0 = noisy_latents(encoding, gamma_0, batch, generator)
+        reading, state = read_chunks(decoder, batch, z_0, state, encoding)
+        yield batch, reading
 
 
 def cached(events: Events) -> Neighbours:
@@ -74,16 +105,21 @@ def log_density(weighed: Weighed, events: Events) -> Tensor:
     return torch.logaddexp(weighed.log_kept + events.log_p, recalled)
 
 
-def fit_cache(twin: Autoencoder, corpus: Corpus) -> Gate:
-    """The gate under which a held-out corpus is likeliest."""
-    events = read_events(twin, corpus)
+def fit_cache(decoder: Autoencoder, corpus: Corpus, gamma_0: float | None = None, seed: int = 0) -> Gate:
+    """The gate under which a held-out corpus is likeliest. gamma_0, seed: see `read_events`."""
+    events = read_events(decoder, corpus, gamma_0, seed)
     return fit_numbers({"document": cached(events)}, lambda weighed: log_density(weighed, events))
 
 
 @torch.no_grad()
-def nats_of_twin(twin: Autoencoder, gate: Gate, windows: Windows) -> dict[str, np.ndarray]:
-    """Nats of every chunk of a latent model's windows, which cut no byte in two: without and with the cache. (n)"""
-    events = read_events(twin, windows.corpus)
+def nats_by_chunk(
+    decoder: Autoencoder, gate: Gate, windows: Windows, gamma_0: float | None = None, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """Nats of every chunk of a latent model's windows: without and with the cache. (n)
+
+    gamma_0, seed: see `read_events`;  decoder: that model's own, or a twin's
+    """
+    events = read_events(decoder, windows.corpus, gamma_0, seed)
     chunk = np.cumsum(windows.chunk_start)[events.byte] - 1
     weighed = gate.weigh({"document": cached(events)})
     return {

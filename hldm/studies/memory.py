@@ -29,6 +29,7 @@ from hldm.evaluation.worth import clusters_of, paired_worth
 from hldm.generation.memory import Gate, Neighbours, fit_gate, query_of
 from hldm.generation.memory_store import Store, new_folder, write_gates, write_store
 from hldm.generation.pipeline import HLDMPipeline, read_pipeline
+from hldm.generation.pyramid import Index
 from hldm.generation.remembering import (
     Past,
     check_remembers,
@@ -46,7 +47,7 @@ from hldm.runs.folder import corpora_of_run, training_text_of
 from hldm.runs.identity import require_shared_text
 from hldm.runs.location import pipeline_of
 from hldm.sources.corpora import corpus_of_file
-from hldm.studies.byte_cache import fit_cache, nats_of_twin
+from hldm.studies.byte_cache import fit_cache, nats_by_chunk
 from hldm.text.corpus import Corpus, make_corpus
 from hldm.text.windows import Windows, draw_normal
 
@@ -145,9 +146,9 @@ def modes_of(store: Store | None) -> Sequence[str]:
     return ("document",) if store is None else ("training", "document", "both")
 
 
-def find_neighbours(store: Store | None, costs: Costs) -> dict[str, Neighbours]:
-    """What is retrieved before every chunk, by source."""
-    found = {"document": document_neighbours(costs.past)}
+def find_neighbours(store: Store | None, costs: Costs, index: Index | None = None) -> dict[str, Neighbours]:
+    """What is retrieved before every chunk, by source. index: of the document's own chunks."""
+    found = {"document": document_neighbours(costs.past, index=index)}
     if store is not None:
         found["training"] = stored_neighbours(store, costs.windows.corpus, costs.past)
     return found
@@ -161,9 +162,11 @@ def _of(mode: str, found: Mapping[str, Neighbours]) -> dict[str, Neighbours]:
 
 
 @torch.no_grad()
-def nats_with(costs: Costs, store: Store | None, gates: Mapping[str, Gate]) -> dict[str, np.ndarray]:
+def nats_with(
+    costs: Costs, store: Store | None, gates: Mapping[str, Gate], index: Index | None = None
+) -> dict[str, np.ndarray]:
     """Latent nats of every chunk, "plain" without a memory and with each that has a gate. (n)"""
-    found = find_neighbours(store, costs)
+    found = find_neighbours(store, costs, index)
     nats = {"plain": costs.latent_nats(costs.plain)}
     for mode, gate in gates.items():
         weighed = gate.weigh({name: found[name] for name in gate.sources})
@@ -211,8 +214,8 @@ def measure_memory(
 ) -> dict[str, Any]:
     """Bits with and without a memory on a run's test text or a file, on rare names, and on text that repeats itself.
 
-    memory: folder of a store, or `document`;  rare: words seen at most so often in training
-    twin: a run of a twin, measured with a cache of the document beside it
+    memory: folder of a store, `document`, or `pyramid`;  rare: words seen at most so often in training
+    twin: a run of a twin, measured with a cache of the document's bytes, as then the run's own decoder is, too
     Raises ValueError or OSError, one line.
     """
     if draws < 1 or rare < 0:
@@ -221,6 +224,10 @@ def measure_memory(
     autoencoder, prior = pipeline.autoencoder, check_remembers(pipeline.prior)
     store, gates = store_and_gates(memory, pipeline)
     cache = None if twin is None else _cache_of(folder, twin)
+    own = partial(nats_by_chunk, autoencoder, gamma_0=prior.diffusion.gamma_0, seed=seed)
+    own_gate = None
+    if cache is not None:  # what its own decoder could remember stands beside
+        own_gate = fit_cache(autoencoder, corpora_of_run(folder)["validation"], prior.diffusion.gamma_0, seed)
     training: bytes | None
     if text is None:
         corpora = corpora_of_run(folder)
@@ -230,7 +237,14 @@ def measure_memory(
 
     def measured(read: Corpus) -> tuple[Costs, Callable[..., dict[str, Any] | None]]:
         costs = read_costs(autoencoder, prior, read, draws=draws, seed=seed)
-        nats, of_twin = nats_with(costs, store, gates), None if cache is None else cache(costs.windows)
+        nats, of_twin = (
+            nats_with(costs, store, gates, index_of(memory, prior)),
+            None if cache is None else cache(costs.windows),
+        )
+        if own_gate is not None:
+            bytes_of = own(own_gate, costs.windows)
+            saved = bytes_of["plain"] - bytes_of["cache"]
+            nats |= {"bytes": nats["plain"] - saved, "document and bytes": nats["document"] - saved}
         return costs, lambda label, counted=None: rows_of(label, costs, nats, counted, of_twin)
 
     costs, row = measured(corpus)
@@ -258,13 +272,18 @@ def measure_memory(
 
 
 def store_and_gates(memory: str, pipeline: HLDMPipeline) -> tuple[Store | None, dict[str, Gate]]:
-    """An opened store with its gates; of `document` none, with the gate that comes with hldm."""
-    if memory == "document":
+    """An opened store with its gates; of `document` and `pyramid` none, with the gate that comes with hldm."""
+    if memory in ("document", "pyramid"):
         return None, {"document": Gate.of_document()}
     store = Store(Path(memory), fingerprint(pipeline.autoencoder.state_dict()))
     if missing := set(modes_of(store)) - set(store.gates):
         raise ValueError(f"{memory} has no gate for {', '.join(sorted(missing))}: build it again")
     return store, {mode: store.gates[mode] for mode in modes_of(store)}
+
+
+def index_of(memory: str, prior: Prior) -> Index | None:
+    """By which a document's own chunks are sought."""
+    return Index.of(prior.hierarchy) if memory == "pyramid" else None
 
 
 def _cache_of(folder: Path, twin: Path) -> Callable[[Windows], dict[str, np.ndarray]]:
@@ -274,7 +293,7 @@ def _cache_of(folder: Path, twin: Path) -> Callable[[Windows], dict[str, np.ndar
     if autoencoder.latent_dim:
         raise ValueError(f"{twin} is no twin: pass a run without latents, which reads byte by byte")
     gate = fit_cache(autoencoder, corpora_of_run(folder)["validation"])
-    return partial(nats_of_twin, autoencoder, gate)
+    return partial(nats_by_chunk, autoencoder, gate)
 
 
 def rare_chunks(windows: Windows, training: bytes, rare: int) -> dict[str, np.ndarray]:
@@ -332,7 +351,8 @@ def read_twice(corpus: Corpus) -> tuple[Corpus, np.ndarray]:
 
 def table(found: Mapping[str, Any]) -> Table:
     """Bits a character without a memory, and what each memory saves of them."""
-    names = {"plain": "plain", **{mode: f"saved by {mode}" for mode in ("training", "document", "both")}}
+    modes = ("training", "document", "both", "bytes", "document and bytes")
+    names = {"plain": "plain", **{mode: f"saved by {mode}" for mode in modes}}
     names |= {"twin": "twin, plain", "cache": "saved by its cache"}
     columns = [name for name in names if name in found["rows"][0]]
     rows = [

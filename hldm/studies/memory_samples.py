@@ -18,13 +18,20 @@ from hldm.evaluation.tables import Table
 from hldm.generation.memory import NEIGHBOURS, Gate
 from hldm.generation.memory_store import Store
 from hldm.generation.pipeline import HLDMPipeline, read_pipeline
-from hldm.generation.remembering import Memory, RememberingWriter, document_neighbours, own_entries, read_past
+from hldm.generation.remembering import (
+    Memory,
+    RememberingWriter,
+    check_remembers,
+    document_neighbours,
+    own_entries,
+    read_past,
+)
 from hldm.generation.writer import Through, Writer, write_on
 from hldm.runs.folder import corpora_of_run, training_text_of
 from hldm.runs.location import pipeline_of
 from hldm.sources.corpora import corpus_of_file
 from hldm.studies.judge import SPAN, NGram
-from hldm.studies.memory import store_and_gates
+from hldm.studies.memory import index_of, store_and_gates
 from hldm.text.bytes import count_characters
 from hldm.text.corpus import Corpus
 
@@ -63,7 +70,11 @@ def measure_samples(
     known = None if training is None else TrainingText(training, SPAN)
 
     def row(name: str, gate: Gate | None) -> dict[str, Any]:
-        texts, record = write_with(pipeline, store, gate, starts, max_characters, seed)
+        remembered = None
+        if gate is not None:
+            needed = store if "training" in gate.sources else None
+            remembered = Memory(needed, gate, index_of(memory, check_remembers(pipeline.prior)))
+        texts, record = write_with(pipeline, remembered, starts, max_characters, seed)
         decoded = [each.decode("utf-8", "replace") for each in texts]
         bits = None
         if judged is not None:
@@ -90,8 +101,7 @@ def measure_samples(
 
 def write_with(
     pipeline: HLDMPipeline,
-    store: Store | None,
-    gate: Gate | None,
+    memory: Memory | None,
     prompts: Sequence[bytes],
     max_characters: int,
     seed: int,
@@ -99,8 +109,7 @@ def write_with(
     """Continue prompts, through the ends of documents; what was written, and what that took."""
     made: list[RememberingWriter] = []
     through: Through | None = None
-    if gate is not None:
-        memory = Memory(store if "training" in gate.sources else None, gate)
+    if memory is not None:
 
         def through(writer: Writer, texts: Sequence[bytes]) -> Writer:
             made.append(memory.through(writer, texts))

@@ -15,7 +15,7 @@ from hldm.chunking.reading import held_out_windows
 from hldm.generation.bound import bound_chunks
 from hldm.generation.memory import Gate, SourceGate
 from hldm.generation.remembering import Past
-from hldm.studies.byte_cache import Events, cached, fit_cache, log_density, nats_of_twin, read_events
+from hldm.studies.byte_cache import Events, cached, fit_cache, log_density, nats_by_chunk, read_events
 from hldm.text.bytes import END_OF_DOCUMENT, OUTPUTS
 from hldm.text.corpus import make_corpus
 
@@ -70,10 +70,30 @@ def test_nothing_looks_ahead_and_documents_know_nothing_of_each_other():
     assert (after[100:size] - before[100:size]).abs().max() > 0.1
 
 
+def test_a_latent_model_s_decoder_is_read_as_the_bound_reads_it_and_remembers_the_past_alone():
+    pipeline = tiny_pipeline()
+    autoencoder, gamma_0 = pipeline.autoencoder, pipeline.prior.diffusion.gamma_0
+
+    def events(*texts):
+        return read_events(autoencoder, make_corpus("t", texts), gamma_0, seed=3)
+
+    read = events(*TEXTS)
+    windows = held_out_windows(autoencoder, make_corpus("t", TEXTS))
+    is_byte = read.past.latents[:, 0].numpy() < 256
+    assert bytes(read.past.latents[is_byte, 0].int().tolist()) == b"".join(TEXTS)
+    assert (np.diff(read.byte) >= 0).all() and set(read.byte) == set(np.flatnonzero(windows.chunk_start))
+    nats = nats_by_chunk(autoencoder, GATE, windows, gamma_0, seed=3)
+    assert nats["plain"].sum() == pytest.approx(-read.log_p.double().sum().item(), rel=1e-6)
+    later = events(TEXTS[0], TEXTS[1][:-20] + b"entirely different ", TEXTS[2])
+    said, otherwise = (log_density(GATE.weigh({"document": cached(each)}), each) for each in (read, later))
+    same = int((read.past.document == 0).sum())
+    torch.testing.assert_close(otherwise[:same], said[:same], rtol=1e-4, atol=1e-4)
+
+
 def test_a_text_that_repeats_itself_gets_cheaper_in_every_model_s_chunks():
     corpus = make_corpus("t", TEXTS)
     windows = held_out_windows(tiny_pipeline().autoencoder, corpus)
-    nats = nats_of_twin(twin(), fit_cache(twin(), corpus), windows)
+    nats = nats_by_chunk(twin(), fit_cache(twin(), corpus), windows)
     assert nats["plain"].shape == (windows.chunks,)
     assert nats["cache"].sum() < 0.7 * nats["plain"].sum()
     assert nats["plain"].sum() == pytest.approx(-read_events(twin(), corpus).log_p.sum().item(), rel=1e-5)
@@ -91,6 +111,11 @@ def test_the_command_sets_both_side_by_side(trained_run, tmp_path, monkeypatch, 
     assert "saved by its cache" in capsys.readouterr().out
     rows = json.loads(Path("m.json").read_text())["rows"]
     assert all(row["cache"]["bits"] > 0 and row["twin"] > 0 for row in rows)
+    for row in rows:
+        apart = row["document"]["bits"] + row["bytes"]["bits"]
+        assert (
+            row["document and bytes"]["bits"] == pytest.approx(apart, abs=1e-6) and row["bytes"]["bits"] > 0
+        )
 
 
 def test_a_latent_model_is_no_twin(trained_run, refused):

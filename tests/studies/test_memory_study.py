@@ -120,6 +120,23 @@ def test_build_measure_and_write(memory, trained_run, capsys):
     assert texts[1] == texts[3] and all(texts)
 
 
+def test_a_document_s_memory_is_sought_through_the_pyramid_just_as_well_where_it_is_short(
+    trained_run, corpus_path, capsys
+):
+    found = {}
+    for memory in ("document", "pyramid"):
+        measure = ["memory", "measure", "--run", str(trained_run), "--memory", memory, "--draws", "1"]
+        assert cli.main([*measure, "--text", str(corpus_path), "--prompts", "1", "--json", "m.json"]) == 0
+        found[memory] = json.loads(Path("m.json").read_text())
+        Path("m.json").unlink()
+        generate = ["generate", "--run", str(trained_run), "--prompt", "And the", "--max-chars", "40"]
+        assert cli.main([*generate, "--memory", memory, "--json"]) == 0
+        found[memory]["text"] = json.loads(capsys.readouterr().out.splitlines()[-1])["text"]
+    assert found["document"]["text"] == found["pyramid"]["text"]  # every chunk is among the nearest
+    saved, all_of_it = (found[memory]["rows"][0]["document"]["bits"] for memory in ("pyramid", "document"))
+    assert saved == pytest.approx(all_of_it, abs=0.02)
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
