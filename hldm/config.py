@@ -307,7 +307,7 @@ class Config(Section):
     """One file for both stages, so they cannot disagree about the latent."""
 
     name: str = ""  # folder below runs/; empty: the config file's name
-    seed: int = Field(default=0, ge=0, lt=2**63)
+    seed: int = Field(default=0, ge=0, lt=2**31)
     data: DataConfig = DataConfig()
     chunking: ChunkingConfig = ChunkingConfig()
     autoencoder: AutoencoderConfig = AutoencoderConfig()

@@ -91,7 +91,7 @@ def test_a_shell_can_complete_commands_and_options():
         (["demo", "--config", TINY, "now"], "expected key=value, such as seed=1, got 'now'"),
         (["generate", "--scheduler", "ode"], "'ode' is not one of 'ancestral', 'ddim'"),
         (["judge", "--run", "x", "--prompts", "many"], "Invalid value for '--prompts'"),
-        (["judge", "--run", "x", "--seed", "-1"], "'--seed': must lie in 0..2^62-1, got -1"),
+        (["judge", "--run", "x", "--seed", "-1"], "'--seed': must lie in 0..2^31-1, got -1"),
         (["rate-curve", "--config", "x", "--minutes", "inf"], "must be positive and finite, got inf"),
         (["train-autoencoder", "--config"], "Option '--config' requires an argument"),
     ],

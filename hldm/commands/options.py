@@ -19,8 +19,8 @@ def check_minutes(value: float | None) -> float | None:
 
 
 def _check_seed(value: int) -> int:
-    if not 0 <= value < 2**62:  # torch takes 63 bits, and each of several texts adds one
-        raise BadParameter(f"must lie in 0..2^62-1, got {value}")
+    if not 0 <= value < 2**31:  # hldm.generation.seeds.MAX_SEED, which imports torch
+        raise BadParameter(f"must lie in 0..2^31-1, got {value}")
     return value
 
 

@@ -72,7 +72,7 @@ def sampled_latents(prior: Prior, context: Context, steps: int, generator: torch
     """z_0 (b n z) of chunks with these contexts, by `steps` ancestral steps; 0: a draw from the mixture."""
     b, n = context.summary.shape[:2]
     told, rows, z = prior.tell(context), b * n, prior.latent_dim
-    seeds = torch.randint(2**62, (rows,), generator=generator).tolist()
+    seeds = torch.randint(2**32, (rows,), generator=generator).tolist()
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     if not steps:
         if prior.mixture is None or told.log_weights is None:

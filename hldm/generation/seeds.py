@@ -7,7 +7,7 @@ from operator import index
 
 import torch
 
-MAX_SEED = 2**62  # torch takes 63 bits, and each of several texts adds one
+MAX_SEED = 2**31  # torch's generator keeps 32 bits on a CPU, silently, and each of several texts adds one
 
 
 def row_seeds(
@@ -20,7 +20,7 @@ def row_seeds(
     if generator is None or isinstance(generator, torch.Generator):
         first = index(seed) if generator is None else _drawn_seed(generator)
         if not 0 <= first < MAX_SEED:
-            raise ValueError(f"seed must lie in 0..2^62-1, got {first}")
+            raise ValueError(f"seed must lie in 0..2^31-1, got {first}")
         return [first + row for row in range(rows)]
     if len(generator) != rows:
         raise ValueError(f"a list of generators holds one for each text, got {len(generator)} for {rows}")

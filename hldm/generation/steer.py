@@ -175,7 +175,7 @@ def write_steered(
     wanted = guide.value(value)
     count = particles if method == "particles" and strength else 1
     seeds = [
-        [(seed + row + 1_000_003 * each) % 2**62 for each in range(count)] for row in range(len(prompts))
+        [(seed + row + 1_000_003 * each) % 2**32 for each in range(count)] for row in range(len(prompts))
     ]
     writer = make_branches(autoencoder, prior, prompts, settings, seeds)
     rows = [_Row(max_characters, through_ends) for _ in range(len(prompts) * count)]
@@ -259,7 +259,7 @@ def _write_particles(
     advantage over one of many short ones. Resampled (systematically) where the effective number falls below a half.
     """
     texts = len(rows) // count
-    generator = torch.Generator().manual_seed((seed + 7_919) % 2**62)
+    generator = torch.Generator().manual_seed((seed + 7_919) % 2**32)
     log_w = torch.zeros(texts, count, dtype=torch.float64)
     gain = torch.zeros(len(rows), dtype=torch.float64)
     while any(row.goes_on for row in rows):

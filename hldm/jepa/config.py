@@ -173,7 +173,7 @@ class JepaConfig(Section):
     """One file for a run of the family."""
 
     name: str = ""  # folder below runs/; empty: the config file's name
-    seed: int = Field(default=0, ge=0, lt=2**63)
+    seed: int = Field(default=0, ge=0, lt=2**31)
     # What is predicted: hidden chunks of a window; a sentence from a view of it; the next sentence from those before;
     # the second of two views of one meaning from the first.
     task: Literal["chunks", "views", "sentences", "pairs"] = "chunks"

@@ -157,7 +157,7 @@ MISTAKES = [
     ({"chunks": ["xy"]}, "hexadecimal"),
     ({"chunks": [""]}, "empty"),
     ({"seed": -1}, "seed must be"),
-    ({"seed": 2**62}, "seed must be"),
+    ({"seed": 2**31}, "seed must be"),
     ({"seed": True}, "seed must be"),
     ({"count": 0}, "count must be"),
     ({"count": 10**9}, "count must be"),

@@ -255,8 +255,8 @@ def test_each_row_draws_from_its_own_generator(pipe):
 
 def test_a_seed_may_be_any_whole_number_in_range(pipe):
     assert pipe("a", seed=np.int64(3), max_characters=9).texts == pipe("a", seed=3, max_characters=9).texts
-    for wrong in (-1, 2**62):
-        with pytest.raises(ValueError, match=f"seed must lie in 0..2\\^62-1, got {wrong}"):
+    for wrong in (-1, 2**31):
+        with pytest.raises(ValueError, match=f"seed must lie in 0..2\\^31-1, got {wrong}"):
             pipe("a", seed=wrong)
 
 

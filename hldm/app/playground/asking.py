@@ -59,7 +59,7 @@ def read_call(data: bytes, defaults: GenerationConfig, latent_dim: int, most: in
     return Asked(
         text,
         chunks,
-        _integer(found, "seed", 0, 2**62 - 1, 0),
+        _integer(found, "seed", 0, 2**31 - 1, 0),
         _integer(found, "draw", 0, 10**6, 0),
         _integer(found, "count", 1, most, 1),
         _latent(found.get("latent"), latent_dim),

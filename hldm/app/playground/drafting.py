@@ -35,7 +35,7 @@ def chunk_generator(seed: int, place: int, draw: int) -> torch.Generator:
 
     So a text that is stopped and gone on with is the same.
     """
-    return torch.Generator().manual_seed((seed + 1_000_003 * place + 7_919 * draw) % 2**62)
+    return torch.Generator().manual_seed((seed + 1_000_003 * place + 7_919 * draw) % 2**32)
 
 
 class DraftWriter(LatentWriter):
