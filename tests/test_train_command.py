@@ -15,7 +15,7 @@ import yaml
 from conftest import ROOT, SMALL
 
 from hldm import cli
-from hldm.commands.train import with_limits
+from hldm.commands.train import _validated, with_limits
 from hldm.config import changed, load_config, stage_training, to_dict
 from hldm.runs.exits import Interrupted
 from hldm.runs.folder import read_totals
@@ -250,3 +250,14 @@ def test_several_processes_train_both_stages_in_one_launch(lean_file, own_text):
     assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr[-3000:]
     assert done.stdout.count("2 processes on cpu") == 2 and done.stdout.count("Next: ") == 1
     assert json.loads(Path("runs/two/prior/totals.json").read_text())["steps"] == 12
+
+
+@pytest.mark.parametrize(("last", "helped"), [(2.684, False), (2.668, True), (2.5, True)])
+def test_a_second_stage_that_made_the_model_worse_is_said_to(tmp_path, last, helped):
+    (tmp_path / "prior").mkdir()
+    rest = {"event": "validation", "validation_latent": 0.8, "validation_decoder": 1.8, "validation_end": 0.0}
+    lines = [{**rest, "validation_bound": bits} for bits in (2.665, last)]
+    (tmp_path / "prior/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    told = _validated(tmp_path)
+    assert told.startswith(f"{last:.3f} bits a character of validation text")
+    assert ("began at 2.665, so its training did not help" in told) != helped

@@ -14,13 +14,14 @@ from hldm.commands.options import Configs, Overrides, check_minutes
 from hldm.config import Config, ConfigError, changed, load_config, stage_training, to_yaml
 from hldm.plugins import named
 from hldm.runs.doing import loading
-from hldm.runs.folder import last_sample, last_validation
+from hldm.runs.folder import last_sample, last_validation, validations_of
 from hldm.runs.identity import inherited
 from hldm.runs.progress import in_minutes
 from hldm.runs.signals import is_first_rank
 from hldm.text.bytes import END_MARK, printable
 
 PRIOR_SHARE = 0.1  # of the minutes, where the config gives none: that of configs/small.yaml
+SAME = 0.005  # bits a character: validations that differ by less are alike
 PROMPT_WORDS, PROMPT_LETTERS = 6, 60  # of the sample at most, in the command that is proposed
 
 Minutes = Annotated[
@@ -174,4 +175,8 @@ def _validated(run: Path) -> str:
     names = {"latent": "latents", "decoder": "bytes", "end": "the end term"}
     terms = [f"{found[name]:.3f} for {told}" for name, told in names.items() if found[name]]
     split = f" ({', '.join(terms)})" if terms[1:] else ""
-    return f"{found['bound']:.3f} bits a character of held-out text{split}, on a slice of it: hldm evaluate reads all"
+    told = f"{found['bound']:.3f} bits a character of validation text{split}, on a slice of it"
+    begun = validations_of(run, "prior")
+    if begun and begun[0]["bound"] < found["bound"] - SAME:
+        told += f"; stage two began at {begun[0]['bound']:.3f}, so its training did not help"
+    return f"{told}; hldm evaluate reads the whole test text"

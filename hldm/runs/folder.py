@@ -196,18 +196,23 @@ def last_sample(run: Path) -> str:
 
 def last_validation(run: Path) -> dict[str, float]:
     """The bound and its terms, bits a character, that the last stage of a run validated at last; {} if it did not."""
-    for stage in ("prior", "autoencoder"):
-        path = run / stage / "metrics.jsonl"
-        lines = path.read_bytes().splitlines() if path.is_file() else []
-        found = [json.loads(line) for line in lines if VALIDATION in line]
-        if found:
-            opening = "validation_"
-            return {
-                name.removeprefix(opening): float(value)
-                for name, value in found[-1].items()
-                if name.startswith(opening)
-            }
-    return {}
+    found = validations_of(run, "prior") or validations_of(run, "autoencoder")
+    return found[-1] if found else {}
+
+
+def validations_of(run: Path, stage: str) -> list[dict[str, float]]:
+    """The bound and its terms, bits a character, whenever a stage was validated, first to last."""
+    path, opening = run / stage / "metrics.jsonl", "validation_"
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    return [
+        {
+            name.removeprefix(opening): float(x)
+            for name, x in json.loads(line).items()
+            if name.startswith(opening)
+        }
+        for line in lines
+        if VALIDATION in line
+    ]
 
 
 def read_totals(folder: Path) -> Totals:

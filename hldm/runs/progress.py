@@ -62,14 +62,17 @@ def bits_of(metrics: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if name not in skip}
 
 
-def describe(metrics: dict[str, float], validation: dict[str, float] | None = None) -> str:
+def describe(
+    metrics: dict[str, float], validation: dict[str, float] | None = None, of_step: int | None = None
+) -> str:
     """Bits per character by name, their sum first when there are several, the speed, and signs of life.
 
     validation: the last one's bound and terms, and the bits of answers, if there was one; stage two, which trains the
     latents' terms alone, has its total from there. An encoder that is trained on latents alone writes no bytes and has
-    no bits.
+    no bits. of_step: after which it was made, if that is not this one
     """
     bits = bits_of(metrics)
+    made = "" if of_step is None else f" (step {of_step})"
     total = f"{sum(bits.values()):.3f}"
     of_what = " in latents alone" if "latent" in bits and "decoder" not in bits else ""
     parts = [f"{total} bits/char{of_what}"] if bits else []
@@ -77,11 +80,11 @@ def describe(metrics: dict[str, float], validation: dict[str, float] | None = No
         parts.append(_terms(bits))
     if validation is not None:
         if "decoder" in bits:
-            parts.append(f"validation {validation['bound']:.3f}")
+            parts.append(f"validation{made} {validation['bound']:.3f}")
         else:
             terms = {name: value for name, value in validation.items() if name not in ("bound", "answer")}
             parts = [
-                f"validation {validation['bound']:.3f} bits/char {_terms(terms)} latents in training {total}"
+                f"validation{made} {validation['bound']:.3f} bits/char {_terms(terms)} latents in training {total}"
             ]
         if "answer" in validation:
             parts.append(f"answers {validation['answer']:.3f}")
@@ -253,6 +256,7 @@ class Progress:
         self.curve = Curve()
         self.explained: set[str] = set()  # names of LEGEND
         self.said_at = time.monotonic()  # when the last line was printed
+        self.validated_at = 0  # the step
         self.is_fresh = False  # the last validation has not been printed yet
         self.distance = math.nan  # the last one that was measured, where there are no bits
         self.display: Live | None = None
@@ -281,7 +285,7 @@ class Progress:
         What an untrained model costs is not shown; stage two begins where stage one ended.
         """
         if step or self.stage == "prior":
-            self.validation, self.is_fresh = found, True
+            self.validation, self.validated_at, self.is_fresh = found, step, True
 
     def _explain(self, names: set[str]) -> None:
         """Say what names mean that have not been explained yet, in one line."""
@@ -309,10 +313,11 @@ class Progress:
             self.curve.add(total)
         if self.display is None:
             if step % every == 0 or now - self.said_at > QUIET or self.is_fresh:
+                of_step = None if self.is_fresh else self.validated_at
                 self.said_at, self.is_fresh = now, False
                 self._explain(names_shown(metrics, self.validation))
                 rest = "" if left is None else f" {clock(left)} left"
-                told = describe(metrics, self.validation) + untrained
+                told = describe(metrics, self.validation, of_step) + untrained
                 self.say(f"{self.run}/{self.stage}: step {step} {progress:4.0%} {told}{rest}")
             return
         has = {"validation"} if self.validation else set()

@@ -102,6 +102,7 @@ def test_stage_two_tells_the_total_where_it_is_known():
     assert describe(TWO, VALIDATION).startswith(
         "validation 2.213 bits/char (latent 1.000 + decoder 1.210 + end 0.003) latents in training 0.994 23,457"
     )
+    assert "validation (step 114) " in describe(ONE, VALIDATION, 114)  # one that was made before
     assert describe(TWO).startswith("0.994 bits/char in latents alone")
 
 
