@@ -136,4 +136,4 @@ def test_the_command_that_shows_cuts_takes_it_by_name(capsys, monkeypatch):
     assert main(asked) == 0
     assert "one,| two;| three" in capsys.readouterr().out
     assert main([*asked[:-1], "verse"]) == 2
-    assert "select or module:Class, got 'verse'" in capsys.readouterr().err
+    assert "phrase or module:Class, got 'verse'" in capsys.readouterr().err
