@@ -216,7 +216,7 @@ def short_tables(parts: Mapping[str, Any] | None) -> list[str | Table]:
     return [] if parts is None else tables(parts)
 
 
-def _signed(worth: Mapping[str, Any] | None) -> str:
+def signed(worth: Mapping[str, Any] | None) -> str:
     """A worth and its standard error."""
     if worth is None:
         return "-"
@@ -232,9 +232,9 @@ def _worth_table(parts: Mapping[str, Any]) -> Table:
     head += ["retrained", "worth"] if has_others else []
     cells = []
     for name, row in rows.items():
-        line = [row["part"], name, _signed(row["hidden"])]
+        line = [row["part"], name, signed(row["hidden"])]
         if has_others:
-            line += [_signed(row["retrained"]), _signed(row["worth"]) if row["retrained"] else "-"]
+            line += [signed(row["retrained"]), signed(row["worth"]) if row["retrained"] else "-"]
         cells.append(line)
     return Table(head, cells)
 
@@ -257,7 +257,7 @@ def _steps_table(parts: Mapping[str, Any]) -> Table:
     rows = []
     for row in parts["steps"]:
         name = f"{row['steps']}{' (default)' if row['steps'] == parts['default_steps'] else ''}"
-        over = _signed({"bits": row["over"], "standard_error": row["standard_error"]})
+        over = signed({"bits": row["over"], "standard_error": row["standard_error"]})
         ratios = parts["deviation"].get(str(row["steps"]))
         shown = "-" if ratios is None else " ".join(f"{ratio:.2f}" for ratio in sorted(ratios))
         rows.append([name, f"{row['bits']:.4f}", over, shown])

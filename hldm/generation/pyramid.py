@@ -44,9 +44,9 @@ class Found(NamedTuple):
 
 
 def pooled(keys: Tensor, index: Index) -> list[Tensor]:
-    """Keys (n w), then the means of whole blocks of each level (n / r^l w), of length 1: where they point to.
+    """Keys (n w), then the directions of the means of whole blocks of each level (n / r^l w), of length 1.
 
-    As they are, they would be the shorter the less alike their keys: blocks of repeats would always be opened first.
+    A mean itself is shorter the less its keys are alike, so blocks of much the same would always be opened first.
     """
     levels, sums = [keys], keys
     for _ in range(index.levels):

@@ -35,7 +35,7 @@ class Events(NamedTuple):
     log_p: Tensor  # (e) of each symbol under the decoder
     byte: (
         np.ndarray
-    )  # (e) where it stands in the corpus, an end at its document's last byte; with latents its chunk's
+    )  # (e) of the corpus where it stands, an end its document's last; with latents its chunk's first
 
 
 @torch.no_grad()

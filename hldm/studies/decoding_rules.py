@@ -45,7 +45,7 @@ class _Both(NamedTuple):
     own: GriffinState
     rival: GriffinState
     logits: (
-        Tensor  # (b v) of a rival that reads whole documents, for the next byte; (b 0) for one that does not
+        Tensor  # (b v) of the next byte, by a rival that reads whole documents; (b 0) for one that does not
     )
 
 

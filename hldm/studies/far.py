@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from hldm.config import Documents, changed, load_config
+from hldm.evaluation.parts_table import signed
 from hldm.evaluation.tables import Table
 from hldm.evaluation.worth import clusters_of, paired_worth
 from hldm.generation.memory import fit_gate
@@ -109,13 +110,8 @@ def table(found: Mapping[str, Any]) -> Table:
     for row in found["rows"]:
         beam = row["name"].partition(", ")[2]
         pyramid = f"those that the {beam} best blocks of {levels} levels of {ratio} lead to"
-        beyond = "-" if row["name"] == "nearest" else _with_error(row["beyond"])
+        beyond = "-" if row["name"] == "nearest" else signed(row["beyond"])
         rows.append(
-            [names.get(row["name"], pyramid), _with_error(row["saved"]), beyond, f"{row['compared']:,.0f}"]
+            [names.get(row["name"], pyramid), signed(row["saved"]), beyond, f"{row['compared']:,.0f}"]
         )
     return Table(head, rows)
-
-
-def _with_error(worth: Mapping[str, float | None]) -> str:
-    error = worth["standard_error"]
-    return f"{worth['bits']:.4f}" + ("" if error is None else f" ± {error:.4f}")

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from hldm.chunking.reading import held_out_windows, read_windows
+from hldm.evaluation.parts_table import signed
 from hldm.evaluation.tables import Table
 from hldm.evaluation.words import split_words
 from hldm.evaluation.worth import clusters_of, paired_worth
@@ -356,15 +357,11 @@ def table(found: Mapping[str, Any]) -> Table:
     names |= {"twin": "twin, plain", "cache": "saved by its cache"}
     columns = [name for name in names if name in found["rows"][0]]
     rows = [
-        [row["text"], f"{row['characters']:,}", *(_shown(row[name]) for name in columns)]
+        [
+            row["text"],
+            f"{row['characters']:,}",
+            *(f"{row[name]:.4f}" if isinstance(row[name], float) else signed(row[name]) for name in columns),
+        ]
         for row in found["rows"]
     ]
     return Table(["bits a character", "characters", *(names[name] for name in columns)], rows)
-
-
-def _shown(worth: float | Mapping[str, float | None]) -> str:
-    """Bits, or what is saved of them with its error."""
-    if isinstance(worth, float):
-        return f"{worth:.4f}"
-    error = worth["standard_error"]
-    return f"{worth['bits']:.4f}" + ("" if error is None else f" ± {error:.4f}")

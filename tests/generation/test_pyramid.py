@@ -70,7 +70,6 @@ def test_a_document_that_grows_is_searched_as_one_that_is_there():
         query = keys_of(1, seed=n)
         at_once = search(pooled(keys, SMALL), query, torch.tensor([n]), SMALL)
         step = growing.search(query)
-        assert sorted(step.chunk[0].tolist()).count(NONE) <= step.chunk.shape[1]
         assert set(step.chunk[0].tolist()) - {NONE} == set(at_once.chunk[0].tolist()) - {NONE}
         assert step.compared == at_once.compared
         growing.add(keys[n])
