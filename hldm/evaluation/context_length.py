@@ -114,7 +114,7 @@ def rows(columns: Collection[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
     for first, limit in zip(map(str, DISTANCES), [*limits, f"{DISTANCES[-1]:,} on"], strict=True):
         if any(column["by_distance"][first] for column in columns):
             key = f"by_distance.{first}"
-            found.append((f"bits, bytes {limit} of a document", f"{key}.bits_per_character", ".4f"))
+            found.append((f"bits of bytes {limit} of each text", f"{key}.bits_per_character", ".4f"))
             found.append(("  standard error, another text", f"{key}.standard_error", ".4f"))
     for length in sorted({int(length) for column in columns for length in column["context"] or ()}):
         key = f"context.{length}"

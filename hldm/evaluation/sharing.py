@@ -211,8 +211,8 @@ def _making_section(run: Path) -> str:
         )
     where = "; ".join(dict.fromkeys(machines))
     return (
-        f"Settings: `{rows[0]['stage']}/config.yaml`, one file for all stages. Machine: {where}. Commit: of hldm's "
-        "repository, edited where it held changes that are in no commit; code: a fingerprint of hldm's own files."
+        f"Settings: `{rows[0]['stage']}/config.yaml`, one file for all stages. Machine: {where}. The commit is that of "
+        "hldm's repository, marked `edited` where files differed from it; code is a fingerprint of hldm's own files."
         f"\n\n{Table.of_records(rows, columns)}"
         if rows
         else "Not kept."

@@ -180,8 +180,8 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
         for kind in ("1", "2", "L")
         for row in (
             (f"ROUGE-{kind} of continuations", f"rouge.rouge{kind}", ".3f"),
-            ("  prompt repeated", f"rouge.baselines.repeat_prompt.rouge{kind}", ".3f"),
-            ("  random passage", f"rouge.baselines.random_passage.rouge{kind}", ".3f"),
+            ("  baseline, prompt repeated", f"rouge.baselines.repeat_prompt.rouge{kind}", ".3f"),
+            ("  baseline, random passage", f"rouge.baselines.random_passage.rouge{kind}", ".3f"),
         )
     ),
     *(

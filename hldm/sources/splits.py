@@ -27,11 +27,8 @@ def describe_splits(source: str, config: DataConfig, corpora: Mapping[Split, Cor
     elif is_split_by_document(corpora, config.held_out):
         how, documents = f"{kept[0]:,} and {kept[1]:,} whole documents are held out", documents + sum(kept)
     else:
-        how = (
-            "the end of each document is held out, for there are few"
-            if documents > 1
-            else "its end is held out"
-        )
+        whose = "each document, for there are few" if documents > 1 else "the text"
+        how = f"validation and test text are the end of {whose}"
     counted = f"{documents:,} document{'s' * (documents != 1)}, {total:,} characters"
     return f"text: {source}, {counted}: {shares}; {how}"
 

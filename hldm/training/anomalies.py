@@ -55,7 +55,8 @@ class Anomalies:
             run.log(step, event="gradient spike", gradient_norm=norm, threshold=threshold)
             if step >= self.quiet_until:  # one line every so often, however many there are
                 self.quiet_until = step + self.every
-                say(f"step {step}: gradient norm {norm:.3g} stands out, usual is below {threshold:.3g}")
+                said = f"step {step}: gradient norm {norm:.3g} stands out, usual is below {threshold:.3g}"
+                say(f"{said}; more before step {self.quiet_until} are only logged")
 
     def note_deaths(
         self, step: int, signs: dict[str, float], progress: float, run: Run, say: Callable[[str], None]

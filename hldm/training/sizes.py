@@ -291,7 +291,7 @@ def require_room(config: Config, stage: str, root: Path = Path("runs")) -> None:
 # ---- the table
 
 LABELS = dict.fromkeys(
-    ("mixture", "rate"), "mixture that predicts latents"
+    ("mixture", "rate"), "mixture (predicts the next latent)"
 )  # of parts whose names say too little
 STAGES = {"autoencoder": "stage one", "prior": "stage two"}
 

@@ -33,7 +33,9 @@ def test_whole_documents_or_their_ends_are_held_out_and_that_is_said(text):
             assert line.startswith(f"text: some.txt, 40 documents, {sum(counts.values()):,} characters: ")
             assert line.endswith(f"; {kept[0]} and {kept[1]} whole documents are held out")
         else:
-            assert "some.txt, 1 document, " in line and line.endswith("; its end is held out")
+            assert "some.txt, 1 document, " in line and line.endswith(
+                "; validation and test text are the end of the text"
+            )
 
 
 def test_few_documents_each_give_their_end(tmp_path):

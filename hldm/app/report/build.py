@@ -57,9 +57,9 @@ def build_report(
     measured = {name: one.evaluation for name, one in zip(names, runs, strict=True) if one.evaluation}
     table = compare(measured) if measured else None
     origin = origin_of(run)
-    with doing(f"reading a passage with {run.name}, and writing samples"):
+    with doing(f"1 of 2, reading a passage with {run.name} and writing samples"):
         seen = look(run, other, seed=seed)
-    with doing(f"measuring what each part of {run.name} is worth"):
+    with doing(f"2 of 2, measuring what each part of {run.name} is worth"):
         parts = parts_of(run, text)
     data = {key: seen[key] for key in ("passage", "map", "paths")}
     return fill(

@@ -116,6 +116,7 @@ def _is_number(value: Any) -> bool:
 
 def _about(event: str, steps: list[int]) -> str:
     """One line on an event that came at these steps."""
+    event = "gradient norm that stands out" if event == "gradient spike" else event
     if len(steps) == 1:
         return f"step {steps[0]:,}: {event}"
     return f"{event}: {len(steps):,} times, from step {min(steps):,} to {max(steps):,}"
