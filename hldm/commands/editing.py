@@ -104,6 +104,7 @@ def _measure_filling(run: Path | None, places: int, chunks: int, seed: int, meas
     with doing(f"drawing and weighing candidates at {places} places"):
         found = measure_filling(folder, places=places, chunks=chunks, seed=seed)
     head = f"{found['places']} places of the test text, {chunks} chunks, {found['choices']:.1f} choices"
+    head += f", {found['seconds_a_place']:.1f} seconds of a CPU core a place"
     shown = table(found)
     show(head, shown, legend(MEANINGS, shown.head))
     if measured is not None:
@@ -184,6 +185,7 @@ def interpolate(
                 shipped_run() if run is None else find_model(run), pairs=measure, steps=steps
             )
         known = f"{found['known_words_of_the_ends']:.1%} of the words of the ends are known"
+        known += f"; {found['characters_per_second']:,.0f} characters a second of a CPU core"
         shown = table(found)
         show(f"{measure} pairs of sentences of the test text; {known}", shown, legend(MEANINGS, shown.head))
         if measured is not None:

@@ -81,7 +81,7 @@ def measure(
             draws=draws,
             seed=seed,
         )
-    show(bits.table(found))
+    show(*bits.tables(found))
     if prompts:
         from hldm.studies import memory_samples as samples
 

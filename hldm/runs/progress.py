@@ -35,7 +35,9 @@ OTHER_SIGNS = {"weights_bits", "dimensions", "dead_dimensions", "largest_bin", "
     for sign in ("rank", "least_deviation", "mean_cosine")
 }
 UNTRAINED = " (before it has learnt anything)"  # of the first step
-END_TERM = "the end term, how far latents under the strongest noise are from pure noise, near 0 as it should be"
+END_TERM = (
+    "the end term, how far latents under the strongest noise are from pure noise, near 0 as it should be"
+)
 # what the names on a line of progress mean: each is explained once, when it is shown first
 LEGEND = {
     "bits": "bits/char: bits that a character of the training text costs, mean of the last steps, lower is better",

@@ -22,6 +22,7 @@ from hldm.generation.memory import ABSENT, Gate, Neighbours, Weighed, fit_number
 from hldm.generation.remembering import Past, document_neighbours
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.likelihood import Reading, noisy_latents, read_chunks
+from hldm.runs.clock import clock_named
 from hldm.text.corpus import Corpus
 from hldm.text.windows import Batch, Windows
 
@@ -111,18 +112,32 @@ def fit_cache(decoder: Autoencoder, corpus: Corpus, gamma_0: float | None = None
     return fit_numbers({"document": cached(events)}, lambda weighed: log_density(weighed, events))
 
 
+class Cached(NamedTuple):
+    """What a decoder takes to read a corpus, "plain" and with its "cache"."""
+
+    nats: dict[str, np.ndarray]  # (n) of every chunk
+    speed: dict[str, float]  # bytes a CPU second
+
+
 @torch.no_grad()
-def nats_by_chunk(
+def read_cached(
     decoder: Autoencoder, gate: Gate, windows: Windows, gamma_0: float | None = None, seed: int = 0
-) -> dict[str, np.ndarray]:
-    """Nats of every chunk of a latent model's windows: without and with the cache. (n)
+) -> Cached:
+    """Read a latent model's windows without and with the cache.
 
     gamma_0, seed: see `read_events`;  decoder: that model's own, or a twin's
     """
+    clock = clock_named("cpu")
+    began = clock()
     events = read_events(decoder, windows.corpus, gamma_0, seed)
+    read = clock()
+    found = log_density(gate.weigh({"document": cached(events)}), events)
+    size, spent = len(windows.corpus.text), {"plain": read - began, "cache": clock() - began}
     chunk = np.cumsum(windows.chunk_start)[events.byte] - 1
-    weighed = gate.weigh({"document": cached(events)})
-    return {
-        name: np.bincount(chunk, -log_p.double().numpy(), windows.chunks)
-        for name, log_p in (("plain", events.log_p), ("cache", log_density(weighed, events)))
-    }
+    return Cached(
+        {
+            name: np.bincount(chunk, -log_p.double().numpy(), windows.chunks)
+            for name, log_p in (("plain", events.log_p), ("cache", found))
+        },
+        {name: size / seconds for name, seconds in spent.items()},
+    )

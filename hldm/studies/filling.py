@@ -21,6 +21,7 @@ from hldm.evaluation.prompts import choose_prompts
 from hldm.evaluation.tables import Table
 from hldm.generation.fill import cost_candidates, draw_candidates
 from hldm.generation.pipeline import HLDMPipeline, read_pipeline
+from hldm.runs.clock import clock_named
 from hldm.runs.folder import corpora_of_run
 from hldm.runs.location import pipeline_of
 from hldm.sources.corpora import corpus_of_file
@@ -96,8 +97,10 @@ def measure_filling(
     settings = changed(pipeline.settings, temperature=1.0, decoder_temperature=1.0, top_p=1.0, guidance=1.0)
     models = pipeline.autoencoder, pipeline.prior
     rows: list[dict[str, float]] = []
+    clock = clock_named("cpu")
     for number, place in enumerate(places_of(corpus, pipeline, places, chunks)):
         truth = b"".join(place.middle)
+        began = clock()
         drawn = draw_candidates(
             *models, place.left, CHOICES + CHOICES // 2, settings, chunks=chunks, seed=seed + 1000 * number
         )
@@ -109,6 +112,7 @@ def measure_filling(
         rows.append(
             {
                 "choices": len(middles),
+                "seconds": clock() - began,
                 "left": bits_of_first(left),
                 "right": bits_of_first(-costs.right),
                 "both": bits_of_first(both),
@@ -145,6 +149,7 @@ def _summary(folder: Path, rows: list[dict[str, float]], chunks: int, seed: int)
         "places": len(rows),
         "chunks": chunks,
         "choices": float(columns["choices"].mean()),
+        "seconds_a_place": float(columns["seconds"].mean()),  # of a CPU core, to draw and to weigh
         "seed": seed,
         "filling": [
             {

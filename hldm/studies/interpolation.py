@@ -17,6 +17,7 @@ from hldm.evaluation.metrics import TrainingText
 from hldm.evaluation.tables import Table
 from hldm.generation import interpolate
 from hldm.generation.pipeline import read_pipeline
+from hldm.runs.clock import clock_named
 from hldm.runs.folder import corpora_of_run
 from hldm.runs.location import pipeline_of
 
@@ -63,14 +64,18 @@ def measure_interpolation(folder: Path, *, pairs: int = 40, steps: int = 5) -> d
     corpora = corpora_of_run(folder)
     chosen = sentence_pairs(corpora["test"].text.tobytes().decode("utf-8", "replace"), pairs)
     training = TrainingText(corpora["train"].text.tobytes(), SPAN)
-    rows: list[dict[str, Any]] = []
+    rows, characters = list[dict[str, Any]](), 0
+    clock, spent = clock_named("cpu"), 0.0
     for path in get_args(interpolate.Path):
         written: list[list[str]] = []
+        began = clock()
         for first, second in chosen:
             found = interpolate.interpolate_texts(
                 pipeline.autoencoder, pipeline.prior, first, second, pipeline.settings, steps=steps, path=path
             )
             written.append([step.text.decode("utf-8", "replace") for step in found])
+        spent += clock() - began
+        characters += sum(map(len, (text for texts in written for text in texts)))
         for step in range(steps):
             texts = [texts[step] for texts in written]
             scores = {
@@ -93,6 +98,7 @@ def measure_interpolation(folder: Path, *, pairs: int = 40, steps: int = 5) -> d
         "pairs": pairs,
         "steps": steps,
         "known_words_of_the_ends": known,
+        "characters_per_second": characters / spent,  # of a CPU core's time
         "interpolation": rows,
     }
 

@@ -48,7 +48,7 @@ from hldm.runs.folder import corpora_of_run, training_text_of
 from hldm.runs.identity import require_shared_text
 from hldm.runs.location import pipeline_of
 from hldm.sources.corpora import corpus_of_file
-from hldm.studies.byte_cache import fit_cache, nats_by_chunk
+from hldm.studies.byte_cache import Cached, fit_cache, read_cached
 from hldm.text.corpus import Corpus, make_corpus
 from hldm.text.windows import Windows, draw_normal
 
@@ -225,8 +225,8 @@ def measure_memory(
     autoencoder, prior = pipeline.autoencoder, check_remembers(pipeline.prior)
     store, gates = store_and_gates(memory, pipeline)
     cache = None if twin is None else _cache_of(folder, twin)
-    own = partial(nats_by_chunk, autoencoder, gamma_0=prior.diffusion.gamma_0, seed=seed)
-    own_gate = None
+    own = partial(read_cached, autoencoder, gamma_0=prior.diffusion.gamma_0, seed=seed)
+    own_gate, speeds = None, dict[str, dict[str, float]]()
     if cache is not None:  # what its own decoder could remember stands beside
         own_gate = fit_cache(autoencoder, corpora_of_run(folder)["validation"], prior.diffusion.gamma_0, seed)
     training: bytes | None
@@ -238,15 +238,15 @@ def measure_memory(
 
     def measured(read: Corpus) -> tuple[Costs, Callable[..., dict[str, Any] | None]]:
         costs = read_costs(autoencoder, prior, read, draws=draws, seed=seed)
-        nats, of_twin = (
-            nats_with(costs, store, gates, index_of(memory, prior)),
-            None if cache is None else cache(costs.windows),
-        )
-        if own_gate is not None:
-            bytes_of = own(own_gate, costs.windows)
-            saved = bytes_of["plain"] - bytes_of["cache"]
-            nats |= {"bytes": nats["plain"] - saved, "document and bytes": nats["document"] - saved}
-        return costs, lambda label, counted=None: rows_of(label, costs, nats, counted, of_twin)
+        nats = nats_with(costs, store, gates, index_of(memory, prior))
+        if cache is None or own_gate is None:
+            return costs, lambda label, counted=None: rows_of(label, costs, nats, counted)
+        of_twin, of_own = cache(costs.windows), own(own_gate, costs.windows)
+        speeds.setdefault("twin", of_twin.speed)
+        speeds.setdefault("decoder", of_own.speed)
+        saved = of_own.nats["plain"] - of_own.nats["cache"]
+        nats |= {"bytes": nats["plain"] - saved, "document and bytes": nats["document"] - saved}
+        return costs, lambda label, counted=None: rows_of(label, costs, nats, counted, of_twin.nats)
 
     costs, row = measured(corpus)
     rows = [row("all of it")]
@@ -269,6 +269,7 @@ def measure_memory(
         "draws": draws,
         "seed": seed,
         "rows": [row for row in rows if row is not None],
+        "bytes_a_second": speeds,  # of CPU time, reading without and with a cache of bytes
     }
 
 
@@ -287,14 +288,14 @@ def index_of(memory: str, prior: Prior) -> Index | None:
     return Index.of(prior.hierarchy) if memory == "pyramid" else None
 
 
-def _cache_of(folder: Path, twin: Path) -> Callable[[Windows], dict[str, np.ndarray]]:
+def _cache_of(folder: Path, twin: Path) -> Callable[[Windows], Cached]:
     """What a twin makes of windows, with a cache fitted on the run's validation text. Raises ValueError, one line."""
     require_shared_text(folder, twin)
     autoencoder = read_pipeline(pipeline_of(twin)).autoencoder
     if autoencoder.latent_dim:
         raise ValueError(f"{twin} is no twin: pass a run without latents, which reads byte by byte")
     gate = fit_cache(autoencoder, corpora_of_run(folder)["validation"])
-    return partial(nats_by_chunk, autoencoder, gate)
+    return partial(read_cached, autoencoder, gate)
 
 
 def rare_chunks(windows: Windows, training: bytes, rare: int) -> dict[str, np.ndarray]:
@@ -350,8 +351,16 @@ def read_twice(corpus: Corpus) -> tuple[Corpus, np.ndarray]:
     return make_corpus(f"{corpus.name}, twice", (b" ".join([text, text]) for text in documents)), seconds
 
 
-def table(found: Mapping[str, Any]) -> Table:
-    """Bits a character without a memory, and what each memory saves of them."""
+def tables(found: Mapping[str, Any]) -> list[str | Table]:
+    """Bits a character without a memory, what each saves of them, and what a cache of bytes costs."""
+    speeds = [
+        f"a CPU core reads {speed['plain']:,.0f} bytes a second with the {name}, {speed['cache']:,.0f} with its cache"
+        for name, speed in found["bytes_a_second"].items()
+    ]
+    return [_bits(found), *speeds]
+
+
+def _bits(found: Mapping[str, Any]) -> Table:
     modes = ("training", "document", "both", "bytes", "document and bytes")
     names = {"plain": "plain", **{mode: f"saved by {mode}" for mode in modes}}
     names |= {"twin": "twin, plain", "cache": "saved by its cache"}

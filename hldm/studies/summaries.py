@@ -143,6 +143,14 @@ class Summariser(Contextualiser):
         return beside
 
 
+class Trained(NamedTuple):
+    """Priors by their summary, averaged over steps."""
+
+    priors: dict[str, Prior]
+    steps: int
+    speed: dict[str, float]  # bytes of text a CPU second in training, without the encoder
+
+
 def make_priors(config: Config, seed: int) -> dict[str, Prior]:
     """A prior for each summary, alike but for that."""
     hierarchy = changed(config.hierarchy, window=WINDOW)
@@ -165,8 +173,8 @@ def train(
     config: Config,
     minutes: float,
     seed: int,
-) -> tuple[dict[str, Prior], int]:
-    """Train all on the same batches and noise, `minutes` of a CPU core for each; their averages, and the steps."""
+) -> Trained:
+    """Train all on the same batches and noise, `minutes` of a CPU core for each."""
     training, clock = config.training.prior, clock_named("cpu")
     chunker = chunker_of(autoencoder)
     windows = Windows(
@@ -176,11 +184,14 @@ def train(
     averages = {kind: make_average(prior, training.ema_decay) for kind, prior in priors.items()}
     states = {kind: prior.initial_state(LANES) for kind, prior in priors.items()}
     encoder, step, began = autoencoder.encoder_state(LANES), 0, clock()
+    seconds, read = dict.fromkeys(priors, 0.0), 0
     while (progress := (clock() - began) / (60 * minutes * len(priors))) < 1:
         batch = windows.batch(step)
         with torch.no_grad():
             encoding, encoder = autoencoder.encode(batch, encoder)
+        read += batch.total_bytes
         for kind, prior in priors.items():
+            started = clock()
             set_rates(optimizers[kind], training, 1.0, progress)
             generator = torch.Generator().manual_seed(step_seed(seed, step, 0))
             context, state = prior.contextualiser(
@@ -196,9 +207,10 @@ def train(
                 optimizer.step()
                 optimizer.zero_grad()
             averages[kind].update_parameters(prior)
+            seconds[kind] += clock() - started
         step += 1
     averaged = {kind: cast("Prior", average.module).eval() for kind, average in averages.items()}
-    return averaged, step
+    return Trained(averaged, step, {kind: read / spent for kind, spent in seconds.items()})
 
 
 def compare_summaries(
@@ -227,19 +239,22 @@ def compare_summaries(
     windows = held_out_windows(autoencoder, corpora["test"])
     whole: dict[str, list[np.ndarray]] = {kind: [] for kind in KINDS}
     hidden: dict[str, list[np.ndarray]] = {kind: [] for kind in KINDS}
+    speed: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for number in range(seed, seed + seeds):
         say(f"seed {number}: {len(KINDS)} priors, {minutes:g} minutes each")
-        priors, steps = train(
-            make_priors(config, number), autoencoder, corpora["train"], config, minutes, number
-        )
-        for kind, prior in priors.items():
+        trained = train(make_priors(config, number), autoencoder, corpora["train"], config, minutes, number)
+        for kind, prior in trained.priors.items():
+            speed[kind].append(trained.speed[kind])
             parts = [part for part in parts_in(autoencoder, prior) if part.name == "level-1"]
             costs = measure(autoencoder, prior, windows, parts, draws=DRAWS, seed=seed, enough=chunks)
             clusters: Clusters = costs.clusters
             whole[kind].append(clusters.sums(costs.whole[0]))
             hidden[kind].append(clusters.sums(costs.without["level-1"][0]))
-    rows = [_row(kind, whole, hidden, clusters.characters) for kind in KINDS]
-    asked = {"minutes": minutes, "steps": steps, "seeds": seeds, "seed": seed}
+    rows = [
+        _row(kind, whole, hidden, clusters.characters) | {"speed": float(np.mean(speed[kind]))}
+        for kind in KINDS
+    ]
+    asked = {"minutes": minutes, "steps": trained.steps, "seeds": seeds, "seed": seed}
     characters = int(clusters.characters.sum())
     return {"run": folder.resolve().name, "characters": characters, **asked, "compared": rows}
 
@@ -275,6 +290,7 @@ COLUMNS: Mapping[str, tuple[str, str]] = {
     "level 1 hidden": ("level", "+.4f"),
     "its ± of text": ("level_text_error", ".4f"),
     "of seeds": ("level_seed_error", ".4f"),
+    "bytes/s": ("speed", ",.0f"),
 }
 
 
@@ -282,7 +298,7 @@ def tables(found: Mapping[str, Any]) -> list[str | Table]:
     """What `compare_summaries` found, for `hldm.evaluation.tables.show`."""
     head = (
         f"{found['run']}: bits a character of latents on {found['characters']:,} characters, priors of "
-        f"{found['minutes']:g} minutes ({found['steps']} steps) each, {found['seeds']} seeds"
+        f"{found['minutes']:g} minutes ({found['steps']} steps) each, {found['seeds']} seeds; bytes/s: in training"
     )
     names = "\n".join(f"{kind:<15}{text}" for kind, text in KINDS.items())
     return [head, Table.of_records(found["compared"], COLUMNS), names]

@@ -25,7 +25,10 @@ def test_numbers_become_curves_and_events_notes(stage):
     found = read_stage(stage)
     assert found.curve("decoder", "seconds") == [(5.0, 2.5), (10.0, 2.0), (15.0, 1.5)]
     assert found.curve("nothing", "seconds") == []
-    assert found.notes == ["gradient norm that stands out: 2 times, from step 60 to 70", "step 90: dead: prototypes"]
+    assert found.notes == [
+        "gradient norm that stands out: 2 times, from step 60 to 70",
+        "step 90: dead: prototypes",
+    ]
 
 
 def test_validations_are_a_curve_over_every_axis(stage):

@@ -15,7 +15,7 @@ from hldm.chunking.reading import held_out_windows
 from hldm.generation.bound import bound_chunks
 from hldm.generation.memory import Gate, SourceGate
 from hldm.generation.remembering import Past
-from hldm.studies.byte_cache import Events, cached, fit_cache, log_density, nats_by_chunk, read_events
+from hldm.studies.byte_cache import Events, cached, fit_cache, log_density, read_cached, read_events
 from hldm.text.bytes import END_OF_DOCUMENT, OUTPUTS
 from hldm.text.corpus import make_corpus
 
@@ -82,7 +82,7 @@ def test_a_latent_model_s_decoder_is_read_as_the_bound_reads_it_and_remembers_th
     is_byte = read.past.latents[:, 0].numpy() < 256
     assert bytes(read.past.latents[is_byte, 0].int().tolist()) == b"".join(TEXTS)
     assert (np.diff(read.byte) >= 0).all() and set(read.byte) == set(np.flatnonzero(windows.chunk_start))
-    nats = nats_by_chunk(autoencoder, GATE, windows, gamma_0, seed=3)
+    nats = read_cached(autoencoder, GATE, windows, gamma_0, seed=3).nats
     assert nats["plain"].sum() == pytest.approx(-read.log_p.double().sum().item(), rel=1e-6)
     later = events(TEXTS[0], TEXTS[1][:-20] + b"entirely different ", TEXTS[2])
     said, otherwise = (log_density(GATE.weigh({"document": cached(each)}), each) for each in (read, later))
@@ -93,7 +93,7 @@ def test_a_latent_model_s_decoder_is_read_as_the_bound_reads_it_and_remembers_th
 def test_a_text_that_repeats_itself_gets_cheaper_in_every_model_s_chunks():
     corpus = make_corpus("t", TEXTS)
     windows = held_out_windows(tiny_pipeline().autoencoder, corpus)
-    nats = nats_by_chunk(twin(), fit_cache(twin(), corpus), windows)
+    nats = read_cached(twin(), fit_cache(twin(), corpus), windows).nats
     assert nats["plain"].shape == (windows.chunks,)
     assert nats["cache"].sum() < 0.7 * nats["plain"].sum()
     assert nats["plain"].sum() == pytest.approx(-read_events(twin(), corpus).log_p.sum().item(), rel=1e-5)
@@ -108,8 +108,11 @@ def test_the_command_sets_both_side_by_side(trained_run, tmp_path, monkeypatch, 
         "hldm.studies.memory.require_shared_text", lambda *_: None
     )  # this twin was never trained
     assert cli.main([*measure, "twin", *text]) == 0
-    assert "saved by its cache" in capsys.readouterr().out
-    rows = json.loads(Path("m.json").read_text())["rows"]
+    out = capsys.readouterr().out
+    assert "saved by its cache" in out and "bytes a second with the twin" in out
+    found = json.loads(Path("m.json").read_text())
+    rows, speeds = found["rows"], found["bytes_a_second"]
+    assert all(0 < speeds[name]["cache"] < speeds[name]["plain"] for name in ("twin", "decoder"))
     assert all(row["cache"]["bits"] > 0 and row["twin"] > 0 for row in rows)
     for row in rows:
         apart = row["document"]["bits"] + row["bytes"]["bits"]
