@@ -1,4 +1,4 @@
-"""What mkdocs is told beyond mkdocs.yml: pages from outside docs/, a page of API a room, and the order of all.
+"""What the site has beyond mkdocs.yml: pages from outside docs/, a page of API for each folder, and the order of all.
 
 README.md is the index. A page that is there is in the navigation, a page that is not is not missed. A link to a file of
 the repository that is no page, such as configs/tiny.yaml, becomes plain text; a link to nothing stays, and fails.
@@ -28,8 +28,13 @@ ELSEWHERE = {
 }
 # the order of what is in docs/; the rest comes after it, by name
 GUIDES = (
+    "concepts",
+    "glossary",
+    "commands",
+    "faq",
     "architecture",
     "chunking",
+    "training",
     "reading",
     "parts",
     "look",
@@ -42,10 +47,15 @@ GUIDES = (
 )
 EVIDENCE = ("results", "performance", "reliability", "journal")
 LINK = re.compile(r"(!?)\[([^\]\[]*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
+# a picture in a light and a dark version, as GitHub has it
+PICTURE = re.compile(
+    r'<picture>\s*<source media="\(prefers-color-scheme: dark\)" srcset="([^"]+)">\s*'
+    r'<img alt="([^"]+)" src="([^"]+)">\s*</picture>'
+)
 
 
 def rooms() -> dict[str, list[str]]:
-    """The modules of each room of the package, and of the single files."""
+    """The modules of each folder of the package, and of the single files."""
     found: dict[str, list[str]] = {}
     for path in sorted(ROOT.glob("hldm/**/*.py")):
         parts = path.relative_to(ROOT).with_suffix("").parts
@@ -97,7 +107,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Links as the repository has them, made links of the site."""
+    """Links as the repository has them, made links of the site; pictures follow the theme's own button."""
+    markdown = PICTURE.sub(r"![\2](\3#only-light) ![\2](\1#only-dark)", markdown)
     uri = page.file.src_uri
     source = ROOT / ELSEWHERE.get(uri, f"docs/{uri}")
     pages = {str((ROOT / name).resolve()): page for page, name in ELSEWHERE.items()}
