@@ -1,7 +1,8 @@
 """hldm: a latent-diffusion hierarchical language model.
 
 A character-level Griffin autoencoder compresses text into one latent per variable-length chunk, a
-transformer diffusion prior denoises the next chunk's latent, a small decoder writes it out.
+transformer diffusion prior denoises the next chunk's latent, a small decoder writes it out. The words are
+defined in docs/glossary.md.
 
 Shapes, everywhere in docstrings, comments, einops strings and messages:
 

@@ -33,9 +33,7 @@ class Finding(NamedTuple):
 
 def doctor(
     *,
-    gpu: Annotated[
-        bool, Option("--gpu", help="check and measure what is made for a GPU, in minutes")
-    ] = False,
+    gpu: Annotated[bool, Option("--gpu", help="check and measure the GPU code, in minutes")] = False,
     config: Annotated[Path | None, Option(help="with --gpu: its shapes (default: configs/base.yaml)")] = None,
     as_json: Annotated[bool, Option("--json", help="the same as one JSON object")] = False,
 ) -> int:

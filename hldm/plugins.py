@@ -41,7 +41,7 @@ def named(config: Config) -> list[str]:
 
 
 def allow_named(config: Config) -> None:
-    """Let the code run that a config names: who trains one has asked for it."""
+    """Let the code run that a config names: training it is asking for it."""
     allow(named(config))
 
 
@@ -71,7 +71,7 @@ def named_in(saved: Mapping[str, Any]) -> dict[str, str]:
 def require_consent(name: str, source: str) -> None:
     """Raise ConfigError, which names module and flag, unless the code of this class may run.
 
-    source: who asks for it, as `runs/demo asks for`
+    source: what asks for it, as `runs/demo asks for`
     """
     if not {name, ALL} & _allowed and os.environ.get(VARIABLE) != "1":
         raise ConfigError(

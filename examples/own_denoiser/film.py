@@ -32,12 +32,12 @@ class FilmDenoiser(nn.Module):
         """(b n 1 2d) scale and shift: the same for every draw and step."""
         return self.film(context.summary)[:, :, None]
 
-    def forward(self, z: Tensor, gamma: Tensor, told: Tensor, estimate: Tensor) -> Tensor:
+    def forward(self, z: Tensor, gamma: Tensor, conditioning: Tensor, estimate: Tensor) -> Tensor:
         """z, estimate: (b n m z); gamma: (b n m). Returns (b n m z)."""
         level = torch.stack(
             [gamma / 5, torch.sigmoid(gamma)], dim=-1
         )  # (b n m 2); gamma runs from about -5 to 5
         x = F.gelu(self.inputs(torch.cat([z, estimate, level], dim=-1)))
-        scale, shift = told.chunk(2, dim=-1)
+        scale, shift = conditioning.chunk(2, dim=-1)
         x = x + F.gelu(self.hidden(F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift))
         return self.outputs(F.layer_norm(x, x.shape[-1:]))

@@ -1,4 +1,4 @@
-r"""Where chunks begin. Every strategy returns the same currency: a boolean per byte, true at a chunk's first.
+r"""Where chunks begin. Every strategy returns one boolean mask over bytes: True at the first byte of each chunk.
 
 All strategies are causal: whether a chunk starts at byte t depends on bytes <= t, so text chunked as it is
 written gets the chunks it had in training. A strategy names its borders, the places where a chunk would like

@@ -1,8 +1,8 @@
 """`learned`: a router trained by gradients through its own choices, as in H-Net (arXiv 2507.07955, section 2).
 
 bytes -> trunk -> router -> starts to some extent -> a decoder that forgets at starts (hldm.chunking.scorer) -> bytes.
-Three things differ from H-Net. Chunks begin where the state *before* a byte has turned, so that a start tells
-nothing of the byte it is at. What teaches the router is how much the decoder misses what was before a start. And
+Three things differ from H-Net. Chunks begin where the state *before* a byte has turned, so that a start
+reveals nothing of the byte it is at. The router learns from what the decoder loses by forgetting at a start. And
 no chunk level crosses the border, so there is nothing to smooth (H-Net's own form found fewer words: docs/journal.md).
 """
 

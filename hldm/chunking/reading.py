@@ -31,10 +31,11 @@ def held_out_windows(
     lanes: int = LANES,
     closes: np.ndarray | None = None,
 ) -> Windows:
-    """A corpus laid out for reading whole documents in order, `lanes` at a time.
+    """A corpus laid out for reading whole documents in order, in `lanes` streams side by side.
 
-    chunk_start: (t,) bool where its chunks start, if that is known already. The twin's, which change nothing for it,
-    are TWIN_WORDS: costs are known by chunk, and its own are as long as its attention sees.
+    chunk_start: (t,) bool where its chunks start, if they have been computed. The twin's are
+    TWIN_WORDS: they do not change its cost, but costs are reported by chunk, and its own are as long as its attention
+    sees.
     closes: (documents,) bool which of them end with their last byte; None: all
     """
     chunker = prompt_chunker(autoencoder)

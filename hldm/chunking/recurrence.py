@@ -48,10 +48,10 @@ class ForgettingSegmenter(Segmenter):
     """A byte model some channels of which forget where it does not know what comes next.
 
     Left to itself, the recurrence moves as much within a word as between two, and so do its gates (measured in
-    tests/languages.py: F1 0.2, no better than chance, also when change or memory had a price).
+    tests/languages.py: F1 0.2, no better than chance, also when change or memory was penalised).
     So the recurrence gates of a block's first channels are taught, by cross-entropy, to open at the byte after which
     entropy rises most, as often as chunks are wanted: their state holds within a chunk. The next byte then starts
-    one. What cuts before a byte has not read it: nor has a writer, who is to end its chunk there.
+    one. A cut before a byte must not depend on it: in generation the byte is not there yet.
     """
 
     block = -1  # whose channels are taught

@@ -1,4 +1,4 @@
-"""`reinforce`: a policy places boundaries and is paid by what they are good for (REINFORCE, Williams 1992)."""
+"""`reinforce`: a policy places boundaries, rewarded by the bits they save (REINFORCE, Williams 1992)."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from hldm.chunking.segmenter import Segmenter, SegmenterState
 from hldm.model.ops import linear_scan
 
 PRETRAINING = 0.25  # share of the progress before the policy moves
-SENTENCES = 0.5  # share of lanes that are cut into sentences meanwhile, the others at random
+SENTENCES = 0.5  # share of streams that are cut into sentences meanwhile, the others at random
 DISCOUNT = 0.8  # of later bytes' bits in a cut's return: what a cut changes is over within a chunk or two
-PRICE_MEMORY = 0.9  # of the average that the price is, a step
-RATE_STIFFNESS = 2.0  # standard deviations of the gain by which the price rises when starts are twice as many
+PRICE_MEMORY = 0.9  # decay a step of the average that is the cost of a start
+RATE_STIFFNESS = 2.0  # standard deviations of the gain added to that cost when starts are twice as many
 ENTROPY_BONUS = 0.01
 BASELINE_WEIGHT = 0.1
 HORIZON = 8  # last bytes of a window whose cuts are not judged: most of what they change is beyond it
 
 
 class PolicySegmenter(Segmenter):
-    """pi(start at t | bytes before t), from reward = -(bits of the chunks' decoder) - price x (starts).
+    """pi(start at t | bytes before t), from reward = -(bits of the chunks' decoder) - c x (starts).
 
     The return of byte t is the discounted sum of rewards from there on, less a learned baseline; the entropy of
-    the policy is paid a bonus. The price is what a start gains on average, moved until starts are as many as are
-    wanted: without it the policy would go all one way. A decoder that reads no latent, as this one, gains nothing
-    from a start, so its price is negative: starts are paid for, and go where they cost the least.
+    the policy adds a bonus. The cost c (`price`) is the average gain of a start, moved until there are as many
+    starts as are wanted; without it the policy would start chunks everywhere or nowhere. This decoder has no latent
+    and gains nothing from a start. So c is negative: starts are rewarded, and go where they cost the fewest bits.
 
-    Before the policy moves, decoder and features learn: from sentences in half of the lanes, from random chunks in
+    Before the policy moves, decoder and features learn: from sentences in half of the streams, from random chunks in
     the others, since the policy is to judge chunks far shorter than a sentence. Where there are no sentences, as in
-    the language of tests/languages.py, a lane is then one chunk: F1 of its words is 0.98, and 0.98 without them.
+    the language of tests/languages.py, a stream is then one chunk: F1 of its words is 0.98, and 0.98 without them.
     """
 
     def build(self) -> None:
@@ -84,7 +84,7 @@ class PolicySegmenter(Segmenter):
 
     @torch.no_grad()
     def advantage(self, gain: Tensor, start: Tensor, p: Tensor) -> Tensor:
-        """gain less the price of starts, in standard deviations. (b t) all; moves the price."""
+        """gain less the cost of starts, in standard deviations. (b t) all; moves that cost."""
         surprise = start - p
         average = (gain * surprise).sum() / surprise.square().sum()  # what a start gains, by least squares
         self.price.copy_(average.lerp(self.price, PRICE_MEMORY) if self.price else average)

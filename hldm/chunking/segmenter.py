@@ -108,7 +108,7 @@ class Segmenter(SavedModel):
     def loss(
         self, text: Tensor, doc_start: Tensor, state: SegmenterState, progress: float, generator: Generator
     ) -> tuple[Tensor, SegmenterState]:
-        """What training minimises on a window (b t) of every lane: here, nats of a next byte.
+        """What training minimises on a window (b t) of every stream: here, nats of a next byte.
 
         progress: share of the training that is done;  generator: of whatever the strategy draws
         """

@@ -35,7 +35,7 @@ CUTS = {  # where a strategy begins a chunk, within min_bytes and max_bytes
     "state_change": "where that model's state moves far",
     "gate": "where that model's gates let go",
     "learned": "where a router, trained through a decoder's loss, turns",
-    "reinforce": "where a policy, paid for few bits and few chunks, puts it",
+    "reinforce": "where a policy puts it that is rewarded for few bits and few chunks",
     "select": "after the best-scored bytes of a stretch",
     "queries": "after the bytes that learned queries attend to",
     "phrase": "where a speaker would pause",

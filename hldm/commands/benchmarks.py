@@ -17,7 +17,7 @@ PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}  # of typ
 def lm_eval(context: Context) -> None:
     """The lm-evaluation-harness with hldm among its models.
 
-    Takes what `lm_eval` takes: hldm lm-eval --model hldm --model_args run=small,draws=32 --tasks TASK. Needs the
+    Takes the arguments of `lm_eval`: hldm lm-eval --model hldm --model_args run=small,draws=32 --tasks TASK. Needs the
     extra of that name: pip install "hldm[lm-eval]".
     """
     from hldm.evaluation.lm_eval import run_harness
@@ -27,12 +27,12 @@ def lm_eval(context: Context) -> None:
 
 def pairs(
     *,
-    file: Annotated[Path, Option(metavar="FILE", help="JSONL of good and bad, may be packed by gzip")],
+    file: Annotated[Path, Option(metavar="FILE", help="JSONL with good and bad, plain or .gz")],
     run: options.RunName = "small",
-    group: Annotated[str, Option(metavar="KEY", help="rows are told apart by it")] = "term",
-    draws: Annotated[int, Option(help="noise levels a chunk, even")] = 32,
+    group: Annotated[str, Option(metavar="KEY", help="accuracy is given for each of its values")] = "term",
+    draws: Annotated[int, Option(help="noise levels a chunk; an even number")] = 32,
     samples: Annotated[
-        int, Option(min=0, help="compare the bounds by so many importance-weighted draws")
+        int, Option(min=0, help="compare the bounds by this many importance-weighted draws")
     ] = 0,
     seed: options.Seed = 0,
     allow_code: options.AllowCode = False,

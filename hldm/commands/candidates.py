@@ -12,16 +12,16 @@ from hldm.evaluation.tables import show
 from hldm.runs.location import find_model
 from hldm.runs.reports import check_report_path, save_report
 
-RULES_HELP = "one rule, e.g. mbr; may repeat (default: all that the model has something for)"
-TEMPERATURE_HELP = "of the bytes, for each rule; may repeat (default: 0.7, 0.85, 1)"
+RULES_HELP = "one rule, e.g. mbr; may repeat (default: all that the model supports)"
+TEMPERATURE_HELP = "temperature of the bytes, for each rule; may repeat (default: 0.7, 0.85, 1)"
 
 
 def candidates(
     *,
     run: options.Run,
-    twin: Annotated[Path | None, Option(metavar="RUN", help="its writing is judged, too")] = None,
+    twin: Annotated[Path | None, Option(metavar="RUN", help="twin whose writing is judged, too")] = None,
     rule: Annotated[list[str] | None, Option(help=RULES_HELP)] = None,
-    candidates: Annotated[int, Option(help="at each place")] = 8,
+    candidates: Annotated[int, Option(help="candidates at each place")] = 8,
     depth: Annotated[int, Option(help="chunks of a candidate")] = 16,
     decoder_temperature: Annotated[list[float] | None, Option(help=TEMPERATURE_HELP)] = None,
     prompts: Annotated[int, Option(min=2, help="continuations")] = 128,
@@ -32,7 +32,7 @@ def candidates(
 ) -> None:
     """Whether the best of several continuations beats single draws.
 
-    By judges that do not rank, at the entropy of the true text.
+    The judges have no part in ranking; compared at the entropy of the true text.
     """
     if json is not None:
         check_report_path(json, "candidates_judged")

@@ -17,18 +17,18 @@ def decoding(
     *,
     run: options.Run,
     twin: Annotated[
-        Path | None, Option(metavar="RUN", help="decoding against what it expects is measured, too")
+        Path | None, Option(metavar="RUN", help="twin for decoding by contrast, measured too")
     ] = None,
     prompts: Annotated[int, Option(min=2, help="continuations of each seed")] = 128,
     max_characters: options.MaxCharacters = 100,
-    seeds: Annotated[int, Option(min=2, help="that everything is written with")] = 3,
+    seeds: Annotated[int, Option(min=2, help="seeds that everything is written with")] = 3,
     seed: options.Seed = 0,
     json: options.Report = None,
     allow_code: options.AllowCode = False,
 ) -> None:
     """Whether contrast, early exit or guidance beat a lower temperature.
 
-    Judged bits against entropy, by judges that know nothing of the model.
+    Judged bits against entropy; the judges are independent of the model.
     """
     if json is not None:
         check_report_path(json, "decoded")

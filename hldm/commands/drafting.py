@@ -18,17 +18,19 @@ DRAFT = "draft"  # the folder of a run that holds its own
 def draft(
     *,
     run: RunName,
-    to: Annotated[Path | None, Option(metavar="FOLDER", help="default: RUN/draft")] = None,
+    to: Annotated[Path | None, Option(metavar="FOLDER", help="folder to write (default: RUN/draft)")] = None,
     minutes: Minutes = 2.0,
     clock: Clock = "wall",
-    measure: Annotated[bool, Option("--measure", help="write with and without it, in turns")] = False,
+    measure: Annotated[
+        bool, Option("--measure", help="measure writing with and without it, in turns")
+    ] = False,
     seed: Seed = 0,
     json: Report = None,
     allow_code: AllowCode = False,
 ) -> None:
-    """Make what guesses a run's text: it is written faster, and stays the same to the byte.
+    """Make a table of guesses that speeds up writing; the text stays the same to the byte.
 
-    A table made from the run's training text, of which as much is read as the minutes allow. Nothing is trained.
+    It is made from as much of the run's training text as the minutes allow. Nothing is trained.
     """
     if json is not None:
         check_report_path(json, "drafts")

@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from hldm.generation.fill import Candidate
     from hldm.generation.pipeline import HLDMPipeline
 
-Candidates = Annotated[int, Option(help="drawn, and ranked by what the text after them then costs")]
-ShowCandidates = Annotated[bool, Option("--show-candidates", help="all of them, the best first")]
+Candidates = Annotated[
+    int, Option(help="candidates to draw; they are ranked by the cost of the text after them")
+]
+ShowCandidates = Annotated[bool, Option("--show-candidates", help="print all candidates, the best first")]
 PathName = Literal["linear", "spherical"]
 CHUNKS = 3  # to fill in where no length is given: some 18 characters
 
@@ -52,8 +54,8 @@ def fill(
     run: options.RunOrShipped = None,
     left: Annotated[str, Option(help="text before; '': the document starts")] = "",
     right: Annotated[str, Option(help="text after")] = "",
-    characters: Annotated[int | None, Option(help="to fill in")] = None,
-    chunks: Annotated[int | None, Option(help=f"to fill in, instead (default: {CHUNKS})")] = None,
+    characters: Annotated[int | None, Option(help="characters to fill in")] = None,
+    chunks: Annotated[int | None, Option(help=f"chunks to fill in, instead (default: {CHUNKS})")] = None,
     candidates: Candidates = 16,
     temperature: options.Temperature = None,
     decoder_temperature: options.DecoderTemperature = None,
@@ -61,12 +63,13 @@ def fill(
     show_candidates: ShowCandidates = False,
     as_json: options.AsJson = False,
     measure: Annotated[
-        int | None, Option(metavar="PLACES", help="instead: bits to find the true text of held-out places")
+        int | None,
+        Option(metavar="PLACES", help="measure instead: bits to find the true text at held-out places"),
     ] = None,
     measured: options.Measured = None,
     allow_code: options.AllowCode = False,
 ) -> None:
-    """Text between two texts.
+    """Write text between two texts.
 
     Candidates are drawn after the left one and ranked by how well the right one follows (docs/steering.md).
     """
@@ -114,7 +117,7 @@ def _measure_filling(run: Path | None, places: int, chunks: int, seed: int, meas
 def edit(
     *,
     run: options.RunOrShipped = None,
-    text: Annotated[str, Option(help="to edit")],
+    text: Annotated[str, Option(help="text to edit")],
     redraw: Annotated[
         str | None,
         Option(metavar="FIRST-LAST", help="chunks to write anew (default: none, show their numbers)"),
@@ -130,7 +133,7 @@ def edit(
     as_json: options.AsJson = False,
     allow_code: options.AllowCode = False,
 ) -> None:
-    """Some chunks of a text written anew, the others kept.
+    """Write some chunks of a text anew, and keep the others.
 
     Without --redraw: the chunks and their numbers.
     """
@@ -169,12 +172,12 @@ def interpolate(
     as_json: options.AsJson = False,
     measure: Annotated[
         int | None,
-        Option(metavar="PAIRS", help="instead: how near held-out sentences' paths are to either end"),
+        Option(metavar="PAIRS", help="measure instead: how near held-out sentences' paths are to either end"),
     ] = None,
     measured: options.Measured = None,
     allow_code: options.AllowCode = False,
 ) -> None:
-    """From one text to another by way of their latents."""
+    """Go from one text to another through their latents."""
     if measure is not None:
         if measured is not None:
             check_report_path(measured, "interpolation")

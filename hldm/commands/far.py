@@ -18,19 +18,19 @@ def far(
     *,
     run: options.Run,
     documents: Annotated[
-        Documents | None, Option(help="of the built-in text (default: those that the run was trained on)")
+        Documents | None, Option(help="documents of the built-in text (default: as in the run's training)")
     ] = None,
     beam: Annotated[
-        list[int] | None, Option(min=1, max=1024, help="blocks of each level that are opened; may repeat")
+        list[int] | None, Option(min=1, max=1024, help="blocks of each level to open; may repeat")
     ] = None,
-    draws: Annotated[int, Option(min=1, max=64, help="of each chunk's latent")] = 2,
+    draws: Annotated[int, Option(min=1, max=64, help="draws of each chunk's latent")] = 2,
     seed: options.Seed = 0,
     json: options.Report = None,
     allow_code: options.AllowCode = False,
 ) -> None:
     """What earlier chunks can still say of the next latent.
 
-    The document's own memory, its neighbours sought among the nearest chunks, through the pyramid, and among all;
+    The document's own memory, its neighbours searched among the nearest chunks, through the pyramid, and among all;
     fitted on the validation split, measured on the test split.
     """
     if json is not None:

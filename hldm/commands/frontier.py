@@ -19,7 +19,8 @@ def frontier(
     name: options.StudyName = None,
     minutes: options.Minutes,
     only: Annotated[
-        list[str] | None, Option(metavar="NAME", help="twin-0.5M, base, ...; may repeat; default: all")
+        list[str] | None,
+        Option(metavar="NAME", help="one entry: twin-0.5M, base, ...; may repeat (default: all)"),
     ] = None,
     repeat: Annotated[
         list[str] | None, Option(metavar="NAME", help="with three seeds instead of one; may repeat")

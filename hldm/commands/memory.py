@@ -26,7 +26,7 @@ def _memory() -> None:
 def build(
     *,
     run: RunName = "small",
-    out: Annotated[Path, Option(metavar="DIR", help="a folder that is not there yet")],
+    out: Annotated[Path, Option(metavar="DIR", help="folder to make; it must not be there yet")],
     text: Annotated[
         Path | None, Option(metavar="FILE", help="store this file instead of the training text")
     ] = None,
@@ -54,12 +54,14 @@ def measure(
         ),
     ] = "document",
     twin: Annotated[
-        Path | None, Option(metavar="RUN", help="measured with a cache of the document beside it")
+        Path | None, Option(metavar="RUN", help="twin to measure beside it, with a cache of the document")
     ] = None,
     text: Text = None,
-    rare: Annotated[int, Option(min=0, help="a word is rare that training saw at most so often")] = 5,
-    draws: Annotated[int, Option(min=1, help="of each chunk's latent")] = 4,
-    prompts: Annotated[int, Option(min=0, help="to write on from, with and without; 0: none")] = 0,
+    rare: Annotated[
+        int, Option(min=0, help="a word is rare if the training text has it at most this often")
+    ] = 5,
+    draws: Annotated[int, Option(min=1, help="draws of each chunk's latent")] = 4,
+    prompts: Annotated[int, Option(min=0, help="prompts to continue, with and without; 0: none")] = 0,
     max_characters: MaxCharacters = 400,
     seed: Seed = 0,
     json: Report = None,
@@ -100,9 +102,10 @@ def codebook(
     *,
     run: RunName = "small",
     memory: Annotated[
-        Path | None, Option(metavar="DIR", help="also k-means centres and hashing, of this memory")
+        Path | None,
+        Option(metavar="DIR", help="memory for which k-means centres and hashing are measured, too"),
     ] = None,
-    prompts: Annotated[int, Option(min=0, help="to write on from with latents rounded; 0: none")] = 24,
+    prompts: Annotated[int, Option(min=0, help="prompts to continue with rounded latents; 0: none")] = 24,
     max_characters: MaxCharacters = 400,
     seed: Seed = 0,
     json: Report = None,

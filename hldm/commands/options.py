@@ -39,7 +39,9 @@ def _allow_code(is_asked: bool) -> bool:
 # The callback does what it says; a command only lists it among its parameters.
 AllowCode = Annotated[
     bool,
-    Option("--allow-code", callback=_allow_code, help="import classes of someone's own that a folder names"),
+    Option(
+        "--allow-code", callback=_allow_code, help="import the classes outside of hldm that a folder names"
+    ),
 ]
 
 
@@ -57,23 +59,27 @@ Split = Literal["validation", "test"]
 Configs = Annotated[
     list[Path], Option("--config", metavar="FILE", help="YAML, or tiny, small, ...; may repeat")
 ]
-Paired = Annotated[Path, Option(metavar="FILE", help="its twin is NAME-twin.yaml beside it")]
+Paired = Annotated[
+    Path, Option(metavar="FILE", help="config of the model; its twin is NAME-twin.yaml beside it")
+]
 Overrides = Annotated[list[str] | None, Argument(metavar="a.b=c", help="any setting, e.g. data.lanes=64")]
 PairOverrides = Annotated[
     list[str] | None,
-    Argument(metavar="a.b=c", help="any setting, of model and twin alike; chunking.* of the model alone"),
+    Argument(metavar="a.b=c", help="any setting, for model and twin; chunking.* for the model only"),
 ]
 StudyName = Annotated[
-    str | None, Option("--name", help="of its folder below runs/ (default: the config file's)")
+    str | None, Option("--name", help="name of the folder below runs/ (default: the config file's)")
 ]
-Minutes = Annotated[float, Option(callback=check_minutes, help="of training, each")]
-Clock = Annotated[Literal["wall", "cpu"], Option(help="what minutes count: cpu on a machine that is busy")]
-MaxCharacters = Annotated[int, Option("--max-characters", "--max-chars", min=1, help="of each continuation")]
+Minutes = Annotated[float, Option(callback=check_minutes, help="minutes of training, each")]
+Clock = Annotated[Literal["wall", "cpu"], Option(help="what minutes count; cpu on a busy machine")]
+MaxCharacters = Annotated[
+    int, Option("--max-characters", "--max-chars", min=1, help="characters of each continuation")
+]
 Seed = Annotated[int, Option(callback=_check_seed, help="same seed, same noise")]
 Temperature = Annotated[float | None, Option(help="scale of the latents' noise")]
-DecoderTemperature = Annotated[float | None, Option(help="of the bytes; 0 takes the likeliest")]
+DecoderTemperature = Annotated[float | None, Option(help="temperature of the bytes; 0 takes the likeliest")]
 AsJson = Annotated[bool, Option("--json", help="one JSON object instead")]
 Measured = Annotated[
-    Path | None, Option("--measured", metavar="FILE", help="with --measure: all numbers, as JSON")
+    Path | None, Option("--measured", metavar="FILE", help="file for all numbers of a measurement, as JSON")
 ]
-Report = Annotated[Path | None, Option("--json", metavar="FILE", help="write all numbers there, too")]
+Report = Annotated[Path | None, Option("--json", metavar="FILE", help="file for all numbers")]

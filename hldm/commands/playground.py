@@ -16,12 +16,12 @@ from hldm.runs.signals import Stopped
 def playground(
     *,
     run: RunOrShipped = None,
-    port: Annotated[int, Option(min=0, max=65535, help="of 127.0.0.1; 0: any that is free")] = 8123,
+    port: Annotated[int, Option(min=0, max=65535, help="port of 127.0.0.1; 0: any free one")] = 8123,
     allow_code: AllowCode = False,
 ) -> None:
     """A local page to write with a run.
 
-    Chunk by chunk: redraw one, hold a latent, choose among candidates. It answers on this machine alone.
+    Chunk by chunk: redraw one, hold a latent, choose among candidates. It answers on this machine only.
     """
     folder = shipped_run() if run is None else find_model(run)
     from hldm.app.playground.server import Playground

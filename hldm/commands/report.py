@@ -18,17 +18,17 @@ def report(
     run: Annotated[Path, Argument(metavar="RUN", help="folder of a run, small, small-twin or owner/name")],
     *,
     against: Annotated[
-        Path | None, Option(metavar="RUN", help="another run beside it, e.g. its twin")
+        Path | None, Option(metavar="RUN", help="another run to compare with, e.g. its twin")
     ] = None,
     html: Annotated[
         Path | None,
         Option(
             metavar="FILE",
-            help="default: report.html in a run's own folder, else NAME-report.html",
+            help="file to write (default: report.html in a run's own folder, else NAME-report.html)",
         ),
     ] = None,
     text: Text = None,
-    measure: Annotated[bool, Option("--measure", help="though there is an evaluation.json")] = False,
+    measure: Annotated[bool, Option("--measure", help="measure even if there is an evaluation.json")] = False,
     seed: Seed = 0,
     allow_code: AllowCode = False,
 ) -> None:

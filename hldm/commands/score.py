@@ -45,12 +45,14 @@ MEANINGS = {
 def score(
     *,
     run: RunName = "small",
-    text: Annotated[list[str] | None, Option(metavar="FILE", help="may repeat; - is standard input")] = None,
+    text: Annotated[
+        list[str] | None, Option(metavar="FILE", help="file to take; may repeat; - is standard input")
+    ] = None,
     lines: Annotated[bool, Option("--lines", help="score each line of the files by itself")] = False,
     prompt: Annotated[list[str] | None, Option(metavar="TEXT", help="score this text; may repeat")] = None,
-    prefix: Annotated[str, Option(help="what comes before every text, at no cost")] = "",
-    draws: Annotated[int, Option(help="noise levels a chunk, even")] = 8,
-    samples: Annotated[int, Option(min=0, help="also the bound by so many importance-weighted draws")] = 0,
+    prefix: Annotated[str, Option(help="text before every text, not scored itself")] = "",
+    draws: Annotated[int, Option(help="noise levels a chunk; an even number")] = 8,
+    samples: Annotated[int, Option(min=0, help="also the bound by this many importance-weighted draws")] = 0,
     seed: Seed = 0,
     allow_code: AllowCode = False,
     as_json: Annotated[bool, Option("--json", help="one JSON object a text")] = False,

@@ -11,19 +11,19 @@ from hldm.commands.options import AllowCode, Run
 from hldm.runs.doing import loading
 from hldm.runs.location import find_model
 
-LICENCE = "of the weights, e.g. cc-by-4.0 (default: mit after the built-in text, else said to be unknown)"
+LICENCE = "licence of the weights, e.g. cc-by-4.0 (default: mit for the built-in text, else unknown)"
 
 
 def export(
     *,
     run: Run,
-    to: Annotated[Path, Option(help="a folder that is not there yet; made, with those above it")],
+    to: Annotated[Path, Option(help="folder to make; it must not be there yet")],
     licence: Annotated[str, Option("--licence", "--license", metavar="SPDX", help=LICENCE)] = "",
-    prompt: Annotated[str, Option(help="what the card's sample goes on from")] = "",
+    prompt: Annotated[str, Option(help="beginning of the card's sample")] = "",
     measure: Annotated[bool, Option("--measure", help="evaluate a run that has no scores yet")] = False,
     allow_code: AllowCode = False,
 ) -> None:
-    """Make a folder to share of a trained run.
+    """Make a folder of a trained run, to share.
 
     Weights, settings, scores and a model card: what it is, what it can and how it was made.
     """

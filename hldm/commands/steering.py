@@ -45,8 +45,8 @@ def fit(
     *,
     run: options.RunOrShipped = None,
     attribute: Attribute,
-    to: Annotated[Path, Option("--to", metavar="FILE", help="where the classifier goes")],
-    characters: Annotated[int, Option(min=10_000, help="of training text that it is fitted to")] = 800_000,
+    to: Annotated[Path, Option("--to", metavar="FILE", help="file for the classifier")],
+    characters: Annotated[int, Option(min=10_000, help="characters of training text to fit it to")] = 800_000,
     seed: options.Seed = 0,
     allow_code: options.AllowCode = False,
 ) -> None:
@@ -76,9 +76,11 @@ def write(
     *,
     run: options.RunOrShipped = None,
     guide: GuideFile,
-    to: Annotated[str, Option("--to", metavar="VALUE", help="of the classifier's attribute")],
-    prompt: Annotated[list[str] | None, Option(help="may repeat; default: '', a document starts")] = None,
-    strength: Annotated[float, Option(help="0: not steered")] = 1.0,
+    to: Annotated[str, Option("--to", metavar="VALUE", help="value of the classifier's attribute")],
+    prompt: Annotated[
+        list[str] | None, Option(help="text to continue; may repeat (default: '', which starts a document)")
+    ] = None,
+    strength: Annotated[float, Option(help="strength; 0: not steered")] = 1.0,
     method: Method = "mixture",
     particles: Particles = 16,
     max_characters: options.MaxCharacters = 400,
@@ -88,7 +90,7 @@ def write(
     as_json: options.AsJson = False,
     allow_code: options.AllowCode = False,
 ) -> None:
-    """Write on from prompts, toward a value of an attribute."""
+    """Continue prompts, toward a value of an attribute."""
     from hldm.generation.footprint import require_room_to_write
 
     pipeline, settings = load(run, temperature=temperature, decoder_temperature=decoder_temperature)
@@ -119,18 +121,23 @@ def measure(
     *,
     run: options.RunOrShipped = None,
     guide: GuideFile,
-    to: Annotated[list[str] | None, Option("--to", metavar="VALUE", help="may repeat (default: all)")] = None,
+    to: Annotated[
+        list[str] | None,
+        Option("--to", metavar="VALUE", help="value of the attribute; may repeat (default: all)"),
+    ] = None,
     method: Method = "mixture",
-    strength: Annotated[list[float] | None, Option(help="may repeat (default: 0, 0.5, 1, 2, 4)")] = None,
+    strength: Annotated[
+        list[float] | None, Option(help="strength; may repeat (default: 0, 0.5, 1, 2, 4)")
+    ] = None,
     particles: Particles = 16,
-    prompts: Annotated[int, Option(min=1, help="of the test text")] = 24,
-    seeds: Annotated[int, Option(min=2, help="that everything is written with")] = 3,
+    prompts: Annotated[int, Option(min=1, help="prompts from the test text")] = 24,
+    seeds: Annotated[int, Option(min=2, help="seeds that everything is written with")] = 3,
     measured: options.Measured = None,
     allow_code: options.AllowCode = False,
 ) -> None:
-    """What steering does to text, by a judge that sees letters alone.
+    """What steering does to text, by a judge that sees characters only.
 
-    Writes at every strength, and asks a classifier of runs of characters, fitted to the training text.
+    Writes at every strength, and asks a classifier of character n-grams, fitted to the training text.
     """
     if measured is not None:
         check_report_path(measured, "steering")

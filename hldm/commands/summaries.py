@@ -12,9 +12,11 @@ from hldm.commands import options
 def summaries(
     *,
     run: options.RunOrShipped = None,
-    minutes: Annotated[float, Option(callback=options.check_minutes, help="of training, each prior")] = 0.5,
-    seeds: Annotated[int, Option(min=2, help="that every prior is trained with")] = 3,
-    chunks: Annotated[int, Option(min=1, help="of the test text that are measured, about")] = 6000,
+    minutes: Annotated[
+        float, Option(callback=options.check_minutes, help="minutes of training for each prior")
+    ] = 0.5,
+    seeds: Annotated[int, Option(min=2, help="seeds that every prior is trained with")] = 3,
+    chunks: Annotated[int, Option(min=1, help="chunks of the test text to measure, about")] = 6000,
     seed: options.Seed = 0,
     json: options.Report = None,
     allow_code: options.AllowCode = False,

@@ -28,11 +28,11 @@ Minutes = Annotated[
     float | None,
     Option(
         callback=check_minutes,
-        help="of the model's two stages together, shared as the config's own are; --twin takes as many again",
+        help="for both stages together, divided as in the config; --twin takes as many again",
     ),
 ]
 Steps = Annotated[int | None, Option(min=1, help="optimizer steps of each stage")]
-PriorSteps = Annotated[int | None, Option(min=1, help="of stage two, where it takes another number")]
+PriorSteps = Annotated[int | None, Option(min=1, help="optimizer steps of stage two, if not --steps")]
 
 
 def train(
@@ -41,17 +41,20 @@ def train(
     overrides: Overrides = None,
     name: Annotated[str | None, Option(help="run folder below runs/ (default: the config's name)")] = None,
     twin: Annotated[
-        bool, Option("--twin", help="also a plain autoregressive model, for as long: twice the time in all")
+        bool,
+        Option("--twin", help="also train the autoregressive baseline, for as long: twice the time in all"),
     ] = False,
     minutes: Minutes = None,
     steps: Steps = None,
     prior_steps: PriorSteps = None,
-    resume: Annotated[bool, Option("--resume", help="go on with what has begun")] = False,
-    print_config: Annotated[bool, Option("--print-config", help="print what it would train by")] = False,
+    resume: Annotated[bool, Option("--resume", help="continue a run that was stopped")] = False,
+    print_config: Annotated[
+        bool, Option("--print-config", help="print the resolved config and stop")
+    ] = False,
 ) -> None:
     """Train both stages of a model on a text.
 
-    What is trained already is not trained again. Everything is left in runs/NAME, the twin's in runs/NAME-twin.
+    Finished stages are not trained again. Everything is left in runs/NAME, the twin's in runs/NAME-twin.
     """
     given = overrides or []
     model = load_config(config, given)

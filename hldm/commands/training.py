@@ -25,8 +25,11 @@ DEMO_PROMPTS = 3  # continued by `hldm demo`
 
 Name = Annotated[str | None, Option(help="run folder below runs/ (default: the config file's name)")]
 Steps = Annotated[int | None, Option(help="optimizer steps")]
-Limit = Annotated[float | None, Option(callback=check_minutes, help="wall clock limit, schedule included")]
-Resume = Annotated[bool, Option("--resume", help="go on from the newest good checkpoint")]
+Limit = Annotated[
+    float | None,
+    Option(callback=check_minutes, help="minutes of training; the schedule is fitted to them"),
+]
+Resume = Annotated[bool, Option("--resume", help="continue from the newest good checkpoint")]
 PrintConfig = Annotated[bool, Option("--print-config", help="print the resolved config and stop")]
 
 
@@ -95,12 +98,14 @@ def sizes(
     *,
     config: Configs,
     overrides: Overrides = None,
-    processes: Annotated[int | None, Option(min=1, help="what each of so many needs, anywhere")] = None,
+    processes: Annotated[
+        int | None, Option(min=1, help="what each of this many processes needs, on any machine")
+    ] = None,
     as_json: Annotated[bool, Option("--json", help="the same as one JSON object, in bytes")] = False,
 ) -> int:
     """What a config needs in memory and on disk.
 
-    Stage by stage; exit code 2 when it does not fit here. With --processes it is a plan for another machine.
+    Stage by stage; exit code 2 when it does not fit here. With --processes it plans for another machine.
     """
     from hldm.training.sizes import planned, report, report_plan, survey
 
@@ -121,7 +126,7 @@ def demo(
 ) -> None:
     """Train a model and its twin, evaluate both, write text.
 
-    What is trained is not trained again. Everything is left in runs/NAME and runs/NAME-twin.
+    Finished stages are not trained again. Everything is left in runs/NAME and runs/NAME-twin.
     """
     began = time.monotonic()
     model, twin = load_pair(config, overrides or [])

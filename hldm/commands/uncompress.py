@@ -12,8 +12,10 @@ from hldm.commands import options
 def uncompress(
     *,
     run: options.RunOrShipped = None,
-    minutes: Annotated[float, Option(callback=options.check_minutes, help="of training, each decoder")] = 2.0,
-    chunks: Annotated[int, Option(min=1, max=64, help="that a summary stands for")] = 8,
+    minutes: Annotated[
+        float, Option(callback=options.check_minutes, help="minutes of training for each decoder")
+    ] = 2.0,
+    chunks: Annotated[int, Option(min=1, max=64, help="chunks that a summary stands for")] = 8,
     seed: options.Seed = 0,
     json: options.Report = None,
     allow_code: options.AllowCode = False,

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from hldm.generation.streams import Writing
 
 Scheduler = Literal["ancestral", "ddim", "dpm"]
-STRATEGY_HELP = "or your own, module:Class; may repeat (default: all of ours)"
+STRATEGY_HELP = "one strategy, or your own, module:Class; may repeat (default: all of hldm)"
 RANK_HELP = "the best by moments, bound, mbr, agreement or pairwise, or your own function, module:function"
 OWN_SEGMENTERS = "train a segmenter for each strategy that takes one (default: ask those that come with hldm)"
 
@@ -44,32 +44,32 @@ def generate(
     num_samples: Annotated[int, Option(min=1, help="continuations of each prompt")] = 1,
     steps: Annotated[int | None, Option(help="denoising steps of each latent")] = None,
     scheduler: Annotated[Scheduler | None, Option(help="sampler")] = None,
-    guidance: Annotated[float | None, Option(help="weight of the context; 1 is none")] = None,
+    guidance: Annotated[float | None, Option(help="guidance: weight of the context; 1 is none")] = None,
     temperature: options.Temperature = None,
     decoder_temperature: options.DecoderTemperature = None,
-    top_p: Annotated[float | None, Option(help="nucleus of the bytes")] = None,
-    candidates: Annotated[int, Option(help="continuations to choose from at each place; 1: none")] = 1,
+    top_p: Annotated[float | None, Option(help="of the bytes: nucleus sampling")] = None,
+    candidates: Annotated[int, Option(help="continuations to choose from at each place; 1: no choice")] = 1,
     rank: Annotated[str, Option(help=RANK_HELP)] = "mbr",
     keep: Annotated[int, Option(help="candidates that go on from each place")] = 1,
     depth: Annotated[int, Option(help="chunks of a candidate")] = 16,
-    show_candidates: Annotated[bool, Option("--show-candidates", help="what stood at each place")] = False,
+    show_candidates: Annotated[bool, Option("--show-candidates", help="print them, by place")] = False,
     stop: Annotated[
         list[str] | None, Option(help=r"end before the first of these, e.g. \n; may repeat")
     ] = None,
     memory: Annotated[
-        str | None, Option(metavar="DIR", help="of hldm memory build, document, or pyramid")
+        str | None, Option(metavar="DIR", help="folder made by hldm memory build, document, or pyramid")
     ] = None,
     seed: options.Seed = 0,
     show_chunks: Annotated[bool, Option("--show-chunks", help="tint chunks, or mark them with |")] = False,
     as_json: Annotated[bool, Option("--json", help="one JSON object a continuation")] = False,
     draft: Annotated[
-        Path | None, Option(metavar="FOLDER", help="of hldm draft (default: RUN/draft, if any)")
+        Path | None, Option(metavar="FOLDER", help="made by hldm draft (default: RUN/draft, if there is one)")
     ] = None,
-    no_draft: Annotated[bool, Option("--no-draft", help="write without one")] = False,
-    raw: Annotated[bool, Option("--raw", help="send a terminal control characters as they are")] = False,
+    no_draft: Annotated[bool, Option("--no-draft", help="write without a draft")] = False,
+    raw: Annotated[bool, Option("--raw", help="print control characters as they are")] = False,
     allow_code: options.AllowCode = False,
 ) -> None:
-    """Write on from prompts."""
+    """Continue prompts."""
     if sys.stdout is None:
         raise ValueError("standard output is closed: there is nowhere to write to")
     _check_together(candidates, memory, draft, no_draft)
@@ -232,15 +232,17 @@ def _show_tree(send: Callable[[bytes], None], places: list[dict[str, Any]] | Non
 
 def chunk(
     *,
-    text: Annotated[str, Option(metavar="FILE", help="- is standard input")],
+    text: Annotated[str, Option(metavar="FILE", help="file; - is standard input")],
     strategy: Annotated[list[str] | None, Option(metavar="NAME", help=STRATEGY_HELP)] = None,
     run: Annotated[list[Path] | None, Option(metavar="RUN", help="cut as this run does; may repeat")] = None,
-    min_bytes: Annotated[int, Option(help="of a chunk")] = 4,
-    max_bytes: Annotated[int | None, Option(help="default: 12, of a sentence or paragraph 1024")] = None,
-    target_bytes: Annotated[float, Option(help="mean, of strategies with a model")] = 6.0,
+    min_bytes: Annotated[int, Option(help="minimum of a chunk")] = 4,
+    max_bytes: Annotated[
+        int | None, Option(help="maximum of a chunk (default: 12; for sentence and paragraph 1024)")
+    ] = None,
+    target_bytes: Annotated[float, Option(help="mean of a chunk, for strategies with a model")] = 6.0,
     minutes: Annotated[float | None, Option(callback=options.check_minutes, help=OWN_SEGMENTERS)] = None,
-    as_json: Annotated[bool, Option("--json", help="bytes of each chunk, as JSON")] = False,
-    html: Annotated[Path | None, Option(metavar="FILE", help="write a page there instead")] = None,
+    as_json: Annotated[bool, Option("--json", help="print the bytes of each chunk as JSON")] = False,
+    html: Annotated[Path | None, Option(metavar="FILE", help="file for a page, instead of printing")] = None,
     allow_code: options.AllowCode = False,
 ) -> None:
     """Where a text is cut, by one strategy or all."""

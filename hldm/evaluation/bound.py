@@ -1,8 +1,8 @@
 """The bound of `hldm.training.objectives` over a whole corpus, in bits a character, and how sure of it one may be.
 
-Every document is read whole, its state carried from window to window, so how the text is laid out in lanes
-and windows changes the random draws and nothing else. The sum pays for every byte and for every end of a
-chunk and of a document: it bounds what a file compressed with the model would take. For the twin it is no
+Every document is read whole, its state carried from window to window, so how the text is laid out in streams
+and windows changes the random draws and nothing else. The sum includes every byte and every end of a
+chunk and of a document: it bounds the size of a file compressed with the model. For the twin it is no
 bound but the likelihood itself. The estimate of each chunk is `hldm.generation.bound`'s.
 """
 

@@ -1,10 +1,10 @@
 """Does far context help? Bits per character by the distance from the document's start, and with documents cut short.
 
-The first alone cannot tell: later text may be another kind of text. So documents can be cut every so many bytes, and
-each piece be read as if it began there. The same bytes are then compared, under all their context and under little of
-it. Counted is what has at least half of a piece before it, and what a whole document says more about: no first
-pieces; and not the last chunk of a piece, which pays for an end that is none. Models that have seldom read from the
-middle of a text pay for that, too. Arithmetic on the nats of every chunk (`hldm.evaluation.bound`).
+The first alone is not enough: later text may be another kind of text. So documents can be cut every so many bytes, and
+each piece be read as if it were a document. The same bytes are then compared, with all their context and with little of
+it. Counted are bytes with at least half of a piece before them, and with more context in the whole document: no first
+pieces; nor the last chunk of a piece, whose cost includes a false end. Models that were seldom trained on the
+middle of a text have a higher cost there, too. Arithmetic on the nats of every chunk (`hldm.evaluation.bound`).
 """
 
 from __future__ import annotations

@@ -58,12 +58,12 @@ class Adapter:
                 f"model_args: hldm knows run, draws, samples, seed, greedy, got {next(iter(others))!r}"
             )
         self.pipeline = HLDMPipeline.from_pretrained(run)
-        # the harness asks for CUDA unless it was told otherwise
+        # the harness asks for CUDA unless another device is given
         if device is not None and (torch.cuda.is_available() or not device.startswith("cuda")):
             self.pipeline.to(torch.device(device))
         self.options = {"draws": draws, "samples": samples, "seed": seed}
         self.greedy = greedy
-        # the harness says 1 unless it was told otherwise, and "auto" to leave it to the model
+        # the harness says 1 unless another size is given, and "auto" to leave it to the model
         self.rows = int(batch_size) if str(batch_size).isdecimal() and int(batch_size) > 1 else 64
 
     def loglikelihood(

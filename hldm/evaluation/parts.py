@@ -108,7 +108,7 @@ class Reading:
         return diffuse(latents, gamma, self.noise_0)
 
     def decoder(self, name: str, z_0: Tensor | None = None, encoding: Encoding | None = None) -> Tensor:
-        """The decoder's term (b n) given z_0 (b n z) and what it is told of the text before: the model's own if None.
+        """The decoder's term (b n) given z_0 (b n z) and its conditioning on the text before: the model's own if None.
 
         name: under which its state is carried
         """
@@ -140,7 +140,9 @@ class Silence(nn.Module):
         """Nothing."""
         return ()
 
-    def forward(self, z: Tensor, gamma: Tensor, told: tuple[BlockContext, ...], estimate: Tensor) -> Tensor:
+    def forward(
+        self, z: Tensor, gamma: Tensor, conditioning: tuple[BlockContext, ...], estimate: Tensor
+    ) -> Tensor:
         """No correction."""
         return torch.zeros_like(z)
 

@@ -25,10 +25,10 @@ def reconstruct(
 ) -> dict[str, Any]:
     """Accuracy from latents as the decoder gets them (`noisy`, at gamma_0) and without noise (`clean`).
 
-    byte_accuracy:  share of symbols (bytes and ends) that the decoder finds likeliest, given its latent and whatever
-                    else it knows, the true bytes before among it
+    byte_accuracy:  share of symbols (bytes and ends) that the decoder finds likeliest, given its latent and its
+                    conditioning, the true bytes before among it
     chunk_accuracy: share of chunks whose every symbol is likeliest
-    Measured on the first windows of all lanes that hold ENOUGH_CHUNKS. The accuracies beside `noisy` and
+    Measured on the first windows of all streams that hold ENOUGH_CHUNKS. The accuracies beside `noisy` and
     `clean` are the noisy ones.
     """
     device = next(autoencoder.parameters()).device
@@ -52,9 +52,9 @@ def reconstruct(
 
 @torch.no_grad()
 def bits_of_ends(autoencoder: Autoencoder, windows: Windows, generator: torch.Generator) -> float:
-    """What of the decoder's bits a character says where chunks end: -log2 of ending, or of going on, at each symbol.
+    """The share of ends in the decoder's bits a character: -log2 of ending, or of going on, at each symbol.
 
-    Nothing for ends that are known beforehand; a strategy whose cuts nothing but itself can tell pays here.
+    0 for ends that are certain; high for a strategy whose cuts only it can predict.
     """
     decoder = autoencoder.decoder_state(windows.lanes, next(autoencoder.parameters()).device)
     nats = 0.0

@@ -29,7 +29,7 @@ from hldm.generation.chunk import write_chunks
 from hldm.generation.writer import LatentWriter, row_generators
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.contextualiser import Context
-from hldm.model.denoiser import Told
+from hldm.model.denoiser import Conditioning
 from hldm.model.diffusion import (
     Spread,
     alpha_sigma,
@@ -50,7 +50,7 @@ from hldm.text.windows import Batch, Windows, draw_normal, draw_uniform, window_
 STEPS = (0, 1, 2, 4, 8, 16, 64)
 LEVELS = 64  # noise levels of the limit, a chunk
 TOGETHER = 4  # at once: 2 and 16 take longer (measured, configs/small.yaml, one core)
-MOST_STEPS = 8  # of a sampler, drawn a chunk: more of them make L_64 dear and hardly more exact
+MOST_STEPS = 8  # of a sampler, drawn a chunk: more of them make L_64 slow and hardly more exact
 SURE = 0.9  # probability of the likeliest symbol from which the decoder counts as sure of it
 PLACES, WRITINGS = 512, 64  # latents that are written, and how often each: an error of 1.5 points
 PLACES_AT_ONCE = 32
@@ -71,21 +71,21 @@ def read_contexts(
 def sampled_latents(prior: Prior, context: Context, steps: int, generator: torch.Generator) -> Tensor:
     """z_0 (b n z) of chunks with these contexts, by `steps` ancestral steps; 0: a draw from the mixture."""
     b, n = context.summary.shape[:2]
-    told, rows, z = prior.tell(context), b * n, prior.latent_dim
+    conditioning, rows, z = prior.condition(context), b * n, prior.latent_dim
     seeds = torch.randint(2**32, (rows,), generator=generator).tolist()
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     if not steps:
-        if prior.mixture is None or told.log_weights is None:
+        if prior.mixture is None or conditioning.log_weights is None:
             raise ValueError("this prior has no mixture to draw from: take 1 step or more")
-        weights = told.log_weights.reshape(rows, -1)
+        weights = conditioning.log_weights.reshape(rows, -1)
         return prior.mixture.sample(prior.diffusion.gamma_0, weights, generators).view(b, n, z)
 
     def denoise(state: Tensor, gamma: Tensor) -> Tensor:
-        return prior.denoise(state.view(b, n, 1, z), gamma.view(b, n, 1), told).view(rows, z)
+        return prior.denoise(state.view(b, n, 1, z), gamma.view(b, n, 1), conditioning).view(rows, z)
 
     spread: Spread | None = None
-    if told.log_weights is not None:
-        flat = told._replace(log_weights=told.log_weights.view(rows, 1, 1, -1))
+    if conditioning.log_weights is not None:
+        flat = conditioning._replace(log_weights=conditioning.log_weights.view(rows, 1, 1, -1))
 
         def spread(state: Tensor, gamma: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
             return prior.spread(state, gamma, flat, u)
@@ -98,7 +98,9 @@ def sampled_latents(prior: Prior, context: Context, steps: int, generator: torch
 # ---- bounds of finite samplers
 
 
-def _limit(prior: Prior, mu: Tensor, told: Told, batch: Batch, generator: torch.Generator) -> Tensor:
+def _limit(
+    prior: Prior, mu: Tensor, conditioning: Conditioning, batch: Batch, generator: torch.Generator
+) -> Tensor:
     """The latent terms of the bound of infinitely many steps, one draw for each of LEVELS strata: nats (b n)."""
     b, n, z = mu.shape
     u = stratified(LEVELS, draw_uniform(batch, (n,), generator))
@@ -108,13 +110,13 @@ def _limit(prior: Prior, mu: Tensor, told: Told, batch: Batch, generator: torch.
         part = slice(first, first + TOGETHER)
         gamma = prior.schedule.gamma(u[:, :, part])
         x0 = mu[:, :, None].expand(b, n, TOGETHER, z)
-        x0_hat = prior.denoise(diffuse(x0, gamma, noise[:, :, part]), gamma, told)
+        x0_hat = prior.denoise(diffuse(x0, gamma, noise[:, :, part]), gamma, conditioning)
         terms.append(bound_integrand(x0, x0_hat, gamma) / prior.schedule.density(gamma))
     return torch.cat(terms, dim=-1).mean(dim=-1) + end_term(mu, prior.diffusion.gamma_1)
 
 
 def _cost_of_steps(
-    prior: Prior, mu: Tensor, told: Told, batch: Batch, steps: int, generator: torch.Generator
+    prior: Prior, mu: Tensor, conditioning: Conditioning, batch: Batch, steps: int, generator: torch.Generator
 ) -> Tensor:
     """L_S of S ancestral steps, of which MOST_STEPS are drawn, one from each stretch of as many: nats (b n)."""
     plan = sampler_steps("ancestral", prior.schedule, steps)
@@ -130,13 +132,19 @@ def _cost_of_steps(
         of_z, of_x0, _, deviation = (weight[..., None] for weight in weights.unbind(-1))
         below = of_z * above + of_x0 * mu + deviation * noise[:, :, 1]
         log_q = _log_normal(noise[:, :, 1], torch.ones_like(deviation)) - z * deviation[..., 0].log()
-        x0_hat = prior.denoise(above[:, :, None], gamma[:, :, None], told)[:, :, 0]
+        x0_hat = prior.denoise(above[:, :, None], gamma[:, :, None], conditioning)[:, :, 0]
         from_estimate = below - of_z * above - of_x0 * x0_hat
-        if prior.mixture is None or told.log_weights is None:
+        if prior.mixture is None or conditioning.log_weights is None:
             log_p = _log_normal(from_estimate, deviation.square().expand_as(mu))
         else:
             log_p = _log_mixture(
-                prior.mixture, from_estimate, above, gamma, told.log_weights[:, :, 0], of_x0, deviation
+                prior.mixture,
+                from_estimate,
+                above,
+                gamma,
+                conditioning.log_weights[:, :, 0],
+                of_x0,
+                deviation,
             )
         total = total + (log_q - log_p) * steps / drawn
     return total
@@ -183,17 +191,17 @@ def finite_steps(
     nats = {steps: np.zeros(windows.chunks) for steps in STEPS if steps or prior.mixture is not None}
     infinite = np.zeros(windows.chunks)
     for batch, encoding, context in read_contexts(autoencoder, prior, windows):
-        mu, told, mask = encoding.latents, prior.tell(context), batch.is_chunk
+        mu, conditioning, mask = encoding.latents, prior.condition(context), batch.is_chunk
         chunk = batch.chunk_index[mask].cpu().numpy()
-        infinite[chunk] = _limit(prior, mu, told, batch, generator)[mask].double().cpu().numpy()
+        infinite[chunk] = _limit(prior, mu, conditioning, batch, generator)[mask].double().cpu().numpy()
         for steps, found in nats.items():
             if steps:
-                cost = _cost_of_steps(prior, mu, told, batch, steps, generator)
+                cost = _cost_of_steps(prior, mu, conditioning, batch, steps, generator)
             else:
-                assert prior.mixture is not None and told.log_weights is not None
+                assert prior.mixture is not None and conditioning.log_weights is not None
                 noise = draw_normal(batch, mu.shape[1:], generator)
                 gamma_0 = prior.diffusion.gamma_0
-                cost = prior.mixture.rate(mu, noise, gamma_0, told.log_weights[:, :, 0])
+                cost = prior.mixture.rate(mu, noise, gamma_0, conditioning.log_weights[:, :, 0])
             found[chunk] = cost[mask].double().cpu().numpy()
     clusters = clusters_of(windows)
     return [_row_of_steps(clusters, steps, cost, infinite) for steps, cost in nats.items()]

@@ -141,8 +141,8 @@ def row(label: str, form: str, columns: Mapping[str, Any], *keys: str, scale: fl
 
 # below a table of evaluations
 READING = (
-    "bits per character: lower is better; of it latents: the prior's share, to say what comes next, of it bytes and "
-    "ends: the decoder's, to write it out (a twin has no latents). Every row: docs/reading.md"
+    "bits per character: lower is better; of it latents: the prior's share, for what comes next; of it bytes and "
+    "ends: the decoder's, for spelling it (a twin has no latents). Every line: docs/reading.md"
 )
 # label, dotted key, format
 _ROWS: tuple[tuple[str, str, str], ...] = (
@@ -164,7 +164,7 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
     ("  from latents without noise", "reconstruction.clean.chunk_accuracy", ".2%"),
     ("latents, independent directions (rank)", "alive.rank", ".2f"),
     ("  dimensions that never vary", "alive.dead_dimensions", ".0f"),
-    ("prior, typical latents it tells apart", "alive.prototypes", ",.0f"),
+    ("prior, prototypes in use", "alive.prototypes", ",.0f"),
     ("  uncertainty which of them is next, bits", "alive.weights_bits", ".2f"),
     *(
         (f"bits lost without {label}", f"parts.rows.{name}.hidden.bits", ".4f")

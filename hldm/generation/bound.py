@@ -61,9 +61,9 @@ def bound_chunks(
     draws: noise levels a chunk, and latents that its decoder reads, half of them in each of two independent passes;
     levels are stratified within a pass because the integrand is steep near gamma_0. Their mean is the estimate; the
     variance of its sum over chunks is sum d^2 / 4, d the difference between the passes. Chunks draw independently,
-    so this has as many degrees of freedom as there are chunks, and unlike the spread within a pass it knows what
-    stratification saves. A decoder that carries its state links the chunks after a draw to it: there d is to be summed
-    over a lane's window first (`group`).
+    so this has as many degrees of freedom as there are chunks, and unlike the spread within a pass it includes
+    what stratification saves. A decoder that carries its state makes later chunks depend on a draw: there d is to be
+    summed over a stream's window first (`group`).
     samples: of `importance_nats`, 0 for none; only for a prior with a mixture and a decoder that carries no state.
     Raises ValueError for shuffled windows, models in training mode, draws that two passes cannot share, or a cost
     that is not finite.

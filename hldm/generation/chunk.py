@@ -95,13 +95,13 @@ def write_chunks(
     for event in range(most + 1):
         start = torch.full_like(symbol, event == 0, dtype=torch.bool)
         opening = doc_start & start
-        told = known
+        conditioning = known
         if autoencoder.settings.reads_text:
             text = autoencoder.from_text(feature) * ~opening[..., None]
-            told = text if known is None else text + known
+            conditioning = text if known is None else text + known
         place = torch.full_like(symbol, event)
         logits, writing = autoencoder.decode_symbols(
-            symbol, opening, start, writing, latent=latent, place=place, told=told
+            symbol, opening, start, writing, latent=latent, place=place, conditioning=conditioning
         )
         logits = _allowed(floored(logits[:, 0].float(), autoencoder.byte_floor), event, most)
         symbol = pick(logits, u[live, event], settings.decoder_temperature, settings.top_p)[:, None]

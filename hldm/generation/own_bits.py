@@ -77,7 +77,7 @@ def _cost_of_chunks(writer: LatentWriter, pieces: Sequence[Piece], generator: to
     noise = torch.randn(LEVELS, z, generator=generator).to(device)
     gamma, noise = gamma.expand(rows, 1, -1), noise.expand(rows, 1, -1, -1)
     x0 = mu[:, :, None].expand_as(noise)
-    x0_hat = prior.denoise(diffuse(x0, gamma, noise), gamma, writer.told)
+    x0_hat = prior.denoise(diffuse(x0, gamma, noise), gamma, writer.conditioning)
     latent = (bound_integrand(x0, x0_hat, gamma) / prior.schedule.density(gamma)).mean(dim=-1)
     latent = (latent + end_term(mu, prior.diffusion.gamma_1))[:, 0]
 

@@ -120,9 +120,9 @@ def _problems(plugin: str, denoiser: str) -> Iterator[str]:
     def answers(latents: Tensor, z: Tensor) -> Tensor:
         """x0_hat (b n m z)."""
         context, _ = prior.contextualiser(latents, mask, doc_start, prior.initial_state(ROWS), features)
-        told = prior.tell(context.first(CHUNKS))
-        corrections.append(prior.denoiser(z, gamma, told.blocks, z) if denoiser else z)
-        return prior.denoise(z, gamma, told)
+        conditioning = prior.condition(context.first(CHUNKS))
+        corrections.append(prior.denoiser(z, gamma, conditioning.blocks, z) if denoiser else z)
+        return prior.denoise(z, gamma, conditioning)
 
     corrections: list[Tensor] = []
     whole = answers(latents, z)
@@ -149,7 +149,7 @@ def _problems(plugin: str, denoiser: str) -> Iterator[str]:
         part = slice(at, at + 1)
         read = latents[:, part], mask[:, part], doc_start[:, part], state, features[:, part]
         context, state = prior.contextualiser(*read)
-        parts.append(prior.denoise(z[:, part], gamma[:, part], prior.tell(context.first(1))))
+        parts.append(prior.denoise(z[:, part], gamma[:, part], prior.condition(context.first(1))))
     if bool(((torch.cat(parts, dim=1) - whole).abs() > CLOSE).any()):
         yield "a text read chunk by chunk, as it is written, must give what it gives as a whole"
     with torch.enable_grad():

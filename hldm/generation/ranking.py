@@ -106,7 +106,7 @@ def by_agreement(stubs: Sequence[Stub]) -> list[float]:
     """How well a stub's n-grams forecast those of the others: Brier's score, strictly proper (as BrierLM, CALM).
 
     With p_i the distribution of the n-grams in stub i: sum over n = 1..4 of the mean over j of 2 p_i p_j - p_i p_i. The
-    last term is what a stub pays that says one thing again and again.
+    last term penalises a stub that repeats itself.
     """
     score = np.zeros(len(stubs))
     for counts in _ngrams([_characters(stub) for stub in stubs], AGREEMENT_ORDER):

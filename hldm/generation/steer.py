@@ -57,7 +57,7 @@ class Guide:
         return logits.log_softmax(dim=-1)
 
     def next(self, known: Tensor) -> Tensor:
-        """log p(y | what is known before a chunk, component of its latent). (... w) -> (... k v)"""
+        """log p(y | summary before a chunk, component of its latent). (... w) -> (... k v)"""
         logits = known @ self.tensors["next.weight"].T + self.tensors["next.bias"]
         return (logits[..., None, :] + self.tensors["next.component"]).log_softmax(dim=-1)
 
@@ -236,11 +236,13 @@ def _steered_latents(writer: LatentWriter, guide: Guide, wanted: int, strength: 
         log_weights = (mixture.log_weights(known) + push).log_softmax(dim=-1)
         gamma_0 = writer.prior.diffusion.gamma_0
         return mixture.sample(gamma_0, log_weights, writer.generators, settings.temperature)
-    told = writer.told
-    assert told.log_weights is not None
-    writer.told = told._replace(log_weights=(told.log_weights + push[:, None, None]).log_softmax(dim=-1))
+    conditioning = writer.conditioning
+    assert conditioning.log_weights is not None
+    writer.conditioning = conditioning._replace(
+        log_weights=(conditioning.log_weights + push[:, None, None]).log_softmax(dim=-1)
+    )
     latents = writer.sample_latents()
-    writer.told = told
+    writer.conditioning = conditioning
     return latents
 
 

@@ -1,4 +1,4 @@
-"""Written text on its way out: where it stops, and who is handed it as it is written."""
+"""Written text on its way out: where it stops, and what receives it as it is written."""
 
 from __future__ import annotations
 
@@ -63,11 +63,11 @@ def _drop_last(row: Continuation, count: int) -> None:
         count -= len(last)
 
 
-# ---- who is handed it
+# ---- what receives it
 
 
 class Stream(Protocol):
-    """Somebody who is handed each row's bytes as they are written."""
+    """Receives each row's bytes as they are written."""
 
     def add(self, row: int, new: bytes) -> None: ...
 

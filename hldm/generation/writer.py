@@ -26,7 +26,7 @@ from hldm.generation.draft import Draft
 from hldm.generation.finite import require_finite
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.contextualiser import Context
-from hldm.model.denoiser import Told
+from hldm.model.denoiser import Conditioning
 from hldm.model.diffusion import sample, sampler_steps
 from hldm.model.prior import Prior
 from hldm.model.speed import has_faster_form
@@ -103,14 +103,14 @@ class LatentWriter:
         self.encoder = autoencoder.encoder_state(rows, self.device)
         self.decoder = autoencoder.decoder_state(rows, self.device)
         self.memory = prior.initial_state(rows, self.device)  # the pyramid; stays so without denoising
-        self.blind: Told | None = None  # what the denoiser is told of no text; None without guidance
+        self.blind: Conditioning | None = None  # conditioning on no text; None without guidance
         if settings.guidance != 1:
             nothing = next_context(prior, self.memory)
-            self.blind = prior.tell(prior.hide(nothing, torch.ones_like(nothing.visible[..., 0])))
+            self.blind = prior.condition(prior.hide(nothing, torch.ones_like(nothing.visible[..., 0])))
         for window in _prompt_windows(autoencoder, prompts, self.device):
             self._read(window)
-        # what the denoiser is told of the next chunk
-        self.told = prior.tell(next_context(prior, self.memory))
+        # of the denoiser, for the next chunk
+        self.conditioning = prior.condition(next_context(prior, self.memory))
         self.opens = [not prompt for prompt in prompts]  # whether the next chunk is the first of its document
 
     def _read(self, window: Window) -> None:
@@ -125,8 +125,8 @@ class LatentWriter:
             # the mean of what the decoder was trained on
             gamma_0 = torch.tensor(self.prior.diffusion.gamma_0, device=self.device)
             mean = encoding.latents * torch.sigmoid(-gamma_0).sqrt()
-            told = self.autoencoder.tell(events, encoding)
-            _, griffin = self.autoencoder.decode(events, mean, self.decoder.griffin, told)
+            conditioning = self.autoencoder.condition(events, encoding)
+            _, griffin = self.autoencoder.decode(events, mean, self.decoder.griffin, conditioning)
             self.decoder = DecoderState(griffin, events.last)
 
     def write(self, latents: Tensor | None = None) -> list[Piece]:
@@ -163,8 +163,8 @@ class LatentWriter:
         generators: one for each of them
         """
         index, other = torch.tensor(rows, device=self.device), copy(self)
-        parts = (self.encoder, self.decoder, self.memory, self.told, self.blind)
-        other.encoder, other.decoder, other.memory, other.told, other.blind = pick_rows(parts, index)
+        parts = (self.encoder, self.decoder, self.memory, self.conditioning, self.blind)
+        other.encoder, other.decoder, other.memory, other.conditioning, other.blind = pick_rows(parts, index)
         other.opens, other.generators = [self.opens[row] for row in rows], generators
         return other
 
@@ -190,22 +190,22 @@ class LatentWriter:
         )
 
     def _spread(self, z: Tensor, gamma: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        return self.prior.spread(z, gamma, self.told, u, self.settings.temperature)
+        return self.prior.spread(z, gamma, self.conditioning, u, self.settings.temperature)
 
     def _denoise(self, z: Tensor, gamma: Tensor) -> Tensor:
         """x0_hat (b z) from z (b z) at gamma (b).
 
-        With guidance x0 = x0_blind + guidance (x0_told - x0_blind) (arXiv 2207.12598).
+        With guidance x0 = x0_blind + guidance (x0_conditioned - x0_blind) (arXiv 2207.12598).
         """
         z, gamma = z[:, None, None], gamma[:, None, None]  # (b n=1 m=1 z), (b 1 1)
-        x0 = self.prior.denoise(z, gamma, self.told)
+        x0 = self.prior.denoise(z, gamma, self.conditioning)
         if self.blind is not None:
             blind = self.prior.denoise(z, gamma, self.blind)
             x0 = blind + self.settings.guidance * (x0 - blind)
         return x0[:, 0, 0]
 
     def add_chunks(self, latents: Tensor, opens: Tensor, closed: Tensor) -> None:
-        """Take in one chunk a row more: what the denoiser is told of the next.
+        """Take in one chunk a row more, and update the denoiser's conditioning for the next.
 
         latents: (b 1 z);  opens: (b 1) bool, the first chunk of a document
         closed: (b) bool, the last of its document: the next one has no past, should anyone go on
@@ -217,7 +217,7 @@ class LatentWriter:
             fresh = self.prior.initial_state(len(closed), closed.device)
             self.memory = select_rows(closed, fresh, self.memory)
             context = next_context(self.prior, self.memory)
-        self.told = self.prior.tell(context)
+        self.conditioning = self.prior.condition(context)
 
 
 class Stretch(NamedTuple):

@@ -86,7 +86,7 @@ class Skill(NamedTuple):
 
 
 def skill(predicted: Tensor, target: Tensor, kind: Tensor) -> Skill:
-    """kind: (k) int64, what can be told from outside: the length of each chunk."""
+    """kind: (k) int64, what can be seen from outside: the length of each chunk."""
     predicted, target = predicted.detach().double(), target.detach().double()
     mean = target.mean(dim=0)
     # beyond length: of what is left of targets and predictions after the mean of each length

@@ -63,11 +63,11 @@ class ChunkDecoder(SavedModel):
     ) -> tuple[Tensor, GriffinState]:
         """The same from the state after `first` symbols, and the state after these."""
         place = first + torch.arange(symbols.shape[1], device=symbols.device).expand_as(symbols)
-        told = self.from_vector.features(
+        conditioning = self.from_vector.features(
             self.from_vector.inner(vectors)[:, None], torch.zeros_like(place), place
         )
         opens = place == 0
-        x = self.write(symbols) + self.from_vector.outer(told)
+        x = self.write(symbols) + self.from_vector.outer(conditioning)
         y, state = self.decoder(x, state, opens, opens, length)
         return self.outputs(y), state
 

@@ -64,7 +64,7 @@ def run_grid(
     root: Path = Path("runs"),
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Train and match what is not there yet, one seed after another; returns what is known.
+    """Train and match what is not there yet, one seed after another; returns the results.
 
     minutes: of CPU time, each;  most: pairs of a split that are matched, 0: all
     Leaves root/<name>-grid/weight-<weight>-seed-<seed>/, by the config's name, and beside them grid.json and grid.md,

@@ -32,7 +32,7 @@ VIEW_SEED = 0  # of the holes in the held-out text, the same at every step
 
 
 class JepaCarry(NamedTuple):
-    """State of every lane between windows."""
+    """State of every stream between windows."""
 
     context: GriffinState
     target: GriffinState | None = None  # where targets know the text before

@@ -142,7 +142,7 @@ def run_table(
     root: Path = Path("runs"),
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Train and measure what is not there yet, one seed after another; returns what is known.
+    """Train and measure what is not there yet, one seed after another; returns the results.
 
     minutes: of CPU time, each row;  verses: of training books, for whitening and neighbours
     Leaves root/<name>-table/<row>-seed-<seed>/, by the config's name, with row.json in each, and beside them

@@ -44,7 +44,7 @@ from hldm.training.stream import StreamedWindows
 WATCHED_LANES, WATCHED_BYTES = 8, 512  # of validation text, for figures while it trains: about 700 chunks
 WATCHED_PAIRS = 128
 MATCHED_ROWS = 256  # pairs written side by side
-SAMPLE_ROWS = 2  # of those lanes, shown in samples.txt
+SAMPLE_ROWS = 2  # of those streams, shown in samples.txt
 # What a decoder trained afterwards must agree on with its encoder.
 SHARED_SETTINGS = (
     "task",
@@ -201,7 +201,7 @@ def score_run(run: Path, sentences: int, split: Split = "test") -> list[dict[str
 def laid_out(
     stage: Stage, config: JepaConfig, corpus: Corpus, segmenter: Any
 ) -> Windows | StreamedWindows | TextPairs:
-    """The training text as the task reads it: windows of many lanes, or pairs of texts."""
+    """The training text as the task reads it: windows of many streams, or pairs of texts."""
     if config.task == "chunks":
         return stage.windows(corpus, segmenter)
     return pairs_of(config, corpus, corpus, make_chunker(config.chunking, segmenter), config.data.lanes)

@@ -1,7 +1,7 @@
-"""The context of one chunk more, in a single call of C++: contextualiser, and what the denoiser is told of it.
+"""The context of one chunk more, in a single call of C++: contextualiser, and the denoiser's conditioning on it.
 
-What `hldm.model.contextualiser` and `Prior.tell` do for a window of one chunk, to rounding. Weights do not change while
-a text is written, so an entry's keys and values are worked out once, when it is born, and kept instead of it.
+The same as `hldm.model.contextualiser` and `Prior.condition` for a window of one chunk, up to rounding. Weights do not
+change while a text is written, so an entry's keys and values are computed once, when it is made, and kept in its place.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor
 
 from hldm.kernels.structs import run, struct, weights_of
-from hldm.model.denoiser import BlockContext, Told
+from hldm.model.denoiser import BlockContext, Conditioning
 from hldm.model.prior import Prior
 from hldm.model.state import ContextState
 
@@ -75,37 +75,37 @@ class KeptContext:
         }
         width = prior.settings.denoiser_width
         empty = (torch.zeros(rows, 4 * width), torch.zeros(rows, 2 * width), torch.zeros(rows, heads, places))
-        told = [part.clone() for _ in range(blocks) for part in empty]
-        self._hold(prior, [half for pair in parts for half in pair], told, tensors)
+        conditioning = [part.clone() for _ in range(blocks) for part in empty]
+        self._hold(prior, [half for pair in parts for half in pair], conditioning, tensors)
 
     def pick(self, rows: Tensor) -> KeptContext:
         """The past of some of these documents, in this order, each as often as named. rows: (k)."""
         other = object.__new__(KeptContext)
-        pairs, told, tensors = self._held
+        pairs, conditioning, tensors = self._held
         picked = {name: x if name == "opening" else x[rows] for name, x in tensors.items()}
-        other._hold(self.prior, [x[rows] for x in pairs], [x[rows] for x in told], picked)
+        other._hold(self.prior, [x[rows] for x in pairs], [x[rows] for x in conditioning], picked)
         return other
 
     def _hold(
-        self, prior: Prior, pairs: list[Tensor], told: list[Tensor], tensors: dict[str, Tensor]
+        self, prior: Prior, pairs: list[Tensor], conditioning: list[Tensor], tensors: dict[str, Tensor]
     ) -> None:
         """What the kernel reads and writes over.
 
-        pairs: keys and values (b heads places e) of each layer, then of each block; told: three for each block
+        pairs: keys and values (b heads places e) of each layer, then of each block; conditioning: three for each block
         """
-        self.prior, self._held = prior, (pairs, told, tensors)
+        self.prior, self._held = prior, (pairs, conditioning, tensors)
         context: Any = prior.contextualiser
         denoiser: Any = prior.denoiser
         blocks, width = len(denoiser.blocks), prior.settings.denoiser_width
         rows, heads, places, _ = pairs[0].shape
-        self.told = Told(
+        self.conditioning = Conditioning(
             None if prior.mixture is None else tensors["log_weights"][:, None, None],
             tuple(
                 BlockContext(shared[:, None, None], gates[:, None, None], key, value, bias[:, :, None])
                 for shared, gates, bias, key, value in zip(
-                    told[::3],
-                    told[1::3],
-                    told[2::3],
+                    conditioning[::3],
+                    conditioning[1::3],
+                    conditioning[2::3],
                     pairs[2 * len(context.layers) :: 2],
                     pairs[2 * len(context.layers) + 1 :: 2],
                     strict=True,
@@ -128,13 +128,13 @@ class KeptContext:
             components=tensors["log_weights"].shape[1],
             logit_cap=0.0 if prior.mixture is None else prior.mixture.logit_cap,
             pairs=pairs,
-            told=told,
+            conditioning=conditioning,
             **tensors,
             **_parameters(prior),
         )
 
-    def add(self, latents: Tensor, after: Tensor, closed: Tensor) -> Told:
-        """What the denoiser is told of the next chunk's past, in the memory of what it was told before.
+    def add(self, latents: Tensor, after: Tensor, closed: Tensor) -> Conditioning:
+        """The denoiser's conditioning for the next chunk, in the memory of the one before.
 
         latents: (b z) of the chunks just written;  after: (b f) of the text up to their ends, where it is read
         closed: (b) whether a chunk was its document's last, so that the next chunk has no past
@@ -146,7 +146,7 @@ class KeptContext:
             latents=latents.float().contiguous(), after=after.float().contiguous(), closed=closed.contiguous()
         )
         run("hldm_context", call)
-        return self.told
+        return self.conditioning
 
 
 def _start(context: Any) -> Tensor:

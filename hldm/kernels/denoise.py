@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hldm.kernels.structs import run, struct, weights_of
-from hldm.model.denoiser import Told
+from hldm.model.denoiser import Conditioning
 from hldm.model.diffusion import Steps, alpha_sigma
 from hldm.model.prior import Prior
 
@@ -57,27 +57,31 @@ class PlannedSteps:
         )
 
     def draw(
-        self, told: Told, noise: Tensor, uniform: Tensor | None = None, temperature: float = 1.0
+        self,
+        conditioning: Conditioning,
+        noise: Tensor,
+        uniform: Tensor | None = None,
+        temperature: float = 1.0,
     ) -> Tensor:
         """z_0 (b z) after all steps.
 
-        told: `Prior.tell` of one context a row;  noise: (1 + steps b z), or (1 b z) where steps add none
+        conditioning: `Prior.condition` of one context a row;  noise: (1 + steps b z), or (1 b z) where steps add none
         uniform, temperature: (steps b) float64, of `Prior.spread`; None: steps take the estimate as it is
         """
         latent, noise = noise[0], noise[1:]
         call, rows = self._call, len(latent)
         assert latent.shape == (rows, call.z) and len(noise) in (0, call.steps)
-        assert told.log_weights is not None
+        assert conditioning.log_weights is not None
         latent = latent.clone(memory_format=torch.contiguous_format)
         call.fill(
             rows=rows,
-            entries=told.blocks[0].key.shape[2],
+            entries=conditioning.blocks[0].key.shape[2],
             latent=latent,
             uniform=None if uniform is None else uniform.contiguous(),
             temperature=temperature,
             noise=noise.contiguous() if len(noise) else latent.new_zeros(call.steps, rows, call.z),
-            log_weights=told.log_weights.float().contiguous(),
-            told=[part.float().contiguous() for block in told.blocks for part in block],
+            log_weights=conditioning.log_weights.float().contiguous(),
+            conditioning=[part.float().contiguous() for block in conditioning.blocks for part in block],
         )
         run("hldm_denoise", call)
         return latent

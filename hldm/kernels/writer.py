@@ -158,7 +158,7 @@ class FusedLatentWriter(LatentWriter):
         self.calls += self.settings.steps
         shape, temperature = (rows, self.prior.latent_dim), self.settings.temperature
         uniform, noise = draw_numbers(self.plan, shape, self.generators, temperature, self.device)
-        return self.planned.draw(self.told, noise, uniform if self.draws_x0 else None, temperature)
+        return self.planned.draw(self.conditioning, noise, uniform if self.draws_x0 else None, temperature)
 
     def pick(self, rows: Sequence[int], generators: Sequence[torch.Generator]) -> LatentWriter:
         other = super().pick(rows, generators)
@@ -166,14 +166,14 @@ class FusedLatentWriter(LatentWriter):
         other.writing = None
         if self.kept is not None:
             other.kept = self.kept.pick(torch.tensor(rows))
-            if self.told is self.kept.told:
-                other.told = other.kept.told
+            if self.conditioning is self.kept.conditioning:
+                other.conditioning = other.kept.conditioning
         return other
 
     def add_chunks(self, latents: Tensor, opens: Tensor, closed: Tensor) -> None:
         if self.kept is None:
             return super().add_chunks(latents, opens, closed)
-        self.told = self.kept.add(latents[:, 0], self.encoder.known, closed)
+        self.conditioning = self.kept.add(latents[:, 0], self.encoder.known, closed)
 
 
 class FusedByteWriter(ByteWriter):

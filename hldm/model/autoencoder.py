@@ -2,8 +2,8 @@
 
 The encoder reads a page and carries its state from chunk to chunk; a chunk's latent mu is what its bytes'
 features make together (hldm.model.readouts), standardised. The trunk, a wider Griffin that takes one step a chunk
-(`trunk_layers`), turns what the encoder made of each chunk into what is known before the next one: who
-predicts the next latent and who writes its bytes both read it. The decoder writes bytes from one latent
+(`trunk_layers`), turns the encoder's features of each chunk into a summary of the text so far. The prior and
+the decoder of the next chunk are both conditioned on it. The decoder writes bytes from one latent
 until it emits an end, and may read the encoder's feature at the byte before, too (`reads_text`). Its latent
 is z_0 = alpha_0 mu + sigma_0 eps, the diffusion state at gamma_0 (hldm.model.diffusion), but it draws no noise
 itself. With latent_dim 0 encoder and trunk are gone, the decoder's unit is the document, and what remains is a
@@ -162,27 +162,27 @@ class Autoencoder(SavedModel):
         """
         return decoder_events(window, state.symbol, by_document=self.latent_dim == 0)
 
-    def tell(self, events: Events, encoding: Encoding) -> Tensor | None:
-        """What the decoder is told of the text before each event. (b t' d), None for a fresh decoder.
+    def condition(self, events: Events, encoding: Encoding) -> Tensor | None:
+        """The decoder's conditioning on the text before each event. (b t' d), None for a fresh decoder.
 
-        The encoder's feature at the byte before the event, and what is known before the event's chunk.
+        The sum of the encoder's feature at the byte before the event and the summary before its chunk, projected.
         """
-        told = None
+        conditioning = None
         if self.settings.reads_text:  # projected once a byte: some bytes come before two events
-            told = take_rows(self.from_text(encoding.features), events.bytes_before)
-            told = told * ~events.doc_start[..., None]  # a document knows of no text before it
+            conditioning = take_rows(self.from_text(encoding.features), events.bytes_before)
+            conditioning = conditioning * ~events.doc_start[..., None]  # nothing comes before a document
         if self.settings.trunk_layers:
             known = take_rows(self.from_trunk(encoding.before), events.chunk)
-            told = known if told is None else told + known
-        return told
+            conditioning = known if conditioning is None else conditioning + known
+        return conditioning
 
     def decode(
-        self, events: Events, latent: Tensor | None, griffin: GriffinState, told: Tensor | None = None
+        self, events: Events, latent: Tensor | None, griffin: GriffinState, conditioning: Tensor | None = None
     ) -> tuple[Tensor, GriffinState]:
         """Logits (b t' 258) of the next symbol at every event of a window, and the state after it.
 
         latent: (b n z) z_0 of each chunk; None for the twin
-        told: (b t' d) of the text before each event (see `tell`); None for a fresh decoder and the twin
+        conditioning: (b t' d) on the text before each event (see `condition`); None for a fresh decoder and the twin
         """
         return self.decode_symbols(
             events.symbol,
@@ -192,7 +192,7 @@ class Autoencoder(SavedModel):
             latent=latent,
             chunk=events.chunk,
             place=None if latent is None else events.place,
-            told=told,
+            conditioning=conditioning,
             length=events.length,
         )
 
@@ -206,14 +206,14 @@ class Autoencoder(SavedModel):
         latent: Tensor | None = None,
         chunk: Tensor | None = None,
         place: Tensor | None = None,
-        told: Tensor | None = None,
+        conditioning: Tensor | None = None,
         length: Tensor | None = None,
     ) -> tuple[Tensor, GriffinState]:
         """The same without a window: one symbol a row while text is written, or the twin's text as it is.
 
         symbol, doc_start, unit_start: (b t) as in `Events`
         latent: (b n z) z_0 of the chunks they belong to: chunk (b t), the first when None, and place (b t) in it
-        told: as for `decode`;  length: (b) valid symbols of each row; None: all
+        conditioning: as for `decode`;  length: (b) valid symbols of each row; None: all
         """
         x = self.write(symbol)
         if latent is not None:
@@ -221,11 +221,11 @@ class Autoencoder(SavedModel):
             inner = self.from_latent.inner(latent)  # (b n 2d)
             chunk = torch.zeros_like(place) if chunk is None else chunk
             x = x + self.from_latent.outer(self.from_latent.features(inner, chunk, place))
-        if told is not None:
-            x = x + told
+        if conditioning is not None:
+            x = x + conditioning
         elif self.latent_dim and (self.settings.reads_text or self.settings.trunk_layers):
-            raise ValueError("this decoder knows of the text before: pass what it is told")
-        # A fresh decoder knows nothing but the latent: the state is reset at every chunk.
+            raise ValueError("this decoder is conditioned on the text before: pass conditioning=")
+        # A fresh decoder has nothing but the latent: the state is reset at every chunk.
         reset = doc_start if self.settings.carry_state else unit_start
         y, griffin = self.decoder(x, griffin, reset, unit_start, length)
         return self.outputs(y), griffin

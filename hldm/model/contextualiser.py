@@ -1,4 +1,4 @@
-"""The prior's first tower: latents and their summaries, to what is known before each chunk.
+"""The prior's first tower: latents and means of them, to the context of each chunk.
 
 It reads the pyramid of `hldm.model.hierarchy` once per chunk, causally, by attention over the visible entries. In
 generation it is called for one chunk at a time, with a state of O(log n) entries.
@@ -29,7 +29,7 @@ from hldm.model.state import ContextState
 
 
 class Context(NamedTuple):
-    """What the denoiser is told about the past of each chunk."""
+    """What the denoiser gets of the past of each chunk."""
 
     summary: Tensor  # (b n d) output at the chunk before
     memory: Tensor  # (b c d) outputs of all entries; the first is the document start

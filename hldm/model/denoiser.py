@@ -59,16 +59,16 @@ class DenoiserBlock(nn.Module):
         bias = bias.masked_fill(~context.visible[:, None], float("-inf"))
         return BlockContext(shared, gates, key=pairs[0], value=pairs[1], bias=bias)
 
-    def forward(self, x: Tensor, time: Tensor, told: BlockContext) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, conditioning: BlockContext) -> Tensor:
         """x: (b n m d); time: (b n m e)."""
         m, d = x.shape[2:]
-        shift_a, scale_a, shift_b, scale_b = (told.shared + self.from_gamma(time)).chunk(4, dim=-1)
-        gate_a, gate_b = told.gates.chunk(2, dim=-1)
+        shift_a, scale_a, shift_b, scale_b = (conditioning.shared + self.from_gamma(time)).chunk(4, dim=-1)
+        gate_a, gate_b = conditioning.gates.chunk(2, dim=-1)
         y = F.layer_norm(x, (d,)) * (1 + scale_a) + shift_a
         # All draws of a chunk see the same entries: fold them into the query axis.
         query = rearrange(self.query(y), "b n m (h e) -> b h (n m) e", h=self.heads)
-        bias = told.bias if m == 1 else told.bias.repeat_interleave(m, dim=2)
-        y = F.scaled_dot_product_attention(query, told.key, told.value, attn_mask=bias)
+        bias = conditioning.bias if m == 1 else conditioning.bias.repeat_interleave(m, dim=2)
+        y = F.scaled_dot_product_attention(query, conditioning.key, conditioning.value, attn_mask=bias)
         y = self.attended(rearrange(y, "b h (n m) e -> b n m (h e)", m=m))
         x = x + self.dropout((1 + gate_a) * y)
         y = F.layer_norm(x, (d,)) * (1 + scale_b) + shift_b
@@ -104,17 +104,19 @@ class Denoiser(nn.Module):
         angle = gamma[..., None] * self.frequencies
         return self.time(torch.cat([angle.sin(), angle.cos()], dim=-1))
 
-    def forward(self, z: Tensor, gamma: Tensor, told: tuple[BlockContext, ...], estimate: Tensor) -> Tensor:
+    def forward(
+        self, z: Tensor, gamma: Tensor, conditioning: tuple[BlockContext, ...], estimate: Tensor
+    ) -> Tensor:
         """z, estimate: (b n m z); gamma: (b n m). Returns (b n m z)."""
         time = self.by_level(gamma)
         x = self.inputs(torch.cat([z, estimate], dim=-1))
-        for block, part in zip(self.blocks, told, strict=True):
+        for block, part in zip(self.blocks, conditioning, strict=True):
             x = block(x, time, part)
         return self.outputs(F.layer_norm(x, x.shape[-1:]))
 
 
-class Told(NamedTuple):
-    """What denoising needs of a context, however many steps it takes."""
+class Conditioning(NamedTuple):
+    """What denoising needs of a context, computed once for all draws and steps."""
 
     log_weights: Tensor | None  # (b n 1 k) of the mixture, if there is one
     blocks: tuple[BlockContext, ...]

@@ -248,7 +248,7 @@ def sampler_steps(name: SchedulerName, schedule: Schedule, steps: int) -> Steps:
     for t in solver.timesteps[:steps]:
         after = solver.step(now, t, z, **drawn).prev_sample
         weights.append(torch.stack([(after * part).sum() for part in (z, now, before, noise)]))
-        now, before = before, now  # the solver remembers what it was told last
+        now, before = before, now  # the solver keeps its last estimate
     return Steps(gammas, torch.stack(weights).to(gammas.device))
 
 

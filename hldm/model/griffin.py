@@ -260,7 +260,7 @@ class AttentionBlock(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """x + temporal(norm(x)), then x + mlp(norm(x)), whose last sum is left to who reads on."""
+    """x + temporal(norm(x)), then x + mlp(norm(x)); the last addition is deferred to the next norm, which fuses it."""
 
     def __init__(self, kind: str, config: GriffinConfig, window: int) -> None:
         super().__init__()

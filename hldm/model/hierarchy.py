@@ -28,7 +28,7 @@ class Entries(NamedTuple):
 
     level: Tensor  # (b c) 0: a latent; l: the mean of r^l latents
     end: Tensor  # (b c) chunks of the document written when the entry was complete
-    document: Tensor  # (b c) which document of the lane's window; -1: an empty slot
+    document: Tensor  # (b c) which document of the stream's window; -1: an empty slot
 
 
 def level_starts(written: Tensor, config: HierarchyConfig) -> Tensor:
@@ -36,7 +36,7 @@ def level_starts(written: Tensor, config: HierarchyConfig) -> Tensor:
     starts, upper = [], written
     for level in range(config.levels + 1):
         unit = config.ratio**level
-        # The coarsest level has no one to hand over to: it lets go entry by entry.
+        # No level is coarser: this one drops single entries.
         align = unit * config.ratio if level < config.levels else unit
         upper = (upper - config.window * unit).clamp(min=0).div(align, rounding_mode="floor") * align
         starts.append(upper)

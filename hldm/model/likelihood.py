@@ -49,8 +49,8 @@ def read_chunks(
 ) -> tuple[Reading, DecoderState]:
     """Score a window's bytes given its latents z_0 (b n z), and what the encoder made of them."""
     events = autoencoder.events(window, state)
-    told = None if encoding is None else autoencoder.tell(events, encoding)
-    logits, griffin = autoencoder.decode(events, latent, state.griffin, told)
+    conditioning = None if encoding is None else autoencoder.condition(events, encoding)
+    logits, griffin = autoencoder.decode(events, latent, state.griffin, conditioning)
     nats = symbol_nats(logits, events, autoencoder.byte_floor)
     reading = Reading(sum_by_chunk(nats, events, window.chunks), nats, logits, events)
     return reading, DecoderState(griffin, events.last)

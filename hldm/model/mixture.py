@@ -4,8 +4,8 @@
 
 Only the weights depend on the text, as a softmax over words would: K prototypes m_k are shared. Its
 likelihood and its denoiser are both in closed form, and belong together: the diffusion bound under the
-exact denoiser of p is KL(q(z_0 | x) || p(z_0 | h)) (both walk the same noising backwards). So what stage
-one pays under the mixture is where a prior that is built on this denoiser begins.
+exact denoiser of p is KL(q(z_0 | x) || p(z_0 | h)) (both reverse the same noising). So a prior that is built
+on this denoiser starts at the rate that stage one ended with.
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ class OwnDenoiser(Protocol):
     def read(self, context: Context) -> Any:
         """What `forward` needs of the context: worked out once for all draws and steps."""
 
-    def forward(self, z: Tensor, gamma: Tensor, told: Any, estimate: Tensor) -> Tensor:
-        """(b n m z) from noisy latents z (b n m z) at gamma = -log SNR (b n m); told: what `read` made.
+    def forward(self, z: Tensor, gamma: Tensor, conditioning: Any, estimate: Tensor) -> Tensor:
+        """(b n m z) from noisy latents z (b n m z) at gamma = -log SNR (b n m); conditioning: what `read` made.
 
         estimate: (b n m z) the mixture's guess of the clean latent, and what is returned its correction in units of
         sigma, so that zeros are a good start; without a mixture zeros, and what is returned is `diffusion.target`.

@@ -22,7 +22,7 @@ from hldm.config import (
     to_dict,
 )
 from hldm.model.contextualiser import Context, Contextualiser
-from hldm.model.denoiser import Told
+from hldm.model.denoiser import Conditioning
 from hldm.model.diffusion import (
     Schedule,
     alpha_sigma,
@@ -55,7 +55,7 @@ class Prior(SavedModel):
         logit_cap: float = 0.0,
         code: str = "",
     ):
-        """feature_dim: width of what is known before a chunk, if anything here reads text;
+        """feature_dim: width of the summary before a chunk, if anything here reads text;
 
         components, logit_cap: of the mixture that the denoiser corrects, 0 components for none;
         autoencoder: fingerprint of the weights whose latents these are; '' while both train.
@@ -108,39 +108,39 @@ class Prior(SavedModel):
         feature = context.feature * ~hidden[..., None]
         return context._replace(summary=summary, visible=shown, feature=feature)
 
-    def tell(self, context: Context) -> Told:
+    def condition(self, context: Context) -> Conditioning:
         """The part of `denoise` that does not depend on the noise."""
         log_weights = None
         if self.mixture is not None:
             log_weights = self.mixture.log_weights(context.feature)[:, :, None]
-        return Told(log_weights, self.denoiser.read(context))
+        return Conditioning(log_weights, self.denoiser.read(context))
 
-    def denoise(self, z: Tensor, gamma: Tensor, told: Told) -> Tensor:
+    def denoise(self, z: Tensor, gamma: Tensor, conditioning: Conditioning) -> Tensor:
         """x0_hat(z_gamma, gamma, context). z: (b n m z); gamma: (b n m).
 
-        told: `tell` of the context, once for all draws and steps.
+        conditioning: `condition` of the context, once for all draws and steps.
         With a mixture: its own estimate, corrected by sigma times what the network says.
         """
-        if self.mixture is not None and told.log_weights is not None:
-            estimate = self.mixture.denoise(z, gamma, told.log_weights)
+        if self.mixture is not None and conditioning.log_weights is not None:
+            estimate = self.mixture.denoise(z, gamma, conditioning.log_weights)
             _, sigma = alpha_sigma(gamma.unsqueeze(-1))
-            return estimate + sigma * self.denoiser(z, gamma, told.blocks, estimate)
-        prediction = self.denoiser(z, gamma, told.blocks, torch.zeros_like(z))
+            return estimate + sigma * self.denoiser(z, gamma, conditioning.blocks, estimate)
+        prediction = self.denoiser(z, gamma, conditioning.blocks, torch.zeros_like(z))
         return x0_from(prediction, z, gamma, self.diffusion.target)
 
     def spread(
-        self, z: Tensor, gamma: Tensor, told: Told, u: Tensor, temperature: float = 1.0
+        self, z: Tensor, gamma: Tensor, conditioning: Conditioning, u: Tensor, temperature: float = 1.0
     ) -> tuple[Tensor, Tensor]:
         """How a draw of x0 varies around `denoise`: as the mixture's, which the network shifts as a whole.
 
-        z, result: (b z); gamma, u: (b); told: of one chunk a row. See `MixturePredictor.spread`.
+        z, result: (b z); gamma, u: (b); conditioning: of one chunk a row. See `MixturePredictor.spread`.
         """
-        assert self.mixture is not None and told.log_weights is not None
-        return self.mixture.spread(z, gamma, told.log_weights[:, 0, 0], u, temperature)
+        assert self.mixture is not None and conditioning.log_weights is not None
+        return self.mixture.spread(z, gamma, conditioning.log_weights[:, 0, 0], u, temperature)
 
     def estimate(self, x0: Tensor, gamma: Tensor, noise: Tensor, context: Context) -> Tensor:
         """x0_hat from x0 made noisy. x0, noise and result: (b n m z); gamma: (b n m)."""
-        return self.denoise(diffuse(x0, gamma, noise), gamma, self.tell(context))
+        return self.denoise(diffuse(x0, gamma, noise), gamma, self.condition(context))
 
     def latent_term(
         self, latents: Tensor, mask: Tensor, context: Context, u: Tensor, noise: Tensor

@@ -38,7 +38,7 @@ class EncoderState(NamedTuple):
     griffin: GriffinState
     feature: Tensor  # (b d) at the last byte
     trunk: GriffinState  # one step a chunk; () without a trunk
-    known: Tensor  # (b w) what is known before the next chunk: the trunk's output, without one the feature
+    known: Tensor  # (b w) the summary before the next chunk: the trunk's output, without one the feature
 
 
 class DecoderState(NamedTuple):
@@ -65,8 +65,8 @@ class Encoding(NamedTuple):
     latents: Tensor  # (b n z) mu, normalised
     mask: Tensor  # (b n) bool, real chunks
     doc_start: Tensor  # (b n) bool, first chunk of a document
-    after: Tensor  # (b n w) what is known after the chunk: the trunk's output there, or the encoder's
-    before: Tensor  # (b n w) what is known before it; 0 at a document start
+    after: Tensor  # (b n w) the summary after the chunk: the trunk's output there, or the encoder's
+    before: Tensor  # (b n w) the summary before it; 0 at a document start
     features: Tensor  # (b t+1 d) encoder feature at the byte before the window, then at each of its bytes
 
 

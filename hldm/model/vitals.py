@@ -59,13 +59,13 @@ def complaints(signs: Mapping[str, float]) -> dict[str, str]:
     dimensions, dead = signs.get("dimensions", 0), signs.get("dead_dimensions", 0)
     if signs.get("prototypes", math.inf) < PROTOTYPES:
         said["prototypes"] = (
-            "the mixture has all of its weight on one prototype: latents are priced by a single normal; lower the "
-            "learning rate, or take fewer numbers a chunk (autoencoder.latent_dim)"
+            "the mixture has all of its weight on one prototype: the cost of latents is that of a single normal; lower "
+            "the learning rate, or take fewer numbers a chunk (autoencoder.latent_dim)"
         )
     if dead and dead == dimensions:
         said["dead_dimensions"] = (
             "no dimension of the latents varies: they say nothing of the text; lower diffusion.gamma_0 (less noise) or "
-            "autoencoder.rate_weight (a lower price)"
+            "autoencoder.rate_weight (cheaper latents)"
         )
     elif dead:
         said["dead_dimensions"] = f"{dead:.0f} of {dimensions:.0f} dimensions of the latents do not vary"

@@ -21,7 +21,7 @@ def gradients(model: nn.Module) -> list[tuple[str, Tensor | None]]:
 
 
 class Spikes:
-    """Tells gradient norms that stand out from those of the steps before: above median + k MAD."""
+    """Finds gradient norms that stand out from those of the steps before: above median + k MAD."""
 
     STEPS = 100  # remembered
     LEAST = 20  # before that many there is no telling what is ordinary

@@ -47,7 +47,7 @@ def make_roll_call() -> dist.ProcessGroup | None:
 
 
 def missing_ranks(group: dist.ProcessGroup) -> str:
-    """Who does not answer, e.g. "rank 1": rank 0 sees them all; the others see rank 0 or "another rank"."""
+    """Which rank does not answer, e.g. "rank 1": rank 0 sees them all; the others see rank 0 or "another rank"."""
     try:
         dist.monitored_barrier(group, ROLL_CALL, wait_all_ranks=True)
     except RuntimeError as error:

@@ -154,7 +154,7 @@ def require_consent_of(folder: Path, allow_code: bool = False) -> None:
         try:
             names = plugins.named_in(read_json(path)).values()
         except (ValueError, OSError):
-            continue  # whoever loads it says what is wrong with it
+            continue  # loading it reports what is wrong with it
         if allow_code:
             plugins.allow(names)
         for name in names:

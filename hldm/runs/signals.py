@@ -144,7 +144,7 @@ class _Process:
                 raise Stopped(number)
 
     def _watch(self, reader: int) -> None:
-        """Python tells this pipe of every signal at once, whatever the main thread does."""
+        """Python writes every signal to this pipe at once, whatever the main thread does."""
         first: tuple[int, float] | None = None  # number of the first signal, and when it came
         launcher = launcher_of_this_process()
         told_of_its_death = is_excused = False
@@ -198,7 +198,7 @@ def leave_at_once(number: int) -> NoReturn:
 def launcher_of_this_process() -> int | None:
     """Process number of the accelerate or torchrun that started this one; 0: it has died; None: there is none.
 
-    Both the launcher's marks in the environment and, where /proc tells, the parent's command line must say so:
+    Both the launcher's marks in the environment and, where there is a /proc, the parent's command line must say so:
     a run started by nohup lives on when its shell ends, whatever that shell exports.
     """
     if not any(mark in os.environ for mark in LAUNCHER_MARKS):

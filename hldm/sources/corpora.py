@@ -2,7 +2,7 @@
 
 Three sources, one result: the built-in Bible in Basic English, files (`data.path`), a Hugging Face
 dataset (`data.dataset`). Text is UTF-8 bytes, kept as they are but for line ends: CR LF is read as LF, as in prompts.
-Knows nothing of chunks, lanes or models; a library that only one source needs is imported there.
+Knows nothing of chunks, windows or models; a library that only one source needs is imported there.
 """
 
 from __future__ import annotations

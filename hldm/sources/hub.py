@@ -194,7 +194,7 @@ def hub_failure() -> str:
             failure[:] = [first_line(error)] if error.code >= 500 else []
         except (
             Exception
-        ) as error:  # a thread has nobody to tell; http.client's are neither OSError nor ValueError
+        ) as error:  # a thread has nowhere to report it; http.client's are neither OSError nor ValueError
             reason = getattr(error, "reason", error)
             failure[:] = [first_line(reason) if isinstance(reason, BaseException) else one_line(str(reason))]
 

@@ -54,7 +54,7 @@ class Source(NamedTuple):
 
     name: str
     shards: list[Shard]
-    fingerprint: str  # of what tells that a file was changed: its size and its beginning
+    fingerprint: str  # changes when the file does: its size and its beginning
 
 
 def open_source(config: DataConfig) -> Source:

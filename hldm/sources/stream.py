@@ -1,7 +1,7 @@
 """Text that is read while a model trains on it, in bounded memory: `data.stream: true`.
 
     shards, dealt to data.readers readers ── documents, without those held out ── shuffled, data.shuffle_bytes at a
-    time ── taken by the lanes of the reader, whoever runs out (hldm.training.stream)
+    time ── taken by the reader's streams, by each that runs out (hldm.training.stream)
 
 - A reader has a share of the shards for good (a permutation by the seed), and passes over it again and again, each time
   in another order: no two readers read the same text, and none reads anything twice before it has read all of its own.

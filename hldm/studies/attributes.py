@@ -39,7 +39,7 @@ class Passages(NamedTuple):
 
 
 class Attribute(NamedTuple):
-    """What passages are told apart by."""
+    """A property by which passages are classified."""
 
     name: str
     values: tuple[str, ...]

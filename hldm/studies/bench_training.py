@@ -143,7 +143,7 @@ def memory_of(trainer: Trainer) -> dict[str, int] | None:
     return {"held_bytes": size, "step_bytes": step, "peak_bytes": size + step}
 
 
-# Who an operator works for is the first of these that knows it or one of its callers; see group_of.
+# An operator belongs to the first of these that matches it or one of its callers; see group_of.
 _CALLERS = {
     "optimizer": r"Optimizer\.|aten::_foreach_|aten::_fused_adam",  # clipping and averaging, too
     "recurrence": r"ChunkedScan|OnePassScan|GatedScanFunction|CausalConvFunction",
@@ -198,7 +198,7 @@ def profile_steps(trainer: Trainer) -> dict[str, Any] | None:
     The profiler's own cost makes steps longer, by a microsecond or two an operator: many small ones look worse.
     """
     if trainer.accelerator.device.type != "cpu":
-        return None  # self CPU time would tell how long launching took
+        return None  # self CPU time would be the time of launching
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True, acc_events=True) as seen:
         for _ in range(PROFILED_STEPS):
             with record_function(STEP):

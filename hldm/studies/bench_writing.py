@@ -29,7 +29,7 @@ from hldm.text.corpus import Corpus
 
 TURNS = 7
 CHARACTERS_A_TURN = 30  # of each continuation, at least
-CHARACTERS_AT_LEAST = 240  # of a turn: less than a tenth of a second tells nothing
+CHARACTERS_AT_LEAST = 240  # of a turn: less than a tenth of a second is too noisy
 GPT2_POSITIONS = 1024  # as the smallest GPT-2
 GPT2_PIECE = 8  # bytes a call of its writer
 
@@ -56,20 +56,20 @@ STEPS = (0, 1, 4, 16)  # denoising steps of one continuation after the shortest 
 
 
 class Contestant(NamedTuple):
-    """Someone who writes."""
+    """A model that writes."""
 
     parameters: int
     start: Callable[[Case], Writer]  # with the prompt read
     steps: tuple[int, ...] = ()  # numbers of denoising steps it can be asked for
 
 
-# ---- who writes
+# ---- the models that write
 
 
 def write_like(autoencoder: Autoencoder, corpus: Corpus, chunks: int) -> None:
     """Make an untrained decoder write the corpus' bytes by frequency, whatever it reads, in chunks about as long.
 
-    Its own chunks would have all the length they may, which flatters a model that pays by the chunk. Documents
+    Its own chunks would have all the length they may, which flatters a model with a cost per chunk. Documents
     never end. And prompts of any length are continued by the same text, so that only its cost can differ.
     """
     count = torch.zeros(OUTPUTS)

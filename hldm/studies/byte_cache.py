@@ -61,7 +61,7 @@ def read_events(decoder: Autoencoder, corpus: Corpus, gamma_0: float | None = No
                 lane.append(tuple(part[row, events.mask[row]].cpu() for part in parts))
     finally:
         hook.remove()
-    # a lane is some documents of the corpus in order, and so are the lanes
+    # a stream is some documents of the corpus in order, and so are the streams
     query, log_p, symbol, chunk = (
         torch.cat(parts) for parts in zip(*(part for lane in lanes for part in lane), strict=True)
     )

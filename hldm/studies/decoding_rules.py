@@ -195,14 +195,19 @@ class EarlyWriter(LatentWriter):
         )
         alpha_0, sigma_0 = alpha_sigma(torch.tensor(gamma_0, device=self.device))
         found = torch.zeros_like(noise[0])
-        live, told, z, before = torch.arange(rows, device=self.device), self.told, noise[0], None
+        live, conditioning, z, before = (
+            torch.arange(rows, device=self.device),
+            self.conditioning,
+            noise[0],
+            None,
+        )
         for step, (gamma, weights) in enumerate(
             zip(plan.gammas[:-1].to(self.device), plan.weights.tolist(), strict=True)
         ):
             self.calls += len(live)
             level, fresh = gamma.expand(len(live)), noise[1 + step, live]
-            x0 = prior.denoise(z[:, None, None], level[:, None, None], told)[:, 0, 0]
-            offset, variance = prior.spread(z, level, told, uniform[step, live], temperature)
+            x0 = prior.denoise(z[:, None, None], level[:, None, None], conditioning)[:, 0, 0]
+            offset, variance = prior.spread(z, level, conditioning, uniform[step, live], temperature)
             found[live] = alpha_0 * (x0 + offset) + (sigma_0**2 + alpha_0**2 * variance).sqrt() * fresh
             deviation = (weights[3] ** 2 + weights[1] ** 2 * variance).sqrt()
             z = weights[0] * z + weights[1] * (x0 + offset) + deviation * fresh
@@ -211,6 +216,6 @@ class EarlyWriter(LatentWriter):
                 goes_on = (x0 - before).abs().amax(dim=-1) >= self.threshold
                 if not bool(goes_on.any()):
                     return found
-            live, told, z, before = pick_rows((live, told, z, x0), goes_on)
+            live, conditioning, z, before = pick_rows((live, conditioning, z, x0), goes_on)
         found[live] = z
         return found

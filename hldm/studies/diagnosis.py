@@ -1,4 +1,4 @@
-"""What a trained run's latents hold, what the prior pays for them and what the decoder does with them.
+"""What a trained run's latents hold, what they cost under the prior and what the decoder does with them.
 
     hldm diagnose --run runs/demo --json demo.json --png demo.png
 
@@ -250,7 +250,7 @@ def _bits_by_variant(reads: Mapping[str | float, np.ndarray]) -> dict[str, Any]:
 def _neighbours(mu: Tensor, windows: Windows) -> list[dict[str, Any]]:
     """The nearest chunks with another text, by Euclidean distance, of a few chunks. mu: (k z)."""
     border = np.append(np.flatnonzero(windows.chunk_start), len(windows.corpus.text))
-    # chunks in the order they were read: window by window, lane by lane
+    # chunks in the order they were read: window by window, stream by stream
     index = np.concatenate(
         [b.chunk_index[b.is_chunk].numpy() for b in map(windows.batch, range(windows.windows_per_epoch))]
     )[: len(mu)]
@@ -289,11 +289,11 @@ def summary(diagnosis: Mapping[str, Any]) -> list[str | Table]:
         "\n".join(head),
         "What the decoder makes of right and wrong latents, in bits per character:",
         Table(["the decoder reads", *BITS], readers),
-        "At which noise the denoiser pays for latents, in bits per character; log SNR: above 0 there is more signal:",
+        "What latents cost at each noise level, in bits per character; log SNR: above 0 there is more signal:",
         Table.of_records(diagnosis["latent_by_level"], BY_LEVEL),
         "How much noise on its latents the decoder bears:",
         Table.of_records(diagnosis["decoder"]["against_noise"], AGAINST_NOISE),
-        "What bytes cost by their place in the chunk, once the latent is known; its end counts as a byte:",
+        "What bytes cost by their place in the chunk, given the latent; its end counts as a byte:",
         Table.of_records(diagnosis["by_place"], BY_PLACE),
         "\n".join(["Chunks, and those whose latents are nearest:", *near]),
     ]

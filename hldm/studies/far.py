@@ -2,7 +2,7 @@
 
     hldm far --run small --documents books
 
-The document's own memory (`hldm.generation.memory`) beside a frozen model, its neighbours sought among the nearest
+The document's own memory (`hldm.generation.memory`) beside a frozen model, its neighbours searched among the nearest
 chunks alone, among those that a pyramid of mean-pooled blocks leads to (`hldm.generation.pyramid`), and among all. The
 few numbers of each gate are fitted on the validation split; savings are measured on the test split, paired.
 """
@@ -105,7 +105,7 @@ def table(found: Mapping[str, Any]) -> Table:
     """A row for each way of seeking."""
     ratio, levels = found["ratio"], found["levels"]
     names = {"nearest": f"the nearest {NEAREST} chunks", "all": "all chunks of the document"}
-    head = ["sought among", "bits saved", f"beyond the nearest {NEAREST}", "comparisons a chunk"]
+    head = ["searched", "bits saved", f"beyond the nearest {NEAREST}", "comparisons a chunk"]
     rows = []
     for row in found["rows"]:
         beam = row["name"].partition(", ")[2]

@@ -1,4 +1,4 @@
-"""What the text on the right tells of what stands before it: a choice between the truth and candidates.
+"""What the text on the right says of what stands before it: a choice between the truth and candidates.
 
     -log2  p(m | left) p(right | left, m)  /  sum over the truth and 63 drawn candidates,   and without p(right | ...)
 
@@ -28,7 +28,7 @@ from hldm.sources.corpora import corpus_of_file
 from hldm.text.corpus import Corpus
 
 LEFT, RIGHT = 150, 100  # characters on either side
-CHOICES = 64  # the truth and 63 others: 6 bits for who knows nothing
+CHOICES = 64  # the truth and 63 others: 6 bits by chance
 
 COLUMNS = {
     "bits to find the truth among 64": ("name", ""),
@@ -37,7 +37,7 @@ COLUMNS = {
     "truth is first": ("first", ".1%"),
 }
 MEANINGS = {
-    "bits": f"-log2 of the truth's share among {CHOICES} texts; 6 for who knows nothing",
+    "bits": f"-log2 of the truth's share among {CHOICES} texts; 6 by chance",
     "±": "its standard error over places",
     "truth is first": "share of places where no drawn text is thought likelier",
 }

@@ -134,7 +134,7 @@ def run_frontier(
     root: Path = Path("runs"),
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Train and measure what is not there yet, let all of them write in turns, and return what is known.
+    """Train and measure what is not there yet, let all of them write in turns, and return the results.
 
     overrides: of all of them (hldm.runs.pairs)
     Leaves root/<name>-frontier/<entry>/, and frontier.json beside them, rewritten after every run. Raises ValueError or

@@ -43,7 +43,7 @@ TRACE_STEPS = 64  # of a scan that torch.compile would have to unroll
 
 
 def _fitting(card: Card, stage: str) -> Config:
-    """The config with as many lanes as `hldm sizes` says fit."""
+    """The config with as many streams (data.lanes) as `hldm sizes` says fit."""
     config, memory = card.config, gpu_memory()
     if memory is None:
         return config
@@ -95,7 +95,7 @@ def _training(card: Card, stage: str) -> tuple[str, dict[str, Any]]:
     }
     taken = "not measured" if peak is None else human(peak)
     return (
-        f"{config.name}, {config.data.lanes} lanes x {config.data.window_bytes} bytes, {dtype_name(card.dtype)}: "
+        f"{config.name}, {config.data.lanes} streams of {config.data.window_bytes} bytes, {dtype_name(card.dtype)}: "
         f"{rate:,.0f} characters/s, {seconds:.3g} s a step, products at {share:.1%} of the peak; memory {taken} where "
         f"hldm sizes says {human(said)}"
     ), found

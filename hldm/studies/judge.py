@@ -252,7 +252,7 @@ def _texts_of_file(path: Path, folder: Path) -> _Texts:
 
 
 class _Judges(NamedTuple):
-    """Who judges, and the texts that are compared with."""
+    """The judges, and the texts that are compared with."""
 
     ngram: NGram
     model: HLDMPipeline | None

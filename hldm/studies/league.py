@@ -133,7 +133,7 @@ def run_league(
     root: Path = Path("runs"),
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Train and measure what is not there yet; returns what is known.
+    """Train and measure what is not there yet; returns the results.
 
     overrides: of all of them, the twin as well (hldm.runs.pairs); chunking is each entry's own
     Leaves root/<name>-league/<entry>/, by the config's name, and beside them league.json and league.md, rewritten

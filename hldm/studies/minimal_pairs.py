@@ -63,7 +63,7 @@ def wilson(right: float, count: int) -> tuple[float, float]:
 
 
 def read_pairs(path: Path, group: str) -> list[Pair]:
-    """The pairs of a JSONL file, packed or not. group: the key that tells rows apart, where they have it.
+    """The pairs of a JSONL file, packed or not. group: the key whose values form the groups, where pairs have it.
 
     Raises ValueError, one line with file and number, for a row without two texts.
     """

@@ -12,10 +12,10 @@ from typing import Any, ParamSpec
 
 P = ParamSpec("P")
 
-# Colours that are told apart without colour vision (Okabe and Ito 2008).
+# Colours that differ without colour vision (Okabe and Ito 2008).
 LATENT, DECODER, TWIN = "#0072B2", "#E69F00", "#000000"
 DIALS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
-OTHERS = "#666666"  # compressors, told apart by their lines and names
+OTHERS = "#666666"  # compressors differ by their lines and names
 DASHES = ((0, (1, 2)), (0, (5, 3)), (0, (7, 2, 1, 2)), (0, (3, 1)))
 PAPER: dict[
     Any, Any

@@ -119,7 +119,7 @@ def run_curve(
     root: Path = Path("runs"),
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Train and measure every point that is not there yet, and the twin; returns what is known.
+    """Train and measure every point that is not there yet, and the twin; returns the results.
 
     overrides: of all of them, the twin as well (hldm.runs.pairs)
     Leaves root/<name>-curve/<point>/, by the config's name, and rate-curve.json beside them, rewritten after every

@@ -66,7 +66,7 @@ class Read(NamedTuple):
     """What a model makes of the chunks of a corpus, passage by passage."""
 
     passages: Passages
-    before: Tensor  # (chunks w) what is known before each chunk
+    before: Tensor  # (chunks w) the summary before each chunk
     after: Tensor  # (chunks w)
     latents: Tensor  # (chunks z)
 
@@ -234,7 +234,7 @@ def fit(ground: Ground, name: str, *, seed: int = 0) -> Guide:
 
 
 class Judge(NamedTuple):
-    """Who says what a text is, and how often that is right of held-out text."""
+    """A classifier of texts, and how often it is right of held-out text."""
 
     classifier: NGramClassifier
     accuracy: float  # of passages

@@ -1,10 +1,10 @@
 """Windows of text: what a model reads at a time, and a corpus laid out in them for training.
 
 A `Window` is a stretch of several texts, a row each, whole chunks, padded on the right, with what follows from where
-documents and chunks start. A lane is one long text, documents in a row; a `Batch` is the same window of every
-lane, so recurrent state carries from one batch to the next. Every batch is a pure function of (seed, step):
-nothing to save, nothing to replay on resume, and the same batch on any number of machines. Bytes only; knows no
-model.
+documents and chunks start. A stream (`lanes` of them) is one long text, documents end to end; a `Batch` is the
+same window of every stream, so recurrent state carries from one batch to the next. Every batch is a pure function of
+(seed, step): nothing to save, nothing to replay on resume, and the same batch on any number of machines. Bytes only;
+knows no model.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Window:
 
     bytes: Tensor  # (b t) int64, 0 where padded
     length: Tensor  # (b) int64 bytes of each row; 0 where a text has run out
-    doc_start: Tensor  # (b t) bool: the first byte of a document or of a lane, resets the state
+    doc_start: Tensor  # (b t) bool: the first byte of a document or of a stream, resets the state
     doc_end: Tensor  # (b t) bool: the last byte of a document
     chunk_start: Tensor  # (b t) bool: the first byte of a chunk
     chunks: int  # n, room for so many a row: the most in any row, or more
@@ -156,7 +156,7 @@ def window_of(
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Batch(Window):
-    """One window of every lane of a corpus, or some rows of it."""
+    """One window of every stream of a corpus, or some rows of it."""
 
     chunk_index: Tensor  # (b n) int64 number of each chunk in the corpus, -1 where padded
     first_row: int  # which rows of the global batch these are ...
@@ -225,9 +225,9 @@ class ByStep:
 class Windows(ByStep):
     """Batches of a corpus, each a pure function of (seed, step).
 
-    shuffle=True (training): every epoch permutes the documents, and the stream they make is cut into
+    shuffle=True (training): every epoch permutes the documents, joins them, and cuts the result into
     lanes x windows_per_epoch pieces of equal length, at most window_bytes. shuffle=False (evaluation):
-    corpus order, lanes cut between documents only, windows of window_bytes. Either way a chunk belongs to
+    corpus order, streams cut between documents only, windows of window_bytes. Either way a chunk belongs to
     the piece that holds its first byte, so every byte of an epoch appears once, and a row is at most
     window_bytes + max_bytes - 1 long.
     """
@@ -308,7 +308,7 @@ class Windows(ByStep):
         chunk_start = self.chunk_start[at] & is_valid
         doc_start = (place == stream.start[turn]) & is_valid
         if window == 0:
-            doc_start[:, 0] |= is_valid[:, 0]  # a lane may begin inside a document
+            doc_start[:, 0] |= is_valid[:, 0]  # a stream may begin inside a document
         doc_end = (place == stream.start[turn + 1] - 1) & is_valid & self.closes[document]
 
         # chunk numbers, moved to the left of each row
@@ -343,7 +343,7 @@ class Windows(ByStep):
         return at >= answer_at[np.searchsorted(corpus.offsets, at, side="right") - 1]
 
     def _weights(self, chunk_index: np.ndarray) -> Tensor | None:
-        """`Batch.weight` of all lanes: 1 in the mean over bytes, or 0 where nothing counts. chunk_index: (lanes n)."""
+        """`Batch.weight` of all streams: 1 in the mean over bytes; 0 where nothing counts. chunk_index: (lanes n)."""
         if self.is_answer is None or self.question_weight == 1:
             return None
         size = np.diff(self._chunk_at)[chunk_index] * (chunk_index >= 0)
@@ -369,7 +369,7 @@ class Windows(ByStep):
         return _Stream(order, np.concatenate([[0], np.cumsum(size)]))
 
     def _edges(self, window: int) -> tuple[np.ndarray, np.ndarray]:
-        """Places in the stream (lanes,) where the window begins and ends, chunks not yet regarded."""
+        """Places in the joined text (lanes,) where the window begins and ends, chunks not yet regarded."""
         if self.shuffle:
             pieces = self.lanes * self.windows_per_epoch
             piece = np.arange(self.lanes) * self.windows_per_epoch + window
@@ -388,12 +388,12 @@ class Windows(ByStep):
 
 
 def _balanced_borders(offsets: np.ndarray, lanes: int) -> np.ndarray:
-    """Document borders (lanes + 1,) nearest to equal lanes, each lane holding at least one document."""
+    """Document borders (lanes + 1,) nearest to equal streams, each with at least one document."""
     documents = len(offsets) - 1
     wanted = np.arange(1, lanes) * offsets[-1] / lanes
     after = np.clip(np.searchsorted(offsets, wanted), 1, documents)
     nearest = np.where(wanted - offsets[after - 1] < offsets[after] - wanted, after - 1, after)
-    # strictly rising and leaving a document for each lane to come: subtract the lane's number, sort out, add
+    # strictly rising and leaving a document for each stream to come: subtract the stream's number, sort out, add
     lane = np.arange(1, lanes)
     border = np.maximum.accumulate(np.maximum(nearest - lane, 0)) + lane
     border = np.minimum(border, documents - lanes + lane)

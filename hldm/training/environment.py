@@ -20,7 +20,7 @@ from hldm.config import ConfigError, LoggingConfig, TrainingConfig
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-# How `accelerate launch` tells its processes that weights or optimizer states are to be split over them.
+# How `accelerate launch` lets its processes know that weights or optimizer states are to be split over them.
 SHARDING = {
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",

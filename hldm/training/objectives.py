@@ -26,7 +26,7 @@ from hldm.text.windows import Batch, draw_normal
 
 
 class Carry(NamedTuple):
-    """State of every lane between windows; None for parts the objective lacks."""
+    """State of every stream between windows; None for parts the objective lacks."""
 
     encoder: EncoderState | None = None
     decoder: DecoderState | None = None
@@ -45,8 +45,8 @@ class Step(NamedTuple):
 def rate_weight(settings: AutoencoderConfig, progress: float) -> float:
     """What a nat of the rate weighs against one of the decoder: rate_weight, in the end 1.
 
-    Below 1 latents are cheap, and an encoder that has yet to learn uses them; the bound that is reported
-    asks the full price. Linear over the last rate_anneal of the progress.
+    Below 1 latents are cheap, and an encoder that has yet to learn uses them; the reported bound has weight 1.
+    Linear over the last rate_anneal of the progress.
     """
     if not settings.rate_anneal:
         return settings.rate_weight

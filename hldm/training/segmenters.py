@@ -43,7 +43,7 @@ def train_segmenter(
     generator = torch.Generator().manual_seed(seed)
     training = TrainingConfig(optimizer="adamw", learning_rate=settings.learning_rate)
     (optimizer,) = make_optimizers(model, training)
-    # each lane starts at its own place of the text, carries its state, and goes on at the beginning after the end
+    # each stream starts at its own place of the text, carries its state, and goes on at the beginning after the end
     size, t = len(corpus.text), settings.window_bytes
     first = np.arange(settings.lanes) * size // settings.lanes
     is_doc_start = np.zeros(size, bool)

@@ -170,7 +170,7 @@ def stage_sizes(config: Config, stage: str, processes: int = 1) -> Sizes:
             "python and torch": RUNTIME,
             # as read, split, and joined again; then a flag a byte, a number a chunk
             "corpus": 4 * text + 2 * INTEGER * chunks,
-            # what each reader has read, what is shuffled of it, and what the lanes still hold of the block before
+            # what each reader has read, what is shuffled of it, and what the streams still hold of the block before
             "stream": 3 * data.shuffle_bytes * -(-data.readers // processes) if data.stream else 0,
             # indices of every byte of a global batch, ten of them
             "batch": 10 * INTEGER * data.lanes * (data.window_bytes + config.chunking.max_bytes),
@@ -319,7 +319,7 @@ def survey(config: Config, root: Path = Path("runs")) -> dict[str, Any]:
 def planned(config: Config, processes: int) -> dict[str, Any]:
     """What each of so many processes would need, wherever they will run, in bytes. `report_plan` makes a table of it.
 
-    Raises ConfigError where the lanes cannot be shared among them.
+    Raises ConfigError where data.lanes cannot be divided among them.
     """
     stages: dict[str, Any] = {}
     for stage in ("autoencoder",) if config.is_twin else ("autoencoder", "prior"):

@@ -105,7 +105,7 @@ class Stage:
         if self.training.patience and not (on_validate and config.logging.validate_every):
             raise ConfigError(
                 f"training.{self.run.folder.name}.patience needs validations: set logging.validate_every above 0, and "
-                "autoencoder.components, without which latents have no price (in Python: pass validation=)"
+                "autoencoder.components, without which latents have no cost (in Python: pass validation=)"
             )
         trainer = Trainer(
             objective,
@@ -219,7 +219,7 @@ class Stage:
         )
 
     def beat(self) -> None:
-        """Tell the others that the main process is at work: they would take a long silence for a hang."""
+        """Notify the others that the main process is at work: they would take a long silence for a hang."""
         self.main_says(True)
 
     def on_main(self, work: Callable[[], object], unless: bool = False) -> None:

@@ -73,7 +73,7 @@ def train_autoencoder(
     begin: called on the new autoencoder before its first step, such as to give it weights
     """
     folder = root / config.name
-    allow_named(config)  # whoever trains a config has asked for the code it names
+    allow_named(config)  # training a config is asking for the code it names
     require_room(config, "autoencoder", root)
     check_trackers(config.logging)
     corpora = load_corpora(config.data)  # before the folder is opened: a mistake leaves none
@@ -259,7 +259,7 @@ def _validate_autoencoder(
 ) -> Callable[[nn.Module], dict[str, float]] | None:
     """What measures stage one: under its mixture alone, as a prior whose network says nothing yet.
 
-    None where latents have no price.
+    None where latents have no cost.
     """
     if validation is None or not (config.is_twin or config.autoencoder.components):
         return None

@@ -1,13 +1,14 @@
 """Training batches from text that is streamed: `hldm.text.windows.Windows` for a source without end.
 
-    readers (hldm.sources.stream) ── documents, cut into chunks as they come ── lanes ── batches, made ahead in a thread
+    readers (hldm.sources.stream) ── documents, cut into chunks as they come ── streams ── batches, made ahead
 
-Reader i of R feeds lanes i L / R to (i + 1) L / R - 1 of the L of the global batch: a lane that runs out takes the
-reader's next document. A rank holds the readers of its own lanes and reads nothing else, so what a batch holds depends
-on data.readers, never on how many ranks share it. A row of a batch is whole chunks, at least window_bytes in all.
+Reader i of R feeds streams i L / R to (i + 1) L / R - 1 of the L (`data.lanes`) of the global batch: a stream that runs
+out takes the reader's next document. A rank holds the readers of its own streams and reads nothing else, so what a
+batch holds depends on data.readers, never on how many ranks share it. A row of a batch is whole chunks, at least
+window_bytes in all. Batches are made ahead in a thread.
 
 The cursor that goes with every batch is the state of the stream after it: where each reader is, and what is left of
-the document in each lane, with its cuts. A checkpoint keeps it (`gathered`), and training goes on from it to the bit,
+the document in each stream, with its cuts. A checkpoint keeps it (`gathered`), and training goes on from it to the bit,
 on any number of processes that divides data.readers.
 """
 
@@ -38,7 +39,7 @@ Agree = Callable[[Sequence[int]], list[list[int]]]  # some numbers of this rank 
 
 
 class Lane(NamedTuple):
-    """What is left of the document that a lane reads."""
+    """What is left of the document that a stream of the batch is in."""
 
     text: np.ndarray = np.zeros(0, np.uint8)  # (t) the document
     is_start: np.ndarray = np.zeros(0, bool)  # (t) where its chunks start
@@ -55,7 +56,7 @@ class Piece(NamedTuple):
 
 
 class Ready(NamedTuple):
-    """A batch of this rank's lanes, padded to the longest of them, and the state of the stream after it."""
+    """A batch of this rank's streams, padded to the longest of them, and the state of all after it."""
 
     arrays: dict[str, np.ndarray]  # bytes, doc_start, doc_end, chunk_start (b t); length, count (b)
     readers: tuple[Cursor, ...]
@@ -151,7 +152,7 @@ class StreamedWindows:
         )
 
     def places(self, step: int) -> list[str]:
-        """Where the readers of this rank are: a row holds what they gave its lane some time before."""
+        """Where the readers of this rank are: a row holds what they gave its stream some time before."""
         return [
             f"reader {reader.index}: pass {cursor.epoch}, part {cursor.shard}, block {cursor.block}"
             for reader, cursor in zip(self.readers, self.state.readers, strict=True)
@@ -228,7 +229,7 @@ class StreamedWindows:
                 return
 
     def _make(self, lanes: tuple[Lane, ...]) -> Ready:
-        """The batch after the one that left the lanes so."""
+        """The batch after the one that left the streams in this state."""
         each = self.own_lanes // len(self.readers)
         rows, after = [], []
         for number, lane in enumerate(lanes):
@@ -275,7 +276,7 @@ def _arrays(rows: Sequence[Sequence[Piece]]) -> dict[str, np.ndarray]:
 
 
 def agreement(accelerator: Accelerator) -> Agree:
-    """How the ranks of an accelerator tell each other numbers."""
+    """How the ranks of an accelerator exchange numbers."""
 
     def agree(numbers: Sequence[int]) -> list[list[int]]:
         told = accelerator.gather(torch.tensor([numbers], device=accelerator.device))

@@ -36,7 +36,7 @@ class ToyAutoencoder(Autoencoder):
         encoding, state = super().encode(window, state)
         return encoding._replace(latents=torch.ones_like(encoding.latents) * encoding.mask[..., None]), state
 
-    def decode(self, events, latent, griffin, told=None):
+    def decode(self, events, latent, griffin, conditioning=None):
         has_latent = latent.mean(dim=-1).gather(1, events.chunk) > 0.5
         certain = 100.0 * nn.functional.one_hot(events.target, 258)
         return certain * has_latent[..., None], griffin
@@ -52,8 +52,8 @@ class KnowsIf(nn.Module):
     def read(self, context):
         return (self.condition(context),)  # (b n)
 
-    def forward(self, z, gamma, told, estimate):
-        (knows,) = told
+    def forward(self, z, gamma, conditioning, estimate):
+        (knows,) = conditioning
         sigma = torch.sigmoid(gamma).sqrt()[..., None]
         return (1 - estimate) / sigma * knows[..., None, None]
 

@@ -38,8 +38,8 @@ def own(source: str) -> str:
 def forward(expression: str, more: str = "") -> str:
     """A denoiser like ours, but for what it returns; y is what ours does."""
     return own(
-        f"class Mine(Denoiser):\n    def forward(self, z, gamma, told, estimate):\n"
-        f"        y = super().forward(z, gamma, told, estimate)\n        return {expression}\n{more}"
+        f"class Mine(Denoiser):\n    def forward(self, z, gamma, conditioning, estimate):\n"
+        f"        y = super().forward(z, gamma, conditioning, estimate)\n        return {expression}\n{more}"
     )
 
 
@@ -69,7 +69,7 @@ def test_trying_one_draws_nothing_from_the_generator_of_the_run():
         ("y + z.mean(dim=2, keepdim=True)", "must depend on no other draw, chunk or document"),
         ("y + z.mean(dim=1, keepdim=True)", "must depend on no other draw, chunk or document"),
         ("y + z.mean(dim=0, keepdim=True)", "must depend on no other draw, chunk or document"),
-        ("y + told[0].value.mean()", "must not depend on that chunk's latent or later ones"),
+        ("y + conditioning[0].value.mean()", "must not depend on that chunk's latent or later ones"),
         ("y * torch.arange(1, z.shape[1] + 1)[:, None, None]", "read chunk by chunk, as it is written"),
         ("(y + 1).detach()", "takes no part in what is trained"),
         (

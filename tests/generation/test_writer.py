@@ -133,7 +133,7 @@ def test_going_on_from_carried_state_equals_reading_everything_again(kind):
         for chunk in chunks:
             start += [True] + [False] * (len(chunk) - 1)
         again._read(window_of([text], [np.array(start)], [True]))
-        again.told = prior.tell(next_context(prior, again.memory))
+        again.conditioning = prior.condition(next_context(prior, again.memory))
         torch.testing.assert_close(again.encoder, writer.encoder, rtol=1e-4, atol=1e-5)
         again.generators, writer.generators = row_generators(4, 1), row_generators(4, 1)
         torch.testing.assert_close(again.sample_latents(), writer.sample_latents(), rtol=1e-4, atol=1e-5)
@@ -199,7 +199,7 @@ def test_memory_of_the_context_does_not_grow_with_the_text():
         writer = LatentWriter(autoencoder, prior, [b""], SETTINGS, row_generators(0, 1))
         for _ in range(80):
             writer.write()
-            sizes.add((writer.memory.hidden.numel(), writer.told.blocks[0].key.shape))
+            sizes.add((writer.memory.hidden.numel(), writer.conditioning.blocks[0].key.shape))
     assert len(sizes) <= 2  # where a document has just begun there is no newest chunk
 
 

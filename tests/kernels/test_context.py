@@ -54,10 +54,10 @@ def make_prior(
     return prior.eval()
 
 
-def seen(told) -> list[Tensor]:
-    """What is told, whatever the order of entries: mean and spread of attention to them for a few queries."""
-    found = [] if told.log_weights is None else [told.log_weights]
-    for block in told.blocks:
+def seen(conditioning) -> list[Tensor]:
+    """The conditioning, whatever the order of entries: mean and spread of attention to them for a few queries."""
+    found = [] if conditioning.log_weights is None else [conditioning.log_weights]
+    for block in conditioning.blocks:
         generator = torch.Generator().manual_seed(0)
         query = torch.randn(*block.key.shape[:2], 5, block.key.shape[-1], generator=generator)
         share = (query @ block.key.mT + block.bias).softmax(dim=-1)
@@ -98,7 +98,7 @@ def test_every_chunk_of_many_has_the_context_that_torch_gives_it(plain_torch, ki
             _, state = contextualiser(latents, always, ~always, state, after)
             state = select_rows(closed, fresh, state)
             context, _ = contextualiser(latents[:, :0], nothing, nothing, state)
-            expected = seen(prior.tell(context.first(1)))
+            expected = seen(prior.condition(context.first(1)))
         found = seen(kept.add(latents[:, 0], after[:, 0], closed))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 

@@ -16,7 +16,7 @@ from hldm.config import (
 )
 from hldm.generation.writer import row_generators
 from hldm.kernels.denoise import PlannedSteps
-from hldm.model.denoiser import Told
+from hldm.model.denoiser import Conditioning
 from hldm.model.diffusion import draw_numbers, sample, sampler_steps
 from hldm.model.prior import Prior
 
@@ -45,7 +45,7 @@ def make_prior(layers: int = 2, components: int = 20, **settings) -> Prior:
     return prior.eval()
 
 
-def read(prior: Prior, rows: int) -> Told:
+def read(prior: Prior, rows: int) -> Conditioning:
     """What a prior knows after eleven chunks, of which some rows have fewer in their document."""
     torch.manual_seed(rows)
     n, feature_dim = 11, prior.contextualiser.feature_dim
@@ -57,7 +57,7 @@ def read(prior: Prior, rows: int) -> Told:
         context, _ = prior.contextualiser(
             torch.randn(rows, n, Z), mask, doc_start, prior.initial_state(rows), features
         )
-        return prior.tell(context.of(torch.full((rows, 1), n)))
+        return prior.condition(context.of(torch.full((rows, 1), n)))
 
 
 @pytest.mark.parametrize("rows", [1, 3, 12, 40])
@@ -68,19 +68,19 @@ def read(prior: Prior, rows: int) -> Told:
 )
 def test_one_call_draws_what_torch_draws(plain_torch, scheduler, temperature, layers, rows):
     prior = make_prior(layers)
-    told, plan = read(prior, rows), sampler_steps(scheduler, prior.schedule, 5)
+    conditioning, plan = read(prior, rows), sampler_steps(scheduler, prior.schedule, 5)
 
     def denoise(z: Tensor, gamma: Tensor) -> Tensor:
-        return prior.denoise(z[:, None, None], gamma[:, None, None], told)[:, 0, 0]
+        return prior.denoise(z[:, None, None], gamma[:, None, None], conditioning)[:, 0, 0]
 
     def spread(z: Tensor, gamma: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        return prior.spread(z, gamma, told, u, temperature)
+        return prior.spread(z, gamma, conditioning, u, temperature)
 
     draws = scheduler == "ancestral"
     uniform, noise = draw_numbers(plan, (rows, Z), row_generators(1, rows), temperature, "cpu")
     with torch.no_grad():
         planned = PlannedSteps(prior, plan)
-        numbers = (told, noise, uniform if draws else None, temperature)
+        numbers = (conditioning, noise, uniform if draws else None, temperature)
         found = planned.draw(*numbers)
         torch.testing.assert_close(planned.draw(*numbers), found, rtol=0, atol=0)
     with plain_torch(), torch.no_grad():

@@ -113,8 +113,8 @@ def test_a_denoiser_of_another_class_is_asked_in_torch_and_that_is_said(caplog):
     class OwnDenoiser(Denoiser):
         """Somebody's idea."""
 
-        def forward(self, z, gamma, told, estimate):
-            return super().forward(z, gamma, told, estimate) + 1
+        def forward(self, z, gamma, conditioning, estimate):
+            return super().forward(z, gamma, conditioning, estimate) + 1
 
     config = load_config(ROOT / "configs/tiny.yaml", SMALLER)
     autoencoder, prior = models(config)

@@ -44,7 +44,7 @@ def attended(prior: Prior, context) -> torch.Tensor:
     """What the denoiser makes of a context: (b n z)."""
     b, n = context.summary.shape[:2]
     z = torch.ones(b, n, 1, 3, dtype=torch.float64)
-    return prior.denoise(z, torch.zeros(b, n, 1, dtype=torch.float64), prior.tell(context))[:, :, 0]
+    return prior.denoise(z, torch.zeros(b, n, 1, dtype=torch.float64), prior.condition(context))[:, :, 0]
 
 
 @pytest.mark.parametrize("cuts", [[1] * 21, [8, 13], [3, 0, 11, 7]])
@@ -97,9 +97,9 @@ def test_draws_that_share_a_context_do_not_see_each_other():
     context, _ = prior.contextualiser(latents, mask, doc_start, double_state(prior, 2))
     z = torch.randn(2, 22, 4, 3, dtype=torch.float64)
     gamma = torch.randn(2, 22, 4, dtype=torch.float64)
-    told = prior.tell(context)
-    together = prior.denoise(z, gamma, told)
-    alone = torch.cat([prior.denoise(z[:, :, [i]], gamma[:, :, [i]], told) for i in range(4)], dim=2)
+    conditioning = prior.condition(context)
+    together = prior.denoise(z, gamma, conditioning)
+    alone = torch.cat([prior.denoise(z[:, :, [i]], gamma[:, :, [i]], conditioning) for i in range(4)], dim=2)
     torch.testing.assert_close(together, alone)
 
 

@@ -92,8 +92,9 @@ def test_a_run_with_an_own_denoiser_or_prior_goes_all_the_way(
 ):
     monkeypatch.chdir(tmp_path)
     Path("own_half.py").write_text(
-        "from hldm.model.prior import Prior\n\nclass HalfPrior(Prior):\n    def denoise(self, z, gamma, told):\n"
-        "        return 0.5 * super().denoise(z, gamma, told)\n"
+        "from hldm.model.prior import Prior\n\nclass HalfPrior(Prior):\n"
+        "    def denoise(self, z, gamma, conditioning):\n"
+        "        return 0.5 * super().denoise(z, gamma, conditioning)\n"
     )
     config = own_config(small_overrides, setting)
     with plugins.scope():

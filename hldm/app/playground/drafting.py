@@ -61,7 +61,7 @@ class DraftWriter(LatentWriter):
         text = prompt + b"".join(chunks)
         for window in _windows(text, _starts(autoencoder, prompt, chunks), rows, self.device):
             self._read(window)
-        self.told = prior.tell(next_context(prior, self.memory))
+        self.conditioning = prior.condition(next_context(prior, self.memory))
         self.opens = [not text] * rows
 
     def sample_latents(self) -> Tensor:

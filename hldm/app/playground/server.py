@@ -24,7 +24,7 @@ from hldm.generation.footprint import require_room_to_write
 from hldm.generation.pipeline import HLDMPipeline
 from hldm.text.bytes import count_characters
 
-ADDRESS = "127.0.0.1"  # and no other: who may write here is who sits here
+ADDRESS = "127.0.0.1"  # and no other: only this machine may use it
 MOST_CONNECTIONS = 64
 LEAVE_SECONDS = 2.0  # that writers have to stop when the server does
 FILES = {

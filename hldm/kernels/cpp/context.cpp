@@ -1,5 +1,5 @@
 // One chunk more of context a row, for hldm.kernels.context: its latent and the summaries that it completes go through the
-// contextualiser's layers, what can never be seen again gives up its place, and the denoiser is told what is seen now.
+// contextualiser's layers, what can never be seen again gives up its place, and the denoiser's conditioning is what is seen now.
 // Every entry is kept as its keys and values, in a place of its own; place 0 is the document's start.
 
 #include "stack.h"
@@ -20,7 +20,7 @@ struct Contexting {
     float *partial, *latest, *feature;  // (b levels z), (b d), (b f)
     float* const* pairs;                // of each layer, then block: keys, values (b h P e)
     float* log_weights;                 // (b k)
-    float* const* told;                 // of each block: shared (b 4D), gates (b 2D), bias (b h P)
+    float* const* conditioning;         // of each block: shared (b 4D), gates (b 2D), bias (b h P)
     const float *latents, *after;       // (b z), (b f) of the chunk just written
     const uint8_t* closed;              // (b) whether it closed its document: the next one begins with nothing
 };
@@ -67,12 +67,12 @@ struct Pyramid {
         ends[place] = w.written[row];
         w.level[row * w.places + place] = level;
         born.push_back({row, place, level});
-        std::vector<float> embedded(w.d), told(w.d), input(w.z);
+        std::vector<float> embedded(w.d), given(w.d), input(w.z);
         for (int64_t j = 0; j < w.z; j++) input[j] = latent[j] * scale;
         multiply<1>(w.ends[0], input.data(), embedded.data(), w.d, w.z);
-        if (level == 0 && w.ends[5]) multiply<1>(w.ends[5], w.feature + row * w.features, told.data(), w.d, w.features);
+        if (level == 0 && w.ends[5]) multiply<1>(w.ends[5], w.feature + row * w.features, given.data(), w.d, w.features);
         for (int64_t i = 0; i < w.d; i++)
-            x.push_back(embedded[i] + w.ends[1][i] + w.ends[2][level * w.d + i] + told[i]);
+            x.push_back(embedded[i] + w.ends[1][i] + w.ends[2][level * w.d + i] + given[i]);
     }
 
     // Count the chunk, forget what is out of reach, make room for what is new.
@@ -223,7 +223,8 @@ struct Pyramid {
         into_lanes<L>(w.latest + from * w.d, count, w.d, own.data());
         for (int64_t block = 0; block < w.blocks; block++) {
             const float* const* p = w.block + 5 * block;
-            float *shared = w.told[3 * block], *gates = w.told[3 * block + 1], *bias = w.told[3 * block + 2];
+            float* const* conditioning = w.conditioning + 3 * block;
+            float *shared = conditioning[0], *gates = conditioning[1], *bias = conditioning[2];
             linear<L>(p + 2, own.data(), both, 6 * D, w.d);
             from_lanes<L>(both, count, 4 * D, shared + from * 4 * D);
             from_lanes<L>(both + 4 * D * L, count, 2 * D, gates + from * 2 * D);

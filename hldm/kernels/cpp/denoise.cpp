@@ -17,7 +17,7 @@ struct Denoising {
     const float* const* inputs;       // weight (d 2z), bias (d)
     const float* const* outputs;      // weight (z d), bias (z)
     const float* const* parameters;   // of each block: query, its bias, attended, its bias, both of the MLP, with theirs
-    const float* const* told;         // of each block: shared (b 4d), gates (b 2d), key, value (b h c e), bias (b h c)
+    const float* const* conditioning; // of each block: shared (b 4d), gates (b 2d), key, value (b h c e), bias (b h c)
     const float* const* by_level;     // of each block: (steps 4d) shifts and scales
     float* latent;                    // (b z) in and out
 };
@@ -139,18 +139,18 @@ struct Denoiser {
             std::copy(estimate, estimate + w.z * L, wide + w.z * L);
             linear<L>(w.inputs, wide, x, d, 2 * w.z);
             for (int64_t block = 0; block < w.blocks; block++) {
-                const float *const *p = w.parameters + 8 * block, *const *told = w.told + 5 * block;
+                const float *const *p = w.parameters + 8 * block, *const *conditioning = w.conditioning + 5 * block;
                 const float* level = w.by_level[block] + step * 4 * d;
-                modulate(told[0], level, 0);
+                modulate(conditioning[0], level, 0);
                 linear<L>(p, y, query, w.width, d);
-                attend(told[2], told[3], told[4]);
+                attend(conditioning[2], conditioning[3], conditioning[4]);
                 linear<L>(p + 2, query, wide, d, w.width);
-                add_gated(wide, told[1], 0);
-                modulate(told[0], level, 1);
+                add_gated(wide, conditioning[1], 0);
+                modulate(conditioning[0], level, 1);
                 linear<L>(p + 4, y, wide, w.hidden, d);
                 gelu_all(wide, w.hidden * L);
                 linear<L>(p + 6, wide, y, d, w.hidden);
-                add_gated(y, told[1], 1);
+                add_gated(y, conditioning[1], 1);
             }
             standardise<L>(x, y, d);
             linear<L>(w.outputs, y, x0, w.z, d);

@@ -56,7 +56,7 @@ struct Writer {
         static thread_local std::vector<float> lanes;
         lanes.assign((width + 2 * d + k + OUTPUTS) * L, 0.0f);
         float *feature = lanes.data(), *text = feature + width * L, *logits = text + d * L;
-        float *placed = logits + OUTPUTS * L, *told = placed + k * L;
+        float *placed = logits + OUTPUTS * L, *given = placed + k * L;
         Group<L> group(w.decoder, index, rows, e ? never.data() : w.resets, e ? never.data() : w.starts);
         if (w.from_text) {
             for (int64_t row = 0; row < rows; row++)
@@ -68,14 +68,14 @@ struct Writer {
                 for (int64_t i = 0; i < k; i++)
                     placed[i * L + row] = inner[index[row] * k + i] + w.from_latent[2][e * k + i];
             gelu_all(placed, k * L);
-            linear<L>(w.from_latent + 3, placed, told, d, k);
+            linear<L>(w.from_latent + 3, placed, given, d, k);
         }
         for (int64_t row = 0; row < rows; row++) {
             const float* embedded = w.write + symbol[index[row]] * d;
             const float* trunk = w.from_trunk ? &known[index[row] * d] : nullptr;
             const bool reads = w.from_text && (e || !w.doc_start[index[row]]);
             for (int64_t i = 0; i < d; i++)
-                group.x[i * L + row] = embedded[i] + told[i * L + row] + (trunk ? trunk[i] : 0) + (reads ? text[i * L + row] : 0);
+                group.x[i * L + row] = embedded[i] + given[i * L + row] + (trunk ? trunk[i] : 0) + (reads ? text[i * L + row] : 0);
         }
         group.run();
         linear<L>(w.outputs, group.normed, logits, OUTPUTS, d);
@@ -161,7 +161,7 @@ struct Writer {
         const int64_t d = w.decoder.d, k = w.placed, by_feature = padded(w.encoder.d);
         static thread_local std::vector<float> numbers;
         numbers.assign(MOST * (2 * decoder.by + padded(k)), 0.0f);
-        float *text = numbers.data(), *told = text + MOST * decoder.by, *placed = told + MOST * decoder.by;
+        float *text = numbers.data(), *given = text + MOST * decoder.by, *placed = given + MOST * decoder.by;
         if (w.from_text) linear_all(w.panels + 4, features, by_feature, text, decoder.by, d, w.encoder.d, positions);
         if (w.from_latent) {
             for (int64_t n = 0; n < positions; n++) {
@@ -169,7 +169,7 @@ struct Writer {
                     placed[n * k + i] = inner[row * k + i] + w.from_latent[2][(e + n) * k + i];
             }
             gelu_all(placed, positions * k);
-            linear_all(w.panels + 2, placed, k, told, decoder.by, d, k, positions);
+            linear_all(w.panels + 2, placed, k, given, decoder.by, d, k, positions);
         }
         const float* trunk = w.from_trunk ? &known[row * d] : nullptr;
         for (int64_t n = 0; n < positions; n++) {
@@ -177,7 +177,7 @@ struct Writer {
             const bool reads = w.from_text && (e + n || !w.doc_start[row]);
             const int64_t at = n * decoder.by;
             for (int64_t i = 0; i < d; i++)
-                decoder.x[at + i] = embedded[i] + told[at + i] + (trunk ? trunk[i] : 0) + (reads ? text[at + i] : 0);
+                decoder.x[at + i] = embedded[i] + given[at + i] + (trunk ? trunk[i] : 0) + (reads ? text[at + i] : 0);
         }
     }
 
