@@ -9,12 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import yaml
 from pydantic import Field
 
-from hldm.retired import is_retired
+from hldm.retired import without_retired
 from hldm.settings import ConfigError as ConfigError  # imported from here by all rooms below
 from hldm.settings import Dumpable, S, Section, Setting, build_section, changed, dotted, is_own, read_settings
 
@@ -41,7 +41,6 @@ class DataConfig(Section):
     documents: Documents = "chapters"  # what a document of the built-in text is
     stream: bool = False  # read files or dataset while training, again and again, instead of all of it first
     readers: Count = 1  # of a stream, side by side, each its own share of it; a multiple of the processes
-    shuffle_bytes: Count = 16_777_216  # of a stream's documents, that each reader shuffles at a time
     max_bytes: Count = 1_000_000_000  # stop reading after so much text; a stream has no end
     held_out: float = Field(default=0.03, gt=0, lt=0.5)  # share of documents for validation, also for test
     lanes: Count = 16  # texts read side by side: the global batch
@@ -61,24 +60,6 @@ class DataConfig(Section):
             raise ValueError(f"lanes must be divisible by data.readers, got {got}")
 
 
-class SegmenterConfig(Section):
-    """The small byte model that some chunking strategies ask, trained before stage one."""
-
-    width: int = Field(default=64, gt=0, le=4096, multiple_of=16)  # d, residual stream
-    layers: int = Field(default=2, gt=0, le=64)  # recurrent blocks
-    lanes: Count = 16  # texts read side by side in its training
-    window_bytes: int = Field(default=256, ge=16, lt=2**63)  # bytes of each lane in one optimizer step
-    steps: Count = 2000
-    minutes: NotNegative = 1.0  # wall clock; at most a fifth of stage one's, which pay for it; 0: no limit
-    learning_rate: Positive = 4e-3  # peak
-    sample_bytes: Count = 65_536  # training text on which the threshold is set
-
-    @property
-    def trunk(self) -> GriffinConfig:
-        """The stack over bytes."""
-        return changed(GriffinConfig(), width=self.width, blocks=("recurrent",) * self.layers)
-
-
 # Strategies that read the text alone, and those that ask a segmenter.
 TextStrategy = Literal["fixed", "words", "space", "sentence", "paragraph"]
 ModelStrategy = Literal[
@@ -94,7 +75,6 @@ class ChunkingConfig(Section):
     min_bytes: Count = 4  # a chunk ends at a border only once it holds so many bytes
     max_bytes: int = Field(default=10, gt=0, le=65_536)  # no chunk is longer
     target_bytes: Positive = 6.0  # mean length that strategies with a segmenter are set to, on training text
-    segmenter: SegmenterConfig = SegmenterConfig()  # of strategies that ask one
 
     def check(self) -> None:
         if not (self.strategy in (known := get_args(Strategy)) or is_own(self.strategy)):
@@ -124,7 +104,7 @@ def _check_heads(name: str, width: int, heads: int) -> None:
         raise ValueError(f"{name} must be divisible by 4 times the heads, got {width} and {heads} heads")
 
 
-class GriffinConfig(Section):
+class StackConfig(Section):
     """A stack of residual blocks (Griffin, arXiv 2402.19427); the pattern is data."""
 
     width: Width = 128  # d, residual stream
@@ -132,16 +112,25 @@ class GriffinConfig(Section):
         default=("recurrent", "attention", "recurrent"), min_length=1, max_length=512
     )
     heads: Count = 4  # attention heads, and diagonal blocks of the RG-LRU gates
-    mlp_ratio: float = Field(default=2.0, gt=0, le=64)  # hidden width of the gated MLP over d
-    conv_width: int = Field(default=4, gt=0, le=256)  # taps of the causal convolution
-    dropout: Share = 0.0
 
     def check(self) -> None:
         _check_heads("width", self.width, self.heads)
-        if round(self.width * self.mlp_ratio) < 1:
-            raise ValueError(
-                f"mlp_ratio leaves no hidden unit of {self.width} x {self.mlp_ratio:g}; raise it"
-            )
+
+    @property
+    def hidden(self) -> int:
+        """m, hidden width of the gated MLP."""
+        return 2 * self.width
+
+
+class GriffinConfig(StackConfig):
+    """A stack whose MLP may have another width, by which a twin gets as many parameters as its model."""
+
+    mlp_ratio: float = Field(default=2.0, ge=0.25, le=64)  # hidden width of the gated MLP over d
+
+    @property
+    def hidden(self) -> int:
+        """m, hidden width of the gated MLP."""
+        return round(self.width * self.mlp_ratio)
 
 
 class AutoencoderConfig(Section):
@@ -150,7 +139,7 @@ class AutoencoderConfig(Section):
     latent_dim: int = Field(default=4, ge=0, le=4096)  # z; 0: the twin, a plain autoregressive Griffin
     # Of a chunk's features, each with its place: their mean; or, where chunks have a constant length, a convolution.
     pooling: Literal["mean", "strided"] = "mean"
-    encoder: GriffinConfig = GriffinConfig()
+    encoder: StackConfig = StackConfig()
     decoder: GriffinConfig = GriffinConfig(blocks=("recurrent",))
     trunk_layers: int = Field(default=2, ge=0, le=512)  # recurrent blocks that take a step a chunk
     trunk_width: Width = 192
@@ -159,15 +148,14 @@ class AutoencoderConfig(Section):
     # Of the mixture whose rate latents pay in stage one, and whose denoiser the prior then corrects; 0: they pay none,
     # and the prior starts from nothing.
     components: int = Field(default=384, ge=0, le=65_536)
-    rate_weight: NotNegative = 0.5  # weight of the rate against reconstruction
-    rate_anneal: Share = 0.5  # last share of the progress over which the weight goes to 1, that of the bound
+    rate_weight: NotNegative = 0.5  # weight of the rate against reconstruction at first; in the end 1
 
     def check(self) -> None:
         if self.trunk_layers:
             _check_heads("trunk_width", self.trunk_width, self.encoder.heads)
 
     @property
-    def trunk(self) -> GriffinConfig:
+    def trunk(self) -> StackConfig:
         """The stack over chunks: recurrent blocks, built as the encoder's are."""
         return changed(self.encoder, width=self.trunk_width, blocks=("recurrent",) * self.trunk_layers)
 
@@ -202,26 +190,22 @@ class DiffusionConfig(Section):
     """Forward process of the prior: VDM's gamma = -log SNR, from gamma_0 to gamma_1."""
 
     gamma_0: float = Field(default=-2.2, ge=-20)  # least noise: the latent the decoder reads (log SNR 2.2)
-    gamma_1: float = Field(default=5.0, le=20)  # most noise (log SNR -5)
-    target: Literal["x0", "v"] = "v"  # what the denoiser regresses, where there is no mixture to correct
+    # Most noise, log SNR -5: the end term, 1/2 e^-5 mu^2, is 0.003 nats a dimension of latents at unit scale.
+    gamma_1: ClassVar[float] = 5.0
 
     def check(self) -> None:
         if self.gamma_0 >= self.gamma_1:
-            raise ValueError(f"gamma_0 must be below gamma_1, got {self.gamma_0} and {self.gamma_1}")
+            raise ValueError(f"gamma_0 must be below {self.gamma_1:g}, the most noise, got {self.gamma_0}")
 
 
 class PriorConfig(Section):
     """Two towers: a causal contextualiser over latents, a denoiser of the next one."""
 
     reads_text: bool = True  # the contextualiser sees the encoder's feature after each chunk, too
-    width: Width = 64  # d of the contextualiser
+    width: Width = 64  # d, of contextualiser and denoiser
     layers: Depth = 1
     heads: Count = 4
-    denoiser_width: Width = 64
     denoiser_layers: Depth = 1
-    draws: int = Field(default=4, gt=0, le=512)  # noise draws that share one context
-    context_dropout: Share = 0.1  # share of contexts hidden in training, for guidance
-    dropout: Share = 0.0
     denoiser: str = ""  # a class of one's own in place of the denoiser, as module:Class (docs/own_part.md)
     plugin: str = ""  # likewise a subclass of the whole prior
 
@@ -229,43 +213,50 @@ class PriorConfig(Section):
         for name, own in (("denoiser", self.denoiser), ("plugin", self.plugin)):
             if own and not is_own(own):
                 raise ValueError(f"{name} must be empty or your own module:Class, got {own!r:.80}")
-        for name, width in (("width", self.width), ("denoiser_width", self.denoiser_width)):
-            if width % self.heads:
-                raise ValueError(f"{name} must be divisible by prior.heads, got {width} and {self.heads}")
+        if self.width % self.heads:
+            raise ValueError(f"width must be divisible by prior.heads, got {self.width} and {self.heads}")
 
 
-class TrainingConfig(Section):
+class StageConfig(Section):
     """One stage's optimisation. Progress runs from 0 to 1 over `steps`, or `minutes` if sooner."""
 
     steps: Count = 1000
     minutes: NotNegative = 0.0  # limit, schedule included; 0: none
+    learning_rate: Positive = 1e-2  # peak
+
+
+class SharedTraining(Section):
+    """What the optimisation of all stages of a run shares."""
+
     # Minutes of time that passes, or, on CPUs, that a thread computed: comparable where a machine does other work, too.
     clock: Literal["wall", "cpu"] = "wall"
-    optimizer: Literal["adamw", "muon"] = "muon"
-    learning_rate: Positive = 1e-2  # peak
-    weight_decay: NotNegative = 0.01
-    warmup: Share = 0.05  # share of the progress spent warming up
-    final_learning_rate: float = Field(default=0.05, ge=0, le=1)  # at the end, as a share of the peak
-    clip_norm: Positive = 1.0
     accumulation: Count = 1  # micro-batches a step; the global batch stays data.lanes
     ema_decay: Share = 0.99  # 0: no averaged weights
     mixed_precision: Literal["no", "bf16"] = "no"
-    gradient_checkpointing: bool = False
     # Validations in a row without a better one, until training stops and keeps the best weights; 0: it runs to the end.
     patience: int = Field(default=0, ge=0, lt=2**63)
-    # How long ranks wait for one that hangs, or saves and samples alone (seconds); accelerate's default: 30 minutes.
-    timeout_s: Positive = 300.0
 
 
-class StagesConfig(Section):
+class TrainingConfig(StageConfig, SharedTraining):
+    """All that the training of one stage goes by: its own settings, the shared ones, and what no file sets."""
+
+    optimizer: Literal["adamw", "muon"] = "muon"  # at equal steps AdamW is far behind (docs/journal.md)
+    weight_decay: NotNegative = 0.01
+    gradient_checkpointing: bool = False
+
+
+class StagesConfig(SharedTraining):
     """Training of the two stages."""
 
-    autoencoder: TrainingConfig = TrainingConfig()
-    prior: TrainingConfig = TrainingConfig(learning_rate=8e-3)
+    gradient_checkpointing: bool = False  # stage one recomputes activations, in place of keeping them
+    autoencoder: StageConfig = StageConfig()
+    prior: StageConfig = StageConfig(learning_rate=8e-3)
 
-    def check(self) -> None:
-        if self.prior.gradient_checkpointing:
-            raise ValueError("prior.gradient_checkpointing must be false: only stage one recomputes")
+    def of(self, stage: str) -> TrainingConfig:
+        """All of one stage, "autoencoder" or "prior"."""
+        shared = {name: getattr(self, name) for name in SharedTraining.model_fields}
+        recomputes = self.gradient_checkpointing and stage == "autoencoder"
+        return TrainingConfig(**shared, **vars(getattr(self, stage)), gradient_checkpointing=recomputes)
 
 
 class CheckpointConfig(Section):
@@ -280,8 +271,6 @@ class LoggingConfig(Section):
 
     every: Count = 50  # optimizer steps between metrics
     sample_every: int = Field(default=1000, ge=0, lt=2**63)  # steps between samples; 0: only at the end
-    validate_every: int = Field(default=250, ge=0, lt=2**63)  # steps between validations; 0: none
-    validation_bytes: Count = 8192  # of held-out text, of which a validation takes the bound
     trackers: tuple[str, ...] = Field(default=(), max_length=64)  # accelerate's trackers, e.g. [tensorboard]
 
 
@@ -336,16 +325,17 @@ class Config(Section):
         return self.autoencoder.latent_dim == 0
 
 
-def _build(cls: type[S], settings: Mapping[str, Setting], section: str = "") -> S:
-    """As build_section, without the settings of RETIRED."""
-    kept = {k: s for k, s in settings.items() if not is_retired(f"{section}{k}", s.value, f"{s.where}: ")}
-    return build_section(cls, kept, section)
+def build(cls: type[S], settings: Mapping[str, Setting], section: str = "", is_saved: bool = False) -> S:
+    """As build_section, where settings of earlier versions are understood (`hldm.retired.without_retired`)."""
+    known = dotted(cls().model_dump())
+    return build_section(cls, without_retired(settings, known, section, is_saved), section)
 
 
 def stage_training(config: Config, stage: str, **changes: Any) -> Config:
-    """The config with some fields of one stage's training replaced, e.g. by --steps and --minutes."""
-    training = changed(getattr(config.training, stage), **changes)
-    return changed(config, training=changed(config.training, **{stage: training}))
+    """The config with some settings of one stage's training replaced, or some that its stages share."""
+    own = {name: changes.pop(name) for name in StageConfig.model_fields if name in changes}
+    own = vars(getattr(config.training, stage)) | own  # a refusal names the whole key
+    return changed(config, training=vars(config.training) | changes | {stage: own})
 
 
 def find_config(path: str | Path) -> Path:
@@ -378,16 +368,23 @@ def load_config(
     inherited: files whose settings, but for the name, lie below all of these: the config.yaml of a run
     """
     files = [find_config(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
-    settings = read_settings(inherited)
+    known = dotted(Config().model_dump())
+    settings = without_retired(read_settings(inherited), known, is_saved=True)
     settings.pop("name", None)
-    config = _build(Config, settings | read_settings(files, overrides))
+    config = build(Config, settings | read_settings(files, overrides))
     return changed(config, name=Path(files[-1]).stem) if files and not config.name else config
+
+
+def config_of_run(folder: Path) -> Config:
+    """The settings that stage one of a run, or a twin, was trained with, by this version or an earlier one."""
+    return build(Config, read_settings([folder / "autoencoder" / "config.yaml"]), is_saved=True)
 
 
 def section_from_dict(cls: type[S], settings: Mapping[str, Any]) -> S:
     """One section of a nested dict, as strict as a file: what a saved model's config.json holds."""
     names = (f"{name}." for name, field in Config.model_fields.items() if field.annotation is cls)
-    return _build(cls, {key: Setting(value) for key, value in dotted(settings).items()}, next(names, ""))
+    found = {key: Setting(value) for key, value in dotted(settings).items()}
+    return build(cls, found, next(names, ""), is_saved=True)
 
 
 def to_dict(section: Dumpable) -> dict[str, Any]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,7 +25,6 @@ SMALL = [
     "autoencoder.latent_dim=4",
     "autoencoder.encoder.width=16",
     "autoencoder.encoder.blocks=[recurrent,attention]",
-    "autoencoder.encoder.dropout=0.1",
     "autoencoder.decoder.width=16",
     "autoencoder.decoder.blocks=[recurrent,attention]",
     "autoencoder.trunk_layers=1",
@@ -33,10 +34,7 @@ SMALL = [
     "diffusion.gamma_0=0",
     "prior.width=16",
     "prior.layers=1",
-    "prior.denoiser_width=16",
     "prior.denoiser_layers=1",
-    "prior.draws=2",
-    "prior.dropout=0.1",
     "training.autoencoder.minutes=0",
     "training.prior.minutes=0",
     "training.autoencoder.steps=12",
@@ -64,6 +62,25 @@ def without_kernels() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(library, "kernels", lambda: library.Kernels(None, "off"))
+        yield
+
+
+@contextmanager
+def segmenters_of(**settings: Any) -> Iterator[None]:
+    """Segmenters of another size and training within."""
+    from hldm.chunking.recurrence import GateSegmenter
+    from hldm.chunking.segmenter import Segmenter, Settings
+
+    with pytest.MonkeyPatch.context() as patch:
+        for cls in (Segmenter, GateSegmenter):
+            patch.setattr(cls, "settings", Settings(**settings))
+        yield
+
+
+@pytest.fixture
+def small_segmenters() -> Iterator[None]:
+    """Segmenters that train in a blink."""
+    with segmenters_of(width=16, layers=1, lanes=2, window_bytes=64, steps=5, minutes=math.inf):
         yield
 
 

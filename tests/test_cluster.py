@@ -59,7 +59,7 @@ def test_a_plan_is_for_each_of_so_many_processes(capsys):
 def test_processes_that_cannot_share_the_lanes_are_refused(small_config, capsys):
     with pytest.raises(ConfigError, match="got 4 lanes and 3 x 1"):
         planned(small_config, 3)
-    with pytest.raises(ConfigError, match=r"training.prior.accumulation, got 4 lanes and 2 x 4"):
+    with pytest.raises(ConfigError, match=r"training.accumulation, got 4 lanes and 2 x 4"):
         planned(stage_training(small_config, "prior", accumulation=4), 2)
     assert cli.main(["sizes", "--config", str(ROOT / "configs/tiny.yaml"), "--processes", "0"]) == 2
     assert "--processes" in capsys.readouterr().err
@@ -78,8 +78,7 @@ def test_a_launch_file_asks_for_the_precision_of_its_configs(launch, names):
 
     asked = load_config_from_file(str(ROOT / f"configs/accelerate/{launch}.yaml")).mixed_precision
     for name in names:
-        training = load_config(ROOT / f"configs/{name}.yaml").training
-        assert training.autoencoder.mixed_precision == training.prior.mixed_precision == asked
+        assert load_config(ROOT / f"configs/{name}.yaml").training.mixed_precision == asked
 
 
 @pytest.mark.parametrize("train", [cli.train_autoencoder, cli.train_diffusion])

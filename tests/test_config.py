@@ -77,11 +77,11 @@ def test_a_base_that_inherits_from_itself_is_refused(tmp_path):
 
 
 def test_a_field_decides_the_type_of_its_text(tmp_path):
-    text = "training:\n  autoencoder: {learning_rate: 1e-3, mixed_precision: no, gradient_checkpointing: true}\ndata:\n"
+    text = "training: {autoencoder: {learning_rate: 1e-3}, mixed_precision: no, gradient_checkpointing: true}\ndata:\n"
     config = loaded(
         tmp_path, text, "data.path=*.txt", 'data.separator="\\n\\n"', "logging.trackers=[tensorboard]"
     )
-    training = config.training.autoencoder
+    training = config.training.of("autoencoder")
     assert (training.learning_rate, training.mixed_precision, training.gradient_checkpointing) == (
         1e-3,
         "no",
@@ -103,12 +103,12 @@ def test_a_field_decides_the_type_of_its_text(tmp_path):
         ),
         ("training: {prior: {learning_rate: true}}", "learning_rate must be a finite number, got 'true'"),
         ("training: {prior: {learning_rate: nan}}", "learning_rate must be a finite number, got nan"),
-        ("diffusion: {gamma_1: .inf}", "diffusion.gamma_1 must be a finite number, got '.inf'"),
+        ("diffusion: {gamma_0: .inf}", "diffusion.gamma_0 must be a finite number, got '.inf'"),
         (
             "training: {prior: {learning_rate: 1e30}}",
             "learning_rate must be less than 9223372036854776000, got 1e+30",
         ),
-        ("diffusion: {gamma_1: inf}", "diffusion.gamma_1 must be a finite number, got inf"),
+        ("diffusion: {gamma_0: inf}", "diffusion.gamma_0 must be a finite number, got inf"),
         ("data: {stream: 2}", "data.stream must be true or false, got '2'"),
         ("data: {path: [a]}", "data.path must be text, got ('a',)"),
         (
@@ -350,10 +350,10 @@ def test_a_wrong_choice_is_refused_with_all_right_ones(tmp_path, text, choices):
 @pytest.mark.parametrize(
     ("key", "values"),
     [
-        ("training.prior.gradient_checkpointing", ("no", "off", "1", "")),
+        ("training.gradient_checkpointing", ("no", "off", "1", "")),
         ("data.lanes", ("0", "-1", "0x10", "4.0", str(2**63))),
         ("generation.temperature", ("nan", "-inf", "1e300", "-1", "warm")),
-        ("training.prior.warmup", ("1", "-0.1", "nan")),
+        ("training.ema_decay", ("1", "-0.1", "nan")),
     ],
 )
 def test_a_number_without_sense_and_another_word_for_false_are_refused(key, values):
@@ -388,10 +388,10 @@ def test_a_saved_section_is_refused_under_its_full_key():
         section_from_dict(PriorConfig, {"layers": 0})
     with pytest.raises(ConfigError, match=r"^settings: unknown key 'prior\.layer'; .* 'prior\.layers'$"):
         section_from_dict(PriorConfig, {"layer": 1})
-    with pytest.raises(ConfigError, match=r"^settings: prior\.denoiser_width must be divisible"):
-        section_from_dict(PriorConfig, {"denoiser_width": 6})
+    with pytest.raises(ConfigError, match=r"^settings: prior\.width must be divisible"):
+        section_from_dict(PriorConfig, {"width": 6})
 
 
 def test_a_gated_mlp_without_a_hidden_unit_is_refused():
-    with pytest.raises(ConfigError, match=r"encoder.mlp_ratio leaves no hidden unit of 128 x 1e-30"):
-        load_config([], ["autoencoder.encoder.mlp_ratio=1e-30"])
+    with pytest.raises(ConfigError, match=r"decoder.mlp_ratio must be at least 0.25, got 1e-30"):
+        load_config([], ["autoencoder.decoder.mlp_ratio=1e-30"])

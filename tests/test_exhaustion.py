@@ -176,7 +176,7 @@ def test_an_export_that_fails_leaves_the_old_one_alone(error, tmp_path):
 @pytest.mark.parametrize(
     ("where", "wrong"),
     [
-        (None, "training.autoencoder.accumulation=3"),
+        (None, "training.accumulation=3"),
         ("hldm.runs.folder.write_environment", "seed=1"),
         ("hldm.training.trainer.make_optimizers", "seed=1"),
     ],
@@ -200,10 +200,7 @@ def test_a_start_that_fails_does_not_use_up_the_name(
     capsys.readouterr()
     # what has been trained is never removed, whatever fails
     saved = contents(Path("runs"))
-    assert (
-        cli.train_autoencoder(["--config", "small.yaml", "--resume", "training.autoencoder.accumulation=3"])
-        == 2
-    )
+    assert cli.train_autoencoder(["--config", "small.yaml", "--resume", "training.accumulation=3"]) == 2
     assert contents(Path("runs")).keys() == saved.keys()
 
 

@@ -33,7 +33,7 @@ def tiny_pipeline(components: int = 4, **changes: Any) -> HLDMPipeline:
             return HLDMPipeline.assemble(autoencoder, None, GenerationConfig(steps=1))
         prior = Prior.from_settings(
             settings,
-            PriorConfig(reads_text=False, width=8, layers=1, heads=2, denoiser_width=8, denoiser_layers=1),
+            PriorConfig(reads_text=False, width=8, layers=1, heads=2, denoiser_layers=1),
             HierarchyConfig(levels=1, ratio=2, window=2),
             DiffusionConfig(),
         )

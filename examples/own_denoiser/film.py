@@ -20,7 +20,7 @@ class FilmDenoiser(nn.Module):
 
     def __init__(self, config: PriorConfig, hierarchy: HierarchyConfig, latent_dim: int) -> None:
         super().__init__()
-        d = config.denoiser_width
+        d = config.width
         self.inputs = nn.Linear(2 * latent_dim + 2, d)
         self.film = nn.Linear(config.width, 2 * d)
         self.hidden = nn.Linear(d, d)

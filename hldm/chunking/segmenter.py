@@ -22,7 +22,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Generator, Tensor, nn
 
 from hldm.chunking.chunker import Chunker, Cutter
-from hldm.config import ChunkingConfig, section_from_dict, to_dict
+from hldm.config import ChunkingConfig, StackConfig, changed, section_from_dict, to_dict
 from hldm.model.griffin import Griffin
 from hldm.model.state import GriffinState
 from hldm.runs.saved_model import SavedModel
@@ -36,6 +36,19 @@ Rule = Literal["level", "movement"]
 Stretch = tuple[bytes, bool]  # of a text, and whether a document starts with it
 
 S = TypeVar("S", bound="Segmenter")
+
+
+class Settings(NamedTuple):
+    """Size and training of a segmenter: what docs/chunking.md compares all strategies with."""
+
+    width: int = 64  # d, residual stream
+    layers: int = 2  # recurrent blocks
+    lanes: int = 16  # texts read side by side in training
+    window_bytes: int = 256  # bytes of each lane in one optimizer step
+    steps: int = 2000
+    minutes: float = 1.0  # or after so many, if sooner; at most a fifth of stage one's, which pay for it
+    learning_rate: float = 4e-3  # peak
+    sample_bytes: int = 65_536  # training text on which the threshold is set
 
 
 class SegmenterState(NamedTuple):
@@ -56,6 +69,7 @@ class Features(NamedTuple):
 class Segmenter(SavedModel):
     """Bytes -> Griffin -> next byte, and the signal of a strategy."""
 
+    settings = Settings()
     rule: Rule = "level"
     carried = 1  # k of SegmenterState.carry
 
@@ -63,9 +77,10 @@ class Segmenter(SavedModel):
     def __init__(self, chunking: dict):
         super().__init__()
         self.chunking = section_from_dict(ChunkingConfig, chunking)
-        settings = self.settings = self.chunking.segmenter
+        settings = self.settings
+        blocks = ("recurrent",) * settings.layers
         self.embed = nn.Embedding(256, settings.width)
-        self.trunk = Griffin(settings.trunk, window=1)
+        self.trunk = Griffin(changed(StackConfig(), width=settings.width, blocks=blocks), window=1)
         self.outputs = nn.Linear(settings.width, 256)
         nn.init.normal_(self.embed.weight, std=0.5)
         nn.init.normal_(self.outputs.weight, std=0.5 * settings.width**-0.5)
@@ -84,7 +99,7 @@ class Segmenter(SavedModel):
     def initial_state(self, batch: int) -> SegmenterState:
         """The state before any text."""
         scale = self.trunk.norm.scale
-        feature = scale.new_zeros(batch, self.settings.width)
+        feature = scale.new_zeros(batch, len(scale))
         return SegmenterState(
             self.trunk.initial_state(batch), feature, feature.new_zeros(batch, self.carried)
         )

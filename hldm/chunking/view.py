@@ -12,7 +12,7 @@ import numpy as np
 from hldm.chunking.chunker import TEXT_STRATEGIES, make_chunker
 from hldm.chunking.segmenter import Segmenter
 from hldm.chunking.strategies import SEGMENTERS, read_segmenter, sample_of, shipped_segmenter
-from hldm.config import ChunkingConfig, ConfigError, DataConfig, changed, load_config
+from hldm.config import ChunkingConfig, ConfigError, DataConfig, changed, config_of_run
 from hldm.plugins import allow
 from hldm.settings import is_own
 from hldm.sources.corpora import load_corpus
@@ -85,7 +85,7 @@ def cut_text(
         path = run / "autoencoder" / "config.yaml"
         if not path.is_file():
             raise FileNotFoundError(f"{run} holds no run: hldm train makes one")
-        settings = load_config(path).chunking
+        settings = config_of_run(run).chunking
         segmenter = read_segmenter(run / "pipeline" / "segmenter", settings)
         asked[f"{settings.strategy} ({run.name})"] = settings, segmenter
     return {name: split(text, make_chunker(*parts).chunk_start(text)) for name, parts in asked.items()}

@@ -8,7 +8,7 @@ from typing import Annotated
 from typer import Option
 
 from hldm.commands.options import AllowCode, Clock, Minutes, Report, RunName, Seed
-from hldm.config import load_config
+from hldm.config import config_of_run
 from hldm.runs.location import SHIPPED, find_model, pipeline_of
 from hldm.runs.reports import check_report_path, save_report
 
@@ -54,7 +54,7 @@ def draft(
 
     pipeline = read_pipeline(pipeline_of(found))
     gamma_0 = 0.0 if pipeline.prior is None else float(pipeline.prior.diffusion.gamma_0)
-    corpus = load_corpus(load_config([path]).data, "train")
+    corpus = load_corpus(config_of_run(found).data, "train")
     made = make_draft(pipeline.autoencoder, gamma_0, corpus, minutes=minutes, clock=clock, say=print)
     written = save_draft(made, found / DRAFT if to is None else to)
     print(f"wrote {written}, {written.stat().st_size:,} bytes")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hldm.chunking.reading import held_out_windows, prompt_chunker, read_windows
-from hldm.config import load_config
+from hldm.config import config_of_run
 from hldm.evaluation.bound import evaluate_bound
 from hldm.evaluation.context_length import by_distance, compare_contexts, cut_documents
 from hldm.evaluation.continuations import continue_prompts
@@ -128,7 +128,7 @@ def _measured_on(folder: Path, split: Split, text: Path | None, characters: int,
     """Which text, and how much of it, in words. share: of the run's text, in bytes"""
     if text is not None or share is None:
         return f"{public_name(str(text))} ({characters:,} characters)"
-    source = source_of(load_config(folder / "autoencoder" / "config.yaml").data)
+    source = source_of(config_of_run(folder).data)
     return (
         f"the {split} split of {source}: {characters:,} characters, {share:.1%} of the text, never trained on"
     )

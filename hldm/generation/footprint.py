@@ -54,13 +54,13 @@ def pass_numbers(autoencoder: Autoencoder, prior: Prior | None, read: int) -> in
     chunks = read // chunk_bytes(autoencoder.chunking)
     stack = autoencoder.settings.decoder if prior is None else autoencoder.settings.encoder
     # norm, gates, decay, convolution, states or keys met twice, products; gate and product of the MLP
-    numbers = read * round(stack.width * (15 + 4 * stack.mlp_ratio))
+    numbers = read * 15 * stack.width + 4 * stack.hidden
     if prior is not None:
         settings, hierarchy = prior.settings, prior.hierarchy
         entries = hierarchy.capacity + hierarchy.levels + 1 + 2 * chunks
         # normed, keys and values in either tower; then a chunk's own, and its scores of all entries
         numbers += 10 * entries * settings.width
-        own = 18 * settings.width + 28 * settings.denoiser_width + 8 * (settings.heads + 1) * entries
+        own = 18 * settings.width + 28 * settings.width + 8 * (settings.heads + 1) * entries
         numbers += (chunks + hierarchy.levels + 1) * own
     return numbers
 

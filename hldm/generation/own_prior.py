@@ -98,7 +98,7 @@ def _try(plugin: str, denoiser: str) -> None:
 
 def _small(plugin: str, denoiser: str) -> Prior:
     """A prior with these parts, of some hundred parameters."""
-    size = PriorConfig(width=16, heads=2, denoiser_width=16, draws=DRAWS, context_dropout=0.0)
+    size = PriorConfig(width=16, heads=2)
     sections = (
         changed(size, plugin=plugin, denoiser=denoiser),
         HierarchyConfig(levels=1, ratio=2, window=2),

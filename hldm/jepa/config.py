@@ -17,15 +17,18 @@ from hldm.config import (
     ChunkingConfig,
     Count,
     DataConfig,
-    GriffinConfig,
     LoggingConfig,
     NotNegative,
     Positive,
     Share,
+    SharedTraining,
+    StackConfig,
+    StageConfig,
     TrainingConfig,
     Width,
+    build,
 )
-from hldm.settings import Section, build_section, changed, read_settings
+from hldm.settings import Section, changed, read_settings
 
 
 class Terms(NamedTuple):
@@ -162,11 +165,17 @@ class PairsConfig(Section):
             raise ValueError("train and pairs.test belong together: set both")
 
 
-class JepaStages(Section):
+class JepaStages(SharedTraining):
     """Training of the encoder, and of a decoder afterwards on the frozen encoder."""
 
-    jepa: TrainingConfig = TrainingConfig(optimizer="adamw", learning_rate=2e-3)
-    decoder: TrainingConfig = TrainingConfig(optimizer="adamw", learning_rate=2e-3)
+    weight_decay: NotNegative = 0.01
+    jepa: StageConfig = StageConfig(learning_rate=2e-3)
+    decoder: StageConfig = StageConfig(learning_rate=2e-3)
+
+    def of(self, stage: str) -> TrainingConfig:
+        """All of the training of "jepa" or "decoder"."""
+        shared = {name: getattr(self, name) for name in (*SharedTraining.model_fields, "weight_decay")}
+        return TrainingConfig(optimizer="adamw", **shared, **vars(getattr(self, stage)))
 
 
 class JepaConfig(Section):
@@ -180,9 +189,9 @@ class JepaConfig(Section):
     vector: Width = 64  # z, numbers in the vector of a chunk
     data: DataConfig = DataConfig()
     chunking: ChunkingConfig = ChunkingConfig()
-    encoder: GriffinConfig = GriffinConfig()
+    encoder: StackConfig = StackConfig()
     predictor: PredictorConfig = PredictorConfig()
-    decoder: GriffinConfig = GriffinConfig(blocks=("recurrent",))
+    decoder: StackConfig = StackConfig(blocks=("recurrent",))
     objective: ObjectiveConfig = ObjectiveConfig()
     views: ViewsConfig = ViewsConfig()
     sentences: SentencesConfig = SentencesConfig()
@@ -220,18 +229,13 @@ class JepaConfig(Section):
                 f"views.share must be above 0, or nothing is hidden to be predicted: objective.option="
                 f"{self.objective.option} predicts"
             )
-        if self.training.jepa.accumulation > 1 and self.objective.compares_chunks:
+        if self.training.accumulation > 1 and self.objective.compares_chunks:
             raise ValueError(
-                "training.jepa.accumulation must be 1 with objective.variance, covariance or sigreg: they are "
+                "training.accumulation must be 1 with objective.variance, covariance or sigreg: they are "
                 "statistics of the whole batch"
             )
         if self.sentences.encoder:
             self._check_transformer()
-        for stage in ("jepa", "decoder"):
-            if getattr(self.training, stage).gradient_checkpointing:
-                raise ValueError(
-                    f"training.{stage}.gradient_checkpointing must be false: it is not built here"
-                )
 
     def _check_transformer(self) -> None:
         """A transformer makes one vector a token: there are no chunks to decode, and no symbol for a hidden byte."""
@@ -254,5 +258,5 @@ class JepaConfig(Section):
 
 def load_jepa_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> JepaConfig:
     """Defaults, then the YAML files in order, then `a.b=c`; see `hldm.config.load_config`."""
-    config = build_section(JepaConfig, read_settings(paths, overrides))
+    config = build(JepaConfig, read_settings(paths, overrides))
     return changed(config, name=Path(paths[-1]).stem) if paths and not config.name else config

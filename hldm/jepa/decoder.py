@@ -10,7 +10,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from hldm.config import ChunkingConfig, GriffinConfig, section_from_dict, to_dict
+from hldm.config import ChunkingConfig, StackConfig, section_from_dict, to_dict
 from hldm.model.griffin import Griffin
 from hldm.model.ops import softmax_nats
 from hldm.model.readouts import PlacedReadout
@@ -36,7 +36,7 @@ class ChunkDecoder(SavedModel):
     @register_to_config
     def __init__(self, griffin: dict, chunking: dict, vector: int):
         super().__init__()
-        self.settings = section_from_dict(GriffinConfig, griffin)
+        self.settings = section_from_dict(StackConfig, griffin)
         self.chunking = section_from_dict(ChunkingConfig, chunking)
         places = self.chunking.max_bytes + 1  # one more than bytes: the event that ends the chunk
         self.write = nn.Embedding(VOCABULARY, self.settings.width)
@@ -49,7 +49,7 @@ class ChunkDecoder(SavedModel):
         nn.init.zeros_(self.outputs.bias)
 
     @classmethod
-    def from_settings(cls, decoder: GriffinConfig, chunking: ChunkingConfig, vector: int) -> ChunkDecoder:
+    def from_settings(cls, decoder: StackConfig, chunking: ChunkingConfig, vector: int) -> ChunkDecoder:
         """Build from config sections."""
         return cls(to_dict(decoder), to_dict(chunking), vector)
 

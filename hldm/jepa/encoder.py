@@ -17,7 +17,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from hldm.chunking.chunker import Chunker
-from hldm.config import ChunkingConfig, GriffinConfig, section_from_dict, to_dict
+from hldm.config import ChunkingConfig, StackConfig, section_from_dict, to_dict
 from hldm.model.griffin import Griffin
 from hldm.model.readouts import MeanReadout
 from hldm.model.state import GriffinState
@@ -43,7 +43,7 @@ class JepaEncoder(SavedModel):
     def __init__(self, griffin: dict, chunking: dict, vector: int, segmenter: str = ""):
         """segmenter: fingerprint of what cuts its text, for strategies that ask a model"""
         super().__init__()
-        self.settings = section_from_dict(GriffinConfig, griffin)
+        self.settings = section_from_dict(StackConfig, griffin)
         self.chunking = section_from_dict(ChunkingConfig, chunking)
         self.vector = vector
         self.read = nn.Embedding(VOCABULARY, self.settings.width)
@@ -53,7 +53,7 @@ class JepaEncoder(SavedModel):
             nn.init.normal_(embedding.weight, std=0.5)
 
     @classmethod
-    def from_settings(cls, encoder: GriffinConfig, chunking: ChunkingConfig, vector: int) -> JepaEncoder:
+    def from_settings(cls, encoder: StackConfig, chunking: ChunkingConfig, vector: int) -> JepaEncoder:
         """Build from config sections."""
         return cls(to_dict(encoder), to_dict(chunking), vector)
 

@@ -97,13 +97,13 @@ def run_grid(
 
 
 def _config_of(base: JepaConfig, weight: float, seed: int, minutes: float) -> JepaConfig:
-    jepa = changed(base.training.jepa, minutes=minutes, steps=10**9, clock="cpu")
+    jepa = changed(base.training.jepa, minutes=minutes, steps=10**9)
     return changed(
         base,
         name=f"weight-{weight:g}-seed-{seed}",
         seed=seed,
         objective=changed(base.objective, latent_weight=weight),
-        training=changed(base.training, jepa=jepa),
+        training=changed(base.training, jepa=jepa, clock="cpu"),
     )
 
 

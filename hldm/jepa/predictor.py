@@ -10,7 +10,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from hldm.config import GriffinConfig, changed, section_from_dict, to_dict
+from hldm.config import StackConfig, changed, section_from_dict, to_dict
 from hldm.jepa.config import PredictorConfig
 from hldm.model.griffin import Griffin
 from hldm.model.readouts import LatentNormaliser
@@ -29,7 +29,7 @@ class Predictor(SavedModel):
         self.stack: nn.Module
         if settings.kind == "griffin":
             griffin = changed(
-                GriffinConfig(),
+                StackConfig(),
                 width=settings.width,
                 heads=settings.heads,
                 blocks=("recurrent",) * settings.layers,

@@ -64,7 +64,7 @@ def needs_of(config: JepaConfig, stage: str, corpora: Mapping[str, Corpus], root
 
 def sizes_of(config: JepaConfig, stage: str, corpora: Mapping[str, Corpus], processes: int = 1) -> Sizes:
     """Bytes that a stage needs, in each of so many processes."""
-    training, data = getattr(config.training, stage), config.data
+    training, data = config.training.of(stage), config.data
     lanes = -(-data.lanes // processes)
     strategy = config.chunking.strategy
     with torch.device("meta"):

@@ -108,8 +108,8 @@ def entry_of(
         raise ConfigError(f"--minutes must be positive and finite, got {minutes:g}")
     config = load_jepa_config(paths, [*overrides, *ROWS.get(row, ())])
     seed = config.seed if seed is None else seed
-    jepa = changed(config.training.jepa, minutes=minutes, steps=10**9, clock="cpu")
-    training = changed(config.training, jepa=jepa)
+    jepa = changed(config.training.jepa, minutes=minutes, steps=10**9)
+    training = changed(config.training, jepa=jepa, clock="cpu")
     return Entry(row, changed(config, name=f"{row}-seed-{seed}", seed=seed, training=training))
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hldm.chunking.reading import held_out_windows, read_windows
-from hldm.config import ChunkingConfig, GriffinConfig, TrainingConfig, changed
+from hldm.config import ChunkingConfig, StackConfig, TrainingConfig, changed
 from hldm.evaluation.tables import Table
 from hldm.generation.pipeline import read_pipeline
 from hldm.jepa.concepts import score_texts
@@ -28,12 +28,12 @@ from hldm.runs.folder import corpora_of_run
 from hldm.runs.location import pipeline_of
 from hldm.text.bytes import count_characters
 from hldm.text.corpus import Corpus, make_corpus
-from hldm.training.optimizers import make_average, make_optimizers, set_rates
+from hldm.training.optimizers import CLIP_NORM, make_average, make_optimizers, set_rates
 
 TRAINING_BYTES = 2_000_000  # of training text that is encoded
 STRETCHES = 400  # of held-out text that are written
 BATCH = 64  # stretches an optimizer step
-DECODER = GriffinConfig(width=96, blocks=("recurrent",), heads=4)
+DECODER = StackConfig(width=96, blocks=("recurrent",), heads=4)
 TRAINING = TrainingConfig(learning_rate=8e-3)  # that of stage two, configs/small.yaml
 
 
@@ -106,7 +106,7 @@ def train_decoder(
         text = stretches.text[index, : int(length.max())]
         loss = decoder.nats(vectors[index], text, length).sum() / length.sum()
         loss.backward()
-        nn.utils.clip_grad_norm_(decoder.parameters(), TRAINING.clip_norm)
+        nn.utils.clip_grad_norm_(decoder.parameters(), CLIP_NORM)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()

@@ -73,7 +73,7 @@ class KeptContext:
             "feature": memory.feature.clone(memory_format=torch.contiguous_format),
             "log_weights": torch.zeros(rows, 0 if prior.mixture is None else len(prior.mixture.prototypes)),
         }
-        width = prior.settings.denoiser_width
+        width = prior.settings.width
         empty = (torch.zeros(rows, 4 * width), torch.zeros(rows, 2 * width), torch.zeros(rows, heads, places))
         conditioning = [part.clone() for _ in range(blocks) for part in empty]
         self._hold(prior, [half for pair in parts for half in pair], conditioning, tensors)
@@ -96,7 +96,7 @@ class KeptContext:
         self.prior, self._held = prior, (pairs, conditioning, tensors)
         context: Any = prior.contextualiser
         denoiser: Any = prior.denoiser
-        blocks, width = len(denoiser.blocks), prior.settings.denoiser_width
+        blocks, width = len(denoiser.blocks), prior.settings.width
         rows, heads, places, _ = pairs[0].shape
         self.conditioning = Conditioning(
             None if prior.mixture is None else tensors["log_weights"][:, None, None],

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hldm.kernels.structs import is_plain, pointers_to, struct
-from hldm.model.griffin import Griffin, ResidualBlock
+from hldm.model.griffin import CONV_WIDTH, Griffin, ResidualBlock
 from hldm.model.state import GriffinState, map_carry
 
 
@@ -32,7 +32,7 @@ class Stack:
             d=config.width,
             heads=config.heads,
             hidden=cast("ResidualBlock", model.blocks[0]).mlp.gate.out_features,
-            taps=config.conv_width,
+            taps=CONV_WIDTH,
             window=model.window,
             blocks=len(config.blocks),
             is_recurrent=torch.tensor([kind == "recurrent" for kind in config.blocks]),

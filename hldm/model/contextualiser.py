@@ -89,15 +89,14 @@ class ContextLayer(nn.Module):
         self.out = nn.Linear(d, d)
         self.bias = RelativeBias(config.heads, hierarchy)
         self.mlp = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, d))
-        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, kept: Tensor, mask: Tensor, level: Tensor, distance: Tensor) -> Tensor:
         """x: (b q d) new entries; kept: (b c d) older ones; mask, distance: (b q c+q)."""
         new = self.norm(x)
         key, value = self.key_value(after_start(self.norm(kept), new)).chunk(2, dim=-1)
         attended = attend(self.query(new), key, value, self.bias(level, distance), mask, self.heads)
-        x = x + self.dropout(self.out(attended))
-        return x + self.dropout(self.mlp(x))
+        x = x + self.out(attended)
+        return x + self.mlp(x)
 
 
 class Contextualiser(nn.Module):

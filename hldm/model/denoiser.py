@@ -34,7 +34,7 @@ class DenoiserBlock(nn.Module):
 
     def __init__(self, config: PriorConfig, hierarchy: HierarchyConfig, time_width: int):
         super().__init__()
-        d = config.denoiser_width
+        d = config.width
         self.heads = config.heads
         self.query = nn.Linear(d, config.width)
         self.key_value = nn.Linear(config.width, 2 * config.width)
@@ -45,7 +45,6 @@ class DenoiserBlock(nn.Module):
         # draws; gates depend on it alone, which keeps the part that runs once a draw small.
         self.from_context = nn.Linear(config.width, 6 * d)
         self.from_gamma = nn.Linear(time_width, 4 * d, bias=False)
-        self.dropout = nn.Dropout(config.dropout)
         for linear in (self.from_context, self.from_gamma):
             nn.init.zeros_(linear.weight)
         nn.init.zeros_(self.from_context.bias)
@@ -70,9 +69,9 @@ class DenoiserBlock(nn.Module):
         bias = conditioning.bias if m == 1 else conditioning.bias.repeat_interleave(m, dim=2)
         y = F.scaled_dot_product_attention(query, conditioning.key, conditioning.value, attn_mask=bias)
         y = self.attended(rearrange(y, "b h (n m) e -> b n m (h e)", m=m))
-        x = x + self.dropout((1 + gate_a) * y)
+        x = x + (1 + gate_a) * y
         y = F.layer_norm(x, (d,)) * (1 + scale_b) + shift_b
-        return x + self.dropout((1 + gate_b) * self.mlp(y))
+        return x + (1 + gate_b) * self.mlp(y)
 
 
 class Denoiser(nn.Module):
@@ -82,7 +81,7 @@ class Denoiser(nn.Module):
 
     def __init__(self, config: PriorConfig, hierarchy: HierarchyConfig, latent_dim: int):
         super().__init__()
-        d, time_width = config.denoiser_width, 32
+        d, time_width = config.width, 32
         self.inputs = nn.Linear(2 * latent_dim, d)
         # Periods from 40 (the whole range of log SNR) down to 0.5: smooth in gamma, yet resolving it.
         frequencies = 2 * math.pi / torch.logspace(math.log10(40), math.log10(0.5), time_width // 2)

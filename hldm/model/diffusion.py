@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from hldm.config import ConfigError, DiffusionConfig
 
-Target = Literal["x0", "v"]
 SchedulerName = Literal["ancestral", "ddim", "dpm"]
 Scheduler: TypeAlias = DDIMScheduler | DPMSolverMultistepScheduler
 # (z (b z), gamma (b), uniform (b)) -> how far a draw of x0 lies from its estimate, and the variance around that
@@ -44,13 +43,11 @@ def diffuse(x0: Tensor, gamma: Tensor, noise: Tensor) -> Tensor:
     return alpha * x0 + sigma * noise
 
 
-def x0_from(prediction: Tensor, z: Tensor, gamma: Tensor, target: Target) -> Tensor:
-    """The estimate of x0 that a prediction of x0 or of v = alpha noise - sigma x0 stands for.
+def x0_from(prediction: Tensor, z: Tensor, gamma: Tensor) -> Tensor:
+    """The estimate of x0 that a prediction of v = alpha noise - sigma x0 stands for (arXiv 2202.00512).
 
-    prediction, z: (... z); gamma: (...), float32 at least.  v: arXiv 2202.00512.
+    prediction, z: (... z); gamma: (...), float32 at least.
     """
-    if target == "x0":
-        return prediction
     alpha, sigma = alpha_sigma(gamma.unsqueeze(-1))
     return alpha * z - sigma * prediction
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hldm.config import GriffinConfig
+from hldm.config import StackConfig
 from hldm.model.ops import (
     add_rms_norm,
     at_least_float32,
@@ -29,6 +29,7 @@ from hldm.model.ops import (
 )
 from hldm.model.state import AttentionState, GriffinState, RecurrentState
 
+CONV_WIDTH = 4  # taps of the causal convolution (Griffin, section 2.3)
 DECAY_POWER = 8.0  # c of Griffin, equation 4: a = radius^(c r)
 ATTENTION_BLOCK = 32  # queries that share their keys, at least; measured for windows below it
 
@@ -43,17 +44,17 @@ class Layout(NamedTuple):
     length: Tensor | None  # (b,) valid positions; None: all
 
     @classmethod
-    def of(cls, doc_start: Tensor, chunk_start: Tensor, length: Tensor | None, conv_width: int) -> Layout:
+    def of(cls, doc_start: Tensor, chunk_start: Tensor, length: Tensor | None) -> Layout:
         """From the marks (b t) of starts; a document's start is a chunk's too."""
         if length is not None:  # padding starts nothing
             valid = torch.arange(doc_start.shape[1], device=doc_start.device) < length[:, None]
             doc_start, chunk_start = doc_start & valid, chunk_start & valid
         doc_id = doc_start.cumsum(1)
-        extended = F.pad(doc_id, (conv_width - 1, 0))  # the carried taps belong to document 0
-        taps_id = _carry(extended[:, : conv_width - 1], doc_id, length)
+        extended = F.pad(doc_id, (CONV_WIDTH - 1, 0))  # the carried taps belong to document 0
+        taps_id = _carry(extended[:, : CONV_WIDTH - 1], doc_id, length)
         return cls(
             reset=torch.zeros_like(doc_id, dtype=torch.float32).masked_fill_(doc_start, -math.inf),
-            inside=(extended.unfold(1, conv_width, 1) == doc_id[..., None]).float(),
+            inside=(extended.unfold(1, CONV_WIDTH, 1) == doc_id[..., None]).float(),
             taps_inside=(taps_id == doc_id[:, -1:])[..., None],
             chunk_id=(doc_start | chunk_start).cumsum(1),
             length=length,
@@ -199,9 +200,9 @@ class RGLRU(nn.Module):
 class RecurrentBlock(nn.Module):
     """out(gelu(y(x)) * rg_lru(conv(x(x)))) (Griffin, section 2.3)."""
 
-    def __init__(self, config: GriffinConfig, *, out_variance: float) -> None:
+    def __init__(self, config: StackConfig, *, out_variance: float) -> None:
         super().__init__()
-        d, k = config.width, config.conv_width
+        d, k = config.width, CONV_WIDTH
         self.linear_y = _linear(d, d, bias=True)
         self.linear_x = _linear(d, d, bias=True)
         self.conv_weight = _normal(k, d, variance=0.01 / k)  # the last row meets the current position
@@ -235,7 +236,7 @@ class RecurrentBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Multi-head attention within a chunk, to a position and the `window` before it; RoPE on half of each head."""
 
-    def __init__(self, config: GriffinConfig, window: int, *, out_variance: float) -> None:
+    def __init__(self, config: StackConfig, window: int, *, out_variance: float) -> None:
         super().__init__()
         self.heads, self.window = config.heads, window
         self.query = _linear(config.width, config.width)
@@ -262,7 +263,7 @@ class AttentionBlock(nn.Module):
 class ResidualBlock(nn.Module):
     """x + temporal(norm(x)), then x + mlp(norm(x)); the last addition is deferred to the next norm, which fuses it."""
 
-    def __init__(self, kind: str, config: GriffinConfig, window: int) -> None:
+    def __init__(self, kind: str, config: StackConfig, window: int) -> None:
         super().__init__()
         # recurrentgemma: the residual stream keeps its size at any depth
         out_variance = 2 / len(config.blocks)
@@ -273,8 +274,7 @@ class ResidualBlock(nn.Module):
         else:
             self.temporal = AttentionBlock(config, window, out_variance=out_variance)
         self.mlp_norm = RMSNorm(config.width)
-        self.mlp = GatedMLP(config.width, round(config.width * config.mlp_ratio), out_variance=out_variance)
-        self.dropout = nn.Dropout(config.dropout)
+        self.mlp = GatedMLP(config.width, config.hidden, out_variance=out_variance)
 
     def forward(
         self, x: Tensor, branch: Tensor | None, state: Any, layout: Layout
@@ -282,8 +282,8 @@ class ResidualBlock(nn.Module):
         """From the input x + branch to the output, again in two parts, which the next norm adds up as it reads them."""
         x, normed = self.temporal_norm.of_sum(x, branch)
         y, state = self.temporal(normed, state, layout)
-        x, normed = self.mlp_norm.of_sum(x, self.dropout(y))
-        return x, self.dropout(self.mlp(normed)), state
+        x, normed = self.mlp_norm.of_sum(x, y)
+        return x, self.mlp(normed), state
 
 
 class Griffin(nn.Module):
@@ -293,7 +293,7 @@ class Griffin(nn.Module):
     gradient_checkpointing: recompute each block in the backward pass instead of keeping its activations.
     """
 
-    def __init__(self, config: GriffinConfig, window: int) -> None:
+    def __init__(self, config: StackConfig, window: int) -> None:
         super().__init__()
         if window < 1:
             raise ValueError(f"window must be at least 1 position, got {window}")
@@ -332,7 +332,7 @@ class Griffin(nn.Module):
         Raises ValueError when the shapes disagree.
         """
         self._check(x, state, doc_start, chunk_start, length)
-        layout = Layout.of(doc_start, chunk_start, length, self.config.conv_width)
+        layout = Layout.of(doc_start, chunk_start, length)
         states, branch = [], None
         for block, carried in zip(self.blocks, state, strict=True):
             if self.gradient_checkpointing and torch.is_grad_enabled():

@@ -23,7 +23,7 @@ class OwnDenoiser(Protocol):
     """
 
     def __init__(self, config: PriorConfig, hierarchy: HierarchyConfig, latent_dim: int) -> None:
-        """Build it for latents of `latent_dim` numbers; config.denoiser_width and _layers are its size."""
+        """Build it for latents of `latent_dim` numbers; config.width and config.denoiser_layers are its size."""
 
     def read(self, context: Context) -> Any:
         """What `forward` needs of the context: worked out once for all draws and steps."""
@@ -32,7 +32,7 @@ class OwnDenoiser(Protocol):
         """(b n m z) from noisy latents z (b n m z) at gamma = -log SNR (b n m); conditioning: what `read` made.
 
         estimate: (b n m z) the mixture's guess of the clean latent, and what is returned its correction in units of
-        sigma, so that zeros are a good start; without a mixture zeros, and what is returned is `diffusion.target`.
+        sigma, so that zeros are a good start; without a mixture zeros, and what is returned is v of the diffusion.
         """
         ...
 

@@ -38,6 +38,9 @@ from hldm.model.state import ContextState, Encoding
 from hldm.runs.saved_model import SavedModel
 from hldm.text.windows import Batch, draw_normal, draw_uniform
 
+DRAWS = 4  # of noise in training, which share one context: cheap beside it
+CONTEXT_DROPOUT = 0.1  # share of contexts hidden in training, for guidance (arXiv 2207.12598)
+
 
 class Prior(SavedModel):
     """p(next latent | latents before): contextualiser, denoiser and noise schedule."""
@@ -126,7 +129,7 @@ class Prior(SavedModel):
             _, sigma = alpha_sigma(gamma.unsqueeze(-1))
             return estimate + sigma * self.denoiser(z, gamma, conditioning.blocks, estimate)
         prediction = self.denoiser(z, gamma, conditioning.blocks, torch.zeros_like(z))
-        return x0_from(prediction, z, gamma, self.diffusion.target)
+        return x0_from(prediction, z, gamma)
 
     def spread(
         self, z: Tensor, gamma: Tensor, conditioning: Conditioning, u: Tensor, temperature: float = 1.0
@@ -181,14 +184,13 @@ def price_latents(
 
     hide: training's context dropout, for guidance.
     """
-    settings = prior.settings
     b, n, z = encoding.latents.shape
-    m = draws or settings.draws
+    m = draws or DRAWS
     u = stratified(m, draw_uniform(batch, (n,), generator))
     noise = draw_normal(batch, (n, m, z), generator)
     context = context.first(n)
-    if hide and settings.context_dropout:
-        hidden = draw_uniform(batch, (n,), generator) < settings.context_dropout
+    if hide:
+        hidden = draw_uniform(batch, (n,), generator) < CONTEXT_DROPOUT
         context = prior.hide(context, hidden)
     latent = prior.latent_term(encoding.latents, encoding.mask, context, u, noise)
     end = end_term(encoding.latents, prior.diffusion.gamma_1)

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from hldm.config import DataConfig, load_config
+from hldm.config import DataConfig, config_of_run
 from hldm.runs.folder import corpora_of_run, read_totals
 from hldm.sources.notes import first_line, note
 from hldm.text.bytes import count_characters
@@ -118,7 +118,7 @@ def summarise_data(run: Path) -> dict[str, Any]:
     """
     if (run / DATA).is_file():
         return dict(json.loads((run / DATA).read_text(encoding="utf-8")))
-    data = load_config(run / "autoencoder" / "config.yaml").data
+    data = config_of_run(run).data
     found: dict[str, Any] = {"source": source_of(data), "held_out": data.held_out, "splits": {}}
     if source_of(data) == BUILT_IN:
         found["held_out"] = "whole books"

@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from hldm.config import Config, ConfigError, load_config, to_dict
-from hldm.retired import is_retired
+from hldm.config import Config, ConfigError, config_of_run, to_dict
+from hldm.retired import without_retired
 from hldm.runs.checkpoints import checkpoints_in
 from hldm.runs.files import atomic_write, naming
 from hldm.runs.provenance import write_environment
-from hldm.settings import dotted
+from hldm.settings import Setting, dotted
 
 if TYPE_CHECKING:
     from hldm.text.corpus import Corpus, Split
@@ -247,7 +247,7 @@ def corpora_of_run(folder: Path) -> dict[Split, Corpus]:
     if not (stage / "config.yaml").is_file():
         raise FileNotFoundError(f"{folder} does not say what it was trained on: pass --text with a file")
     try:
-        corpora = load_corpora(load_config(stage / "config.yaml").data)
+        corpora = load_corpora(config_of_run(folder).data)
         require_same_text(stage, corpora["train"])
     except (FileNotFoundError, ConfigError) as error:
         raise type(error)(f"{error}; or pass --text with a file to measure {folder} on that") from None
@@ -300,8 +300,13 @@ def check_settings(
         started = dotted(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (yaml.YAMLError, ValueError, RecursionError, AttributeError) as error:
         raise ValueError(f"{path} is damaged; restore it or choose another --name") from error
-    started = {key: value for key, value in started.items() if not is_retired(key, value)}
     now = dotted(config)
+    compared = {
+        key: Setting(value, str(path))
+        for key, value in started.items()
+        if key.startswith(only) and not key.startswith(may_change)
+    }
+    started = {key: setting.value for key, setting in without_retired(compared, now).items()}
     defaults = dotted(to_dict(Config()))  # of settings that there were none of when it was started
     changes = [
         f"{key} {_shown(started, key)} -> {_shown(now, key)}"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hldm import plugins
-from hldm.config import Config, ConfigError, load_config, to_dict
+from hldm.config import Config, ConfigError, config_of_run, load_config, to_dict
 from hldm.runs.files import sha256_of
 from hldm.runs.folder import check_settings, read_totals
 from hldm.runs.provenance import code_fingerprint
@@ -156,7 +156,7 @@ def require_shared_text(run: Path, other: Path) -> None:
             "what is compared must have been trained on the same text"
         )
     if not all(trained):  # a run of before fingerprints were kept: its settings are all that is known
-        check_settings(stages[1], to_dict(load_config(stages[0] / "config.yaml")), only=TEXT_SETTINGS)
+        check_settings(stages[1], to_dict(config_of_run(run)), only=TEXT_SETTINGS)
 
 
 def _digest(parts: Iterable[str]) -> str:

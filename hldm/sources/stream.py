@@ -1,6 +1,6 @@
 """Text that is read while a model trains on it, in bounded memory: `data.stream: true`.
 
-    shards, dealt to data.readers readers ── documents, without those held out ── shuffled, data.shuffle_bytes at a
+    shards, dealt to data.readers readers ── documents, without those held out ── shuffled, SHUFFLE_BYTES at a
     time ── taken by the reader's streams, by each that runs out (hldm.training.stream)
 
 - A reader has a share of the shards for good (a permutation by the seed), and passes over it again and again, each time
@@ -27,6 +27,7 @@ from hldm.sources.rows import MAX_BAD_ROWS
 from hldm.sources.shards import DOCUMENT_BYTES, NEAR, Source, open_source
 from hldm.text.corpus import SPLITS, Corpus, Split, make_corpus
 
+SHUFFLE_BYTES = 2**24  # of documents, that each reader shuffles at a time: thousands of pages
 HEAD_BYTES = 2**24  # of text, at the beginning of a source, that is looked at before training
 
 
@@ -149,7 +150,7 @@ class Reader:
         documents: list[bytes] = []
         size = 0
         at = self._begin
-        while size < self.config.shuffle_bytes:
+        while size < SHUFFLE_BYTES:
             if self._rows is None:
                 shard = self.shards[order[at.shard]]
                 self._rows = shard.rows(shard.begin if at.place < 0 else at.place)

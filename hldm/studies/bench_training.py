@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from hldm.chunking.chunker import make_chunker
 from hldm.chunking.segmenter import Segmenter
 from hldm.chunking.strategies import attach_segmenter
-from hldm.config import ChunkingConfig, Config, DataConfig, LoggingConfig, changed
+from hldm.config import ChunkingConfig, Config, DataConfig, LoggingConfig
 from hldm.evaluation.tables import Table, row
 from hldm.runs.clock import in_turns, median_ratio, timed
 from hldm.runs.folder import Run
@@ -27,6 +27,7 @@ from hldm.runs.machine import peak_memory
 from hldm.sources.corpora import load_corpus
 from hldm.text.windows import Windows
 from hldm.training.anomalies import TrainingDiverged
+from hldm.training.optimizers import WARMUP
 from hldm.training.segmenters import train_segmenter
 from hldm.training.sizes import untrained
 from hldm.training.stage import make_accelerator
@@ -48,8 +49,7 @@ def text_of(data: DataConfig, chunking: ChunkingConfig, seed: int) -> tuple[Wind
     """What a config trains on, and what cuts it: a segmenter that is hardly trained, None where it takes none."""
     corpus, segmenter = load_corpus(data, "train"), None
     if chunking.needs_segmenter:
-        few = changed(chunking.segmenter, steps=SEGMENTER_STEPS, minutes=0.0)
-        segmenter = train_segmenter(changed(chunking, segmenter=few), corpus, seed=seed)
+        segmenter = train_segmenter(chunking, corpus, seed=seed, steps=SEGMENTER_STEPS, minutes=math.inf)
     chunker = make_chunker(chunking, segmenter)
     windows = Windows(corpus, chunker, lanes=data.lanes, window_bytes=data.window_bytes, seed=seed)
     return windows, segmenter
@@ -58,7 +58,7 @@ def text_of(data: DataConfig, chunking: ChunkingConfig, seed: int) -> tuple[Wind
 def trainer_of(config: Config, stage: str) -> Trainer:
     """What trains a stage ("autoencoder" or "prior"), with a run that writes nothing."""
     windows, segmenter = text_of(config.data, config.chunking, config.seed)
-    training, objective = getattr(config.training, stage), untrained(config, stage)
+    training, objective = config.training.of(stage), untrained(config, stage)
     if segmenter is not None:
         attach_segmenter(objective.autoencoder, segmenter)
     trainer = Trainer(
@@ -88,7 +88,7 @@ def gemm_peak(device: torch.device) -> float:
 def _step(trainer: Trainer) -> int:
     """A whole optimizer step as training takes it, at the peak learning rate; returns its characters."""
     before = trainer.totals.characters
-    if trainer.step(trainer.config.warmup) is None:
+    if trainer.step(WARMUP) is None:
         raise TrainingDiverged("a step was not finite and so was not whole: lower training's learning_rate")
     return trainer.totals.characters - before
 

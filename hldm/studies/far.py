@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hldm.config import Documents, changed, load_config
+from hldm.config import Documents, changed, config_of_run
 from hldm.evaluation.parts_table import signed
 from hldm.evaluation.tables import Table
 from hldm.evaluation.worth import clusters_of, paired_worth
@@ -95,7 +95,7 @@ def _corpora(folder: Path, documents: Documents | None) -> Mapping[Split, Corpus
     corpora = corpora_of_run(folder)
     if documents is None:
         return corpora
-    data = load_config(folder / "autoencoder" / "config.yaml").data
+    data = config_of_run(folder).data
     if data.path or data.dataset:
         raise ValueError(f"{folder} was trained on text of its own: --documents is of the built-in text")
     return load_corpora(changed(data, documents=documents))

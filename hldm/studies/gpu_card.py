@@ -36,7 +36,7 @@ class Card:
     @property
     def dtype(self) -> torch.dtype:
         """What matrix products of training compute in."""
-        return torch.bfloat16 if self.config.training.autoencoder.mixed_precision == "bf16" else torch.float32
+        return torch.bfloat16 if self.config.training.mixed_precision == "bf16" else torch.float32
 
     def autocast(self) -> AbstractContextManager[object]:
         """As in training."""

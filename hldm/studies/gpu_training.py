@@ -33,6 +33,7 @@ from hldm.studies.gpu_card import (
     matrix_peak,
     relative_error,
 )
+from hldm.training.optimizers import WARMUP
 from hldm.training.sizes import stage_sizes
 
 FREE_SHARE = 0.8  # of the memory of a card, what a training step is given
@@ -55,11 +56,10 @@ def _fitting(card: Card, stage: str) -> Config:
 def _training(card: Card, stage: str) -> tuple[str, dict[str, Any]]:
     config = _fitting(card, stage)
     trainer = trainer_of(config, stage)
-    progress = getattr(config.training, stage).warmup
 
     def step() -> int:
         before = trainer.totals.characters
-        if trainer.step(progress) is None:
+        if trainer.step(WARMUP) is None:
             raise AssertionError("a step was not finite")
         return trainer.totals.characters - before
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
-from hldm.config import ChunkingConfig, Config, ConfigError, Strategy, changed, load_config, to_dict
+from hldm.config import ChunkingConfig, Config, ConfigError, Strategy, changed, config_of_run, to_dict
 from hldm.evaluation.tables import Table, cell
 from hldm.plugins import allow, allow_named
 from hldm.runs.files import atomic_write
@@ -30,7 +30,6 @@ STRATEGIES = (*get_args(Strategy), "strided")
 TARGETS = (6, 12)  # bytes a latent
 FITTED_BYTES = 200_000  # of training text, on which the limits of strategies without a threshold are set
 CORRUPTED_BYTES = 30_000  # of test text whose bound is taken once clean and once for each corruption
-GATE_MINUTES = 0.25  # of teaching gates; kinds of chunks: 15.1 % then, 15.0 % after 0.5, 20.0 % after 0.12
 PROMPTS = 16  # written on from, for speed and for the agreement of what is written
 COLUMNS: Mapping[str, tuple[str, str]] = {  # of the table: key and format
     "chunker": ("name", ""),
@@ -103,9 +102,6 @@ def chunking_for(base: Config, strategy: str, target: int) -> ChunkingConfig:
         limits = {"strategy": "fixed", "min_bytes": target, "max_bytes": target}
         return changed(base.chunking, **{**settings, **limits})
     chunking = changed(base.chunking, **settings, min_bytes=max(1, 2 * target // 3))
-    if strategy == "gate":
-        segmenter = changed(chunking.segmenter, minutes=GATE_MINUTES)
-        chunking = changed(chunking, segmenter=segmenter)
     if chunking.needs_segmenter:
         return chunking
     from hldm.chunking.chunker import make_chunker
@@ -180,7 +176,7 @@ def _earlier_rows(
     for path in sorted(folder.glob("*/league.json")):
         if path.parent.name in names:
             continue
-        settings = _compared(load_config([path.parent / "autoencoder" / "config.yaml"]))
+        settings = _compared(config_of_run(path.parent))
         row = json.loads(path.read_text(encoding="utf-8"))
         if settings not in alike:
             nearest = min((sorted(set(settings.items()) ^ set(one.items())) for one in alike), key=len)
@@ -217,7 +213,7 @@ def measure(run: Path) -> dict[str, Any]:
     evaluation = evaluate_run(run, prompts=PROMPTS)
     pipeline = read_pipeline(run / "pipeline")
     autoencoder, prior = pipeline.autoencoder, pipeline.prior
-    config = load_config(run / "autoencoder" / "config.yaml")
+    config = config_of_run(run)
     corpus = load_corpus(config.data, "test")
 
     def bound(text: Any) -> float:

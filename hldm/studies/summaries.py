@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from hldm.chunking.reading import held_out_windows
 from hldm.chunking.strategies import chunker_of
-from hldm.config import Config, HierarchyConfig, PriorConfig, changed, load_config
+from hldm.config import Config, HierarchyConfig, PriorConfig, changed, config_of_run
 from hldm.evaluation.parts import measure, parts_in
 from hldm.evaluation.tables import Table
 from hldm.evaluation.worth import Clusters, paired_worth
@@ -38,7 +38,7 @@ from hldm.runs.location import pipeline_of
 from hldm.text.corpus import Corpus
 from hldm.text.windows import Windows
 from hldm.training.objectives import cost_of
-from hldm.training.optimizers import make_average, make_optimizers, set_rates
+from hldm.training.optimizers import CLIP_NORM, make_average, make_optimizers, set_rates
 from hldm.training.trainer import step_seed
 
 KINDS = {
@@ -175,7 +175,7 @@ def train(
     seed: int,
 ) -> Trained:
     """Train all on the same batches and noise, `minutes` of a CPU core for each."""
-    training, clock = config.training.prior, clock_named("cpu")
+    training, clock = config.training.of("prior"), clock_named("cpu")
     chunker = chunker_of(autoencoder)
     windows = Windows(
         corpus, chunker, lanes=LANES, window_bytes=max(WINDOW_BYTES, 2 * chunker.max_bytes), seed=seed
@@ -202,7 +202,7 @@ def train(
             ((cost_of(batch, paid.latent) + cost_of(batch, paid.end)) / batch.total_bytes).backward()
             prior.schedule.update(False)
             given = [p for p in prior.parameters() if p.grad is not None]
-            nn.utils.clip_grad_norm_(given, training.clip_norm)
+            nn.utils.clip_grad_norm_(given, CLIP_NORM)
             for optimizer in optimizers[kind]:
                 optimizer.step()
                 optimizer.zero_grad()
@@ -230,7 +230,7 @@ def compare_summaries(
     if seeds < 2:
         raise ValueError(f"errors are over seeds: take 2 or more, got {seeds}")
     autoencoder = read_pipeline(pipeline_of(folder)).autoencoder.requires_grad_(False)
-    config = load_config(folder / "autoencoder" / "config.yaml")
+    config = config_of_run(folder)
     if not autoencoder.latent_dim or not config.hierarchy.levels:
         raise ValueError(
             f"{folder} has no pyramid of latents: pass a latent model with hierarchy.levels of 1 or more"

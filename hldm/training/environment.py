@@ -104,15 +104,12 @@ def naming_variables(environment: Mapping[str, str] = os.environ) -> Iterator[No
         ) from error
 
 
-def check_training(config: TrainingConfig, section: str, environment: Mapping[str, str] = os.environ) -> None:
-    """Raise ConfigError where accelerate would train otherwise than the config says.
-
-    section: of the config, e.g. training.prior, for the message
-    """
+def check_training(config: TrainingConfig, environment: Mapping[str, str] = os.environ) -> None:
+    """Raise ConfigError where accelerate would train otherwise than the config says."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for name, has, way_out in (
-        ("MIXED_PRECISION", config.mixed_precision, f"set {section}.mixed_precision"),
-        ("GRADIENT_ACCUMULATION_STEPS", "1", f"set {section}.accumulation, which keeps the gradient whole"),
+        ("MIXED_PRECISION", config.mixed_precision, "set training.mixed_precision"),
+        ("GRADIENT_ACCUMULATION_STEPS", "1", "set training.accumulation, which keeps the gradient whole"),
         ("TORCH_DEVICE", device, "other devices lack float64 or operators used here"),
         ("FP8_BACKEND", "NO", "fp8 is not used"),
         ("DYNAMO_BACKEND", "NO", "this trainer compiles nothing"),

@@ -42,15 +42,17 @@ class Step(NamedTuple):
     carry: Carry  # detached
 
 
+# Last share of the progress over which the weight of the rate goes to 1, in all that docs/results.md has.
+RATE_ANNEAL = 0.5
+
+
 def rate_weight(settings: AutoencoderConfig, progress: float) -> float:
     """What a nat of the rate weighs against one of the decoder: rate_weight, in the end 1.
 
     Below 1 latents are cheap, and an encoder that has yet to learn uses them; the reported bound has weight 1.
-    Linear over the last rate_anneal of the progress.
+    Linear over the last RATE_ANNEAL of the progress.
     """
-    if not settings.rate_anneal:
-        return settings.rate_weight
-    done = min(max((progress - 1) / settings.rate_anneal + 1, 0.0), 1.0)
+    done = min(max((progress - 1) / RATE_ANNEAL + 1, 0.0), 1.0)
     return settings.rate_weight + done * (1 - settings.rate_weight)
 
 
@@ -134,8 +136,7 @@ class PriorObjective(nn.Module):
         super().__init__()
         self.prior, self.autoencoder = prior, autoencoder.requires_grad_(False)
         self._seen: tuple[Tensor, ...] = ()  # of the last batch: its mask and latents
-        # what stands for a hidden context, where none is hidden
-        self.may_leave_out = not prior.settings.context_dropout
+        self.may_leave_out = False
 
     def train(self, mode: bool = True) -> PriorObjective:
         """Training mode for the prior; the autoencoder stays as it will be used."""

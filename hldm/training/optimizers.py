@@ -12,13 +12,18 @@ from torch.optim.swa_utils import AveragedModel
 from hldm.config import TrainingConfig
 from hldm.model.speed import fastest
 
+# Not swept: customary values, with which all figures of docs/results.md were measured.
+WARMUP = 0.05  # share of the progress spent warming up
+FINAL_LEARNING_RATE = 0.05  # at the end, as a share of the peak
+CLIP_NORM = 1.0  # of all gradients together
+
 
 def learning_rate(config: TrainingConfig, progress: float) -> float:
-    """Linear over the first `warmup` of the progress in [0, 1], then a cosine down to `final_learning_rate`."""
-    if progress < config.warmup:
-        return config.learning_rate * progress / config.warmup
-    done = min(1.0, (progress - config.warmup) / (1 - config.warmup))
-    final = config.final_learning_rate
+    """Linear over the first WARMUP of the progress in [0, 1], then a cosine down to FINAL_LEARNING_RATE of the peak."""
+    if progress < WARMUP:
+        return config.learning_rate * progress / WARMUP
+    done = min(1.0, (progress - WARMUP) / (1 - WARMUP))
+    final = FINAL_LEARNING_RATE
     return config.learning_rate * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * done)))
 
 

@@ -10,11 +10,11 @@ import torch
 
 from hldm.chunking.segmenter import Segmenter
 from hldm.chunking.strategies import SEGMENTERS, sample_of
-from hldm.config import ChunkingConfig, ConfigError, TrainingConfig, changed
+from hldm.config import ChunkingConfig, ConfigError, TrainingConfig
 from hldm.model.state import map_carry
 from hldm.runs.clock import clock_named
 from hldm.text.corpus import Corpus
-from hldm.training.optimizers import learning_rate, make_optimizers
+from hldm.training.optimizers import CLIP_NORM, learning_rate, make_optimizers
 
 LEAST = 0.05  # of the peak learning rate: the first step learns, too
 EVERY = 100  # steps between lines of progress
@@ -25,22 +25,25 @@ def train_segmenter(
     corpus: Corpus,
     *,
     seed: int = 0,
-    minutes: float = math.inf,
+    minutes: float | None = None,
+    steps: int | None = None,
+    most_minutes: float = math.inf,
     clock: str = "wall",
     say: Callable[[str], None] = lambda line: None,
     at_step: Callable[[], object] = lambda: None,
 ) -> Segmenter:
     """Train the segmenter of a strategy on a corpus; its threshold is set on a sample of the corpus.
 
-    minutes: a limit beside the settings' own;  clock: what they count (hldm.runs.clock)
+    minutes, steps: in place of the strategy's own (`hldm.chunking.segmenter.Settings`)
+    most_minutes: a limit beside them;  clock: what minutes count (hldm.runs.clock)
     at_step: called before every step
     With no limit but steps it is a pure function of corpus, settings and seed.
     """
-    settings = chunking.segmenter
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = SEGMENTERS[chunking.strategy].from_settings(chunking)
     generator = torch.Generator().manual_seed(seed)
+    settings = model.settings
     training = TrainingConfig(optimizer="adamw", learning_rate=settings.learning_rate)
     (optimizer,) = make_optimizers(model, training)
     # each stream starts at its own place of the text, carries its state, and goes on at the beginning after the end
@@ -49,7 +52,8 @@ def train_segmenter(
     is_doc_start = np.zeros(size, bool)
     is_doc_start[corpus.offsets[:-1]] = True
     state = model.initial_state(settings.lanes)
-    most_minutes = min(minutes, settings.minutes or math.inf)
+    most_minutes = min(most_minutes, settings.minutes if minutes is None else minutes)
+    most_steps = settings.steps if steps is None else steps
     now = clock_named(clock)
     began, progress, step = now(), 0.0, 0
     model.train()
@@ -63,15 +67,15 @@ def train_segmenter(
         if not math.isfinite(float(loss.detach())):
             raise ConfigError(
                 f"chunking.strategy={chunking.strategy}: the segmenter's loss is not finite at step {step}; "
-                "lower chunking.segmenter.learning_rate"
+                "choose another seed or chunking.strategy"
             )
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), training.clip_norm)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
         optimizer.step()
         state = map_carry(lambda tensor: tensor.detach(), state)
         step += 1
-        progress = step / settings.steps
+        progress = step / most_steps
         progress = max(progress, (now() - began) / (60 * most_minutes))
         if step % EVERY == 0 or progress >= 1:
             say(f"segmenter, step {step}: loss {float(loss.detach()):.3f}")
@@ -82,6 +86,5 @@ def train_segmenter(
 
 
 def train_for_minutes(minutes: float, chunking: ChunkingConfig, corpus: Corpus) -> Segmenter:
-    """A segmenter trained by the clock alone, whatever number of steps the settings name."""
-    settings = changed(chunking.segmenter, minutes=minutes, steps=10**9)
-    return train_segmenter(changed(chunking, segmenter=settings), corpus)
+    """A segmenter trained by the clock alone."""
+    return train_segmenter(chunking, corpus, minutes=minutes, steps=10**9)

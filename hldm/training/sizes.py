@@ -17,15 +17,16 @@ from torch import nn
 
 from hldm.chunking.segmenter import Segmenter
 from hldm.chunking.strategies import SEGMENTERS
-from hldm.config import Config, ConfigError, DataConfig, GriffinConfig
+from hldm.config import Config, ConfigError, DataConfig, StackConfig
 from hldm.generation.footprint import FLOAT, INTEGER, RUNTIME, chunk_bytes, state_bytes
 from hldm.generation.own_prior import prior_class
 from hldm.model.autoencoder import Autoencoder
+from hldm.model.prior import DRAWS
 from hldm.plugins import allow_named
 from hldm.runs.machine import available_memory, free_disk, gpu_memory, human
 from hldm.sources.files import matching_files
 from hldm.sources.notes import TextNote
-from hldm.sources.stream import HEAD_BYTES
+from hldm.sources.stream import HEAD_BYTES, SHUFFLE_BYTES
 from hldm.text.bytes import OUTPUTS
 from hldm.training.environment import launched_number
 from hldm.training.objectives import AutoencoderObjective, PriorObjective
@@ -78,10 +79,10 @@ class Need(NamedTuple):
 WAY_OUT = {
     "python and torch": "close other programs",
     "corpus": "lower data.max_bytes",
-    "stream": "lower data.shuffle_bytes",
-    "activations": "lower data.lanes, data.window_bytes or the widths, or raise training.{stage}.accumulation",
+    "stream": "lower data.readers",
+    "activations": "lower data.lanes, data.window_bytes or the widths, or raise training.accumulation",
     "carried states": "lower data.lanes",
-    "segmenter": "lower chunking.segmenter's width, layers, lanes or window_bytes",
+    "segmenter": "choose a chunking.strategy that asks none, such as words",
     "checkpoints": "lower checkpoint.keep or the widths, or free some",
 }
 
@@ -113,7 +114,7 @@ def untrained(config: Config, stage: str) -> AutoencoderObjective | PriorObjecti
     allow_named(config)
     autoencoder = Autoencoder.from_settings(config.autoencoder, config.chunking)
     if stage == "autoencoder":
-        if config.training.autoencoder.gradient_checkpointing:
+        if config.training.gradient_checkpointing:
             autoencoder.enable_gradient_checkpointing()
         return AutoencoderObjective(autoencoder, config.autoencoder, config.diffusion.gamma_0)
     sections = (config.autoencoder, config.prior, config.hierarchy, config.diffusion)
@@ -137,7 +138,7 @@ def count(module: nn.Module | None) -> int:
 
 def stage_sizes(config: Config, stage: str, processes: int = 1) -> Sizes:
     """What one stage ("autoencoder" or "prior") needs, in each of so many processes."""
-    training, data = getattr(config.training, stage), config.data
+    training, data = config.training.of(stage), config.data
     objective, segmenter = shapes_of(config, stage)
     rows = -(-data.lanes // (processes * training.accumulation))
     lanes = -(-data.lanes // processes)
@@ -171,7 +172,7 @@ def stage_sizes(config: Config, stage: str, processes: int = 1) -> Sizes:
             # as read, split, and joined again; then a flag a byte, a number a chunk
             "corpus": 4 * text + 2 * INTEGER * chunks,
             # what each reader has read, what is shuffled of it, and what the streams still hold of the block before
-            "stream": 3 * data.shuffle_bytes * -(-data.readers // processes) if data.stream else 0,
+            "stream": 3 * SHUFFLE_BYTES * -(-data.readers // processes) if data.stream else 0,
             # indices of every byte of a global batch, ten of them
             "batch": 10 * INTEGER * data.lanes * (data.window_bytes + config.chunking.max_bytes),
             "best weights": best,
@@ -187,9 +188,9 @@ def stage_sizes(config: Config, stage: str, processes: int = 1) -> Sizes:
 # ---- activations
 
 
-def stack_numbers(config: GriffinConfig, positions: int, window: int, recompute: bool = False) -> int:
+def stack_numbers(config: StackConfig, positions: int, window: int, recompute: bool = False) -> int:
     """Numbers that the backward pass of a Griffin stack needs, its own temporaries included."""
-    d, m = config.width, round(config.width * config.mlp_ratio)
+    d, m = config.width, config.hidden
     block = max(window, 32)  # hldm.model.griffin.ATTENTION_BLOCK
     keys = window + block
     each = {
@@ -206,14 +207,14 @@ def stack_numbers(config: GriffinConfig, positions: int, window: int, recompute:
 def prior_numbers(config: Config, chunks: int) -> int:
     """The same of both towers, over so many chunks of one row."""
     prior, hierarchy, settings = config.prior, config.hierarchy, config.autoencoder
-    d, wide, draws = prior.width, prior.denoiser_width, prior.draws
+    d, draws = prior.width, DRAWS
     queries = 1 + chunks + sum(chunks // hierarchy.ratio**n + 1 for n in range(1, hierarchy.levels + 1))
     keys = hierarchy.capacity + queries
     pairs = queries * keys
     layer = 15 * queries * d + 6 * keys * d + 4 * prior.heads * pairs
     context = prior.layers * layer + 8 * pairs
     pairs = chunks * draws * keys
-    block = chunks * draws * (22 * wide + 3 * d) + 6 * chunks * wide + 4 * keys * d + 4 * prior.heads * pairs
+    block = chunks * draws * 25 * d + 6 * chunks * d + 4 * keys * d + 4 * prior.heads * pairs
     ends = chunks * draws * 8 * settings.latent_dim
     mixture = 6 * chunks * draws * settings.components
     return context + prior.denoiser_layers * block + ends + mixture
@@ -227,7 +228,7 @@ def activation_bytes(config: Config, stage: str, rows: int) -> int:
     """
     settings, chunking = config.autoencoder, config.chunking
     encoder, decoder, z = settings.encoder, settings.decoder, settings.latent_dim
-    recompute = config.training.autoencoder.gradient_checkpointing
+    recompute = config.training.gradient_checkpointing
     length = config.data.window_bytes + chunking.max_bytes
     chunks = length // chunk_bytes(chunking) + 1
     events = length + (0 if config.is_twin else chunks)
@@ -323,10 +324,10 @@ def planned(config: Config, processes: int) -> dict[str, Any]:
     """
     stages: dict[str, Any] = {}
     for stage in ("autoencoder",) if config.is_twin else ("autoencoder", "prior"):
-        parts = processes * getattr(config.training, stage).accumulation
+        parts = processes * config.training.accumulation
         if config.data.lanes % parts:
             raise ConfigError(
-                f"data.lanes must be divisible by processes x training.{stage}.accumulation, got {config.data.lanes} "
+                f"data.lanes must be divisible by processes x training.accumulation, got {config.data.lanes} "
                 f"lanes and {processes} x {parts // processes}"
             )
         sizes = stage_sizes(config, stage, processes)

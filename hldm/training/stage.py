@@ -26,6 +26,7 @@ from hldm.config import (
     ConfigError,
     DataConfig,
     LoggingConfig,
+    StageConfig,
     TrainingConfig,
     to_dict,
 )
@@ -59,6 +60,9 @@ from hldm.training.trainer import Trainer
 from hldm.training.validations import Measure
 
 MAY_CHANGE = (*MAY_CHANGE_ONCE_TRAINED, "training.")  # on resume
+# How long ranks wait for one that hangs, or saves and samples alone (seconds); accelerate's default: 30 minutes. A rank
+# that prepares a text alone says every few seconds that it is at work.
+TIMEOUT_S = 300.0
 SEGMENTER_SHARE = 0.2  # of stage one's minutes, at most, for what cuts its text
 
 
@@ -69,7 +73,7 @@ class RunSettings(Dumpable, Protocol):
     seed: int
     data: DataConfig
     chunking: ChunkingConfig
-    training: Any  # a TrainingConfig for each stage
+    training: Any  # `of(stage)` is the TrainingConfig of a stage
     checkpoint: CheckpointConfig
     logging: LoggingConfig
 
@@ -102,10 +106,10 @@ class Stage:
         The minutes count from the opening of the stage, so they include what it prepares, such as a segmenter.
         """
         config = self.config
-        if self.training.patience and not (on_validate and config.logging.validate_every):
+        if self.training.patience and not on_validate:
             raise ConfigError(
-                f"training.{self.run.folder.name}.patience needs validations: set logging.validate_every above 0, and "
-                "autoencoder.components, without which latents have no cost (in Python: pass validation=)"
+                "training.patience needs validations: set autoencoder.components, without which latents have no "
+                "cost (in Python: pass validation=)"
             )
         trainer = Trainer(
             objective,
@@ -175,7 +179,7 @@ class Stage:
                 chunking,
                 corpus,
                 seed=self.config.seed,
-                minutes=SEGMENTER_SHARE * self.training.minutes or math.inf,
+                most_minutes=SEGMENTER_SHARE * self.training.minutes or math.inf,
                 clock=self.training.clock,
                 say=self.say,
                 at_step=self.beat,
@@ -246,15 +250,13 @@ class Stage:
             self.say(f"saved {self.run.folder.parent}: {seen} in {in_minutes(totals.seconds / 60)}")
 
 
-def make_accelerator(
-    config: TrainingConfig, logging: LoggingConfig, folder: str, section: str = "training"
-) -> Accelerator:
+def make_accelerator(config: TrainingConfig, logging: LoggingConfig, folder: str) -> Accelerator:
     """One process or many, CPU or not, from the environment that `accelerate launch` set.
 
-    Raises ConfigError where that environment asks for another training than the config's section.
+    Raises ConfigError where that environment asks for another training than the config.
     """
     check_launch()
-    check_training(config, section)
+    check_training(config)
     check_trackers(logging)
     AcceleratorState._reset_state()  # of a stage before this one; the processes stay
     with naming_variables():
@@ -266,13 +268,13 @@ def make_accelerator(
             # Buffers hold sums of each rank's own rows; the objectives add them up in end_step.
             kwargs_handlers=[
                 DistributedDataParallelKwargs(broadcast_buffers=False),
-                InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_s)),
+                InitProcessGroupKwargs(timeout=timedelta(seconds=TIMEOUT_S)),
             ],
         )
     return accelerator
 
 
-def limit_of(training: TrainingConfig) -> str:
+def limit_of(training: StageConfig) -> str:
     """How long a stage trains, in words."""
     return in_minutes(training.minutes) if training.minutes else f"{training.steps:,} steps"
 
@@ -300,9 +302,9 @@ def open_stage(
     part: of what this process trains, so that the processes stay together for what follows; None: nothing follows
     """
     check_run_name(config.name)
-    training: TrainingConfig = getattr(config.training, name)
+    training: TrainingConfig = config.training.of(name)
     folder = root / config.name / name
-    accelerator = make_accelerator(training, config.logging, str(folder), f"training.{name}")
+    accelerator = make_accelerator(training, config.logging, str(folder))
     is_main = accelerator.is_main_process
     say: Callable[[str], None] = say_line if is_main else (lambda line: None)
     run = open_run(
@@ -333,7 +335,7 @@ def open_stage(
         steps = list(checkpoints_in(folder).values())
         raise RankLost(
             f"{missing_ranks(roll_call)} of {accelerator.num_processes} has died or hangs "
-            f"(training.{name}.timeout_s is {training.timeout_s:g}): "
+            f"(no answer for {TIMEOUT_S:g} seconds): "
             f"{f'go on from {steps[-1]} with --resume' if steps else 'nothing is saved yet'} ({error})"
         ) from error
     finally:

@@ -54,6 +54,9 @@ Validation = Callable[
     [Autoencoder, Corpus, int, int], Callable[[Autoencoder, Prior | None], dict[str, float]]
 ]
 WRITTEN = ">>>"  # stands in a sample between what was given and what the model wrote
+VALIDATION_BYTES = (
+    8192  # of held-out text, of which a validation takes the bound: the beginning of eight documents
+)
 SAMPLE_BYTES = 160  # of validation text: what samples reconstruct or go on from
 
 
@@ -263,14 +266,14 @@ def _validate_autoencoder(
     """
     if validation is None or not (config.is_twin or config.autoencoder.components):
         return None
-    measure = validation(autoencoder, text, config.logging.validation_bytes, config.seed)
+    measure = validation(autoencoder, text, VALIDATION_BYTES, config.seed)
     if config.is_twin:
 
         def likelihood(objective: Any) -> dict[str, float]:
             return measure(objective.autoencoder, None)
 
         return likelihood
-    least = changed(PriorConfig(), width=4, heads=1, layers=1, denoiser_width=4, denoiser_layers=1)
+    least = changed(PriorConfig(), width=4, heads=1, layers=1, denoiser_layers=1)
     with torch.random.fork_rng():
         prior = Prior.from_settings(
             config.autoencoder, least, changed(config.hierarchy, levels=0, window=1), config.diffusion
@@ -290,7 +293,7 @@ def _validate_prior(
     """What measures stage two: both stages together."""
     if validation is None:
         return None
-    measure = validation(autoencoder, text, config.logging.validation_bytes, config.seed)
+    measure = validation(autoencoder, text, VALIDATION_BYTES, config.seed)
 
     def measured(objective: Any) -> dict[str, float]:
         return measure(objective.autoencoder, objective.prior)

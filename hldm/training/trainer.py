@@ -41,7 +41,7 @@ from hldm.runs.signals import Interrupt, Stopped
 from hldm.text.windows import Batch, Windows
 from hldm.training.anomalies import Anomalies, Complaints, TrainingDiverged
 from hldm.training.environment import wrapped
-from hldm.training.optimizers import make_average, make_optimizers, set_rates
+from hldm.training.optimizers import CLIP_NORM, make_average, make_optimizers, set_rates
 from hldm.training.patience import Patience
 from hldm.training.stream import StreamedWindows, gathered
 from hldm.training.validations import Measure, Validations
@@ -103,7 +103,7 @@ class Trainer:
         self.totals = Totals(seconds=spent, prepared=spent)
         self.recent = Recent()
         self.patience = Patience(config.patience)
-        self.validations = Validations(run, config, logging, accelerator, self.patience)
+        self.validations = Validations(run, config, accelerator, self.patience)
         self.anomalies = Anomalies(complaints, logging.every)
         self.cores = Cores(torch.get_num_threads() if accelerator.device.type == "cpu" else 1)
 
@@ -215,7 +215,7 @@ class Trainer:
         """One optimizer step over all rows: what to log; None when it was skipped as non-finite."""
         accelerator, parts, step = self.accelerator, self.config.accumulation, self.totals.steps
         rate = set_rates(self.optimizers, self.config, self.decay_growth, progress)
-        torch.manual_seed(step_seed(self.seed, step, 1 + accelerator.process_index))  # dropout
+        torch.manual_seed(step_seed(self.seed, step, 1 + accelerator.process_index))  # of one's own parts
         sums: dict[str, Tensor] = {}
         for part in range(parts):
             first = (accelerator.process_index * parts + part) * self.rows
@@ -239,8 +239,8 @@ class Trainer:
         finite = math.isfinite(sum(values.values())) and math.isfinite(float(norm))
         self.objective.end_step(skipped=not finite)
         if finite:
-            if float(norm) + CLIP_EPS > self.config.clip_norm:  # else it would multiply by 1
-                clip_grads_with_norm_(given, self.config.clip_norm, norm)
+            if float(norm) + CLIP_EPS > CLIP_NORM:  # else it would multiply by 1
+                clip_grads_with_norm_(given, CLIP_NORM, norm)
             for optimizer in self.optimizers:
                 optimizer.step()
             if self.average is not None:
@@ -341,7 +341,7 @@ class Trainer:
             if not self.totals.steps:
                 raise ConfigError(
                     f"{self.run.folder}: no step was taken, for what came before took {self.totals.prepared:.0f} s of "
-                    f"{self.config.minutes:g} minutes: give it more, or a segmenter less (chunking.segmenter.minutes)"
+                    f"{self.config.minutes:g} minutes: give it more"
                 )
             for line in self.anomalies.complaints(self.objective.signs()).values():
                 say(f"at the end: {line}")

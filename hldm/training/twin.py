@@ -62,7 +62,7 @@ def made(config: Config) -> Config:
     pattern = ("recurrent", "recurrent", "attention") * MAX_BLOCKS
 
     def with_blocks(blocks: int) -> Config:
-        decoder: GriffinConfig = changed(config.autoencoder.encoder, blocks=pattern[:blocks])
+        decoder = GriffinConfig(**vars(config.autoencoder.encoder) | {"blocks": pattern[:blocks]})
         autoencoder = changed(config.autoencoder, latent_dim=0, carry_state=True, decoder=decoder)
         return changed(config, chunking=chunking, autoencoder=autoencoder)
 

@@ -1,6 +1,6 @@
 """When a model in training is measured on held-out text, and what becomes of the figures.
 
-Every `logging.validate_every` steps, at the start and at the end. A short run, or the beginning of a long one, would go
+Every EVERY steps, at the start and at the end. A short run, or the beginning of a long one, would go
 without for long: it is measured in between, too, by shares of the run, as far as that costs little.
 """
 
@@ -13,12 +13,13 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from hldm.config import LoggingConfig, TrainingConfig
+from hldm.config import TrainingConfig
 from hldm.runs.clock import clock_named
 from hldm.runs.folder import Run, Totals
 from hldm.runs.progress import Progress
 from hldm.training.patience import Patience
 
+EVERY = 250  # steps between validations: about 1 % of the time of those (docs/training.md)
 DEAR = 0.05  # of a run's time: a validation that takes more is made at the start and the end alone
 COST = 0.02  # of a run's time, at most, for what is measured in between
 NEAREST, FARTHEST = 1 / 8, 1 / 3  # shares of a run between two validations
@@ -48,13 +49,12 @@ class Validations:
         self,
         run: Run,
         config: TrainingConfig,
-        logging: LoggingConfig,
         accelerator: Accelerator,
         patience: Patience,
     ):
         """patience: regards those that are made every so many steps, which a resumed run makes after the same ones."""
         self.run, self.accelerator, self.patience = run, accelerator, patience
-        self.every = logging.validate_every
+        self.every = EVERY
         self.minutes, self.clock = config.minutes, clock_named(config.clock)
         self.step = -1  # of the last one
         self.due = math.inf  # progress at which the next in between is made

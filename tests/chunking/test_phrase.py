@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import numpy as np
 import torch
+from conftest import segmenters_of
 
 from hldm.chunking.phrase import BLANK, PhraseSegmenter
-from hldm.config import ChunkingConfig, SegmenterConfig
+from hldm.config import ChunkingConfig
 from hldm.text.bytes import to_ids
 from hldm.text.corpus import make_corpus
 from hldm.training.segmenters import train_segmenter
@@ -62,9 +64,9 @@ def test_pauses_are_found_where_none_are_written():
         min_bytes=1,
         max_bytes=64,
         target_bytes=len(spoken) / words.count("ka"),
-        segmenter=SegmenterConfig(width=32, layers=1, window_bytes=64, steps=150, minutes=0),
     )
-    segmenter = train_segmenter(chunking, make_corpus("spoken", [spoken.encode()]))
+    with segmenters_of(width=32, layers=1, window_bytes=64, steps=150, minutes=math.inf):
+        segmenter = train_segmenter(chunking, make_corpus("spoken", [spoken.encode()]))
     segmenter.threshold.fill_(0.5)  # the calibrated one lies among the pauses, all of them near 1
     plain = " ".join(words[:400])
     starts = np.flatnonzero(segmenter.chunker(1, 64).chunk_start(plain.encode()))

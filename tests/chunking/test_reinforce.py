@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from copy import deepcopy
 
 import pytest
 import torch
+from conftest import segmenters_of
 from languages import unsegmented
 from torch import Tensor
 
@@ -18,7 +20,7 @@ from hldm.chunking.reinforce import (
     PolicySegmenter,
     discounted,
 )
-from hldm.config import ChunkingConfig, SegmenterConfig
+from hldm.config import ChunkingConfig
 from hldm.training.segmenters import train_segmenter
 from tests.chunking.test_segmenter import random_text, small_segmenter
 
@@ -151,9 +153,6 @@ def test_the_policy_comes_to_earn_more(monkeypatch):
         strategy="reinforce",
         min_bytes=1,
         target_bytes=language.mean_bytes,
-        segmenter=SegmenterConfig(
-            width=32, layers=1, lanes=8, window_bytes=64, steps=200, minutes=0, learning_rate=1e-2
-        ),
     )
     began: list[PolicySegmenter] = []
     learn = PolicySegmenter.loss
@@ -164,7 +163,9 @@ def test_the_policy_comes_to_earn_more(monkeypatch):
         return learn(self, text, doc_start, state, progress, generator)
 
     monkeypatch.setattr(PolicySegmenter, "loss", loss)
-    trained = train_segmenter(chunking, language.corpus)
+    small = {"width": 32, "layers": 1, "lanes": 8, "window_bytes": 64, "learning_rate": 1e-2}
+    with segmenters_of(**small, steps=200, minutes=math.inf):
+        trained = train_segmenter(chunking, language.corpus)
     assert isinstance(trained, PolicySegmenter)
     text = torch.from_numpy(language.corpus.text[:4096].astype(int)).view(16, 256)
     doc_start = torch.arange(256).expand(16, 256) == 0

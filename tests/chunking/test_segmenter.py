@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from conftest import segmenters_of
 from torch import Tensor
 
 from hldm.chunking.segmenter import (
@@ -19,7 +20,7 @@ from hldm.chunking.segmenter import (
     SignalCutter,
 )
 from hldm.chunking.strategies import SEGMENTERS
-from hldm.config import ChunkingConfig, ModelStrategy, SegmenterConfig, to_dict
+from hldm.config import ChunkingConfig, ModelStrategy, to_dict
 
 LIMITS = [(1, 1), (1, 12), (4, 12), (3, 40), (1, 65_536), (9, 65_536)]
 RULES: tuple[Rule, ...] = ("level", "movement")
@@ -28,10 +29,10 @@ RULES: tuple[Rule, ...] = ("level", "movement")
 def small_segmenter(strategy: ModelStrategy, seed: int = 0, layers: int = 1, **settings) -> Segmenter:
     """An untrained segmenter of a width of 16, in float64."""
     torch.manual_seed(seed)
-    small = SegmenterConfig(width=16, layers=layers)
-    settings = {"min_bytes": 1, "max_bytes": 12, "target_bytes": 5, "segmenter": small, **settings}
+    settings = {"min_bytes": 1, "max_bytes": 12, "target_bytes": 5, **settings}
     chunking = ChunkingConfig(strategy=strategy, **settings)
-    return SEGMENTERS[strategy].from_settings(chunking).double().eval()
+    with segmenters_of(width=16, layers=layers):
+        return SEGMENTERS[strategy].from_settings(chunking).double().eval()
 
 
 def random_text(b: int, t: int, seed: int = 0) -> tuple[Tensor, Tensor]:

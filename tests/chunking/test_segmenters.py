@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from functools import lru_cache
 from typing import get_args
@@ -9,6 +10,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
+from conftest import segmenters_of
 from hypothesis import given, settings
 from languages import boundary_f1, unsegmented
 
@@ -17,7 +19,7 @@ from hldm.chunking.reinforce import PolicySegmenter, sentence_starts
 from hldm.chunking.scorer import ChunkWriter
 from hldm.chunking.segmenter import ChunkStream, Segmenter
 from hldm.chunking.strategies import SEGMENTERS, cached_starts, read_segmenter
-from hldm.config import ChunkingConfig, ConfigError, ModelStrategy, SegmenterConfig, TextStrategy, changed
+from hldm.config import ChunkingConfig, ConfigError, ModelStrategy, TextStrategy, changed
 from hldm.text.bytes import to_ids
 from hldm.text.corpus import make_corpus
 from hldm.training.segmenters import train_segmenter
@@ -33,11 +35,9 @@ ABC = make_corpus("abc", [b"abcde abc " * 200])
 def untrained(strategy: str) -> Segmenter:
     """Random weights, and a threshold in the middle of what they give."""
     torch.manual_seed(0)
-    settings = SegmenterConfig(width=16, layers=1)
-    chunking = ChunkingConfig(
-        strategy=strategy, min_bytes=1, max_bytes=12, target_bytes=5, segmenter=settings
-    )
-    segmenter = SEGMENTERS[strategy].from_settings(chunking).eval()
+    chunking = ChunkingConfig(strategy=strategy, min_bytes=1, max_bytes=12, target_bytes=5)
+    with segmenters_of(width=16, layers=1):
+        segmenter = SEGMENTERS[strategy].from_settings(chunking).eval()
     for parameter in segmenter.parameters():
         if not parameter.any():  # a policy starts the same everywhere, which is no test of a cutter
             torch.nn.init.normal_(parameter)
@@ -122,12 +122,13 @@ def test_the_threshold_gives_the_wanted_mean_length(strategy):
 def test_a_saved_segmenter_cuts_as_before_and_for_its_settings_only(strategy, tmp_path):
     segmenter = untrained(strategy)
     segmenter.save_pretrained(str(tmp_path))
-    again = read_segmenter(tmp_path, segmenter.chunking)
+    with segmenters_of(width=16, layers=1):
+        again = read_segmenter(tmp_path, segmenter.chunking)
+        with pytest.raises(ConfigError, match="other settings of chunking"):
+            read_segmenter(tmp_path, changed(segmenter.chunking, target_bytes=7))
     assert again is not None
     expected = segmenter.chunker(1, 12).chunk_start(TEXT)
     assert again.chunker(1, 12).chunk_start(TEXT).tolist() == expected.tolist()
-    with pytest.raises(ConfigError, match="other settings of chunking"):
-        read_segmenter(tmp_path, changed(segmenter.chunking, target_bytes=7))
 
 
 @every_strategy
@@ -217,8 +218,8 @@ def test_boundaries_of_a_corpus_are_read_from_disk_unless_damaged(tmp_path, monk
 def test_training_a_segmenter_repeats_itself():
     language = unsegmented(size=3000)
     chunking = untrained("entropy").chunking
-    chunking = changed(chunking, segmenter=SegmenterConfig(width=16, layers=1, lanes=2, steps=3, minutes=0))
-    one, two = (train_segmenter(chunking, language.corpus, seed=1).state_dict() for _ in range(2))
+    with segmenters_of(width=16, layers=1, lanes=2, steps=3, minutes=math.inf):
+        one, two = (train_segmenter(chunking, language.corpus, seed=1).state_dict() for _ in range(2))
     torch.testing.assert_close(one, two, rtol=0, atol=0)
 
 
@@ -241,10 +242,10 @@ def test_the_words_of_a_language_without_spaces_are_found(strategy, steps, least
         min_bytes=1,
         max_bytes=16,
         target_bytes=language.mean_bytes,
-        segmenter=SegmenterConfig(window_bytes=128, steps=steps, minutes=0, sample_bytes=8000),
     )
     held_out = 36_000
     training = make_corpus("training", [language.corpus.text[:held_out].tobytes()])
-    segmenter = train_segmenter(chunking, training)
+    with segmenters_of(window_bytes=128, steps=steps, minutes=math.inf, sample_bytes=8000):
+        segmenter = train_segmenter(chunking, training)
     found = segmenter.chunker(1, 16).chunk_start(language.corpus.text[held_out:])
     assert boundary_f1(found, language.is_word_start[held_out:]) > least

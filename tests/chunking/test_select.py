@@ -114,7 +114,9 @@ def test_queries_keep_what_each_attends_to_most_and_count_it_once():
     segmenter = small_segmenter("queries", target_bytes=5.0)
     assert isinstance(segmenter, QuerySegmenter) and isinstance(segmenter.score, Attention)
     size = 5 * QUERIES
-    before = normal(2, size + 7, segmenter.settings.width)  # a whole stretch and the beginning of another
+    before = normal(
+        2, size + 7, segmenter.embed.embedding_dim
+    )  # a whole stretch and the beginning of another
     kept = segmenter.keep(before)
     attention = segmenter.score.each(before)
     for row in range(2):
@@ -128,6 +130,6 @@ def test_queries_keep_what_each_attends_to_most_and_count_it_once():
 def test_every_query_is_taught():
     segmenter = small_segmenter("queries", target_bytes=5.0)
     assert isinstance(segmenter, QuerySegmenter) and isinstance(segmenter.score, Attention)
-    kept = segmenter.keep(normal(2, 5 * QUERIES, segmenter.settings.width))
+    kept = segmenter.keep(normal(2, 5 * QUERIES, segmenter.embed.embedding_dim))
     (kept * normal(*kept.shape, seed=1)).sum().backward()
     assert (segmenter.score.queries.grad.abs().sum(dim=1) > 0).all()

@@ -20,7 +20,7 @@ from hldm.model.prior import Prior
 from hldm.runs.files import fingerprint
 
 GRIFFIN = {"width": 32, "blocks": ["recurrent"], "heads": 2}
-PRIOR = {"width": 32, "layers": 1, "heads": 2, "denoiser_width": 32, "denoiser_layers": 1}
+PRIOR = {"width": 32, "layers": 1, "heads": 2, "denoiser_layers": 1}
 FEW = ["--prompts", "3", "--max-characters", "20", "--draws", "2"]
 
 KEYS = {  # of every evaluation: the latent model's and the twin's

@@ -84,7 +84,7 @@ def make_toy(condition, components: int = 1, gamma_0: float = -2.0):
     )
     diffusion = DiffusionConfig(gamma_0=gamma_0)
     autoencoder = ToyAutoencoder.from_settings(settings, ChunkingConfig(), gamma_0).eval()
-    small = PriorConfig(width=16, layers=1, heads=2, denoiser_width=16, denoiser_layers=1)
+    small = PriorConfig(width=16, layers=1, heads=2, denoiser_layers=1)
     prior = Prior.from_settings(settings, small, PYRAMID, diffusion).eval()
     prior.denoiser = KnowsIf(condition)
     nn.init.zeros_(prior.mixture.prototypes)

@@ -48,10 +48,9 @@ def test_components_make_the_same_pipeline_settings_and_all(saved_pipeline):
 
 def test_a_segmenter_is_among_the_components(tmp_path):
     from hldm.chunking.entropy import EntropySegmenter
-    from hldm.config import ChunkingConfig, SegmenterConfig
+    from hldm.config import ChunkingConfig
 
-    small = SegmenterConfig(width=16, layers=1)
-    chunking = ChunkingConfig(strategy="entropy", min_bytes=2, max_bytes=12, segmenter=small)
+    chunking = ChunkingConfig(strategy="entropy", min_bytes=2, max_bytes=12)
     pipe = tiny_pipeline()
     assert HLDMPipeline(**pipe.components).segmenter is None
     segmenter = EntropySegmenter.from_settings(chunking)

@@ -70,7 +70,6 @@ def make_model(
             width=16,
             layers=1,
             heads=2,
-            denoiser_width=16,
             denoiser_layers=1,
         ),
         HierarchyConfig(levels=2, ratio=2, window=2),

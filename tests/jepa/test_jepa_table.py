@@ -42,7 +42,7 @@ def test_every_row_is_a_config_of_its_own():
     found = {row: changed(entry_of([TINY], (), row, 3).config, name="") for row in ROWS}
     assert len({repr(config) for config in found.values()}) == len(ROWS)
     for config in found.values():
-        training = config.training.jepa
+        training = config.training.of("jepa")
         assert (training.minutes, training.clock, config.seed) == (3, "cpu", 0)
         assert config.encoder == found["option-3"].encoder  # one untrained encoder stands for all
     assert entry_of([TINY], (), "case", 3, seed=5).config.name == "case-seed-5"

@@ -117,7 +117,7 @@ def test_weight_decay_grows_where_weights_multiply_and_nowhere_else(small_argume
         return found
 
     monkeypatch.setattr(Trainer, "step", step_and_look)
-    growing = ["objective.weight_decay_growth=10", "training.jepa.weight_decay=0.04", "training.jepa.steps=3"]
+    growing = ["objective.weight_decay_growth=10", "training.weight_decay=0.04", "training.jepa.steps=3"]
     training.train_jepa(config_of(small_arguments, *growing), root=tmp_path)
     decayed, kept = zip(*seen, strict=True)
     assert (
@@ -146,19 +146,16 @@ def test_a_rank_that_is_lost_is_said_while_it_trains(small_arguments, monkeypatc
         (["autoencoder.latent_dim=4"], "unknown key 'autoencoder.latent_dim'"),
         (["--minutes", "0"], "must be positive"),
         (["data.path=nowhere.txt"], "nowhere.txt"),
-        (["data.lanes=3", "training.jepa.accumulation=2"], "divisible"),
+        (["data.lanes=3", "training.accumulation=2"], "divisible"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_in_one_line(arguments, says, small_arguments, refused):
     assert says in refused(cli.jepa(["train", *small_arguments, *arguments]))
 
 
-def test_a_segmenter_cuts_the_text_of_the_family_too(small_arguments):
+def test_a_segmenter_cuts_the_text_of_the_family_too(small_arguments, small_segmenters):
     asks = ["chunking.strategy=state_change", "chunking.min_bytes=2", "--steps", "2"]
-    size = [
-        f"chunking.segmenter.{name}" for name in ("width=16", "layers=1", "lanes=2", "steps=5", "minutes=0")
-    ]
-    assert cli.jepa(["train", *small_arguments, "--name", "asks", *asks, *size]) == 0
+    assert cli.jepa(["train", *small_arguments, "--name", "asks", *asks]) == 0
     encoder, _, chunker = training.read_encoder(Path("runs/asks"))
     assert encoder.config["segmenter"] and chunker.chunk_start(b"And the king said")[0]
 
@@ -166,7 +163,7 @@ def test_a_segmenter_cuts_the_text_of_the_family_too(small_arguments):
 def test_stage_one_starts_from_a_pretrained_encoder(
     small_arguments, tmp_path, small_overrides, refused, monkeypatch
 ):
-    shape = ["encoder.width=16", "encoder.blocks=[recurrent,attention]", "encoder.dropout=0.1"]
+    shape = ["encoder.width=16", "encoder.blocks=[recurrent,attention]"]
     training.train_jepa(config_of(small_arguments, *shape, "training.jepa.steps=2"), root=Path("runs"))
     seen = {}
     original = Trainer.step

@@ -37,14 +37,12 @@ def make_prior(
         trunk_layers=0,
         components=components,
     )
-    config = PriorConfig(
-        reads_text=reads_text, width=16, layers=1, heads=2, denoiser_width=24, denoiser_layers=2
-    )
+    config = PriorConfig(reads_text=reads_text, width=16, layers=1, heads=2, denoiser_layers=2)
     prior = Prior.from_settings(
         autoencoder,
         changed(config, **settings),
         HierarchyConfig(levels=levels, ratio=2, window=2),
-        DiffusionConfig(gamma_0=-2.0, gamma_1=5.0),
+        DiffusionConfig(gamma_0=-2.0),
     )
     if cap:
         prior.mixture = MixturePredictor(griffin.width, Z, components, logit_cap=cap)

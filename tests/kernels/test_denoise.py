@@ -30,14 +30,12 @@ def make_prior(layers: int = 2, components: int = 20, **settings) -> Prior:
     autoencoder = AutoencoderConfig(
         latent_dim=Z, encoder=griffin, decoder=griffin, reads_text=True, trunk_layers=0, components=components
     )
-    config = PriorConfig(
-        reads_text=True, width=16, layers=1, heads=2, denoiser_width=24, denoiser_layers=layers
-    )
+    config = PriorConfig(reads_text=True, width=16, layers=1, heads=2, denoiser_layers=layers)
     prior = Prior.from_settings(
         autoencoder,
         changed(config, **settings),
         HierarchyConfig(levels=2, ratio=2, window=2),
-        DiffusionConfig(gamma_0=-2.0, gamma_1=5.0),
+        DiffusionConfig(gamma_0=-2.0),
     )
     with torch.no_grad():
         for parameter in prior.parameters():

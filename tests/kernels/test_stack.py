@@ -46,9 +46,9 @@ def assert_as_in_torch(model: Autoencoder, rows: int) -> None:
     [
         (128, {}),
         (160, {"mlp_ratio": 1.3}),  # widths of heads and of the MLP that no vector divides
-        (48, {"blocks": ("attention",), "conv_width": 1}),
-        (16, {"blocks": ("recurrent",), "conv_width": 1}),
-        (16, {"blocks": ("recurrent", "recurrent"), "conv_width": 2}),
+        (48, {"blocks": ("attention",)}),
+        (16, {"blocks": ("recurrent",)}),
+        (16, {"blocks": ("recurrent", "recurrent")}),
     ],
 )
 def test_stacks_of_every_shape_agree_with_torch(width, settings, rows):

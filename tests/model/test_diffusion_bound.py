@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hldm.config import DiffusionConfig
 from hldm.model.diffusion import Schedule, alpha_sigma, bound_integrand, diffuse, end_term
-from tests.model.test_diffusion import KINDS, normal, seeded, teach
+from tests.model.test_diffusion import KINDS, noise_to, normal, seeded, teach
 
 
 class Source:
@@ -35,7 +34,7 @@ class Source:
         return self.log_posterior(z, gamma).exp() @ self.embedding
 
     def schedule(self, kind: str, gamma_0: float) -> Schedule:
-        schedule = Schedule(DiffusionConfig(gamma_0=gamma_0, gamma_1=10.0))
+        schedule = Schedule(noise_to(10.0)(gamma_0=gamma_0))
         for seed in range(10 if kind == "learned" else 0):
             symbol = torch.multinomial(self.probability, 8000, replacement=True, generator=seeded(seed))
             x0 = self.embedding[symbol]

@@ -61,7 +61,7 @@ def test_text_cut_anywhere_equals_one_piece_gradients_included() -> None:
 
 
 def test_gradients_are_those_of_finite_differences() -> None:
-    config = GriffinConfig(width=8, heads=2, blocks=("recurrent", "attention"), mlp_ratio=1.0, conv_width=3)
+    config = GriffinConfig(width=8, heads=2, blocks=("recurrent", "attention"), mlp_ratio=1.0)
     model, (x, doc_start, chunk_start) = make_griffin(config, window=3), make_text(2, 9, seed=3)
     x = x[..., :8].clone().requires_grad_()
     carried = tree_map(lambda part: part + 0.5 if part.is_floating_point() else ~part, model.initial_state(2))
@@ -148,9 +148,8 @@ def test_a_batch_equals_its_rows_and_may_be_empty() -> None:
         torch.testing.assert_close(part_state, tree_map(lambda leaf, rows=rows: leaf[rows], state))
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_gradient_checkpointing_gives_equal_gradients(dropout: float) -> None:
-    config = GriffinConfig(width=16, heads=2, blocks=("recurrent", "attention"), dropout=dropout)
+def test_gradient_checkpointing_gives_equal_gradients() -> None:
+    config = GriffinConfig(width=16, heads=2, blocks=("recurrent", "attention"))
     model, (x, *marks) = make_griffin(config), make_text(2, 20)
     results = []
     for model.gradient_checkpointing in (False, True):
@@ -159,7 +158,6 @@ def test_gradient_checkpointing_gives_equal_gradients(dropout: float) -> None:
         loss = (y**2).sum() + state[0].hidden.sum() + state[1].keys.sum()
         results.append((y, state, torch.autograd.grad(loss, list(model.parameters()))))
     torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
-    assert not torch.equal(model.eval()(x, model.initial_state(2), *marks)[0], y) or not dropout
 
 
 @pytest.mark.parametrize(("window", "t"), [(1, 40), (5, 70), (40, 100), (300, 90)])
@@ -192,7 +190,7 @@ def test_blocked_attention_equals_dense_attention_with_positions_from_the_chunk_
     expected = block.linear_out(attended.flatten(2))
 
     state = block.initial_state(2, x.device, x.dtype)
-    y, _ = block(x, state, Layout.of(torch.zeros_like(chunk_start), chunk_start, None, conv_width=4))
+    y, _ = block(x, state, Layout.of(torch.zeros_like(chunk_start), chunk_start, None))
     torch.testing.assert_close(y, expected)
     parameters = list(block.parameters())
     weight = torch.randn_like(y)
@@ -242,7 +240,7 @@ def test_recurrent_block_agrees_with_recurrentgemma_of_transformers() -> None:
         if block is ours:
             doc_start = torch.zeros(2, 70, dtype=torch.bool)
             doc_start[:, 0] = True  # position 0 is what resets RecurrentGemma's unit
-            layout = Layout.of(doc_start, doc_start, None, conv_width=4)
+            layout = Layout.of(doc_start, doc_start, None)
             y, _ = block(x_in, block.initial_state(2, x.device, x.dtype), layout)
         else:
             y, _ = block(x_in, torch.arange(70).expand(2, -1), None, use_cache=False)
@@ -277,7 +275,7 @@ def test_a_decay_near_one_keeps_its_digits_and_a_bounded_gradient(log_radius: fl
         block.rg_lru.a_param.fill_(math.log(math.expm1(log_radius / 8)) if log_radius else -200.0)
         block.rg_lru.gate_weight.zero_()
     doc_start = torch.zeros(1, 50, dtype=torch.bool)
-    layout = Layout.of(doc_start, doc_start, None, conv_width=4)
+    layout = Layout.of(doc_start, doc_start, None)
     results = []
     for dtype in (torch.float32, torch.float64):
         unit, u = block.rg_lru.to(dtype), x.to(dtype).requires_grad_()

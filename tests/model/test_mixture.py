@@ -5,10 +5,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hldm.config import DiffusionConfig
 from hldm.generation.writer import row_generators
 from hldm.model.diffusion import Schedule, alpha_sigma, sample, sampler_steps
 from hldm.model.mixture import MixturePredictor
+from tests.model.test_diffusion import noise_to
 
 
 def make_mixture(components: int = 5, z: int = 2, **settings) -> MixturePredictor:
@@ -63,7 +63,7 @@ def test_drawing_from_its_own_reverse_process_is_exact_at_any_number_of_steps(st
     mixture.log_deviation.data = torch.tensor([math.log(0.2)])
     rows, gamma_0 = 20_000, -3.0
     log_weights = torch.tensor([0.2, 0.5, 0.3]).log().expand(rows, -1)
-    schedule = Schedule(DiffusionConfig(gamma_0=gamma_0, gamma_1=12.0))
+    schedule = Schedule(noise_to(12.0)(gamma_0=gamma_0))
     plan, generators = sampler_steps("ancestral", schedule, steps), row_generators(0, rows)
 
     def denoise(z, gamma):

@@ -5,9 +5,7 @@ from hldm.config import DiffusionConfig, HierarchyConfig, PriorConfig, to_dict
 from hldm.model.prior import Prior
 from hldm.model.state import named_tensors
 
-SETTINGS = PriorConfig(
-    reads_text=False, width=16, layers=2, heads=2, denoiser_width=16, denoiser_layers=2, draws=2
-)
+SETTINGS = PriorConfig(reads_text=False, width=16, layers=2, heads=2, denoiser_layers=2)
 HIERARCHY = HierarchyConfig(levels=2, ratio=2, window=3)
 
 

@@ -143,10 +143,9 @@ def test_a_run_trained_by_other_code_is_reused_and_said(
 
 
 def test_a_segmenter_of_another_text_is_refused_and_its_cuts_are_known_by_settings_and_code(
-    own_text, tmp_path, monkeypatch
+    own_text, tmp_path, monkeypatch, small_segmenters
 ):
-    segmenter = changed(own_text.chunking.segmenter, width=16, layers=1, lanes=2, window_bytes=64, steps=3)
-    chunking = changed(own_text.chunking, strategy="entropy", min_bytes=2, segmenter=segmenter)
+    chunking = changed(own_text.chunking, strategy="entropy", min_bytes=2)
     config = changed(own_text, chunking=chunking)
     train_autoencoder(config, root=tmp_path)
     shutil.rmtree(tmp_path / "small/autoencoder")  # a stage that was stopped before its first checkpoint

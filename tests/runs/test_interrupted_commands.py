@@ -19,7 +19,6 @@ from hldm.config import to_yaml
 from hldm.generation.writer import Continuation
 from hldm.model.autoencoder import Autoencoder
 from hldm.runs.checkpoints import newest_checkpoint
-from hldm.text.windows import Windows
 from hldm.training import stage, stages
 from hldm.training import trainer as training
 from hldm.training.trainer import Trainer
@@ -80,10 +79,10 @@ def test_a_signal_at_the_first_step_saves_it(number, train, monkeypatch):
     [
         (
             "accumulation",
-            Windows,
-            "batch",
-            5,
-            ["training.autoencoder.accumulation=2", "logging.validate_every=0"],
+            training,
+            "nullcontext",
+            3,
+            ["training.accumulation=2"],
             3,
         ),
         ("periodic save", training, "save_checkpoint", 2, [], 6),

@@ -36,6 +36,12 @@ def texts(count: int = 300, seed: int = 0) -> list[str]:
     ]
 
 
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch) -> None:
+    """Several of them in a text of some KB."""
+    monkeypatch.setattr("hldm.sources.stream.SHUFFLE_BYTES", 3000)
+
+
 def write(folder: Path, kind: str, documents: list[str]) -> DataConfig:
     """Files of a kind with these documents, and how they are read."""
     folder.mkdir(exist_ok=True)
@@ -60,8 +66,8 @@ def write(folder: Path, kind: str, documents: list[str]) -> DataConfig:
             table = pyarrow.table({"text": part})
             parquet.write_table(table, path.with_suffix(".parquet"), row_group_size=30)
     if kind == "dataset":
-        return DataConfig(dataset=str(folder), stream=True, shuffle_bytes=3000)
-    return DataConfig(path=str(folder), separator="\n\n", stream=True, shuffle_bytes=3000)
+        return DataConfig(dataset=str(folder), stream=True)
+    return DataConfig(path=str(folder), separator="\n\n", stream=True)
 
 
 KINDS = ["jsonl", "jsonl.gz", "txt", "crlf", "utf-16", "parquet", "dataset"]

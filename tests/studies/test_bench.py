@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT
 
 from hldm.cli import main
-from hldm.config import SegmenterConfig, changed, to_yaml
+from hldm.config import changed, to_yaml
 from hldm.studies import bench_training, bench_writing
 from hldm.studies.bench_writing import Case
 
@@ -37,9 +37,10 @@ def configs(small_config, small_twin, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("strategy", ["entropy", "reinforce"])
-def test_a_strategy_that_asks_a_model_gets_one_whose_chunks_are_as_long_as_wanted(small_config, strategy):
-    segmenter = SegmenterConfig(width=16, layers=1, lanes=2, window_bytes=64)
-    chunking = changed(small_config.chunking, strategy=strategy, min_bytes=2, segmenter=segmenter)
+def test_a_strategy_that_asks_a_model_gets_one_whose_chunks_are_as_long_as_wanted(
+    small_config, strategy, small_segmenters
+):
+    chunking = changed(small_config.chunking, strategy=strategy, min_bytes=2)
     windows, found = bench_training.text_of(small_config.data, chunking, 0)
     assert found is not None and found.chunking.strategy == strategy
     assert len(windows.corpus.text) / windows.chunks == pytest.approx(chunking.target_bytes, rel=0.2)

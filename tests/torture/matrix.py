@@ -31,7 +31,6 @@ from tests.conftest import SMALL
 from tests.torture import children, small
 from tests.torture.trial import Trial
 
-NO_DROPOUT = ("autoencoder.encoder.dropout=0", "prior.dropout=0")
 APART = 1e-4  # bits per character between one rank and two: sums in another order
 
 
@@ -46,7 +45,7 @@ class Case(NamedTuple):
 
     @property
     def overrides(self) -> tuple[str, ...]:
-        return (f"training.{self.stage}.accumulation={self.accumulation}",)
+        return (f"training.accumulation={self.accumulation}",)
 
 
 def torture(trial: Trial) -> None:
@@ -192,10 +191,10 @@ def two_one_two(trial: Trial, text: Path, trained: Path, epoch: int) -> list[str
     two = one._replace(ranks=2)
     straight = small.start_folder(trial.folder / "one", "autoencoder")
     mixed = small.start_folder(trial.folder / "mixed", "autoencoder")
-    wrong = finish(straight, text, one, *NO_DROPOUT, resume=False)
-    train_ranks(mixed, text, two, *NO_DROPOUT, resume=False, kill_at=(10, 0))
-    train_ranks(mixed, text, one, *NO_DROPOUT, resume=True, kill_at=(epoch + 5, 0))
-    wrong += finish(mixed, text, two, *NO_DROPOUT, resume=True)
+    wrong = finish(straight, text, one, resume=False)
+    train_ranks(mixed, text, two, resume=False, kill_at=(10, 0))
+    train_ranks(mixed, text, one, resume=True, kill_at=(epoch + 5, 0))
+    wrong += finish(mixed, text, two, resume=True)
     losses = [
         np.array([[line["decoder"], line["latent"]] for line in small.metrics(folder, "autoencoder", False)])
         for folder in (straight, mixed)

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from conftest import ROOT, SMALL
+from conftest import ROOT, SMALL, segmenters_of
 
 from hldm.cli import main
 from hldm.config import ConfigError, LoggingConfig, TrainingConfig, changed
@@ -116,7 +116,7 @@ def fresh_accelerate():
 def test_what_accelerate_cannot_read_is_refused_by_name(name, value, fresh_accelerate, monkeypatch, tmp_path):
     monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=f"{name}={value}"):
-        make_accelerator(TrainingConfig(), LoggingConfig(), str(tmp_path), "training.autoencoder")
+        make_accelerator(TrainingConfig(), LoggingConfig(), str(tmp_path))
 
 
 @pytest.mark.parametrize("name", [*SIZES, "LOCAL_RANK"])
@@ -168,13 +168,13 @@ def test_what_would_train_otherwise_is_refused_by_name(name, fresh_accelerate, m
     for variable, value in {**LAUNCH, name: REFUSED[name]}.items():
         monkeypatch.setenv(variable, value)
     with pytest.raises(ConfigError, match=name):
-        make_accelerator(TrainingConfig(), LoggingConfig(), str(tmp_path), "training.autoencoder")
+        make_accelerator(TrainingConfig(), LoggingConfig(), str(tmp_path))
 
 
 def test_a_refusal_is_one_line_and_leaves_no_folder(usual, tmp_path):
     overrides, _ = usual
     code, said = train(tmp_path, overrides, ACCELERATE_GRADIENT_ACCUMULATION_STEPS="4")
-    assert code == 2 and "\n" not in said and "training.autoencoder.accumulation" in said
+    assert code == 2 and "\n" not in said and "training.accumulation" in said
     assert not (tmp_path / "runs").exists()
 
 
@@ -248,15 +248,13 @@ def test_other_lanes_are_the_same_text(small_config, tmp_path):
 
 
 def test_a_run_without_a_step_is_refused(small_config, tmp_path):
-    segmenter = changed(
-        small_config.chunking.segmenter, width=16, layers=1, lanes=2, window_bytes=64, steps=10**6
-    )
-    chunking = changed(small_config.chunking, strategy="entropy", min_bytes=2, segmenter=segmenter)
+    chunking = changed(small_config.chunking, strategy="entropy", min_bytes=2)
     training = changed(small_config.training.autoencoder, minutes=1e-4, steps=10**6)
     config = changed(
         small_config, chunking=chunking, training=changed(small_config.training, autoencoder=training)
     )
-    with pytest.raises(ConfigError, match="no step was taken"):
+    small = segmenters_of(width=16, layers=1, lanes=2, window_bytes=64, steps=10**6)
+    with small, pytest.raises(ConfigError, match="no step was taken"):
         train_autoencoder(config, root=tmp_path)
     assert not (tmp_path / "small" / "autoencoder" / "totals.json").exists()
 

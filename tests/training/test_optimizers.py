@@ -7,16 +7,22 @@ import torch
 from torch import nn
 
 from hldm.config import TrainingConfig
-from hldm.training.optimizers import learning_rate, make_average, weight_decay
+from hldm.training.optimizers import (
+    FINAL_LEARNING_RATE,
+    WARMUP,
+    learning_rate,
+    make_average,
+    weight_decay,
+)
 
 
 def test_the_learning_rate_warms_up_then_follows_a_cosine():
-    config = TrainingConfig(learning_rate=1.0, warmup=0.1, final_learning_rate=0.2)
+    config = TrainingConfig(learning_rate=1.0)
     assert learning_rate(config, 0.0) == 0.0
-    assert learning_rate(config, 0.05) == pytest.approx(0.5)
-    assert learning_rate(config, 0.1) == pytest.approx(1.0)
-    assert learning_rate(config, 0.55) == pytest.approx(0.6)
-    assert learning_rate(config, 1.0) == pytest.approx(0.2)
+    assert learning_rate(config, WARMUP / 2) == pytest.approx(0.5)
+    assert learning_rate(config, WARMUP) == pytest.approx(1.0)
+    assert learning_rate(config, (1 + WARMUP) / 2) == pytest.approx((1 + FINAL_LEARNING_RATE) / 2)
+    assert learning_rate(config, 1.0) == pytest.approx(FINAL_LEARNING_RATE)
 
 
 def test_weight_decay_stays_or_grows_by_a_cosine():

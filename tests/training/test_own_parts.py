@@ -17,7 +17,7 @@ from hldm.sources.notes import TextNote
 from hldm.studies.league import chunking_for, entries, measure
 from hldm.training.stages import train_autoencoder, train_diffusion, train_run
 
-STEPS = ["training.autoencoder.steps=3", "training.prior.steps=3", "training.autoencoder.ema_decay=0"]
+STEPS = ["training.autoencoder.steps=3", "training.prior.steps=3", "training.ema_decay=0"]
 CHUNKER = "clauses:ClauseChunker"
 
 

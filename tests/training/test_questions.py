@@ -54,7 +54,7 @@ def path(tmp_path: Path) -> Path:
 def make_config(path: Path, *overrides: str, twin: bool = False) -> Config:
     small = [o for o in SMALL if not twin or "latent_dim" not in o]
     file = ROOT / f"configs/tiny{'-twin' * twin}.yaml"
-    more = [f"data.path={path}", *COLUMNS, "autoencoder.encoder.dropout=0", "prior.dropout=0", *overrides]
+    more = [f"data.path={path}", *COLUMNS, *overrides]
     return changed(load_config([file], [*small, *more]), name="small")
 
 
@@ -232,7 +232,7 @@ def test_two_streams_add_up_to_the_batch(path, stage):
 
 
 def test_a_run_stopped_by_a_signal_goes_on_to_the_same_weights(path, tmp_path, monkeypatch):
-    config = make_config(path, "autoencoder.encoder.dropout=0.1", "data.question_weight=0.1")
+    config = make_config(path, "data.question_weight=0.1")
     straight = weights(train_autoencoder(config, root=tmp_path / "straight") / "autoencoder")
     original, steps = Trainer.step, []
 
@@ -249,8 +249,9 @@ def test_a_run_stopped_by_a_signal_goes_on_to_the_same_weights(path, tmp_path, m
     assert_same(straight, weights(resumed / "autoencoder"))
 
 
-def test_validation_reports_the_bound_and_the_answers_alone(path, tmp_path):
-    config = make_config(path, "logging.validate_every=6", "logging.validation_bytes=200")
+def test_validation_reports_the_bound_and_the_answers_alone(path, tmp_path, monkeypatch):
+    monkeypatch.setattr("hldm.training.stages.VALIDATION_BYTES", 200)
+    config = make_config(path)
     run = train_run(config, root=tmp_path, validation=validation_on)
     found = last_validation(run)
     pipeline = read_pipeline(run / "pipeline")

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, segmenters_of
 
 from hldm.chunking.strategies import chunker_of, read_segmenter
-from hldm.config import Config, SegmenterConfig, Strategy, changed, stage_training
+from hldm.config import Config, Strategy, changed, stage_training
 from hldm.evaluation.evaluate import evaluate_run
 from hldm.generation.pipeline import read_pipeline
 from hldm.runs.export import export_run
@@ -25,9 +25,11 @@ TELLING = """
 import os, sys
 from pathlib import Path
 from hldm import cli
+from hldm.chunking.segmenter import Segmenter, Settings
 from hldm.chunking.strategies import chunker_of
 from hldm.training import stages
 
+Segmenter.settings = Settings(width=16, layers=1, lanes=2, steps=5)
 attach = stages.attach_segmenter
 
 def telling(autoencoder, segmenter):
@@ -47,9 +49,8 @@ def kept(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def config(small_config: Config) -> Config:
-    segmenter = SegmenterConfig(width=16, layers=1, lanes=2, window_bytes=64, steps=5, minutes=0)
-    chunking = changed(small_config.chunking, strategy="state_change", min_bytes=2, segmenter=segmenter)
+def config(small_config: Config, small_segmenters: None) -> Config:
+    chunking = changed(small_config.chunking, strategy="state_change", min_bytes=2)
     return changed(small_config, chunking=chunking)
 
 
@@ -99,10 +100,10 @@ def test_stage_one_resumes_with_the_segmenter_it_has(run, config, tmp_path):
 
 
 def test_minutes_that_a_segmenter_took_do_not_skip_the_warm_up(config, tmp_path):
-    segmenter = changed(config.chunking.segmenter, steps=10**6, minutes=1.0)
-    config = changed(config, chunking=changed(config.chunking, segmenter=segmenter))
     config = changed(config, logging=changed(config.logging, every=1))
-    run = train_autoencoder(stage_training(config, "autoencoder", minutes=0.1, steps=10**6), root=tmp_path)
+    config = stage_training(config, "autoencoder", minutes=0.1, steps=10**6)
+    with segmenters_of(width=16, layers=1, lanes=2, window_bytes=64, steps=10**6):
+        run = train_autoencoder(config, root=tmp_path)
     logged = [json.loads(line) for line in (run / "autoencoder" / "metrics.jsonl").read_text().splitlines()]
     rates = [line["learning_rate"] for line in logged if "learning_rate" in line]
     assert rates[0] < max(rates) / 2 and rates[-1] < max(rates) / 2
@@ -141,8 +142,7 @@ def test_a_segmenter_cut_short_is_made_anew(config, tmp_path):
 @pytest.mark.slow
 def test_two_processes_train_one_segmenter_and_both_cut_by_it(tmp_path, small_overrides):
     (tmp_path / "telling.py").write_text(TELLING)
-    segmenter = [f"chunking.segmenter.{name}" for name in ("width=16", "layers=1", "lanes=2", "steps=5")]
-    arguments = ["--config", str(ROOT / "configs/tiny.yaml"), "--name", "two", *small_overrides, *segmenter]
+    arguments = ["--config", str(ROOT / "configs/tiny.yaml"), "--name", "two", *small_overrides]
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     port = ["--main_process_port", str(29_500 + os.getpid() % 1000)]
     two = subprocess.run(

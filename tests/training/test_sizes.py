@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CONFIGS, ROOT
+from conftest import CONFIGS, ROOT, segmenters_of
 
 from hldm import cli
 from hldm.chunking.strategies import SEGMENTERS
@@ -22,6 +22,7 @@ from hldm.model.prior import Prior
 from hldm.model.state import named_tensors
 from hldm.runs.folder import Run
 from hldm.runs.machine import peak_memory
+from hldm.sources.stream import SHUFFLE_BYTES
 from hldm.studies import bench_training
 from hldm.training import sizes
 from hldm.training.objectives import AutoencoderObjective, PriorObjective
@@ -34,7 +35,6 @@ needs_linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), rea
 
 TINY = ROOT / "configs/tiny.yaml"
 OTHERS = [  # settings around configs/tiny.yaml that the shipped files do not show
-    ["autoencoder.encoder.conv_width=40", "training.autoencoder.optimizer=adamw"],
     ["hierarchy.levels=0", "autoencoder.components=0", "autoencoder.latent_dim=200"],
     [
         "prior.width=128",
@@ -67,14 +67,14 @@ def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
 
 @pytest.mark.parametrize("strategy", list(SEGMENTERS))
 def test_the_weights_of_a_segmenter_are_counted_exactly(strategy):
-    settings = [f"strategy={strategy}", "segmenter.layers=3"]
-    config = load_config([TINY], [f"chunking.{setting}" for setting in settings])
+    config = load_config([TINY], [f"chunking.strategy={strategy}"])
     segmenter = SEGMENTERS[strategy].from_settings(config.chunking)
     found = sizes.survey(config)["stages"]["autoencoder"]
     assert found["parameters"]["segmenter"] == sum(p.numel() for p in segmenter.parameters())
-    wide = changed(config.chunking, segmenter=changed(config.chunking.segmenter, width=4096, layers=64))
-    with pytest.raises(ConfigError, match=r"are segmenter: lower chunking.segmenter's width"):
-        sizes.require_room(changed(config, chunking=wide), "autoencoder")
+    sizes.shapes_of.cache_clear()
+    with segmenters_of(width=4096, layers=64), pytest.raises(ConfigError, match=r"are segmenter: choose"):
+        sizes.require_room(config, "autoencoder")
+    sizes.shapes_of.cache_clear()
     assert "segmenter" not in sizes.survey(load_config([TINY]))["stages"]["autoencoder"]["parameters"]
 
 
@@ -90,7 +90,7 @@ def test_weights_optimizers_and_states_are_counted_exactly(overrides):
             parameter.grad = torch.zeros_like(parameter)
         assert counted["gradients"] == bytes_of(p.grad for p in trained if p.grad is not None)
         moments = 0
-        for optimizer in make_optimizers(objective, getattr(config.training, stage)):
+        for optimizer in make_optimizers(objective, config.training.of(stage)):
             optimizer.step()
             kept = [value for state in optimizer.state.values() for value in state.items()]
             moments += bytes_of(value for name, value in kept if name != "step")
@@ -122,7 +122,7 @@ def test_a_stream_takes_what_its_readers_shuffle_however_long_it_is(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"x" * 1000)
     config = load_config([TINY], [f"data.path={tmp_path}", "data.stream=true", "data.readers=4"])
     one, two = (sizes.stage_sizes(config, "autoencoder", processes).host for processes in (1, 2))
-    assert one["stream"] == 2 * two["stream"] == 3 * 4 * config.data.shuffle_bytes
+    assert one["stream"] == 2 * two["stream"] == 3 * 4 * SHUFFLE_BYTES
     assert one["corpus"] < 2**28  # of its beginning
 
 

@@ -33,13 +33,19 @@ from hldm.training.trainer import Trainer
 LANES, WINDOW = 4, 64
 
 
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch) -> None:
+    """Several of them in a text of some KB."""
+    monkeypatch.setattr("hldm.sources.stream.SHUFFLE_BYTES", 2000)
+
+
 @pytest.fixture
 def data(tmp_path) -> DataConfig:
     """Some 60 KB in documents of 1 to 700 bytes."""
     random = np.random.default_rng(0)
     rows = (" ".join(f"{n}:{i}é" for i in range(random.integers(1, 120))) for n in range(300))
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
-    sizes = {"lanes": LANES, "window_bytes": WINDOW, "shuffle_bytes": 5000, "readers": 2}
+    sizes = {"lanes": LANES, "window_bytes": WINDOW, "readers": 2}
     return DataConfig(path=str(tmp_path / "text.jsonl"), stream=True, **sizes)
 
 
@@ -219,14 +225,15 @@ def test_steps_come_one_after_another_and_ranks_share_readers_evenly(data):
 @pytest.fixture
 def streamed(small_config: Config) -> Config:
     """configs/tiny.yaml, much smaller, its text streamed by two readers."""
-    return changed(small_config, data=changed(small_config.data, stream=True, readers=2, shuffle_bytes=1000))
+    return changed(small_config, data=changed(small_config.data, stream=True, readers=2))
 
 
 @pytest.mark.parametrize("strategy", ["words", "entropy"])
-def test_a_stage_that_is_interrupted_goes_on_to_the_same_bits(tmp_path, streamed, strategy, monkeypatch):
+def test_a_stage_that_is_interrupted_goes_on_to_the_same_bits(
+    tmp_path, streamed, strategy, monkeypatch, small_segmenters
+):
     monkeypatch.setattr(stage, "cached_starts", None)  # nothing is cut before it is read
-    segmenter = changed(streamed.chunking.segmenter, width=16, steps=5, lanes=2, sample_bytes=2000)
-    chunking = changed(streamed.chunking, strategy=strategy, segmenter=segmenter)
+    chunking = changed(streamed.chunking, strategy=strategy)
     config = stage_training(changed(streamed, chunking=chunking), "autoencoder", steps=14)
     straight = train_autoencoder(config, root=tmp_path / "straight")
     original, steps = Trainer.step, []
@@ -330,6 +337,6 @@ def test_a_hundred_megabytes_through_two_ranks_take_no_more_memory_as_they_go(tm
 def _overrides(config: Config) -> list[str]:
     from conftest import SMALL
 
-    kept = ("path", "readers", "shuffle_bytes")
+    kept = ("path", "readers")
     found = [*SMALL, 'data.separator="\\n\\n"', "data.stream=true"]
     return [*found, *(f"data.{key}={getattr(config.data, key)}" for key in kept)]

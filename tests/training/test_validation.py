@@ -38,8 +38,10 @@ SIZE = 512
 
 
 @pytest.fixture
-def config(small_config: Config) -> Config:
-    logging = changed(small_config.logging, validate_every=5, validation_bytes=SIZE, sample_every=0)
+def config(small_config: Config, monkeypatch) -> Config:
+    monkeypatch.setattr(validations_of_training, "EVERY", 5)
+    monkeypatch.setattr(stages, "VALIDATION_BYTES", SIZE)
+    logging = changed(small_config.logging, sample_every=0)
     return changed(small_config, logging=logging)
 
 
@@ -184,22 +186,22 @@ def test_validating_takes_a_share_of_two_percent_of_the_time_at_most(stage):
 
     found = in_turns({"step": lambda: trainer.step(0.1), "validation": validated}, turns=5, warm_up=1)
     step, validation = (median(seconds for _, seconds in found[name]) for name in ("step", "validation"))
-    assert validation < 0.02 * config.logging.validate_every * step
+    assert validation < 0.02 * validations_of_training.EVERY * step
 
 
 def test_patience_without_validations_is_refused(config, tmp_path):
     patient = stage_training(config, "autoencoder", patience=1)
-    never = changed(patient, logging=changed(config.logging, validate_every=0))
     free = changed(patient, autoencoder=changed(config.autoencoder, components=0))
-    for wrong, validation in ((patient, None), (never, validation_on), (free, validation_on)):
-        with pytest.raises(ConfigError, match="training.autoencoder.patience needs validations"):
+    for wrong, validation in ((patient, None), (free, validation_on)):
+        with pytest.raises(ConfigError, match="training.patience needs validations"):
             train_autoencoder(wrong, root=tmp_path, validation=validation)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_short_run_is_measured_on_the_way_and_says_so(config, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(validations_of_training, "clock_named", lambda name: lambda: 0.0)  # it takes no time
-    rare = changed(config, logging=changed(config.logging, validate_every=250, every=250))
+    monkeypatch.setattr(validations_of_training, "EVERY", 250)
+    rare = changed(config, logging=changed(config.logging, every=250))
 
     def at_once(*_) -> Callable[..., dict[str, float]]:
         return lambda *models: {"bound": 3.0, "latent": 1.0, "decoder": 2.0, "end": 0.0}
@@ -209,8 +211,8 @@ def test_a_short_run_is_measured_on_the_way_and_says_so(config, tmp_path, capsys
     assert steps == [0, 4, 6, 8, 10, 12]  # after a third, for no step has been timed yet, then every eighth
     out = capsys.readouterr().out
     assert out.count(" validation ") == len(steps) - 1  # a line each, but for the untrained model's
-    never = changed(rare, name="never", logging=changed(rare.logging, validate_every=0, every=1))
-    folder = train_autoencoder(never, root=tmp_path, validation=validation_on) / "autoencoder"
+    never = changed(rare, name="never", logging=changed(rare.logging, every=1))
+    folder = train_autoencoder(never, root=tmp_path) / "autoencoder"
     assert not validations(folder)
 
 
@@ -224,7 +226,7 @@ def test_what_is_measured_on_the_way_costs_two_percent_and_is_there_twice_in_the
         assert times >= 2 and (times * cost <= COST * in_all or times == 2)
 
 
-def test_patience_counts_what_comes_every_so_many_steps_alone(config, tmp_path):
+def test_patience_counts_what_comes_every_so_many_steps_alone(config, tmp_path, monkeypatch):
     """In between, they come by the clock: a run that is resumed would stop elsewhere."""
 
     def worse_and_worse(*_) -> Callable[..., dict[str, float]]:
@@ -232,8 +234,8 @@ def test_patience_counts_what_comes_every_so_many_steps_alone(config, tmp_path):
         return lambda *models: {"bound": float(next(found)), "latent": 0.0, "decoder": 0.0, "end": 0.0}
 
     patient = stage_training(config, "autoencoder", steps=40, patience=1)
-    rare = changed(patient, logging=changed(config.logging, validate_every=20))
-    folder = train_autoencoder(rare, root=tmp_path, validation=worse_and_worse) / "autoencoder"
+    monkeypatch.setattr(validations_of_training, "EVERY", 20)
+    folder = train_autoencoder(patient, root=tmp_path, validation=worse_and_worse) / "autoencoder"
     steps = [line["step"] for line in validations(folder)]
     assert read_totals(folder).steps == 20 and set(steps) >= {0, 14, 20} and steps[-1] == 20
 

@@ -18,7 +18,7 @@ from hldm.app.report.denoising import denoising_paths
 from hldm.app.report.logs import StageLog, read_logs
 from hldm.app.report.passage import Chunks, describe_passage, latent_map, opening_of, read_text
 from hldm.app.report.samples import samples_by_temperature
-from hldm.config import Config, ConfigError, load_config
+from hldm.config import Config, ConfigError, config_of_run
 from hldm.evaluation.evaluate import evaluate_run, weights_of
 from hldm.evaluation.parts_table import parts_of_run
 from hldm.evaluation.tables import compare
@@ -67,7 +67,7 @@ def read_run(
         )
     notes: list[str] = []
     config_path = folder / "autoencoder" / "config.yaml"
-    config = load_config(config_path) if config_path.is_file() else None
+    config = config_of_run(folder) if config_path.is_file() else None
     pipeline = read_pipeline(pipeline_of(folder)) if is_trained else None
     if pipeline is None:
         notes.append("not trained to the end: there is no pipeline, so nothing can be measured or written")
