@@ -9,7 +9,7 @@ import atexit
 import os
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Annotated
 
 import typer
@@ -113,10 +113,13 @@ def jepa(argv: Sequence[str] | None = None) -> int:
     return _run(jepa_commands.app, "python -m hldm.jepa", argv)
 
 
+_parser = cache(typer.main.get_command)  # made once: for the commands of `app` it takes a fifth of a second
+
+
 def _run(commands: typer.Typer, name: str, argv: Sequence[str] | None) -> int:
     """Parse and run. Not by typer's own main: errors, signals and exit codes are those of `guarded`."""
     arguments = (sys.argv[1:] if argv is None else [*argv]) or (["--help"] if commands is app else [])
-    parser = typer.main.get_command(commands)
+    parser = _parser(commands)
     if "_HLDM_COMPLETE" in os.environ:  # a shell asks what the word under its cursor may become
         parser.main(prog_name=name)
 
