@@ -5,14 +5,19 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from hldm.config import Config, changed, load_config, to_yaml
+
+if TYPE_CHECKING:
+    from hldm.text.corpus import Corpus
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = [path for path in sorted((ROOT / "configs").glob("*.yaml")) if not path.stem.startswith("jepa-")]
@@ -84,13 +89,19 @@ def small_segmenters() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session")
-def corpus_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twenty short documents of the built-in text."""
+@cache
+def built_in_text() -> Corpus:
+    """The validation split of the built-in text, which takes most of a second to read."""
     from hldm.config import DataConfig
     from hldm.sources.corpora import load_corpus
 
-    text = load_corpus(DataConfig(), "validation").text[:8000].tobytes().decode()
+    return load_corpus(DataConfig(), "validation")
+
+
+@pytest.fixture(scope="session")
+def corpus_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty short documents of the built-in text."""
+    text = built_in_text().text[:8000].tobytes().decode()
     path = tmp_path_factory.mktemp("corpus") / "text.txt"
     path.write_text("\n\n".join(text[i : i + 400] for i in range(0, 8000, 400)))
     return path
@@ -148,6 +159,24 @@ def config_file(small_config) -> str:
 def run_copy(trained_run) -> Path:
     """A trained runs/small in the current folder, to be spoiled."""
     return Path(shutil.copytree(trained_run, "runs/small"))
+
+
+@pytest.fixture
+def without_reader(monkeypatch) -> Callable[[], AbstractContextManager[None]]:
+    """`with without_reader():` standard output is a pipe that nobody reads any more."""
+
+    @contextmanager
+    def closed() -> Iterator[None]:
+        ours, theirs = os.pipe()
+        os.close(ours)
+        with pytest.raises(BrokenPipeError):
+            os.write(theirs, b"is there anybody?")
+        with monkeypatch.context() as patch, os.fdopen(theirs, "w") as pipe:
+            patch.setattr("sys.stdout", pipe)
+            yield
+            assert not stat.S_ISFIFO(os.fstat(theirs).st_mode)  # what was left goes nowhere
+
+    return closed
 
 
 @pytest.fixture

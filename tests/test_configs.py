@@ -89,7 +89,7 @@ def test_demo_and_its_kind_take_a_name_outside_of_a_clone(tmp_path, monkeypatch)
     from hldm.studies.rate_curve import points
 
     monkeypatch.chdir(tmp_path)
-    assert points(Path("tiny"), 6) and entries(Path("tiny"), 6)
+    assert points(Path("tiny"), 6) and entries(Path("tiny"), 6, ["words"], [6])
 
 
 @pytest.mark.slow

@@ -30,10 +30,10 @@ def folder(saved_pipeline, tmp_path) -> Path:
     return Path(shutil.copytree(saved_pipeline, tmp_path / "pipeline"))
 
 
-def test_two_thousand_random_inputs_are_read_or_refused():
-    figures = fuzz(2000, seed=0)
+def test_a_thousand_random_inputs_are_read_or_refused():
+    figures = fuzz(1000, seed=0)
     assert figures["faults"] == []
-    assert figures["read"] > 500 and figures["refused"] > 500  # neither all good nor all bad
+    assert figures["read"] > 250 and figures["refused"] > 250  # neither all good nor all bad
 
 
 # --- settings
@@ -86,49 +86,49 @@ def test_a_long_chain_of_bases_and_long_lists_of_a_dict_are_refused(tmp_path):
 
 # --- texts
 
-# what a file is made of -> what is said, or "" where it is read; each in a process with 1 GB of address space
+# what a file is made of -> what is said; all are read by one process with 1 GB of address space
 LARGE = {
     "a.jsonl, one line of 100 MB": ("file.write(b'a' * 10**8)", "a row of more than"),
-    "a.jsonl, 1 GB of zeros": ("file.truncate(10**9)", "it is binary, not text"),
-    "a.jsonl.gz, a bomb": ("bomb(file)", "a row of more than"),
-    "a.txt.gz, a bomb": ("bomb(file)", "unpacks to more than 100 times"),
-    "a.parquet.gz, a bomb": ("bomb(file)", "unpacks to more than 100 times"),
-    "a.jsonl, depth 10^5": ("file.write(b'[' * 10**5)", "not a row of JSON"),
-    "a.jsonl, lists in 15 MB": ("file.write(b'[' + b'[],' * (5 * 2**20) + b'[]]')", "expected an object"),
-    "a.jsonl, 10^6 empty lines": ("file.write(b'\\n' * 10**6)", "holds no text"),
-    "a.jsonl, 300,000 empty texts": ('file.write(b\'{"text": ""}\\n\' * 300_000)', "holds no text"),
+    "b.jsonl, 1 GB of zeros": ("file.truncate(10**9)", "it is binary, not text"),
+    "c.jsonl.gz, a bomb": ("file.write(BOMB)", "a row of more than"),
+    "d.txt.gz, a bomb": ("file.write(BOMB)", "unpacks to more than 100 times"),
+    "e.parquet.gz, a bomb": ("file.write(BOMB)", "unpacks to more than 100 times"),
+    "f.jsonl, depth 10^5": ("file.write(b'[' * 10**5)", "not a row of JSON"),
+    "g.jsonl, lists in 15 MB": ("file.write(b'[' + b'[],' * (5 * 2**20) + b'[]]')", "expected an object"),
+    "h.jsonl, 10^6 empty lines": ("file.write(b'\\n' * 10**6)", "holds no text"),
+    "i.jsonl, 100,000 empty texts": ('file.write(b\'{"text": ""}\\n\' * 100_000)', "holds no text"),
 }
-
-
-@pytest.mark.parametrize("name", LARGE)
-def test_a_hostile_text_is_refused_within_a_gigabyte(name, tmp_path):
-    make, says = LARGE[name]
-    path = tmp_path / name.partition(",")[0]
-    code = f"""
-import gzip, resource, sys, time, zlib
-def bomb(file):  # 10 GB of one letter in 10 MB: one block of 100 MB, a hundred times
-    packer = zlib.compressobj(9, zlib.DEFLATED, 31)
-    file.write(packer.compress(b'a' * 10**8) + packer.flush(zlib.Z_FULL_FLUSH))
-    block = packer.compress(b'a' * 10**8) + packer.flush(zlib.Z_FULL_FLUSH)
-    for _ in range(99):
-        file.write(block)
-with open({str(path)!r}, "wb") as file:
-    {make}
+READ = """
+import resource, sys, time, zlib
+import pyarrow.parquet
 from hldm.config import DataConfig
 from hldm.sources.corpora import load_corpora
-if "parquet" in {name!r}:
-    import pyarrow.parquet
+# 10 GB of one letter in 10 MB: one block of 100 MB, a hundred times
+packer = zlib.compressobj(9, zlib.DEFLATED, 31)
+BOMB = packer.compress(b'a' * 10**8) + packer.flush(zlib.Z_FULL_FLUSH)
+BOMB += 99 * (packer.compress(b'a' * 10**8) + packer.flush(zlib.Z_FULL_FLUSH))
+for path, make in zip(sys.argv[1::2], sys.argv[2::2]):
+    with open(path, "wb") as file:
+        exec(make)
 resource.setrlimit(resource.RLIMIT_DATA, (2**30, 2**30))
-began = time.process_time()
-try:
-    load_corpora(DataConfig(path={str(path)!r}))
-except ValueError as error:
-    print(error)
-assert time.process_time() - began < 10
+for path in sys.argv[1::2]:
+    began = time.process_time()
+    try:
+        load_corpora(DataConfig(path=path))
+    except ValueError as error:
+        print(error)
+    assert time.process_time() - began < 10, path
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+def test_hostile_texts_are_refused_within_a_gigabyte(tmp_path):
+    words = [
+        word for name, (make, _) in LARGE.items() for word in (str(tmp_path / name.partition(",")[0]), make)
+    ]
+    done = subprocess.run([sys.executable, "-c", READ, *words], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert says in done.stdout and done.stdout.count("\n") == 1
+    for name, line in zip(LARGE, done.stdout.splitlines(), strict=True):
+        assert name.partition(",")[0] in line and LARGE[name][1] in line
 
 
 def test_one_bad_row_in_a_thousand_is_left_out_and_counted(tmp_path):

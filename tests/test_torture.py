@@ -28,8 +28,8 @@ def figures(tmp_path: Path, faults: str, scale: float) -> dict:
     ("faults", "scale"),
     [
         ("strace,enospc", 0.1),
-        ("fuzz", 0.01),
-        ("files,libraries", 0.05),
+        pytest.param("fuzz", 0.01, marks=pytest.mark.slow),  # tests/test_hostile.py has some at all times
+        pytest.param("files,libraries", 0.05, marks=pytest.mark.slow),
         pytest.param("truncations,flips", 0.05, marks=pytest.mark.slow),
         pytest.param("kill", 0.02, marks=pytest.mark.slow),
         pytest.param("matrix", 0.03, marks=pytest.mark.slow),

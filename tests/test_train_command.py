@@ -36,8 +36,9 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
 @pytest.fixture
 def lean_file() -> str:
     """A config that says all but which text is read."""
-    pairs = (setting.split("=") for setting in SMALL)
-    Path("lean.yaml").write_text("".join(f"{key}: {value}\n" for key, value in pairs))
+    settings = dict(setting.split("=") for setting in SMALL)
+    settings |= {"training.autoencoder.steps": "4", "training.prior.steps": "8"}
+    Path("lean.yaml").write_text("".join(f"{key}: {value}\n" for key, value in settings.items()))
     return "lean.yaml"
 
 
@@ -70,7 +71,7 @@ def test_a_text_becomes_a_model_and_its_twin_and_the_next_command_writes(
     for number, stage in enumerate(("mine/autoencoder", "mine/prior", "mine-twin/autoencoder"), start=1):
         assert f"stage {number} of 3: runs/{stage}, " in out
         assert settings_of(stage)["data"]["path"] == "own.txt"
-    assert read_totals(Path("runs/mine-twin/autoencoder")).steps == 24  # as long as both stages
+    assert read_totals(Path("runs/mine-twin/autoencoder")).steps == 12  # as long as both stages
     words = re.search(r"Next: hldm (generate --run runs/mine --prompt '[^']+')\n", out)
     assert words is not None
     text = load_corpora(load_config(lean_file, own_text).data)["validation"].text.tobytes().decode()
@@ -105,7 +106,7 @@ def test_what_is_trained_is_not_trained_again_and_what_has_begun_takes_a_word(
     assert cli.main(["train", "--config", lean_file, "--name", "mine", "--resume"]) == 0
     out = capsys.readouterr().out
     assert "as in runs/mine/autoencoder: data.path=" in out and "reusing runs/mine/autoencoder" in out
-    assert "resuming runs/mine/prior at step 7" in out and read_totals(Path("runs/mine/prior")).steps == 12
+    assert "resuming runs/mine/prior at step 7" in out and read_totals(Path("runs/mine/prior")).steps == 8
     assert Path("runs/mine/autoencoder/model").stat().st_mtime_ns == before
     assert cli.main(words) == 0
     assert capsys.readouterr().out.count("reusing ") == 2
@@ -249,7 +250,7 @@ def test_several_processes_train_both_stages_in_one_launch(lean_file, own_text):
     )
     assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr[-3000:]
     assert done.stdout.count("2 processes on cpu") == 2 and done.stdout.count("Next: ") == 1
-    assert json.loads(Path("runs/two/prior/totals.json").read_text())["steps"] == 12
+    assert json.loads(Path("runs/two/prior/totals.json").read_text())["steps"] == 8
 
 
 @pytest.mark.parametrize(("last", "helped"), [(2.684, False), (2.668, True), (2.5, True)])

@@ -72,8 +72,8 @@ def test_the_command_prints_writes_a_page_and_spares_other_files(tmp_path, capsy
     found = json.loads(capsys.readouterr().out)
     assert [row["strategy"] for row in found] == ["words", "words (small)"]
     assert sum(found[0]["bytes"]) == len(TEXT)
-    for _ in range(2):  # its own page may be replaced
-        assert main(["chunk", "--text", str(text), "--html", str(page)]) == 0
+    for words in (["--strategy", "words"], []):  # its own page may be replaced
+        assert main(["chunk", "--text", str(text), "--html", str(page), *words]) == 0
         assert capsys.readouterr().out == f"wrote {page}\n"
     assert re.findall(r"<h2>(\w+), [^<]+: ", page.read_text()) == list(get_args(Strategy))
     other.write_text("<p>")

@@ -104,7 +104,7 @@ def test_the_twin_costs_the_same_however_the_text_is_laid_out(lanes, window_byte
 )
 def test_the_latent_model_costs_the_same_however_the_text_is_laid_out_but_for_its_noise(kind):
     model = make_model(**kind)
-    one, other = (bound_of(model, lay_out(make_text(), *layout)) for layout in [(1, 64), (4, 256)])
+    one, other = (bound_of(model, lay_out(make_text(4, 30), *layout)) for layout in [(1, 64), (4, 256)])
     np.testing.assert_allclose(one.end, other.end, rtol=1e-5)  # a function of mu alone
     noise = math.sqrt(one.variance + other.variance)
     assert abs(one.nats.sum() - other.nats.sum()) < 4 * noise
@@ -142,7 +142,7 @@ def test_a_constant_latent_that_the_prior_knows_costs_nothing(monkeypatch):
 @pytest.mark.parametrize("carry_state", [False, True])
 def test_the_standard_error_is_the_spread_of_repeated_estimates(carry_state):
     model = make_model(carry_state=carry_state)
-    windows = lay_out(make_text(3, 40), lanes=3, window_bytes=128)
+    windows = lay_out(make_text(2, 20), lanes=2, window_bytes=128)
     bits = [bound_of(model, windows, seed, draws=4).bits_per_character() for seed in range(40)]
     spread = np.std([b["bound"] for b in bits], ddof=1)
     claimed = math.sqrt(np.mean([b["standard_error"] ** 2 for b in bits]))
@@ -167,7 +167,7 @@ def importance_of(model, windows, samples, seed=0):
 
 def test_one_importance_weighted_draw_is_the_bound_under_the_mixture_and_more_are_tighter():
     model = make_model(components=8, reads_text=True)
-    windows = lay_out(make_text())
+    windows = lay_out(make_text(4, 30))
     bound = bound_of(model, windows, draws=16)  # of a prior that has learnt nothing: the mixture alone
     ones = np.array([importance_of(model, windows, 1, seed) for seed in range(8)])
     error = math.sqrt(ones.var(ddof=1) / len(ones) + bound.variance)
@@ -182,7 +182,7 @@ def test_importance_weights_find_the_likelihood_where_it_is_known():
     model = make_model(components=8, latent_dim=2, gamma_0=0.0)
     for parameter in model[0].from_latent.outer.parameters():
         torch.nn.init.zeros_(parameter)
-    windows = lay_out(make_text())
+    windows = lay_out(make_text(4, 30))
     decoder = bound_of(model, windows, draws=2).decoder.sum()
     loose, tight = (importance_of(model, windows, samples) - decoder for samples in (1, 64))
     assert loose > 0.003 * decoder

@@ -59,6 +59,7 @@ def parts(trained_run, others):
     )
 
 
+@pytest.mark.slow
 def test_a_run_trained_without_a_part_stands_beside_the_hidden_one(parts):
     again, twin = (parts["rows"][name] for name in ("denoiser", "latent"))
     # a copy is the same model: it loses nothing but the noise of other draws

@@ -32,8 +32,15 @@ def either(request):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("settings", [dict(steps=2), dict(steps=0), dict(steps=1, guidance=1.5)])
-@pytest.mark.parametrize("kind", [dict(), dict(trunk_layers=1), dict(carry_state=True)])
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (dict(), dict(steps=2)),
+        (dict(), dict(steps=0)),
+        (dict(trunk_layers=1), dict(steps=1, guidance=1.5)),
+        (dict(carry_state=True), dict(steps=2)),
+    ],
+)
 def test_picked_rows_go_on_as_the_rows_they_are_copies_of(kind, settings, either):
     pipe = endless(**kind)
     given = changed(pipe.settings, **settings)

@@ -116,10 +116,10 @@ def test_after_a_prefix_the_chunks_that_follow_it_are_paid_for_as_in_the_whole(m
         score_of(mixture, rest, prefix=prefix, ends_document=True),
     ]
     assert sum(part.end for part in parts) == pytest.approx(score_of(mixture, prefix + rest).end, rel=1e-4)
-    whole = score_of(mixture, prefix + rest, draws=400)
+    whole = score_of(mixture, prefix + rest, draws=100)
     parts = [
-        score_of(mixture, prefix, ends_document=False, draws=400),
-        score_of(mixture, rest, prefix=prefix, ends_document=True, draws=400),
+        score_of(mixture, prefix, ends_document=False, draws=100),
+        score_of(mixture, rest, prefix=prefix, ends_document=True, draws=100),
     ]
     error = math.hypot(whole.standard_error, *(part.standard_error for part in parts))
     assert abs(sum(part.bits for part in parts) - whole.bits) < 4 * error < 0.1 * whole.bits

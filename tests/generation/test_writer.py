@@ -138,12 +138,13 @@ def test_going_on_from_carried_state_equals_reading_everything_again(kind):
         torch.testing.assert_close(again.sample_latents(), writer.sample_latents(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("guidance", [1.0, 1.5])
-@pytest.mark.parametrize("kind", LATENT)
+@pytest.mark.parametrize(
+    ("kind", "guidance"), [*((kind, 1.0) for kind in LATENT), (LATENT[0], 1.5), (LATENT[6], 1.5)]
+)
 def test_kernels_write_what_torch_writes_through_the_ends_of_documents(plain_torch, kind, guidance):
     autoencoder, prior = make_model(**kind)
     autoencoder.outputs.bias.data[END_OF_DOCUMENT] = 4.0
-    settings, options = changed(SETTINGS, guidance=guidance), dict(seed=5, characters=40, through_ends=True)
+    settings, options = changed(SETTINGS, guidance=guidance), dict(seed=5, characters=30, through_ends=True)
     rows = write((autoencoder, prior), PROMPTS, settings, **options)
     with plain_torch():
         assert rows == write((autoencoder, prior), PROMPTS, settings, **options)
@@ -160,7 +161,7 @@ def test_a_prompt_read_in_many_windows_is_the_same_prompt(monkeypatch):
 @pytest.mark.parametrize("kind", MODELS)
 def test_prompts_leave_the_same_state_whatever_the_window(kind, monkeypatch):
     autoencoder, prior = make_model(**kind)
-    prompts = [b"In the beginning was the word, and so on. " * 3, b"", b"Short one"]
+    prompts = [b"In the beginning was the word, and so on. ", b"", b"Short one"]
 
     def states(window):
         monkeypatch.setattr("hldm.generation.writer.PROMPT_WINDOW", window)
@@ -172,7 +173,7 @@ def test_prompts_leave_the_same_state_whatever_the_window(kind, monkeypatch):
         return writer.encoder, writer.decoder, summary, writer.memory.partial, writer.opens
 
     whole = states(100_000)
-    for window in (1, 16, 200):
+    for window in (1, 16, 30):
         torch.testing.assert_close(states(window), whole, rtol=1e-4, atol=1e-5)
 
 

@@ -49,6 +49,7 @@ def test_every_row_is_a_config_of_its_own():
     assert entry_of([TINY], ["views.share=0.6"], "option-1", 3).config.views.share == 0.6
 
 
+@pytest.mark.slow
 def test_a_row_killed_in_the_middle_goes_on_and_a_finished_one_is_left_alone(overrides, monkeypatch, capsys):
     taken: list[float] = []
     original = Trainer.step

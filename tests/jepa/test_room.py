@@ -53,6 +53,7 @@ def test_weights_and_all_that_follows_from_them_are_exact(task):
     assert decoder is None or decoder["parameters"] > size > decoder["gradients"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs /proc of Linux")
 @pytest.mark.parametrize("task", ["chunks", "sentences"])
 def test_activations_are_near_what_a_step_takes_at_its_peak(task):

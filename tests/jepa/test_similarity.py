@@ -67,6 +67,7 @@ def test_a_source_that_knows_the_verses_finds_all_and_one_that_does_not_none():
     assert len(table.rows) == 4 and all(len(row) == len(table.head) for row in table.rows)
 
 
+@pytest.mark.slow
 def test_an_evaluation_says_what_vectors_mean_where_that_is_asked_for(
     trained_run, tmp_path, monkeypatch, capsys
 ):

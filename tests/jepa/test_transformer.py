@@ -92,6 +92,7 @@ def test_it_is_trained_followed_and_saved_and_a_decoder_reads_it(arguments, robe
     assert "predicted" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_stopped_and_resumed_is_bit_equal_to_an_uninterrupted_one(arguments, tmp_path, monkeypatch):
     config = config_of(arguments)
     straight = train_jepa(config, root=tmp_path / "straight")

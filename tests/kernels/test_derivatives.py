@@ -90,6 +90,7 @@ def test_a_bad_number_is_not_hidden(bad):
     assert h[0, :7].isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(
     "ignore:.*should not be instantiated:DeprecationWarning"
 )  # torch.compile's own doing

@@ -78,6 +78,7 @@ def without_package(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_layer_needs_no_kernels(without_package):
     told = subprocess.run(
         [sys.executable, "-c", "import hldm; print(hldm.linear_scan, hldm.Griffin)"],

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -149,26 +152,29 @@ def test_a_signal_ends_an_evaluation(trained_run, monkeypatch, capsys):
     assert capsys.readouterr().err == "hldm: stopped by SIGINT\n"
 
 
-def test_a_signal_finds_a_reader_that_does_not_read(trained_run):
+def test_a_signal_finds_a_reader_that_does_not_read(trained_run, tmp_path, monkeypatch, capsys):
     # a pipe holds 64 KiB: the prompt alone fills it, and writing blocks
-    text = "In the beginning God made the heaven and the earth. " * 2000
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "generate.py"), "--run", str(trained_run), "--prompt-file", "-"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    assert process.stdin and process.stdout and process.stderr
-    process.stdin.write(text.encode())
-    process.stdin.close()
-    process.stdout.read(1)
-    time.sleep(0.5)
-    process.terminate()
-    began = time.monotonic()
-    assert process.wait(timeout=20) == 143 and time.monotonic() - began < 10
-    assert process.stderr.read() == b"hldm: stopped by SIGTERM\n"
-    process.stdout.close()
-    process.stderr.close()
+    (tmp_path / "prompt.txt").write_text("In the beginning God made the heaven and the earth. " * 2000)
+    command = ["--run", str(trained_run), "--prompt-file", str(tmp_path / "prompt.txt")]
+    ours, theirs = os.pipe()
+    sent = []
+
+    def signal_when_full() -> None:
+        while select.select([], [theirs], [], 0)[1]:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        sent.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    pipe = os.fdopen(theirs, "w")
+    threading.Thread(target=signal_when_full, daemon=True).start()
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", pipe)
+        assert cli.generate(command) == 143 and time.monotonic() - sent[0] < 10
+    assert capsys.readouterr().err == "hldm: stopped by SIGTERM\n"
+    os.close(ours)
+    with suppress(BrokenPipeError):
+        pipe.close()
 
 
 def catches(process: int, number: signal.Signals) -> bool:

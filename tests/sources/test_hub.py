@@ -142,25 +142,29 @@ def test_a_saved_dictionary_of_datasets_is_read_by_its_split(cache, tmp_path):
 ANSWERS = {
     "garbage": b"\x00\x01garbage",
     "nothing": b"",
-    "no status": b"HTTP/1.1 abc\r\n\r\n",
-    "an error": b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n",
-    "endless head": b"HTTP/1.1 200 OK\r\n" + b"a: b\r\n" * 1000,
-    "half a chunk": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
-    "no JSON": b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Type: application/json\r\n\r\n<ht>\n",
+    "no-status": b"HTTP/1.1 abc\r\n\r\n",
+    "an-error": b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n",
+    "endless-head": b"HTTP/1.1 200 OK\r\n" + b"a: b\r\n" * 1000,
+    "half-a-chunk": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    "no-JSON": b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Type: application/json\r\n\r\n<ht>\n",
 }
 ASK = """
-import sys, warnings
+import sys
 from hldm.config import DataConfig
 from hldm.sources.corpora import load_corpora
-try:
-    load_corpora(DataConfig(dataset="some/thing", stream=True))
-except ValueError as error:
-    print(error)
+for name in sys.stdin:
+    try:
+        load_corpora(DataConfig(dataset=f"some/{name.strip()}", stream=True))
+        print("read")
+    except ValueError as error:
+        print(error)
+    sys.stdout.flush()
 """
 
 
-@pytest.mark.parametrize("name", ANSWERS)
-def test_a_hub_that_answers_garbage_ends_in_one_line(name, tmp_path):
+def test_a_hub_that_answers_garbage_ends_in_one_line(tmp_path):
+    asked: list[str] = []
+    answered: set[str] = set()
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def serve() -> None:
@@ -171,7 +175,8 @@ def test_a_hub_that_answers_garbage_ends_in_one_line(name, tmp_path):
                     return
                 with peer:
                     peer.recv(65536)
-                    peer.sendall(ANSWERS[name])
+                    answered.add(asked[-1])
+                    peer.sendall(ANSWERS[asked[-1]])
 
         threading.Thread(target=serve, daemon=True).start()
         environment = {
@@ -180,11 +185,23 @@ def test_a_hub_that_answers_garbage_ends_in_one_line(name, tmp_path):
             "HF_HOME": str(tmp_path),
             "no_proxy": "127.0.0.1",
         }
-        done = subprocess.run(
-            [sys.executable, "-c", ASK], env=environment, capture_output=True, text=True, timeout=120
-        )
+        with subprocess.Popen(
+            [sys.executable, "-c", ASK],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as asking:
+            assert asking.stdin and asking.stdout and asking.stderr
+            for name in ANSWERS:
+                asked.append(name)
+                asking.stdin.write(f"{name}\n")
+                asking.stdin.flush()
+                line = asking.stdout.readline()
+                assert f"data.dataset=some/{name}" in line and "data.path" in line
+            asking.stdin.close()
+            rest, error = asking.stdout.read(), asking.stderr.read()
         server.shutdown(socket.SHUT_RDWR)
-    assert done.returncode == 0, done.stderr
-    (line,) = done.stdout.splitlines()
-    assert "data.dataset=some/thing" in line and "data.path" in line
-    assert "Traceback" not in done.stderr, done.stderr
+    assert (asking.returncode, rest) == (0, "") and answered == set(ANSWERS)
+    assert "Traceback" not in error, error

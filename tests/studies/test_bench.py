@@ -123,7 +123,7 @@ def test_both_stages_and_the_twin_are_measured_in_training_and_writing(configs, 
         assert words in printed.out
 
 
-@pytest.mark.parametrize("half", ["training", "writing"])
+@pytest.mark.parametrize("half", [pytest.param("training", marks=pytest.mark.slow), "writing"])
 def test_half_of_it_can_be_measured_alone(configs, half, monkeypatch):
     monkeypatch.setattr(bench_writing, "CASES", {"one": Case(1, 20)})
     target = configs / "bench.json"

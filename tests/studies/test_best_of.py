@@ -38,6 +38,7 @@ def test_entropy_is_that_of_pooled_words_and_of_pairs_within_a_text():
     assert entropy(["a b c d"], 1) == 2 and entropy(["a"], 2) == 0
 
 
+@pytest.mark.slow
 def test_every_rule_stands_beside_single_draws_and_true_text(trained_run):
     asked = dict(prompts=2, max_characters=24, candidates=2, depth=2, temperatures=[0.7])
     found = study_candidates(trained_run, **asked, say=lambda line: None)

@@ -102,7 +102,8 @@ def test_a_text_that_repeats_itself_gets_cheaper_in_every_model_s_chunks():
 def test_the_command_sets_both_side_by_side(trained_run, tmp_path, monkeypatch, capsys, corpus_path):
     monkeypatch.chdir(tmp_path)
     tiny_pipeline(latent_dim=0).save_pretrained("twin")
-    text = ["--text", str(corpus_path), "--draws", "1", "--json", "m.json"]
+    Path("some.txt").write_text(corpus_path.read_text()[:2000])
+    text = ["--text", "some.txt", "--draws", "1", "--json", "m.json"]
     measure = ["memory", "measure", "--run", str(trained_run), "--twin"]
     monkeypatch.setattr(
         "hldm.studies.memory.require_shared_text", lambda *_: None

@@ -121,6 +121,7 @@ def test_what_is_saved_is_counted_from_plain_decoding_at_the_same_entropy():
     assert [each["is_near"] for each in rows] == [False, True, False, True]
 
 
+@pytest.mark.slow
 def test_the_command_prints_every_rule(trained_run, capsys):
     tiny_pipeline(latent_dim=0).save_pretrained("twin")
     small = ["--prompts", "2", "--max-characters", "12", "--seeds", "2", "--json", "d.json"]

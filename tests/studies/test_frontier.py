@@ -102,6 +102,7 @@ def test_the_study_is_one_table_and_one_picture(measured, tmp_path):
     assert (tmp_path / "frontier.svg").read_bytes().startswith(b"<?xml")
 
 
+@pytest.mark.slow
 def test_trained_models_are_measured_as_they_are(monkeypatch):
     monkeypatch.setattr(frontier, "TURNS", 1)
     monkeypatch.setattr(frontier, "ROWS", (1, 3))

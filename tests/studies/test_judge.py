@@ -42,6 +42,7 @@ def twin(tmp_path_factory, corpus_path) -> Path:
     return train_run(changed(config, name="twin"), root=tmp_path_factory.mktemp("twin"))
 
 
+@pytest.mark.slow
 def test_true_text_stands_beside_the_model_the_twin_and_every_variation(trained_run, twin, tmp_path):
     found = judge_run(
         trained_run,

@@ -120,6 +120,7 @@ def test_build_measure_and_write(memory, trained_run, capsys):
     assert texts[1] == texts[3] and all(texts)
 
 
+@pytest.mark.slow
 def test_a_document_s_memory_is_sought_through_the_pyramid_just_as_well_where_it_is_short(
     trained_run, corpus_path, capsys
 ):

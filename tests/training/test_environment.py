@@ -13,8 +13,9 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import ROOT, SMALL, segmenters_of
 
 from hldm.cli import main
-from hldm.config import ConfigError, LoggingConfig, TrainingConfig, changed
+from hldm.config import ConfigError, LoggingConfig, TrainingConfig, changed, stage_training
 from hldm.evaluation.evaluate import evaluate_run
+from hldm.kernels import library
 from hldm.runs.export import export_run
 from hldm.runs.files import fingerprint
 from hldm.sources.notes import TextNote, note
@@ -61,8 +62,8 @@ sys.exit(cli.train_autoencoder(sys.argv[1:]))
 """
 
 
-def train(folder, overrides, says=False, **environment):
-    """Weights of a short training in a process of its own, or what it says: on standard error where it fails."""
+def train(folder, overrides, **environment):
+    """Weights of a short training in a process of its own, or what it says where it fails."""
     clean = {
         name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "MASTER_"))
     }
@@ -76,8 +77,6 @@ def train(folder, overrides, says=False, **environment):
     )
     if done.returncode:
         return done.returncode, done.stderr.strip()
-    if says:
-        return 0, done.stdout
     from safetensors.torch import load_file
 
     path = folder / "runs/x/autoencoder/model/diffusion_pytorch_model.safetensors"
@@ -149,11 +148,18 @@ def test_a_rank_that_a_shell_exports_silences_nothing(monkeypatch, capsys):
     assert main(["sizes", "--config", "nowhere.yaml"]) == 2 and "nowhere.yaml" in capsys.readouterr().err
 
 
-def test_a_training_without_kernels_says_so(usual, tmp_path):
-    overrides, _ = usual
+@pytest.fixture
+def kernels_off(monkeypatch):
+    """As with HLDM_KERNELS=0, and with nothing remembered before or after."""
+    monkeypatch.setenv("HLDM_KERNELS", "0")
+    library.kernels.cache_clear()
+    yield
+    library.kernels.cache_clear()
 
-    code, said = train(tmp_path, [*overrides, "training.autoencoder.steps=1"], says=True, HLDM_KERNELS="0")
-    assert code == 0 and "C++ kernels: off (HLDM_KERNELS=0); sums round otherwise" in said
+
+def test_a_training_without_kernels_says_so(kernels_off, small_config, tmp_path, capsys):
+    train_autoencoder(stage_training(small_config, "autoencoder", steps=1), root=tmp_path)
+    assert "C++ kernels: off (HLDM_KERNELS=0); sums round otherwise" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -171,10 +177,13 @@ def test_what_would_train_otherwise_is_refused_by_name(name, fresh_accelerate, m
         make_accelerator(TrainingConfig(), LoggingConfig(), str(tmp_path))
 
 
-def test_a_refusal_is_one_line_and_leaves_no_folder(usual, tmp_path):
-    overrides, _ = usual
-    code, said = train(tmp_path, overrides, ACCELERATE_GRADIENT_ACCUMULATION_STEPS="4")
-    assert code == 2 and "\n" not in said and "training.accumulation" in said
+def test_a_refusal_is_one_line_and_leaves_no_folder(
+    fresh_accelerate, small_overrides, monkeypatch, tmp_path, refused
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    words = ["train-autoencoder", "--config", str(ROOT / "configs/tiny.yaml"), *small_overrides]
+    assert "training.accumulation" in refused(main(words))
     assert not (tmp_path / "runs").exists()
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import ROOT, SMALL
+from conftest import ROOT, SMALL, built_in_text
 
 from hldm.chunking.chunker import make_chunker
-from hldm.config import Config, DataConfig, load_config
+from hldm.config import Config, load_config
 from hldm.model.autoencoder import Autoencoder
 from hldm.model.prior import Prior
-from hldm.sources.corpora import load_corpus
 from hldm.text.windows import Windows
 from hldm.training.objectives import AutoencoderObjective, PriorObjective, Step
 
@@ -38,8 +37,7 @@ def make_objective(config: Config, stage: str) -> AutoencoderObjective | PriorOb
 
 
 def make_windows(config: Config) -> Windows:
-    corpus = load_corpus(DataConfig(), "validation")
-    return Windows(corpus, make_chunker(config.chunking), lanes=4, window_bytes=64)
+    return Windows(built_in_text(), make_chunker(config.chunking), lanes=4, window_bytes=64)
 
 
 def run(objective, config: Config, steps: int = 3, progress: float = 0.9) -> Step:

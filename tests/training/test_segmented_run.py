@@ -20,6 +20,9 @@ from hldm.generation.pipeline import read_pipeline
 from hldm.runs.export import export_run
 from hldm.training.stages import train_autoencoder, train_diffusion, train_run
 
+# rules alone, as `fixed` and `phrase` are; segmenters that differ from the others in what they score, not in what a
+# run does with them; and the one of the run that the tests share
+ALIKE = ("space", "words", "sentence", "paragraph", "entropy", "gate", "queries", "state_change")
 # what each rank's autoencoder is bound to, and cuts a text into
 TELLING = """
 import os, sys
@@ -54,7 +57,13 @@ def config(small_config: Config, small_segmenters: None) -> Config:
     return changed(small_config, chunking=chunking)
 
 
-@pytest.mark.parametrize("strategy", get_args(Strategy))
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        pytest.param(strategy, marks=pytest.mark.slow if strategy in ALIKE else ())
+        for strategy in get_args(Strategy)
+    ],
+)
 def test_every_strategy_trains_evaluates_and_writes(strategy, config, tmp_path):
     config = changed(config, chunking=changed(config.chunking, strategy=strategy))
     for stage in ("autoencoder", "prior"):

@@ -228,7 +228,7 @@ def streamed(small_config: Config) -> Config:
     return changed(small_config, data=changed(small_config.data, stream=True, readers=2))
 
 
-@pytest.mark.parametrize("strategy", ["words", "entropy"])
+@pytest.mark.parametrize("strategy", ["words", pytest.param("entropy", marks=pytest.mark.slow)])
 def test_a_stage_that_is_interrupted_goes_on_to_the_same_bits(
     tmp_path, streamed, strategy, monkeypatch, small_segmenters
 ):
@@ -278,7 +278,7 @@ def test_a_source_that_was_changed_is_not_gone_on_with(tmp_path, streamed):
 
 @pytest.mark.slow
 def test_two_processes_train_on_a_stream_what_one_does_and_go_on(tmp_path, streamed):
-    plain = [o for o in _overrides(streamed) if "dropout" not in o]
+    plain = _overrides(streamed)
     runs = {}
     for name, processes, steps in (("one", 1, 12), ("one", 1, 30), ("two", 2, 12), ("two", 2, 30)):
         command = [str(ROOT / "train_autoencoder.py"), "--config", str(ROOT / "configs/tiny.yaml"), *plain]

@@ -92,6 +92,8 @@ def test_the_twin_validates_its_likelihood(small_twin, config, tmp_path):
 
 
 def test_validating_changes_nothing_of_what_is_learnt(config, tmp_path):
+    for stage in ("autoencoder", "prior"):
+        config = stage_training(config, stage, steps=7)
     runs = [
         train_run(config, root=tmp_path / name, validation=validation)
         for name, validation in (("with", validation_on), ("without", None))
