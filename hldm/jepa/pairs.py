@@ -32,7 +32,7 @@ END = END_OF_DOCUMENT
 
 def twin_of(config: JepaConfig) -> Autoencoder:
     """The language model of a config: attention sees pairs.window bytes back."""
-    settings = changed(AutoencoderConfig(), latent_dim=0, decoder=config.encoder)
+    settings = changed(AutoencoderConfig(), latent_dim=0, decoder=vars(config.encoder))
     chunking = changed(config.chunking, strategy="words", max_bytes=config.pairs.window)
     return Autoencoder.from_settings(settings, chunking)
 

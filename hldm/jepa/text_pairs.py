@@ -232,8 +232,7 @@ def _translated(config: JepaConfig, corpus: Corpus) -> tuple[MakePair, int]:
         )
     names = ("bbe", *config.views.translations)
     texts = [verses_of(name) for name in names]
-    split = corpus.name.rpartition("/")[2]
-    own = (n for n in sorted(texts[0]) if split_of_book(n // 1_000_000) == split)
+    own = (n for n in sorted(texts[0]) if split_of_book(n // 1_000_000) == corpus.split)
     numbers = [n for n in own if all(n in found for found in texts)]
 
     def make(number: int, rng: np.random.Generator) -> tuple[bytes, bytes]:

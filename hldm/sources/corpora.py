@@ -60,7 +60,7 @@ def load_corpora(config: DataConfig) -> dict[Split, Corpus]:
     if not (config.path or config.dataset):
         return {
             split: make_corpus(
-                f"the {split} books", _limited(_bible_texts(split, config.documents), config.max_bytes)
+                f"the {split} books", _limited(_bible_texts(split, config.documents), config.max_bytes), split
             )
             for split in SPLITS
         }
@@ -129,7 +129,7 @@ def _split_documents(documents: Corpus, held_out: float) -> dict[Split, Corpus]:
             parts["validation"].append(text[to_validation:to_test])
             parts["test"].append(text[to_test:])
     corpora: dict[Split, Corpus] = {
-        split: make_corpus(f"the {split} text of {documents.name}", parts[split]) for split in SPLITS
+        split: make_corpus(f"the {split} text of {documents.name}", parts[split], split) for split in SPLITS
     }
     for split, corpus in corpora.items():
         if not len(corpus):

@@ -80,7 +80,7 @@ def head_corpora(config: DataConfig) -> dict[Split, Corpus]:
             f"{empty[0]} at data.held_out={config.held_out}: raise it, set data.separator, or read all of it "
             "(data.stream=false)"
         )
-    return {split: make_corpus(f"the {split} text of {source.name}", parts[split]) for split in SPLITS}
+    return {split: make_corpus(f"the {split} text of {source.name}", parts[split], split) for split in SPLITS}
 
 
 def _count_bad(name: str, error: ValueError, bad: int, rows: int) -> int:

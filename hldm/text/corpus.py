@@ -38,6 +38,7 @@ class Corpus:
     text: np.ndarray  # uint8, all documents joined
     offsets: np.ndarray  # int64, documents + 1; document i is text[offsets[i] : offsets[i + 1]]
     question_bytes: np.ndarray | None = None  # int64 (documents,) length of the question each begins with
+    split: Split | None = None  # of the text that it was read as; None: a text by itself
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -66,7 +67,7 @@ class Corpus:
         return digest.hexdigest()
 
 
-def make_corpus(name: str, documents: Iterable[bytes]) -> Corpus:
+def make_corpus(name: str, documents: Iterable[bytes], split: Split | None = None) -> Corpus:
     """Join documents into a corpus; empty ones, which hold nothing to read, are left out."""
     text, offsets, questions = bytearray(), [0], []
     for document in documents:
@@ -77,4 +78,4 @@ def make_corpus(name: str, documents: Iterable[bytes]) -> Corpus:
     joined = np.frombuffer(text, np.uint8)
     joined.flags.writeable = False
     question_bytes = np.array(questions, np.int64) if any(questions) else None
-    return Corpus(name, joined, np.array(offsets, np.int64), question_bytes)
+    return Corpus(name, joined, np.array(offsets, np.int64), question_bytes, split)

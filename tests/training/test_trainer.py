@@ -226,7 +226,8 @@ def events(folder: Path) -> list[dict]:
 def test_a_few_steps_that_are_not_finite_are_skipped(tmp_path, small_config, monkeypatch):
     spoil(monkeypatch, scale_one_gradient(float("inf")), 2, 5, 6, 7)
     folder = train_autoencoder(small_config, root=tmp_path) / "autoencoder"
-    assert [event["step"] for event in events(folder)] == [2, 5, 6, 7]
+    skipped = [event["step"] for event in events(folder) if event["event"].startswith("skipped")]
+    assert skipped == [2, 5, 6, 7]
     assert len(losses(folder, "decoder")) == 8 and not (folder / "post-mortem.json").exists()
     for tensor in weights(folder)["model"].values():
         assert torch.isfinite(tensor).all()
