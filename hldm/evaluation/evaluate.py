@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hldm.chunking.reading import held_out_windows, prompt_chunker, read_windows
-from hldm.config import config_of_run
+from hldm.config import DataConfig, config_of_run
 from hldm.evaluation.bound import evaluate_bound
 from hldm.evaluation.context_length import by_distance, compare_contexts, cut_documents
 from hldm.evaluation.continuations import continue_prompts
@@ -36,9 +36,9 @@ from hldm.runs.export import public_name, source_of, stages_of
 from hldm.runs.files import fingerprint
 from hldm.runs.folder import corpora_of_run, read_totals, training_text_of
 from hldm.runs.location import pipeline_of
-from hldm.sources.corpora import corpus_of_file
+from hldm.sources.corpora import copies_of_training, corpus_of_file
 from hldm.sources.encodings import is_blank
-from hldm.text.corpus import Split
+from hldm.text.corpus import Corpus, Split
 from hldm.text.noise import PlacedGenerator
 from hldm.text.windows import Windows
 
@@ -73,15 +73,13 @@ def evaluate_run(
         pipeline.to("cuda")
     autoencoder, prior = pipeline.autoencoder, pipeline.prior
     training_text: bytes | None
-    share = None  # of the run's text
     if given is None:
         corpora = corpora_of_run(folder)
         corpus, training_text = corpora[split], corpora["train"].text.tobytes()
-        share = len(corpus.text) / sum(len(part.text) for part in corpora.values())
         if is_blank(corpus.text.tobytes()):
             raise ValueError(f"{corpus.name} holds nothing but white space: there is nothing to measure")
     else:
-        corpus, training_text = given, training_text_of(folder) if prompts else None
+        corpora, corpus, training_text = None, given, training_text_of(folder) if prompts else None
     generator = torch.Generator().manual_seed(seed)
     # one text costs what `HLDMPipeline.score` says of it, to rounding
     noise = generator if text is None else PlacedGenerator(seed)
@@ -100,7 +98,7 @@ def evaluate_run(
     return {
         "run": name,
         "split": split if text is None else str(text),
-        "measured_on": _measured_on(folder, split, text, windows.characters, share),
+        "measured_on": _measured_on(folder, split, corpus, windows.characters, corpora),
         "text": corpus.fingerprint,
         "model": weights_of(pipeline),
         "commit": _commit(folder),
@@ -124,14 +122,24 @@ def evaluate_run(
     }
 
 
-def _measured_on(folder: Path, split: Split, text: Path | None, characters: int, share: float | None) -> str:
-    """Which text, and how much of it, in words. share: of the run's text, in bytes"""
-    if text is not None or share is None:
-        return f"{public_name(str(text))} ({characters:,} characters)"
-    source = source_of(config_of_run(folder).data)
-    return (
-        f"the {split} split of {source}: {characters:,} characters, {share:.1%} of the text, never trained on"
+def _measured_on(
+    folder: Path, split: Split, corpus: Corpus, characters: int, corpora: Mapping[Split, Corpus] | None
+) -> str:
+    """Which text, and how much of it, in words. corpora: the run's; None: the text is another"""
+    config = (
+        config_of_run(folder).data if (folder / "autoencoder" / "config.yaml").is_file() else DataConfig()
     )
+    if corpora is None:
+        said = f"{public_name(corpus.name)} ({characters:,} characters, as one document"
+        inside = corpus.text.tobytes().count(config.separator.encode()) if config.separator else 0
+        return said + (f", though the run's data.separator stands in it {inside:,} times)" if inside else ")")
+    share = len(corpus.text) / sum(len(part.text) for part in corpora.values())
+    said = f"the {split} split of {source_of(config)}: {characters:,} characters, {share:.1%} of the text"
+    if split == "train":
+        return said
+    copies = copies_of_training(corpora, split)
+    seen = f"{copies:,} of its {len(corpus):,} documents are in the training text, too"
+    return f"{said}, {seen if copies else 'never trained on'}"
 
 
 def _of_latents(

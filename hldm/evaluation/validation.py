@@ -48,8 +48,11 @@ def slice_of(corpus: Corpus, size: int) -> Corpus:
     """
     if len(corpus) < PIECES and corpus.question_bytes is None:
         corpus = _cut(corpus, -(-PIECES // len(corpus)))
-    picked = np.linspace(0, len(corpus) - 1, min(len(corpus), PIECES)).astype(int)
-    most = -(-size // len(picked))
+    most = -(-size // min(len(corpus), PIECES))
+    # short documents do not fill a piece each: as many more of them
+    filled = np.minimum(np.diff(corpus.offsets), most).mean()
+    count = min(len(corpus), max(PIECES, round(size / filled)))
+    picked = np.linspace(0, len(corpus) - 1, count).astype(int)
     sizes = [len(_whole_characters(corpus.document(int(index)), most)) for index in picked]
     pieces = [corpus.beginning(int(index), size) for index, size in zip(picked, sizes, strict=True)]
     return make_corpus(f"{corpus.name}, a slice", pieces)

@@ -82,6 +82,10 @@ def load_corpora(config: DataConfig) -> dict[Split, Corpus]:
 def corpus_of_file(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> Corpus:
     """A file as one document, named like it. Raises OSError, or ValueError where it holds nothing to measure."""
     text = read_text(path, max_bytes)
+    if any(f"{path}".lower().endswith((end, f"{end}.gz")) for end in (".jsonl", ".parquet")):
+        raise ValueError(
+            f"{path} holds rows, and a text is read as one document: write the rows' text into a .txt"
+        )
     if not text:
         raise ValueError(f"{path} is empty: there is nothing to measure")
     if is_blank(text):
@@ -153,6 +157,17 @@ def _split_of(index: int, held_out: float) -> Split:
     return "validation" if share < held_out else "test" if share < 2 * held_out else "train"
 
 
+def _digest(document: bytes) -> bytes:
+    """Of a document, white space aside."""
+    return hashlib.blake2b(document.translate(None, b" \t\n\r\v\f"), digest_size=16).digest()
+
+
+def copies_of_training(corpora: Mapping[Split, Corpus], split: Split) -> int:
+    """How many documents of a split stand in the training text, too."""
+    trained = {_digest(document.tobytes()) for document in corpora["train"]}
+    return sum(_digest(document.tobytes()) in trained for document in corpora[split])
+
+
 def _note_duplicates(name: str, corpora: dict[Split, Corpus]) -> None:
     """Say which held-out documents stand in another split, too; white space does not make a difference."""
     seen: dict[bytes, Split] = {}
@@ -162,7 +177,7 @@ def _note_duplicates(name: str, corpora: dict[Split, Corpus]) -> None:
         corpus, new = corpora[split], set()
         for document in corpus:
             text = document.tobytes()
-            digest = hashlib.blake2b(text.translate(None, b" \t\n\r\v\f"), digest_size=16).digest()
+            digest = _digest(text)
             if other := seen.get(digest):
                 found[split, other] = found.get((split, other), 0) + 1
                 first = first or text[:60].decode("utf-8", "ignore")

@@ -31,12 +31,15 @@ def test_the_first_chunk_is_the_one_that_the_writer_writes(models, prompt):
 
 def test_a_text_that_is_stopped_and_gone_on_with_is_the_same(models):
     autoencoder, prior, settings = models
-    draft = Draft(autoencoder, prior, PROMPT, [], settings)
-    whole = [draft.write(7, [0])[0] for _ in range(8)]
+    for seed in range(50):  # a model that has hardly been trained may end its document at any chunk
+        draft = Draft(autoencoder, prior, PROMPT, [], settings)
+        whole = [draft.write(seed, [0])[0] for _ in range(8)]
+        if not any(chunk.ends for chunk in whole):
+            break
     assert not any(chunk.ends for chunk in whole)  # or there is nothing to go on from
     texts = [chunk.text for chunk in whole]
     rest = Draft(autoencoder, prior, PROMPT, texts[:3], settings)
-    assert [rest.write(7, [0])[0].text for _ in range(5)] == texts[3:]
+    assert [rest.write(seed, [0])[0].text for _ in range(5)] == texts[3:]
 
 
 def test_borders_stay_where_they_were_put(models):

@@ -14,8 +14,9 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def address(trained_run):
-    command = [sys.executable, "-m", "hldm", "playground", "--run", str(trained_run), "--port", "0"]
+def address():
+    # the shipped model: one that has hardly been trained may end its document at any chunk
+    command = [sys.executable, "-m", "hldm", "playground", "--run", "small", "--port", "0"]
     with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:

@@ -194,3 +194,13 @@ def test_weights_that_are_not_finite_are_told_from_a_result(runs, monkeypatch, c
     monkeypatch.setattr(evaluation, "read_pipeline", broken)
     assert evaluate(["--run", str(runs / "twin"), *FEW]) == 2
     assert "not finite" in capsys.readouterr().err
+
+
+def test_a_text_of_several_documents_is_said_to_be_read_as_one(runs, tmp_path):
+    (tmp_path / "two.txt").write_text("the sun%the river")
+    config = runs / "twin/autoencoder/config.yaml"
+    kept = config.read_text()
+    for separator, said in (("'%'", "stands in it 1 times"), ("''", "(17 characters, as one document)")):
+        config.write_text(kept.replace("separator: ''", f"separator: {separator}"))
+        assert said in evaluate_run(runs / "twin", text=tmp_path / "two.txt", prompts=0)["measured_on"]
+    config.write_text(kept)

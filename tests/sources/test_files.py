@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from hldm.config import ConfigError, DataConfig
-from hldm.sources.corpora import load_corpora
+from hldm.sources.corpora import copies_of_training, corpus_of_file, load_corpora
 from hldm.sources.files import matching_files
 from hldm.sources.notes import TextNote
-from hldm.text.corpus import SPLITS
+from hldm.text.corpus import SPLITS, make_corpus
 
 
 def names_and_notes(path: str, root: Path) -> tuple[list[str], list[str]]:
@@ -221,3 +221,16 @@ def test_a_bad_row_is_treated_the_same_wherever_it_stands(tmp_path, row, bad):
         said_of(tmp_path, "\n".join(few).encode(), "a.jsonl")
     with pytest.raises(ValueError, match="bad rows"):  # judged where reading stops, too
         said_of(tmp_path, "\n".join([bad, *rows[1:]]).encode(), "a.jsonl", max_bytes=2000)
+
+
+def test_documents_that_were_trained_on_are_counted_in_a_split():
+    splits = {"train": [b"a b", b"c"], "validation": [b"a  b"], "test": [b"d", b"c\n", b"e"]}
+    corpora = {split: make_corpus(split, texts) for split, texts in splits.items()}
+    assert [copies_of_training(corpora, split) for split in ("validation", "test")] == [1, 1]
+
+
+def test_rows_are_not_measured_as_if_they_were_text(tmp_path):
+    for name in ("a.jsonl", "a.jsonl.gz", "a.PARQUET"):
+        (tmp_path / name).write_text('{"text": "a"}\n')
+        with pytest.raises(ValueError, match="holds rows, and a text is read as one document"):
+            corpus_of_file(tmp_path / name)

@@ -280,3 +280,9 @@ def test_a_slice_is_of_documents_everywhere_and_of_whole_characters():
     short = make_corpus("x", [b"ab", b"c"])
     assert np.array_equal(slice_of(short, 800).text, short.text)
     assert len(slice_of(make_corpus("x", [b"\x80" * 99]), 10).text) in range(7, 11)  # no UTF-8 at all
+
+
+def test_a_slice_of_short_documents_has_as_many_of_them_as_fill_it():
+    short = make_corpus("x", [b"document %04d" % number for number in range(1000)])
+    found = slice_of(short, 800)
+    assert 700 <= len(found.text) <= 900 and found.document(len(found) - 1).tobytes() == b"document 0999"
