@@ -198,7 +198,7 @@ _ROWS: tuple[tuple[str, str, str], ...] = (
         )
     ),
     ("written chunks, cut where text is cut", "rechunked", ".2%"),
-    ("speed, characters per second", "speed.characters_per_second", ",.0f"),
+    ("speed of writing, characters per second", "speed.characters_per_second", ",.0f"),
     ("cost, parameters", "cost.parameters", ",.0f"),
     ("  seconds of training", "cost.train_seconds", ",.0f"),
     ("  characters of training", "cost.train_characters", ",.0f"),

@@ -48,7 +48,7 @@ LEGEND = {
     "latent": "latent: its share for the latents, given the text before",
     "end": f"end: {END_TERM}",
     "training": "latents in training: their share on the training text, all that this stage trains",
-    "prototypes": "prototypes: typical latents that the prior uses (1: it has died)",
+    "prototypes": "prototypes: typical latents that are in use (1: the mixture has collapsed)",
     "distance": "distance: from predicted to true vectors",
     "rank": "rank: independent directions in which latents vary",
     "least_deviation": "deviation: of the vectors' least varying number, as a share of their size",
