@@ -262,7 +262,8 @@ def training_text_of(folder: Path) -> bytes | None:
         return corpora_of_run(folder)["train"].text.tobytes()
     except (OSError, ValueError) as error:
         reason = first_line(error).partition("; or pass --text")[0]
-        note(f"the training text is not here ({reason}), so what compares with it is left out, such as the random passage beside ROUGE")
+        left = "what compares with it is left out, such as the random passage beside ROUGE"
+        note(f"the training text is not here ({reason}), so {left}")
         return None
 
 
