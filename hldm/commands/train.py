@@ -178,9 +178,7 @@ def _validated(run: Path) -> str:
     names = {"latent": "latents", "decoder": "bytes", "end": "the end term"}
     terms = [f"{found[name]:.3f} for {told}" for name, told in names.items() if found[name]]
     split = f" ({', '.join(terms)})" if terms[1:] else ""
-    told = (
-        f"{found['bound']:.3f} bits a character of validation text{split}, on some 8,000 bytes spread over it"
-    )
+    told = f"{found['bound']:.3f} bits a character of validation text{split}, on 8,000 bytes of it at most"
     begun = validations_of(run, "prior")
     if begun and begun[0]["bound"] < found["bound"] - SAME:
         told += f"; stage two began at {begun[0]['bound']:.3f}, so its training did not help"

@@ -43,7 +43,7 @@ LEGEND = {
     "bits": "bits/char: bits that a character of the training text costs, mean of the last steps, lower is better",
     "alone": "bits/char in latents alone: those that a character of the training text costs for its latents, all that "
     "this stage trains, lower is better",
-    "validation": "validation: bits/char on some 8,000 bytes of held-out text, spread over it",
+    "validation": "validation: bits/char on 8,000 bytes of held-out text at most",
     "decoder": "decoder: its share for the bytes, given the latents",
     "latent": "latent: its share for the latents, given the text before",
     "end": f"end: {END_TERM}",
